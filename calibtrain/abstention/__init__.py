@@ -1,0 +1,1 @@
+"""Thresholds with guarantees, and words for probabilities."""

@@ -1,0 +1,1 @@
+"""Metrics, their mergeable state and post-hoc calibrators."""

@@ -1,0 +1,1 @@
+"""Sources, templates, splits and collation."""

@@ -1,0 +1,38 @@
+"""The one shape every source is brought into."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One example. A preference pair has `rejected`; a graded question has `accepted`; SFT needs only `chosen`."""
+
+    prompt: tuple[Message, ...]  # ends with a user turn
+    chosen: str | None = None
+    rejected: str | None = None
+    accepted: tuple[str, ...] = ()
+    strata: Mapping[str, str] = field(default_factory=dict)  # e.g. {"continent": "Europe", "population": "100k-1M"}
+    origin: str = ""  # "file.jsonl:17", for messages
+
+    @property
+    def question(self) -> str:
+        """Text of the last user turn."""
+        return self.prompt[-1].content
+
+    @property
+    def id(self) -> str:
+        """Hash of the prompt: the same question gives the same id in every source and split. 16 hex digits."""
+        text = "\x1e".join(f"{message.role}\x1f{' '.join(message.content.split())}" for message in self.prompt)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

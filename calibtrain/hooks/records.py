@@ -1,0 +1,93 @@
+"""What hooks see: small frozen records, detached, never the trainer or the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from calibtrain.confidence.answer import Answer
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """Told once, before the first step."""
+
+    config: Mapping[str, Any]  # resolved
+    output_dir: Path
+    total_steps: int
+    first_step: int  # 0, or the step a resumed run starts from
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchRecord:
+    """Told after each forward pass of this rank; the statistics are those of design.md's TokenStats, detached."""
+
+    logprob: Tensor  # (N,) float32
+    entropy: Tensor  # (N,)
+    sum_p2: Tensor  # (N,)
+    confidence: Tensor  # (N,)
+    correct: Tensor  # (N,) bool
+    sequence_ids: Tensor  # (N,)
+    is_completion: Tensor  # (N,) bool
+    roles: Tensor  # (S,)
+    sequence_correct: Tensor  # (S,) float32: grade of own answers, NaN elsewhere
+    term_sums: Mapping[str, Tensor]  # () each
+    term_counts: Mapping[str, Tensor]  # () each
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """Told after each optimiser step, the same on every rank."""
+
+    step: int  # 1 is the first finished step
+    total_steps: int
+    epoch: float
+    learning_rate: float
+    grad_norm: float | None
+    skipped: bool  # gradients were not finite
+    seconds: float
+    tokens: int  # input tokens of this rank in the step
+    logit_scale: float | None  # of the calibration term, when it has one
+
+
+@dataclass(frozen=True, slots=True)
+class LogRecord:
+    """Told every log_every steps on every rank, with the merged numbers."""
+
+    step: int
+    total_steps: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """Told after an evaluation, on every rank; answers are all ranks' answers in question order (rank 0) or empty (others)."""
+
+    step: int
+    split: str  # calibration, test, ...
+    metrics: Mapping[str, float]
+    answers: Sequence[Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """Told after a checkpoint is complete on disk."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class EndRecord:
+    """Told once, also when training failed."""
+
+    step: int
+    error: str | None
+    summary: Mapping[str, Any]
+    artifacts: Sequence[Path] = ()

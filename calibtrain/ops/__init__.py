@@ -1,0 +1,1 @@
+"""Fused ops: one public function each."""

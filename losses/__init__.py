@@ -1,0 +1,1 @@
+"""Losses of calibtrain, importable with torch alone."""

@@ -1,0 +1,65 @@
+"""What every loss takes and returns: a Batch of target tokens beside its TokenStats, and LossTerms (sums with counts)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+CHOSEN, REJECTED, ANSWER = 0, 1, 2
+"""Roles of a sequence: a completion to learn (SFT or preferred), a dispreferred one, and the model's own graded answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch: R rows of T tokens holding S sequences with N target tokens in all; padding is never a target.
+
+    Padded (one sequence a row) and packed (several, attention blocked between them) batches look the same to a loss,
+    which reads only the fields from `targets` on.
+    """
+
+    input_ids: Tensor  # (R, T) int64
+    position_ids: Tensor  # (R, T) int64, restart at 0 with each sequence
+    segment_ids: Tensor  # (R, T) int32: 0 is padding, k >= 1 the k-th sequence of the row
+    target_positions: Tensor  # (N,) int64: r * T + t of the hidden state that predicts the target
+    targets: Tensor  # (N,) int64 token ids
+    sequence_ids: Tensor  # (N,) int64 in [0, S), ascending
+    is_completion: Tensor  # (N,) bool; False for prompt tokens, which are targets only with nll_scope=full
+    roles: Tensor  # (S,) int64: CHOSEN, REJECTED or ANSWER
+    pair_ids: Tensor  # (S,) int64: chosen and rejected of a pair share one in [0, P); -1 elsewhere
+    correct: Tensor  # (S,) float32: grade of an own answer, 0 or 1; NaN elsewhere
+    record_ids: Tensor  # (S,) int64: index of the record in its split, for messages
+
+    @property
+    def packed(self) -> bool:
+        """Whether any row holds more than one sequence."""
+        return self.segment_ids.numel() > 0 and int(self.segment_ids.max()) > 1
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy with every tensor on `device`."""
+        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """A sum over items and what normalises it: the trainer divides by the count over all ranks and micro-batches."""
+
+    total: Tensor  # () differentiable sum
+    count: Tensor  # () int64 items of this micro-batch; a function of the data alone
+    weight: float = 1.0
+
+
+LossTerms = Mapping[str, LossTerm]
+
+
+def mean_loss(terms: LossTerms) -> Tensor:
+    """Weighted sum of the terms, each divided by its own count: the loss of one process and one micro-batch. () float32."""
+    parts = [term.weight * term.total / term.count.clamp(min=1) for term in terms.values()]
+    return torch.stack(parts).sum()
+
+
+def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+    """Sum of `values` (N,) over the tokens of each sequence. Returns (S,), 0 for a sequence without tokens."""
+    return values.new_zeros(num_sequences).index_add(0, sequence_ids, values)
