@@ -1,15 +1,18 @@
-"""What every loss takes and returns: a Batch of target tokens beside its TokenStats, and LossTerms (sums with counts)."""
+"""What every loss takes and returns: a Batch beside the TokenStats of its targets, and LossTerms (sums and counts)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from calibtrain.ops import TokenStats
+
 CHOSEN, REJECTED, ANSWER = 0, 1, 2
-"""Roles of a sequence: a completion to learn (SFT or preferred), a dispreferred one, and the model's own graded answer."""
+"""Roles of a sequence: a completion to learn (SFT or preferred), a dispreferred one, the model's own graded answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,22 @@ class LossTerm:
 LossTerms = Mapping[str, LossTerm]
 
 
+class Objective(Protocol):
+    """What the trainer asks of an objective or a penalty, which are `torch.nn.Module`s."""
+
+    name: str
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Count of each term from the data alone, so that an accumulation window is counted before its first pass."""
+        ...
+
+    def __call__(self, stats: TokenStats, batch: Batch) -> dict[str, LossTerm]:
+        """The terms of one micro-batch; their counts equal `counts(batch)`."""
+        ...
+
+
 def mean_loss(terms: LossTerms) -> Tensor:
-    """Weighted sum of the terms, each divided by its own count: the loss of one process and one micro-batch. () float32."""
+    """Weighted sum of the terms, each over its own count: the loss of one process and one micro-batch. () float32."""
     parts = [term.weight * term.total / term.count.clamp(min=1) for term in terms.values()]
     return torch.stack(parts).sum()
 
@@ -63,3 +80,8 @@ def mean_loss(terms: LossTerms) -> Tensor:
 def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
     """Sum of `values` (N,) over the tokens of each sequence. Returns (S,), 0 for a sequence without tokens."""
     return values.new_zeros(num_sequences).index_add(0, sequence_ids, values)
+
+
+def sequence_token_counts(mask: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+    """Number of tokens of each sequence where `mask` (N,) bool holds. Returns (S,) int64."""
+    return sequence_sums(mask.long(), sequence_ids, num_sequences)

@@ -16,7 +16,7 @@ def reference_logits(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), (N, V) in the dtype of the inputs."""
+    """All logits, softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap): (N, V) in the inputs' dtype."""
     logits = hidden @ weight.t()
     if bias is not None:
         logits = logits + bias

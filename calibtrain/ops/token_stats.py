@@ -42,14 +42,15 @@ def fused_linear_token_stats(
     """Token statistics of softmax(z), z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap).
 
     Differentiable once in hidden, weight and bias, exactly, for any upstream gradients of logprob, entropy and sum_p2.
-    `logprob` keeps its relative precision as the target's probability rounds to 1. A row with a non-finite logit is NaN.
+    `logprob` keeps its relative precision as the target's probability rounds to 1. A row with a non-finite logit
+    is NaN.
 
     Args:
         hidden: (N, H) floating, N may be 0.
         weight: (V, H) in the dtype of `hidden`.
         targets: (N,) int64 token ids in [0, V).
         bias: (V,) floating, or None.
-        softcap: bound of the logits (Gemma 2, arXiv 2408.00118), or None for z = logit_scale * (hidden @ weight.T + bias).
+        softcap: bound of the logits (Gemma 2, arXiv 2408.00118); None leaves tanh out.
         logit_scale: inverse temperature.
 
     Raises:
@@ -73,7 +74,7 @@ def answer_logprobs_at(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """Log-prob of each target at each temperature, log p_T(y) = z_y / T - logsumexp(z / T). Returns (N, K), no gradient.
+    """Log-prob of each target at each temperature: log p_T(y) = z_y / T - logsumexp(z / T). (N, K), no gradient.
 
     `temperatures` is (K,) and positive; the other arguments, the precision and the errors are those of
     `fused_linear_token_stats`.
@@ -160,7 +161,7 @@ def _row_dot(a: Tensor, b: Tensor) -> Tensor:
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
 ) -> tuple[Tensor, ...]:
-    """The fields of TokenStats, then the largest logit and log(sum_v exp(z_v - largest)), each (N,), for the backward."""
+    """The fields of TokenStats, then for the backward the largest logit and log(sum_v exp(z_v - largest)), (N,)."""
     _check_targets(targets, weight.shape[0])
     outputs = _allocate(hidden)
     logprob, entropy, sum_p2, confidence, correct, peak, log_normalizer = outputs
@@ -258,7 +259,8 @@ def _grad_logits(
 ) -> Tensor:
     """Gradient of the logits of one chunk, (n, V); overwrites `logp` (n, V). The other arguments are (n,).
 
-    d logprob / dz_v = [v = y] - p_v;  d entropy / dz_v = -p_v (log p_v + entropy);  d sum_p2 / dz_v = 2 p_v (p_v - sum_p2).
+    d logprob / dz_v = [v = y] - p_v, d entropy / dz_v = -p_v (log p_v + entropy) and
+    d sum_p2 / dz_v = 2 p_v (p_v - sum_p2).
     """
     p = logp.exp()
     column = targets[:, None]

@@ -1,0 +1,65 @@
+"""Proper score of the likelihood that the model gave to its own graded answers (docs/calibration-term.md)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from calibtrain.losses.terms import ANSWER, Batch, LossTerm, sequence_sums, sequence_token_counts
+from calibtrain.ops import TokenStats, log1mexp
+
+
+def answer_log_score(logprob: Tensor, correct: Tensor) -> Tensor:
+    """-(c log q + (1 - c) log(1 - q)), q = exp(logprob) (Good 1952); strictly proper, least at q = P(c = 1).
+
+    `logprob` (S,) floating <= 0, log-prob of the whole answer; `correct` (S,) in [0, 1]. Returns (S,) float32 or
+    float64. Finite in value and gradient for log-probs from 0 to -1e4 and below.
+    """
+    return -(correct * logprob + (1.0 - correct) * log1mexp(logprob))
+
+
+def answer_brier_score(logprob: Tensor, correct: Tensor) -> Tensor:
+    """(q - c)^2, q = exp(logprob) (Brier 1950); strictly proper and bounded by 1. Shapes as in `answer_log_score`."""
+    return (logprob.exp() - correct).square()
+
+
+_SCORES = {"log": answer_log_score, "brier": answer_brier_score}
+
+
+class AnswerScoreLoss(nn.Module):
+    """Penalty on the ANSWER sequences: the score of exp(sum of the answer's token log-probs) against its grade.
+
+    Answers without tokens or without a grade (NaN) are left out; other roles are ignored.
+
+    Args:
+        weight: of the term in the loss.
+        score: "log" or "brier".
+    """
+
+    name = "answer_score"
+
+    def __init__(self, *, weight: float = 1.0, score: Literal["log", "brier"] = "log") -> None:
+        super().__init__()
+        if score not in _SCORES:
+            raise ValueError(f"score is one of {sorted(_SCORES)}, got {score!r}")
+        self.weight = weight
+        self.score = score
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """`answer_score`: the graded answers. () int64."""
+        return {"answer_score": self._graded(batch).sum()}
+
+    def forward(self, stats: TokenStats, batch: Batch) -> dict[str, LossTerm]:
+        """One term, `answer_score`."""
+        graded = self._graded(batch)
+        logprob = torch.where(batch.is_completion, stats.logprob, 0.0)
+        sums = sequence_sums(logprob, batch.sequence_ids, batch.roles.shape[0])
+        scores = _SCORES[self.score](torch.where(graded, sums, -1.0), torch.where(graded, batch.correct, 0.0))
+        total = torch.where(graded, scores, 0.0).sum()
+        return {"answer_score": LossTerm(total, graded.sum(), self.weight)}
+
+    def _graded(self, batch: Batch) -> Tensor:
+        tokens = sequence_token_counts(batch.is_completion, batch.sequence_ids, batch.roles.shape[0])
+        return (batch.roles == ANSWER) & (tokens > 0) & ~batch.correct.isnan()

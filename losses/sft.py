@@ -1,0 +1,68 @@
+"""Supervised fine-tuning: negative log-likelihood of the chosen sequences."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from calibtrain.losses.terms import CHOSEN, Batch, LossTerm, sequence_sums, sequence_token_counts
+from calibtrain.ops import TokenStats
+
+NLLScope = Literal["completion", "full"]
+NLLNorm = Literal["token", "sequence"]
+
+
+def nll_token_sum(logprob: Tensor, mask: Tensor) -> Tensor:
+    """-sum_t mask_t log p_t. `logprob` (N,) floating, `mask` (N,) bool; returns (), 0 without tokens."""
+    return -torch.where(mask, logprob, 0.0).sum()
+
+
+def nll_sequence_sum(logprob: Tensor, mask: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+    """-sum_s (sum_{t in s} mask_t log p_t) / (sum_{t in s} mask_t), over the sequences that have tokens.
+
+    `logprob` (N,) floating, `mask` (N,) bool, `sequence_ids` (N,) int64 in [0, num_sequences); returns ().
+    """
+    sums = sequence_sums(torch.where(mask, logprob, 0.0), sequence_ids, num_sequences)
+    return -(sums / sequence_token_counts(mask, sequence_ids, num_sequences).clamp(min=1)).sum()
+
+
+class SFTLoss(nn.Module):
+    """Cross-entropy on the completions, or on prompts and completions, of the CHOSEN sequences; others are ignored.
+
+    Args:
+        nll_scope: "completion", or "full" for every target token of the sequence.
+        nll_norm: "token" weighs every token alike, "sequence" every sequence.
+    """
+
+    name = "sft"
+
+    def __init__(self, *, nll_scope: NLLScope = "completion", nll_norm: NLLNorm = "token") -> None:
+        super().__init__()
+        if nll_scope not in ("completion", "full") or nll_norm not in ("token", "sequence"):
+            raise ValueError(
+                f"nll_scope is completion|full and nll_norm token|sequence, got {nll_scope!r}, {nll_norm!r}"
+            )
+        self.nll_scope = nll_scope
+        self.nll_norm = nll_norm
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """`nll`: the tokens, or the sequences that have any. () int64."""
+        mask = self._mask(batch)
+        if self.nll_norm == "token":
+            return {"nll": mask.sum()}
+        return {"nll": (sequence_token_counts(mask, batch.sequence_ids, batch.roles.shape[0]) > 0).sum()}
+
+    def forward(self, stats: TokenStats, batch: Batch) -> dict[str, LossTerm]:
+        """One term, `nll`."""
+        mask = self._mask(batch)
+        if self.nll_norm == "token":
+            total = nll_token_sum(stats.logprob, mask)
+        else:
+            total = nll_sequence_sum(stats.logprob, mask, batch.sequence_ids, batch.roles.shape[0])
+        return {"nll": LossTerm(total, self.counts(batch)["nll"])}
+
+    def _mask(self, batch: Batch) -> Tensor:
+        chosen = (batch.roles == CHOSEN)[batch.sequence_ids]
+        return chosen if self.nll_scope == "full" else chosen & batch.is_completion
