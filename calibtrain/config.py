@@ -44,7 +44,7 @@ class ModelConfig(Section):
     """Which model to start from and how to hold it."""
 
     source: str = "embedded:smollm2-135m-instruct"
-    """`embedded:smollm2-135m-instruct`, a local Hugging Face directory (./ and ../ count from the YAML file), or a hub name."""
+    """`embedded:smollm2-135m-instruct`, a local Hugging Face directory (./ counts from the YAML file) or a hub name."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
