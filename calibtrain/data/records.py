@@ -36,3 +36,9 @@ class Record:
         """Hash of the prompt: the same question gives the same id in every source and split. 16 hex digits."""
         text = "\x1e".join(f"{message.role}\x1f{' '.join(message.content.split())}" for message in self.prompt)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def unit_hash(*parts: object) -> float:
+    """Number in [0, 1) that is a pure function of the parts: the same in every process, version and order. 53 bits."""
+    digest = hashlib.sha256("\x1e".join(str(part) for part in parts).encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53

@@ -1,0 +1,94 @@
+"""Records as token sequences that know their role, ready to be collated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from calibtrain.data.drops import DropReport
+from calibtrain.data.records import Record
+from calibtrain.data.templates import Template
+from calibtrain.errors import UserError
+from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One sequence: prompt ids, then completion ids, which end with the end token."""
+
+    ids: tuple[int, ...]
+    completion_start: int
+    """Length of the prompt, at least 1: the first completion token needs a hidden state to be predicted from."""
+    role: int
+    """CHOSEN, REJECTED or ANSWER of calibtrain.losses.terms."""
+    record_id: int
+    """Index of the record in its split."""
+    pair_id: int = -1
+    """The same for chosen and rejected of a pair; -1 elsewhere."""
+    correct: float = math.nan
+    """Grade of an own answer, 0 or 1; NaN elsewhere."""
+
+    @property
+    def completion_length(self) -> int:
+        """Number of completion tokens, with the end token."""
+        return len(self.ids) - self.completion_start
+
+
+def encode_records(
+    records: Sequence[Record], template: Template, max_length: int, pairs: bool, drops: DropReport
+) -> list[tuple[Encoded, ...]]:
+    """Sequences of each record: (chosen,) or, with `pairs`, (chosen, rejected) with one and the same prompt.
+
+    Prompts are cut from the left to fit `max_length` tokens, completions never: a record whose completion leaves no room
+    for a prompt is dropped, as is one without the answers it needs. Both are counted in `drops`, and `record_id` stays
+    the index in `records`. Raises UserError if nothing is left.
+    """
+    examples = []
+    for index, record in enumerate(records):
+        texts = [record.chosen, record.rejected] if pairs else [record.chosen]
+        place = record.origin or record.question
+        if any(text is None or not text.strip() for text in texts):
+            drops.drop("no rejected answer" if record.chosen else "no answer", place)
+            continue
+        completions = [template.completion_ids(text) for text in texts if text]
+        prompt = template.prompt_ids(record)
+        room = max_length - max(map(len, completions))
+        if room < 1:
+            drops.drop(f"the answer alone fills max_length {max_length}", place)
+            continue
+        drops.shortened += len(prompt) > room
+        prompt = cut_left(prompt, room, template.tokenizer.bos_token_id)
+        examples.append(
+            tuple(
+                Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1)
+                for role, completion in zip((CHOSEN, REJECTED), completions, strict=False)
+            )
+        )
+    if records and not examples:
+        raise UserError(
+            f"no training record is left: {'; '.join(drops.lines())}. Raise data.max_length or mend the data"
+        )
+    return examples
+
+
+def encode_answer(
+    record: Record, text: str, correct: bool, template: Template, max_length: int, record_id: int
+) -> Encoded | None:
+    """The model's own graded answer as a sequence; it may be empty (the end token alone). None if it leaves no room."""
+    completion = template.completion_ids(text)
+    room = max_length - len(completion)
+    if room < 1:
+        return None
+    prompt = cut_left(template.prompt_ids(record), room, template.tokenizer.bos_token_id)
+    return Encoded((*prompt, *completion), len(prompt), ANSWER, record_id, correct=float(correct))
+
+
+def cut_left(prompt: Sequence[int], room: int, bos_id: int | None) -> list[int]:
+    """The last `room` ids of a prompt. Its BOS stays, unless it is a mark that every turn of a chat opens with."""
+    prompt = list(prompt)
+    if len(prompt) <= room:
+        return prompt
+    if room > 1 and prompt[0] == bos_id and prompt.count(bos_id) == 1:
+        return [prompt[0], *prompt[len(prompt) - room + 1 :]]
+    return prompt[len(prompt) - room :]

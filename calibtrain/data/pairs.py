@@ -1,0 +1,59 @@
+"""Preference pairs whose rejected answer is the model's own wrong one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from calibtrain.data.grading import Grading, grade
+from calibtrain.data.records import Record, unit_hash
+from calibtrain.errors import UserError
+
+
+def with_rejected(
+    record: Record, samples: Iterable[str], alternatives: Sequence[str], method: Grading = "normalized_match"
+) -> Record:
+    """The record with the first wrong one of the model's `samples` as rejected answer, else one of `alternatives`.
+
+    The alternative is a wrong one drawn by a pure function of the question. Raises UserError if all are right.
+    """
+    wrong = own_wrong_answer(record, samples, method)
+    if wrong is None:
+        candidates = [text for text in alternatives if text.strip() and not _right(text, record, method)]
+        if not candidates:
+            raise UserError(f"{record.origin or record.question}: no wrong answer to reject was found or given")
+        # The smallest hash wins: adding or reordering alternatives moves as few draws as can be.
+        wrong = min(candidates, key=lambda text: (unit_hash("rejected", record.id, text), text))
+    return replace(record, rejected=wrong)
+
+
+def own_wrong_answer(record: Record, samples: Iterable[str], method: Grading = "normalized_match") -> str | None:
+    """First of the model's samples that says something and is wrong, or None."""
+    return next((text.strip() for text in samples if text.strip() and not _right(text, record, method)), None)
+
+
+def add_rejected(
+    records: Sequence[Record], samples: Sequence[Sequence[str]], method: Grading = "normalized_match"
+) -> tuple[list[Record], int]:
+    """Pairs for all records from the model's samples of each, and for how many a fallback had to be used.
+
+    The fallback is another record's answer, of the same strata where there is a wrong one: plausible, not absurd.
+    """
+    everywhere = sorted({record.chosen for record in records if record.chosen})
+    by_strata: dict[tuple[tuple[str, str], ...], set[str]] = defaultdict(set)
+    for record in records:
+        if record.chosen:
+            by_strata[tuple(sorted(record.strata.items()))].add(record.chosen)
+    pairs, fallbacks = [], 0
+    for record, own in zip(records, samples, strict=True):
+        near = sorted(by_strata[tuple(sorted(record.strata.items()))])
+        if all(_right(text, record, method) for text in near):
+            near = everywhere
+        fallbacks += own_wrong_answer(record, own, method) is None
+        pairs.append(with_rejected(record, own, near, method))
+    return pairs, fallbacks
+
+
+def _right(text: str, record: Record, method: Grading) -> bool:
+    return grade(text, record.accepted or (record.chosen or "",), method)

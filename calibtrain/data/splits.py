@@ -1,0 +1,93 @@
+"""Train, calibration, temperature, certification and test, which never share a question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from calibtrain.config import SplitSizes
+from calibtrain.data.calibration_set import choose_calibration_set
+from calibtrain.data.drops import DropReport
+from calibtrain.data.records import Record, unit_hash
+from calibtrain.errors import UserError
+
+SHARES = {"train": 0.5, "calibration": 0.1, "temperature": 0.1, "certification": 0.15, "test": 0.15}
+"""Fixed, so that asking for other sizes never moves a question from one split to another."""
+
+EVALUATION_SPLITS = ("calibration", "temperature", "certification", "test")
+CALIBRATION_OVERDRAW = 2
+"""The calibration set is a stratified choice among this many times its size of drawn questions."""
+
+
+def split_of(question_id: str, seed: int, names: Sequence[str] = tuple(SHARES)) -> str:
+    """Split that a question belongs to: a pure function of its id, the seed and the shares of `names`."""
+    position = unit_hash("split", seed, question_id) * sum(SHARES[name] for name in names)
+    for name in names[:-1]:
+        if position < SHARES[name]:
+            return name
+        position -= SHARES[name]
+    return names[-1]
+
+
+def split_records(
+    records: Sequence[Record],
+    sizes: SplitSizes,
+    seed: int,
+    questions: Sequence[Record] | None = None,
+    drops: DropReport | None = None,
+) -> dict[str, list[Record]]:
+    """Records of each split, in draw order, exactly as many as `sizes` asks for.
+
+    With `questions` (their own source) all of `records` may train and the other splits are made of `questions`; records
+    whose question belongs to a split that is asked for are then left out of training. Train needs an answer to learn,
+    the other splits need accepted answers to grade by. Duplicates are dropped and counted in `drops`. Raises UserError
+    that says how many there are when a split cannot be filled.
+    """
+    drops = DropReport() if drops is None else drops
+    asked = sizes.model_dump()
+    pools: dict[str, list[Record]] = {name: [] for name in SHARES}
+    if questions is None:
+        for record in unique_records(records, drops):
+            pools[split_of(record.id, seed)].append(record)
+    else:
+        for record in unique_records(questions, drops):
+            pools[split_of(record.id, seed, EVALUATION_SPLITS)].append(record)
+        # All questions of a split are kept out, not only those within today's size: sizes may grow tomorrow.
+        held_out = {record.id for name in EVALUATION_SPLITS if asked[name] for record in pools[name]}
+        for record in unique_records(records, drops):
+            if record.id in held_out:
+                drops.drop("question held out for evaluation", record.origin or record.question)
+            else:
+                pools["train"].append(record)
+    pools["train"] = [record for record in pools["train"] if record.chosen is not None]
+    for name in EVALUATION_SPLITS:
+        pools[name] = [record for record in pools[name] if record.accepted]
+    for name, size in asked.items():
+        if len(pools[name]) < size:
+            raise UserError(_cannot_fill(name, size, len(pools[name]), questions is not None))
+    splits = {name: pools[name][:size] for name, size in asked.items()}
+    drawn = pools["calibration"][: CALIBRATION_OVERDRAW * asked["calibration"]]
+    splits["calibration"] = choose_calibration_set(drawn, asked["calibration"])
+    return splits
+
+
+def unique_records(records: Iterable[Record], drops: DropReport) -> list[Record]:
+    """The first record of each question; the others are counted in `drops`."""
+    first: dict[str, Record] = {}
+    for record in records:
+        if first.setdefault(record.id, record) is not record:
+            drops.drop("duplicate question", record.origin or record.question)
+    return list(first.values())
+
+
+def _cannot_fill(name: str, size: int, found: int, separate: bool) -> str:
+    kind = "records with an answer to learn" if name == "train" else "questions with accepted answers"
+    names = EVALUATION_SPLITS if separate else tuple(SHARES)
+    share = 1.0 if separate and name == "train" else SHARES[name] / sum(SHARES[one] for one in names)
+    source = "data.source" if name == "train" or not separate else "data.questions"
+    advice = f"set data.splits.{name} to at most {found}"
+    if name != "train" and not found:
+        advice = f"give graded questions ({source} with an `answers` column) or set data.splits.{name} to 0"
+    return (
+        f"data.splits.{name}: {size} asked for, but only {found} of the {kind} in {source} fall into this split "
+        f"(always {share:.0%} of the questions, so that no split ever shares one); {advice}, or bring more data"
+    )

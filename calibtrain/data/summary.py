@@ -1,0 +1,49 @@
+"""What a set of records is, for the report and the certificate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from calibtrain.data.records import Record
+
+
+def data_hash(records: Sequence[Record]) -> str:
+    """SHA-256 over the records' ids and contents, whatever their order. 64 hex digits."""
+    digests = sorted(
+        hashlib.sha256(
+            json.dumps(
+                [
+                    record.id,
+                    [[message.role, message.content] for message in record.prompt],
+                    record.chosen,
+                    record.rejected,
+                    list(record.accepted),
+                ],
+                ensure_ascii=True,
+            ).encode()
+        ).hexdigest()
+        for record in records
+    )
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def describe(records: Sequence[Record]) -> dict[str, Any]:
+    """Plain values for JSON: n, how many are pairs and graded, the share of each stratum, the data hash."""
+    keys = sorted({key for record in records for key in record.strata})
+    strata = {}
+    for key in keys:
+        counts = Counter(record.strata.get(key, "unknown") for record in records)
+        strata[key] = {
+            name: count / len(records) for name, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))
+        }
+    return {
+        "n": len(records),
+        "pairs": sum(record.rejected is not None for record in records),
+        "graded": sum(bool(record.accepted) for record in records),
+        "strata": strata,
+        "data_hash": data_hash(records),
+    }

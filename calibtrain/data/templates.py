@@ -1,0 +1,172 @@
+"""How a question becomes token ids and an answer comes back from them.
+
+The boundary between prompt and completion is a boundary between tokens: the two are encoded apart and joined as ids, so
+that the model is trained on exactly the prompt ids that it is asked with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from calibtrain.data.records import Message, Record
+from calibtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN_QUESTION = "Question: {}\nAnswer:"
+PLAIN_ANSWER = " {}"
+PLAIN_BETWEEN = "\n\n"
+_PROBE = Record(prompt=(Message("user", "Which one?"),))
+_PROBE_ANSWER = "This one"
+
+
+class Template:
+    """A prompt format bound to a tokenizer.
+
+    `plain` is "Question: ...\\nAnswer:" with completion " answer" + EOS; `chat` is the tokenizer's chat template with its
+    generation prompt, and the completion ends with the token that the template puts after an assistant's turn. Raises
+    UserError if the tokenizer has no chat template, or no token that can end an answer.
+    """
+
+    def __init__(self, kind: Literal["plain", "chat"], tokenizer: PreTrainedTokenizerBase) -> None:
+        if kind == "chat" and not tokenizer.chat_template:
+            raise UserError("data.template: the tokenizer has no chat template; use data.template: plain")
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token, so no answer could end; set its eos_token")
+        self.kind = kind
+        self.tokenizer = tokenizer
+        self._prefix_ids = self._special_prefix()
+        self.end_id: int = self._chat_end_id() if kind == "chat" else tokenizer.eos_token_id
+        """Token that ends every completion."""
+        self._probe_text = self.prompt_text(_PROBE)
+        self._probe_ids = self.prompt_ids(_PROBE)
+
+    def prompt_text(self, record: Record, shots: Sequence[Record] = ()) -> str:
+        """What the model is shown: the examples with their chosen answers, then the question, up to where it answers."""
+        messages: list[Message] = []
+        for shot in shots:
+            messages += [*shot.prompt, Message("assistant", shot.chosen or "")]
+        messages += record.prompt
+        return self._chat_text(messages) if self.kind == "chat" else _plain_text(messages)
+
+    def prompt_ids(self, record: Record, shots: Sequence[Record] = ()) -> list[int]:
+        """Token ids of the prompt, with the special tokens that the tokenizer or the chat template opens with, once."""
+        ids = self._encode(self.prompt_text(record, shots))
+        # A chat template writes its own BOS.
+        return ids if self.kind == "chat" else [*self._prefix_ids, *ids]
+
+    def completion_ids(self, text: str) -> list[int]:
+        """Token ids of an answer as they follow a prompt, and the token that ends it. Raises UserError if they cannot.
+
+        An answer encoded on its own may not be what follows a prompt (a SentencePiece tokenizer opens every text with a
+        space), and encoded together with the prompt it may merge with the prompt's last characters. So it is cut from
+        the joint encoding where that keeps the prompt's ids, else encoded alone; either way the joined ids must decode
+        to the joined text.
+        """
+        text = text.strip()
+        text = PLAIN_ANSWER.format(text) if self.kind == "plain" and text else text
+        if not text:
+            return [self.end_id]
+        prompt, joint = self._probe_ids, self._encode(self._probe_text + text)
+        if self.kind == "plain":
+            joint = [*self._prefix_ids, *joint]
+        wanted = self._decode(joint)
+        candidates = [self._encode(text), self._encode(text.lstrip())]
+        if joint[: len(prompt)] == prompt:
+            candidates.insert(0, joint[len(prompt) :])
+        for ids in candidates:
+            if self._decode([*prompt, *ids]) == wanted:
+                return [*ids, self.end_id]
+        raise UserError(
+            f"data.template: the tokenizer cannot split prompt and answer {text!r} into separate tokens that decode to "
+            f"the same text; try data.template: {'plain' if self.kind == 'chat' else 'chat'}"
+        )
+
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        """The answer in generated ids: up to the first token that ends it and the first line break, stripped."""
+        end = next((i for i, token in enumerate(ids) if token in self._end_ids), len(ids))
+        text = self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if self.kind == "chat":
+            text = text.lstrip()  # some chat models open with a line break
+        return (text.splitlines() or [""])[0].strip()
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens after which generation may stop: the ends, and for `plain` every token that holds a line break.
+
+        A raw model that imitates examples ends its answer with a line break, not with EOS.
+        """
+        if self.kind == "chat":
+            return self._end_ids
+        pieces = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
+        return self._end_ids | {token for token, piece in enumerate(pieces) if "\n" in piece}
+
+    @property
+    def pad_id(self) -> int:
+        """Id to fill rows with. It may be the EOS: padding is told by lengths, never by ids."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the template's text and the special tokens; a calibrator fitted under another hash is void."""
+        tokenizer = self.tokenizer
+        text = tokenizer.chat_template if self.kind == "chat" else [PLAIN_QUESTION, PLAIN_ANSWER, PLAIN_BETWEEN]
+        parts = [
+            self.kind,
+            text,
+            self._prefix_ids,
+            self.end_id,
+            tokenizer.bos_token,
+            tokenizer.eos_token,
+            len(tokenizer),
+        ]
+        return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
+
+    @property
+    def _end_ids(self) -> frozenset[int]:
+        return frozenset({self.end_id, self.tokenizer.eos_token_id})
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _special_prefix(self) -> list[int]:
+        """What the tokenizer itself puts before a text: mostly BOS or nothing. What it puts after is not wanted."""
+        bare, full = self._encode(_PROBE_ANSWER), list(self.tokenizer(_PROBE_ANSWER)["input_ids"])
+        start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        return full[:start]
+
+    def _chat_text(self, messages: Sequence[Message], answered: bool = False) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answered)
+        except Exception as error:  # jinja's own, or what a template raises about roles
+            raise UserError(f"data.template: the chat template refuses the conversation: {error}") from error
+        return str(text)
+
+    def _chat_end_id(self) -> int:
+        """The special token that the template writes after an assistant's turn; it need not be the EOS (Llama 3)."""
+        text = self._chat_text([*_PROBE.prompt, Message("assistant", _PROBE_ANSWER)], answered=True)
+        after = self._encode(text.rpartition(_PROBE_ANSWER)[2])
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        return next((token for token in after if token in special), self.tokenizer.eos_token_id)
+
+
+def _plain_text(messages: Sequence[Message]) -> str:
+    parts: list[str] = []
+    for message in messages:
+        if message.role == "assistant":
+            parts.append(PLAIN_ANSWER.format(message.content.strip()) + PLAIN_BETWEEN)
+        elif message.role == "system":
+            parts.append(message.content.strip() + PLAIN_BETWEEN)
+        else:
+            parts.append(PLAIN_QUESTION.format(message.content.strip()))
+    return "".join(parts)
