@@ -17,7 +17,7 @@ from torch import Tensor
 from calibtrain.errors import UserError
 
 CHUNK_LOGITS = 2**23
-"""Logits held at once (elements; float32, so 32 MiB, beside one or two temporaries of that size)."""
+"""Logits held at once (elements; 32 MiB in float32, what glibc still reuses, beside two buffers of that size)."""
 
 
 class TokenStats(NamedTuple):
@@ -147,11 +147,6 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
     return z
 
 
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Dot product of each row, (n, V) and (n, V) to (n,), without an (n, V) temporary."""
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
-
-
 @torch.library.custom_op(
     "calibtrain::linear_token_stats",
     mutates_args=(),
@@ -174,8 +169,8 @@ def _forward(
         e = z.exp().scatter_(1, top, 0.0)
         rest = e.sum(dim=1)
         normalizer, log_normalizer[rows], peak[rows] = 1.0 + rest, rest.log1p(), chunk_peak[:, 0]
-        entropy[rows] = log_normalizer[rows] - _row_dot(e, z) / normalizer
-        sum_p2[rows] = (1.0 + _row_dot(e, e)) / normalizer.square()
+        entropy[rows] = log_normalizer[rows] - z.mul_(e).sum(dim=1) / normalizer
+        sum_p2[rows] = (1.0 + e.square_().sum(dim=1)) / normalizer.square()
         confidence[rows] = normalizer.reciprocal()
         logprob[rows] = target_z - log_normalizer[rows]
         correct[rows] = top[:, 0] == targets[rows]
@@ -241,11 +236,18 @@ def _backward(
         if need_hidden:
             torch.mm(grad_z, weight, out=grad_hidden[rows])
         if accumulate:
-            grad_weight += grad_z.t() @ hidden[rows]
+            _add_product(grad_weight, grad_z, hidden[rows])
         elif need_weight:
             grad_weight = grad_z.t() @ hidden
     bias_dtype = dtype if bias is None else bias.dtype
     return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
+
+
+def _add_product(total: Tensor, grad_z: Tensor, hidden: Tensor) -> None:
+    """Add grad_z.T @ hidden to `total` (V, H), a block of rows at a time: the product and its cast stay small."""
+    block = max(1, CHUNK_LOGITS // 2 // hidden.shape[1])
+    for rows, columns in zip(total.split(block), grad_z.split(block, dim=1), strict=True):
+        rows += columns.t() @ hidden
 
 
 def _grad_logits(
