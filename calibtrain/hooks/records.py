@@ -39,6 +39,7 @@ class MicroBatchRecord:
     sequence_correct: Tensor  # (S,) float32: grade of own answers, NaN elsewhere
     term_sums: Mapping[str, Tensor]  # () each
     term_counts: Mapping[str, Tensor]  # () each
+    pair_ids: Tensor | None = None  # (S,) int64 in [0, S), -1 outside pairs; without it no preference accuracy
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class LogRecord:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRecord:
-    """Told after an evaluation, on every rank; answers are all ranks' answers in question order (rank 0) or empty (others)."""
+    """Told after an evaluation, on every rank; answers are those of all ranks in question order on rank 0, else none."""
 
     step: int
     split: str  # calibration, test, ...

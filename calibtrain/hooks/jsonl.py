@@ -1,0 +1,84 @@
+"""metrics.jsonl: every number of the run, one JSON object a line, complete also when the job is killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from calibtrain.hooks.base import Hook
+from calibtrain.hooks.records import EndRecord, EvaluationRecord, LogRecord, RunRecord
+
+
+class JsonlHook(Hook):
+    """Appends `{"event", "step", ...metrics}` to output_dir/metrics.jsonl on rank 0.
+
+    A resumed run drops the lines of steps that it will do again, a fresh run starts an empty file. NaN and infinities
+    are written as null.
+    """
+
+    name = "jsonl"
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+
+    def on_start(self, record: RunRecord) -> None:
+        """Open the file at the resumed step."""
+        if record.rank != 0:
+            return
+        path = record.output_dir / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(path) if line["step"] <= record.first_step] if record.first_step else []
+        replacement = path.with_suffix(".jsonl.tmp")
+        replacement.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
+        os.replace(replacement, path)
+        self._path = path
+
+    def on_log(self, record: LogRecord) -> None:
+        """One line of training metrics."""
+        self._append({"event": "log", "step": record.step, **record.metrics})
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """One line of evaluation metrics."""
+        self._append({"event": "evaluation", "step": record.step, "split": record.split, **record.metrics})
+
+    def on_end(self, record: EndRecord) -> None:
+        """One line with the summary and the cause, if training failed."""
+        self._append({"event": "end", "step": record.step, "error": record.error, "summary": dict(record.summary)})
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_line(entry))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Objects of a metrics.jsonl in order, [] where there is no file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+    return entries
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(_without_nan(entry), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -1,0 +1,91 @@
+"""The optimisation itself: loss terms, learning rate, gradient norm, throughput."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibtrain.hooks.base import Hook
+from calibtrain.hooks.records import MicroBatchRecord, RunRecord, StepRecord
+
+STEP_FIELDS = {
+    "learning_rate": "train/lr",
+    "epoch": "train/epoch",
+    "grad_norm": "train/grad_norm",
+    "logit_scale": "train/logit_scale",
+}
+"""Fields of a StepRecord that are logged as they were at the last step, and their keys."""
+
+
+class TrainingHook(Hook):
+    """`train/loss/<term>` (mean over all ranks' items), `train/lr`, `train/grad_norm`, `train/tokens_per_second`, ...
+
+    `terms` are the names of all loss terms of the run, in any order; they fix the layout of the sums.
+    """
+
+    name = "training"
+
+    def __init__(self, terms: Sequence[str]) -> None:
+        self._terms = sorted(terms)
+        self._loss: Tensor = torch.zeros(len(self._terms), 2, dtype=torch.float64)  # sum, count
+        self._steps: Tensor = torch.zeros(4, dtype=torch.float64)  # tokens, seconds, steps, skipped; of this rank
+        self._last: dict[str, float] = {}
+        self._world_size = 1
+
+    def on_start(self, record: RunRecord) -> None:
+        """Remember how many ranks share the work."""
+        self._world_size = record.world_size
+
+    def on_micro_batch(self, record: MicroBatchRecord) -> None:
+        """Add the terms' sums and counts, without waiting for the device."""
+        if unknown := set(record.term_sums) - set(self._terms):
+            raise ValueError(f"loss terms {sorted(unknown)} were not announced; announced are {self._terms}")
+        zero = record.logprob.new_zeros((), dtype=torch.float64)
+        rows = [
+            torch.stack([terms.get(name, zero).detach().to(zero) for terms in (record.term_sums, record.term_counts)])
+            for name in self._terms
+        ]
+        self._loss = self._loss.to(zero.device) + torch.stack(rows) if rows else self._loss
+
+    def on_step(self, record: StepRecord) -> None:
+        """Remember the schedule's values and add up time and tokens."""
+        self._steps += torch.tensor([record.tokens, record.seconds, 1, record.skipped], dtype=torch.float64)
+        values = {key: getattr(record, field) for field, key in STEP_FIELDS.items()}
+        self._last = {key: float(value) for key, value in values.items() if value is not None}
+
+    def sums(self) -> dict[str, Tensor]:
+        """`loss` (terms, 2) and `steps` (4,)."""
+        return {"loss": self._loss, "steps": self._steps}
+
+    def compute(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over items; a term without items in the interval has no key."""
+        metrics = dict(self._last)
+        for name, (total, count) in zip(self._terms, sums["loss"].tolist(), strict=True):
+            if count > 0:
+                metrics[f"train/loss/{name}"] = total / count
+        tokens, seconds, steps, skipped = sums["steps"].tolist()
+        if steps > 0:
+            metrics["train/skipped_share"] = skipped / steps
+            metrics["train/seconds_per_step"] = seconds / steps
+        if seconds > 0:  # the ranks work at the same time
+            metrics["train/tokens_per_second"] = tokens / (seconds / self._world_size)
+        return metrics
+
+    def reset(self) -> None:
+        """Zero the sums; the schedule's values stay."""
+        self._loss = torch.zeros_like(self._loss)
+        self._steps = torch.zeros_like(self._steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums since the last log, so that the first log after a resume is the one of an unbroken run."""
+        return {"terms": self._terms, "loss": self._loss.cpu(), "steps": self._steps, "last": self._last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them; the loss terms must be those of the checkpoint."""
+        if list(state["terms"]) != self._terms:
+            raise ValueError(f"the checkpoint has loss terms {state['terms']}, this run has {self._terms}")
+        self._loss, self._steps = state["loss"].clone(), state["steps"].clone()
+        self._last = dict(state["last"])
