@@ -97,9 +97,9 @@ def bootstrap(
 ) -> dict[str, Interval]:
     """Bootstrap interval of every metric that `metrics(state)` returns.
 
-    confidence, correct, ids (M,): samples and their integer ids (`sample_ids` makes them of names). Names in `basic` get
-    the basic interval, others the percentile interval. An interval is NaN where the metric is undefined in a tenth of
-    the replicates or more. Raises UserError for samples that `CalibrationState.update` refuses.
+    confidence, correct, ids (M,): samples and their integer ids (`sample_ids` makes them of names). Names in `basic`
+    get the basic interval, others the percentile interval. An interval is NaN where the metric is undefined in a tenth
+    of the replicates or more. Raises UserError for what `CalibrationState.update` refuses.
     """
     q, y, key = _samples(confidence, correct, ids)
     estimate = metrics(state_of(q, y))

@@ -143,8 +143,8 @@ def ece_null(state: CalibrationState, bins: int = 15) -> float:
 def ece_debiased(state: CalibrationState, bins: int = 15) -> float:
     """ECE minus its null, signed: its mean is 0 for a calibrated model.
 
-    Noise adds less to bins that are truly off than to calibrated ones, so for a miscalibrated model this errs low, by at
-    most the null; `rms_ece_debiased` is free of that.
+    Noise adds less to bins that are truly off than to calibrated ones, so for a miscalibrated model this errs low, by
+    at most the null; `rms_ece_debiased` is free of that.
     """
     return ece(state, bins) - ece_null(state, bins)
 

@@ -60,8 +60,8 @@ def auroc_error(state: CalibrationState) -> float:
 def augrc(state: CalibrationState) -> float:
     """Area under the generalised risk-coverage curve (Traub et al. 2024, arXiv 2407.01032).
 
-    By its identity with AUROC: (1 - AUROC) acc (1 - acc) + (1 - acc)**2 / 2, whose last part is the best value. NaN without
-    samples.
+    By its identity with AUROC: (1 - AUROC) acc (1 - acc) + (1 - acc)**2 / 2, whose last part is the best value. NaN
+    without samples.
     """
     accuracy = _accuracy(state)
     ranking = auroc(state)

@@ -162,7 +162,7 @@ def _check(confidence: Tensor, correct: Tensor) -> None:
     if bool(bad.any()):
         index = int(bad.nonzero()[0])
         raise UserError(
-            f"calibration state: confidence {float(confidence[index])} (sample {index}, {int(bad.sum())} such in all) is "
+            f"calibration state: confidence {float(confidence[index])} (sample {index}, {int(bad.sum())} such) is "
             "not a probability in [0, 1]; pass probabilities, not logits or log-probs, and weight 0 for padding"
         )
     bad = (correct != 0) & (correct != 1)
