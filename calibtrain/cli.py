@@ -1,0 +1,174 @@
+"""The `calibtrain` command. Each command is a few lines over a library call; heavy imports wait until one is chosen."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calibtrain.errors import UserError
+
+app = typer.Typer(
+    help="Fine-tune language models on DeepSpeed so that their confidence means what it says.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config: demo, sft, orpo, ...")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the config, e.g. training.epochs=2 penalties.0.weight=0.5")
+]
+OutputDir = Annotated[Path, typer.Argument(help="The output_dir of a run.")]
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and run nothing.")] = False,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine. Default: one a GPU, without a GPU one.")
+    ] = None,
+) -> None:
+    """Train, log calibration on the way and export the model."""
+    from calibtrain.config_file import load_config
+
+    loaded = load_config(config, overrides or [])
+    from calibtrain.launchers.local import gpu_count, launch
+
+    if dry_run:
+        from calibtrain.dry_run import show
+
+        show(loaded, num_processes or int(os.environ.get("WORLD_SIZE", 0)) or max(1, gpu_count()))
+        return
+    from calibtrain.training.deepspeed_config import deepspeed_dict
+
+    processes = num_processes or max(1, gpu_count())
+    deepspeed_dict(loaded, processes)  # a mistake in the batch sizes is told once, before any process starts
+    if processes > 1:
+        code = launch(config, overrides or [], num_processes=processes, output_dir=loaded.output_dir)
+        if code:
+            raise typer.Exit(code)
+        return
+    from calibtrain.pipeline.train import run
+
+    run(loaded)
+
+
+@app.command()
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A Hugging Face directory. Default: the model that the config starts from.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="calibration, temperature, certification or test")] = "test",
+    output: Annotated[Path | None, typer.Option(help="Write the graded answers here, one JSON a line.")] = None,
+) -> None:
+    """Let a model answer a split's questions and measure its calibration."""
+    from calibtrain.config_file import load_config
+
+    loaded = load_config(config, overrides or [])
+    if split not in ("calibration", "temperature", "certification", "test"):
+        raise UserError(f"--split: {split!r} is none of calibration, temperature, certification, test")
+    if model is not None and not (model / "config.json").is_file():
+        raise UserError(f"--model: {model} is not a Hugging Face model directory (no config.json)")
+    from calibtrain.pipeline.evaluate import run
+
+    run(loaded, model=model, split=split, output=output)
+
+
+@app.command()
+def calibrate(
+    output_dir: OutputDir,
+    target_risk: Annotated[
+        float | None, typer.Option(help="Largest share of wrong answers among the given ones. Default: the config's.")
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="Chance that the certificate is wrong.")] = None,
+) -> None:
+    """Fit the temperature and certify the answer/abstain threshold of a trained model."""
+    for name, value in (("--target-risk", target_risk), ("--delta", delta)):
+        if value is not None and not 0 < value < 1:
+            raise UserError(f"{name}: {value} is not between 0 and 1")
+    from calibtrain.pipeline.calibrate import run
+
+    run(_existing(output_dir), target_risk=target_risk, delta=delta)
+
+
+@app.command()
+def report(output_dir: OutputDir) -> None:
+    """Write report.html: one file that works offline."""
+    from calibtrain.pipeline.report import run
+
+    typer.echo(str(run(_existing(output_dir))))
+
+
+@app.command()
+def answer(output_dir: OutputDir, question: Annotated[str, typer.Argument(help="In plain words.")]) -> None:
+    """Answer a question with a calibrated probability, or abstain."""
+    if not question.strip():
+        raise UserError("the question is empty")
+    from calibtrain.pipeline.answer import load
+
+    reply = load(_existing(output_dir)).answer(question)
+    if reply.abstained:
+        typer.echo(f"I do not know. (best guess at {reply.probability:.0%}, below the threshold {reply.threshold:.0%})")
+    else:
+        typer.echo(f"{reply.text}  ({reply.word}, {reply.probability:.0%})")
+    if reply.certified:
+        typer.echo(f"Certified: at most {reply.risk:.0%} of the answers given are wrong.")
+    else:
+        typer.echo("No certificate: see calibration.json.")
+
+
+@app.command()
+def demo(overrides: Overrides = None) -> None:
+    """Run the whole job on the embedded model: measure, train on 2 processes, measure again, calibrate, report."""
+    from calibtrain.config_file import load_config
+
+    loaded = load_config("demo", overrides or [])
+    from calibtrain.pipeline.demo import run
+
+    run(loaded)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run, and how to mend what is missing."""
+    from calibtrain.doctor import examine, show
+
+    if not show(examine()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from calibtrain import __version__
+
+    typer.echo(__version__)
+
+
+def _existing(output_dir: Path) -> Path:
+    if not output_dir.is_dir():
+        raise UserError(f"{output_dir}: no such directory; give the output_dir of a finished run")
+    return output_dir
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one red message and exit code 2, without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        from rich.console import Console
+
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What `calibtrain train --dry-run` prints: the resolved config, the DeepSpeed JSON, the ranks and the memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from calibtrain.config import LoRAConfig, ModelConfig, RunConfig
+from calibtrain.errors import UserError
+from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
+
+
+@dataclass(frozen=True, slots=True)
+class RankRow:
+    """One process of the job."""
+
+    rank: int
+    host: str
+    local_rank: int
+    device: str
+    micro_batches: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """What memory depends on."""
+
+    parameters: int
+    trainable: int
+    vocabulary: int
+    hidden_size: int | None
+
+
+def rank_table(plan: BatchPlan, *, host: str, devices: Sequence[str]) -> list[RankRow]:
+    """Ranks of a job on one machine: rank k uses the k-th visible device, or the CPU when there is none."""
+    return [
+        RankRow(rank, host, rank, devices[rank] if devices else "cpu", plan.accumulation_steps)
+        for rank in range(plan.world_size)
+    ]
+
+
+def model_size(config: ModelConfig) -> ModelSize:
+    """Count the parameters on the meta device: nothing is allocated, tied weights count once.
+
+    Raises UserError when the model's config.json is not at hand.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from calibtrain.models.loading import local_path
+
+    try:
+        described = AutoConfig.from_pretrained(
+            local_path(config.source), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.source: {config.source}: {error}") from None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    text = described.get_text_config()
+    trainable = parameters if config.lora is None else _adapter_parameters(model, config.lora)
+    return ModelSize(parameters, trainable, int(text.vocab_size), getattr(text, "hidden_size", None))
+
+
+def _adapter_parameters(model: Any, lora: LoRAConfig) -> int:
+    import torch
+
+    head = model.get_output_embeddings()
+    adapted = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and module is not head
+        and (lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules)
+    ]
+    return sum(lora.r * (module.in_features + module.out_features) for module in adapted)
+
+
+def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> dict[str, tuple[int, str]]:
+    """Bytes on each rank -> (bytes, where they are): the states of training, and the logits that are never held."""
+    training, world = config.training, plan.world_size
+    width = 2 if config.model.dtype == "bf16" else 4
+    stage = training.zero_stage
+    accumulated = 4 if stage >= 2 else width
+    master = 4 if width == 2 or stage else 0  # ZeRO keeps its flat fp32 copy in fp32 training, too
+    sequences = plan.micro_batch_size * (2 if config.objective.name == "orpo" else 1)
+    logits = sequences * config.data.max_length * size.vocabulary * 4
+    return {
+        "parameters": (
+            size.parameters * width // (world if stage == 3 else 1),
+            "host memory" if training.offload_parameters else "device",
+        ),
+        "gradients": (size.trainable * accumulated // (world if stage >= 2 else 1), "device"),
+        "optimizer states (fp32 master, two moments)": (
+            size.trainable * (master + 8) // (world if stage >= 1 else 1),
+            "host memory" if training.offload_optimizer else "device",
+        ),
+        "logits and their gradient, not held": (2 * logits, "saved"),
+    }
+
+
+def show(config: RunConfig, world_size: int) -> None:
+    """Print everything that a run of `world_size` processes would use. Raises UserError as the run itself would."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from calibtrain.config_file import render_config
+
+    plan = batch_plan(config.training, world_size)
+    size: ModelSize | None = None
+    try:
+        size = model_size(config.model)
+        unknown = ""
+    except UserError as error:
+        unknown = str(error)
+    resolved = deepspeed_dict(config, world_size, hidden_size=size.hidden_size if size else None)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.rule("config")
+    console.print(render_config(config).rstrip())
+    console.rule("DeepSpeed")
+    console.print(json.dumps(resolved, indent=2))
+    console.rule("ranks")
+    table = Table("rank", "host", "local rank", "device", "micro-batches a step")
+    for row in rank_table(plan, host=socket.gethostname(), devices=visible_devices(os.environ, world_size)):
+        table.add_row(str(row.rank), row.host, str(row.local_rank), row.device, str(row.micro_batches))
+    console.print(table)
+    console.print(
+        f"{plan.global_batch_size} records a step = {plan.micro_batch_size} x {plan.accumulation_steps} micro-batches "
+        f"x {plan.world_size} processes"
+    )
+    console.rule("memory of each rank")
+    if size is None:
+        console.print(f"unknown: {unknown}")
+        return
+    console.print(f"{size.parameters:,} parameters, {size.trainable:,} trained")
+    states = Table("what", "GiB", "where")
+    for name, (count, where) in memory_estimate(config, size, plan).items():
+        states.add_row(name, f"{count / 2**30:.2f}", where)
+    console.print(states)
+    console.print("Activations of the layers come on top; gradient_checkpointing makes them small.")
+
+
+def visible_devices(environment: Mapping[str, str], world_size: int) -> list[str]:
+    """Names of the devices that the ranks would use; empty means CPU. Raises UserError when they are too few."""
+    from calibtrain.launchers.local import gpu_count
+
+    count = gpu_count()
+    if count == 0:
+        return []
+    listed = [part for part in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+    names = [f"cuda:{name}" for name in (listed or map(str, range(count)))]
+    if world_size > len(names):
+        raise UserError(f"{world_size} processes need as many GPUs, {len(names)} are visible: {', '.join(names)}")
+    return names[:world_size]

@@ -1,0 +1,112 @@
+"""Start N training processes on this machine through the deepspeed launcher, and pass its exit code on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from calibtrain.launchers.errors import clear_errors, error_summary
+
+TRAIN_MODULE = "calibtrain.launchers.train"
+
+
+def local_argv(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    num_processes: int,
+    port: int,
+    visible_devices: str | None = None,
+) -> list[str]:
+    """Command line of the deepspeed launcher for `num_processes` ranks on this machine; no shell reads it.
+
+    `visible_devices` is CUDA_VISIBLE_DEVICES: deepspeed ignores it beside --num_gpus, so that the devices are named.
+    """
+    devices = [device for device in (visible_devices or "").split(",") if device.strip()]
+    if len(devices) >= num_processes:
+        where = ["--include", f"localhost:{','.join(devices[:num_processes])}"]
+    else:
+        where = ["--num_accelerators", str(num_processes)]
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner",
+        "--hostfile=",  # never the machine's /job/hostfile: these ranks are local
+        *where,
+        f"--master_port={port}", "--quiet", "--no_local_rank", "--module", TRAIN_MODULE, str(config), *overrides,
+    ]  # fmt: skip
+
+
+def local_environment(environment: Mapping[str, str], *, num_processes: int, gpus: int) -> dict[str, str]:
+    """The environment of the ranks: on CPU the cores are shared out, and DeepSpeed is told not to look for a GPU."""
+    result = dict(environment)
+    if gpus == 0:
+        result.setdefault("DS_ACCELERATOR", "cpu")
+        result.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    return result
+
+
+def launch(config: str | Path, overrides: Sequence[str], *, num_processes: int, output_dir: Path) -> int:
+    """Train on `num_processes` local ranks and return the exit code of the job: 0, 2 for a user's mistake, else 1..255.
+
+    When a rank ends with an error the launcher ends the others; the causes, by rank, are printed last.
+    """
+    gpus = gpu_count()
+    clear_errors(output_dir)
+    argv = local_argv(
+        config,
+        overrides,
+        num_processes=num_processes,
+        port=free_port(),
+        visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES") if gpus else None,
+    )
+    code = run(argv, local_environment(os.environ, num_processes=num_processes, gpus=gpus))
+    if code:
+        print(explain(code, output_dir), file=sys.stderr)
+    return code
+
+
+def run(argv: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a launcher to its end; an interrupt or a termination of this process reaches it. Returns its exit code."""
+    child = subprocess.Popen(argv, env=dict(environment))
+
+    def forward(number: int, _frame: object) -> None:
+        child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def explain(code: int, output_dir: Path) -> str:
+    """What ended a job, for people: the ranks' own words, or the signal that killed one."""
+    causes = error_summary(output_dir)
+    if causes:
+        return causes
+    killed = 256 - code if code > 192 else code - 128 if code > 128 else 0
+    if killed == signal.SIGKILL:
+        return "A training process was killed (signal 9): most often the machine ran out of memory."
+    if killed:
+        return f"A training process was ended by signal {killed}."
+    return f"Training ended with exit code {code}; the cause is above."
+
+
+def gpu_count() -> int:
+    """GPUs that torch can use here."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on, so that two jobs on one machine do not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
