@@ -13,7 +13,9 @@ BOS, EOS, PAD, START = "<|bos|>", "<|im_end|>", "<|pad|>", "<|im_start|>"
 
 CHAT_TEMPLATE = (
     "{{ bos_token if adds_bos else '' }}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -84,7 +86,7 @@ def _trained(add_bos: bool, split_words: bool, vocab_size: int) -> str:
 def tiny_model(
     vocab_size: int = 400, tied: bool = True, hidden: int = 32, layers: int = 2, seed: int = 0, **overrides: Any
 ) -> PreTrainedModel:
-    """Random LlamaForCausalLM in float32 and eval mode; `overrides` go to its LlamaConfig. The global RNG is left alone."""
+    """Random LlamaForCausalLM in float32, eval mode; `overrides` go to its LlamaConfig. Leaves the global RNG alone."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -47,64 +47,11 @@ _UNSAFE_MAPPINGS = frozenset({"Congo", "Republic of Congo", "England"})
 
 # No single honest answer: territories that belong to another state ("France" and "Réunion" would both be right) and
 # places whose country is disputed between states.
-DEPENDENT_TERRITORIES = frozenset(
-    # fmt: off
-    [
-        "AI",
-        "AQ",
-        "AS",
-        "AW",
-        "AX",
-        "BL",
-        "BM",
-        "BQ",
-        "BV",
-        "CC",
-        "CK",
-        "CW",
-        "CX",
-        "FK",
-        "FO",
-        "GF",
-        "GG",
-        "GI",
-        "GL",
-        "GP",
-        "GS",
-        "GU",
-        "HK",
-        "HM",
-        "IM",
-        "IO",
-        "JE",
-        "KY",
-        "MF",
-        "MO",
-        "MP",
-        "MQ",
-        "MS",
-        "NC",
-        "NF",
-        "NU",
-        "PF",
-        "PM",
-        "PN",
-        "PR",
-        "RE",
-        "SH",
-        "SJ",
-        "SX",
-        "TC",
-        "TF",
-        "TK",
-        "UM",
-        "VG",
-        "VI",
-        "WF",
-        "YT",
-    ]
-    # fmt: on
+_CODES = (
+    "AI AQ AS AW AX BL BM BQ BV CC CK CW CX FK FO GF GG GI GL GP GS GU HK HM IM IO JE KY MF MO MP MQ MS NC "
+    "NF NU PF PM PN PR RE SH SJ SX TC TF TK UM VG VI WF YT"
 )
+DEPENDENT_TERRITORIES = frozenset(_CODES.split())
 DISPUTED = frozenset({"EH", "PS", "TW", "XK"})
 DISPUTED_TIMEZONES = frozenset({"Europe/Simferopol"})  # Crimea
 FORMER = frozenset({"AN", "CS"})

@@ -40,9 +40,9 @@ def encode_records(
 ) -> list[tuple[Encoded, ...]]:
     """Sequences of each record: (chosen,) or, with `pairs`, (chosen, rejected) with one and the same prompt.
 
-    Prompts are cut from the left to fit `max_length` tokens, completions never: a record whose completion leaves no room
-    for a prompt is dropped, as is one without the answers it needs. Both are counted in `drops`, and `record_id` stays
-    the index in `records`. Raises UserError if nothing is left.
+    Prompts are cut from the left to fit `max_length` tokens, completions never: a record whose completion leaves no
+    room for a prompt is dropped, as is one without the answers it needs. Both are counted in `drops`, and `record_id`
+    stays the index in `records`. Raises UserError if nothing is left.
     """
     examples = []
     for index, record in enumerate(records):
@@ -51,7 +51,11 @@ def encode_records(
         if any(text is None or not text.strip() for text in texts):
             drops.drop("no rejected answer" if record.chosen else "no answer", place)
             continue
-        completions = [template.completion_ids(text) for text in texts if text]
+        try:
+            completions = [template.completion_ids(text) for text in texts if text]
+        except UserError:
+            drops.drop("the tokenizer cannot tell the answer from the prompt", place)
+            continue
         prompt = template.prompt_ids(record)
         room = max_length - max(map(len, completions))
         if room < 1:
@@ -75,7 +79,10 @@ def encode_records(
 def encode_answer(
     record: Record, text: str, correct: bool, template: Template, max_length: int, record_id: int
 ) -> Encoded | None:
-    """The model's own graded answer as a sequence; it may be empty (the end token alone). None if it leaves no room."""
+    """The model's own graded answer as a sequence; it may be empty (the end token alone). None if it leaves no room.
+
+    Raises UserError if the tokenizer cannot tell it from the prompt.
+    """
     completion = template.completion_ids(text)
     room = max_length - len(completion)
     if room < 1:

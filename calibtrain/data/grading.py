@@ -18,7 +18,7 @@ _PART_OF_MEANING = frozenset(".-%#")
 
 def normalize(text: str) -> str:
     """Casefold, strip accents, punctuation, a leading "the" and extra spaces; numbers keep their sign and point."""
-    # Twice NFKD around casefold: it is what makes caseless matching of compatible characters stable (Unicode 3.13, D146).
+    # NFKD around casefold makes caseless matching of compatible characters stable (Unicode 3.13, D146).
     text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
     text = "".join(c for c in text if not unicodedata.combining(c)).replace("&", " and ").replace("\u2212", "-")
     text = _GROUPED_DIGITS.sub("", _APOSTROPHES.sub("", text))

@@ -1,7 +1,7 @@
 """Which records each step, rank and micro-batch sees: pure functions of integers, so that a resume needs no state.
 
-The data is one endless stream of shuffled epochs; step k takes its records k * B ... (k + 1) * B - 1, also across the end
-of an epoch, so that every step has exactly B records and `consumed = step * B` says all there is to say.
+The data is one endless stream of shuffled epochs; step k takes its records k * B ... (k + 1) * B - 1, also across the
+end of an epoch, so that every step has exactly B records and `consumed = step * B` says all there is to say.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def step_indices(step: int, global_batch_size: int, n: int, seed: int) -> list[int]:
-    """Indices of the records of one optimiser step (from 0), over all ranks. Raises UserError if there are no records."""
+    """Indices of the records of one optimiser step (from 0), over all ranks. Raises UserError if there are none."""
     if n < 1:
         raise UserError("there is no record to train on: the data set is empty, or every row was dropped")
     first = step * global_batch_size

@@ -41,7 +41,7 @@ def check_columns(found: Sequence[str], columns: Mapping[str, str], place: str) 
 
 
 def record_from_row(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Record:
-    """Record of one row; `place` ("file.jsonl:17") names it in messages. Raises UserError for a row that cannot serve."""
+    """Record of one row; `place` ("file.jsonl:17") names it in messages. Raises UserError for one that cannot serve."""
     values = {field: row.get(columns.get(field, field)) for field in FIELDS}
     accepted = _answers(values["answers"], place)
     prompt, chosen, rejected = _conversation(values, place)
@@ -125,7 +125,7 @@ def _ending_with_user(prompt: tuple[Message, ...], place: str) -> tuple[Message,
 
 
 def _answers(value: Any, place: str) -> tuple[str, ...]:
-    """Accepted answers of a string, a number, a list of them, or a JSON list in a string (the form a CSV cell can hold)."""
+    """Accepted answers of a string, a number, a list of them, or a JSON list in a string (what a CSV cell can hold)."""
     if _missing(value):
         return ()
     if isinstance(value, str) and value.lstrip().startswith("["):

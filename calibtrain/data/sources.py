@@ -1,4 +1,4 @@
-"""Where records come from: geography, local files, the Hugging Face hub. All are brought into one shape and draw order."""
+"""Where records come from: geography, local files, the Hugging Face hub. All get one shape and one draw order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load_records(source: GeographySource | FileSource | HubSource, seed: int = 0
         return load_geography(source, seed)
     name = str(source.path) if isinstance(source, FileSource) else source.name
     rows = _file_rows(source.path) if isinstance(source, FileSource) else _hub_rows(source)
-    records = []
+    records: list[Record] = []
     for place, row in rows:
         if not records:
             check_columns([str(column) for column in row], source.columns, name)

@@ -28,9 +28,9 @@ _PROBE_ANSWER = "This one"
 class Template:
     """A prompt format bound to a tokenizer.
 
-    `plain` is "Question: ...\\nAnswer:" with completion " answer" + EOS; `chat` is the tokenizer's chat template with its
-    generation prompt, and the completion ends with the token that the template puts after an assistant's turn. Raises
-    UserError if the tokenizer has no chat template, or no token that can end an answer.
+    `plain` is "Question: ..." and "Answer:" on two lines, with completion " answer" + EOS; `chat` is the tokenizer's
+    chat template with its generation prompt, and the completion ends with the token that the template puts after an
+    assistant's turn. Raises UserError if the tokenizer has no chat template, or no token that can end an answer.
     """
 
     def __init__(self, kind: Literal["plain", "chat"], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -47,7 +47,7 @@ class Template:
         self._probe_ids = self.prompt_ids(_PROBE)
 
     def prompt_text(self, record: Record, shots: Sequence[Record] = ()) -> str:
-        """What the model is shown: the examples with their chosen answers, then the question, up to where it answers."""
+        """What the model is shown: examples with their chosen answers, then the question, up to where it answers."""
         messages: list[Message] = []
         for shot in shots:
             messages += [*shot.prompt, Message("assistant", shot.chosen or "")]
@@ -90,7 +90,7 @@ class Template:
     def decode_answer(self, ids: Sequence[int]) -> str:
         """The answer in generated ids: up to the first token that ends it and the first line break, stripped."""
         end = next((i for i, token in enumerate(ids) if token in self._end_ids), len(ids))
-        text = self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._decode(ids[:end], skip_special_tokens=True)
         if self.kind == "chat":
             text = text.lstrip()  # some chat models open with a line break
         return (text.splitlines() or [""])[0].strip()
@@ -135,8 +135,8 @@ class Template:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens, clean_up_tokenization_spaces=False))
 
     def _special_prefix(self) -> list[int]:
         """What the tokenizer itself puts before a text: mostly BOS or nothing. What it puts after is not wanted."""

@@ -1,0 +1,56 @@
+import pytest
+
+from calibtrain.data.pairs import add_rejected, own_wrong_answer, with_rejected
+from calibtrain.data.records import Message, Record
+from calibtrain.errors import UserError
+
+
+def question(text, chosen, *aliases, continent="Europe"):
+    return Record((Message("user", text),), chosen, accepted=(chosen, *aliases), strata={"continent": continent})
+
+
+LYON = question("Lyon?", "France")
+COUNTRIES = ["France", "Spain", "Italy", "Poland"]
+
+
+def test_the_first_wrong_sample_is_rejected():
+    assert with_rejected(LYON, ["france", "", " Belgium ", "Spain"], []).rejected == "Belgium"
+    assert with_rejected(LYON, ["the France."], COUNTRIES).rejected in COUNTRIES[1:]
+    assert own_wrong_answer(LYON, ["FRANCE", " "]) is None
+
+
+def test_aliases_are_right_and_never_rejected():
+    chicago = question("Chicago?", "United States", "USA")
+    assert own_wrong_answer(chicago, ["USA", "u.s.a."]) is None
+    assert with_rejected(chicago, ["USA"], ["USA", "Mexico"]).rejected == "Mexico"
+
+
+def test_without_accepted_answers_the_chosen_one_grades():
+    record = Record((Message("user", "q"),), "yes")
+    assert with_rejected(record, ["Yes", "no"], []).rejected == "no"
+
+
+def test_the_fallback_is_a_pure_function_of_the_question():
+    drawn = {i: with_rejected(question(f"q{i}", "France"), [], COUNTRIES).rejected for i in range(60)}
+    assert set(drawn.values()) == set(COUNTRIES[1:])
+    for i, text in drawn.items():
+        assert with_rejected(question(f"q{i}", "France"), ["france"], COUNTRIES[::-1]).rejected == text
+
+
+def test_no_wrong_answer_at_all():
+    with pytest.raises(UserError, match="no wrong answer to reject"):
+        with_rejected(LYON, ["France"], ["France", " "])
+
+
+def test_fallbacks_come_from_the_same_strata_and_are_counted():
+    records = [
+        LYON,
+        question("Porto?", "Portugal"),
+        question("Kobe?", "Japan", continent="Asia"),
+        question("Pune?", "India", continent="Asia"),
+        question("Suva?", "Fiji", continent="Oceania"),
+    ]
+    pairs, fallbacks = add_rejected(records, [["Spain"], ["Portugal"], [], ["Japan"], ["Fiji"]])
+    assert [pair.rejected for pair in pairs[:4]] == ["Spain", "France", "India", "Japan"]
+    assert pairs[4].rejected in {"France", "Portugal", "Japan", "India"}  # nothing wrong in Oceania
+    assert fallbacks == 3

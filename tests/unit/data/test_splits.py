@@ -1,0 +1,105 @@
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibtrain.config import SplitSizes
+from calibtrain.data.drops import DropReport
+from calibtrain.data.records import Message, Record, unit_hash
+from calibtrain.data.splits import EVALUATION_SPLITS, SHARES, split_of, split_records
+from calibtrain.errors import UserError
+
+
+def record(i, **fields):
+    fields = {"chosen": "a", "accepted": ("a",), **fields}
+    return Record(prompt=(Message("user", f"question {i}"),), origin=f"row {i}", **fields)
+
+
+RECORDS = [record(i) for i in range(2000)]
+SIZES = SplitSizes(train=300, calibration=40, temperature=50, certification=60, test=70)
+
+
+def ids(records):
+    return {one.id for one in records}
+
+
+def test_unit_hash_is_fixed_and_uniform():
+    assert unit_hash("split", 0, "abc") == 0.23447910748204248
+    values = [unit_hash("x", i) for i in range(4000)]
+    assert all(0 <= value < 1 for value in values)
+    counts = Counter(int(10 * value) for value in values)
+    assert min(counts.values()) > 330
+    assert max(counts.values()) < 470
+
+
+def test_shares_are_those_declared():
+    assert sum(SHARES.values()) == pytest.approx(1)
+    counts = Counter(split_of(one.id, 0) for one in RECORDS)
+    for name, share in SHARES.items():
+        assert counts[name] / len(RECORDS) == pytest.approx(share, abs=0.03)
+
+
+def test_sizes_are_met_and_splits_are_disjoint():
+    splits = split_records(RECORDS, SIZES, seed=0)
+    assert {name: len(some) for name, some in splits.items()} == SIZES.model_dump()
+    assert len(set().union(*map(ids, splits.values()))) == sum(SIZES.model_dump().values())
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 3), st.lists(st.integers(0, 120), min_size=10, max_size=10))
+def test_no_question_changes_split_whatever_the_sizes(seed, numbers):
+    names = list(SHARES)
+    one = split_records(RECORDS, SplitSizes(**dict(zip(names, numbers[:5], strict=True))), seed)
+    two = split_records(RECORDS, SplitSizes(**dict(zip(names, numbers[5:], strict=True))), seed)
+    for a in names:
+        for b in names:
+            if a != b:
+                assert not ids(one[a]) & ids(two[b])
+    for name in names:
+        if name != "calibration":  # a stratified choice; the others are prefixes of one another
+            short, long = sorted((one[name], two[name]), key=len)
+            assert long[: len(short)] == short
+
+
+def test_a_split_that_cannot_be_filled_says_how_many_there_are():
+    with pytest.raises(UserError, match=r"data\.splits\.test: 900 asked for, but only \d+ .*at most \d+"):
+        split_records(RECORDS, SplitSizes(train=1, calibration=0, temperature=0, certification=0, test=900), 0)
+    ungraded = [record(i, accepted=()) for i in range(100)]
+    with pytest.raises(UserError, match=r"calibration: 10 asked for, but only 0.*answers"):
+        split_records(ungraded, SplitSizes(train=1, calibration=10, temperature=0, certification=0, test=0), 0)
+    assert len(
+        split_records(ungraded, SplitSizes(train=9, calibration=0, temperature=0, certification=0, test=0), 0)["train"]
+    )
+
+
+def test_duplicates_are_dropped_and_counted():
+    drops = DropReport()
+    doubled = [*RECORDS, *(record(i, chosen="b") for i in range(100))]
+    splits = split_records(doubled, SIZES, 0, drops=drops)
+    assert drops.dropped == {"duplicate question": 100}
+    assert drops.lines() == ["100 dropped: duplicate question (e.g. row 0, row 1, row 2)"]
+    assert {one.chosen for some in splits.values() for one in some} == {"a"}
+
+
+def test_training_records_whose_question_is_held_out_are_excluded():
+    drops = DropReport()
+    questions = [record(i, chosen=None) for i in range(1000)]
+    train = [record(i, rejected="b", accepted=()) for i in range(500, 1500)]
+    sizes = SplitSizes(train=500, calibration=20, temperature=30, certification=40, test=50)
+    splits = split_records(train, sizes, 0, questions=questions, drops=drops)
+    held_out = set().union(*(ids(splits[name]) for name in EVALUATION_SPLITS))
+    assert not ids(splits["train"]) & ids(questions)
+    assert len(held_out) == 140
+    assert drops.dropped == {"question held out for evaluation": 500}
+    # What is not asked for holds nothing out.
+    only_train = SplitSizes(train=1000, calibration=0, temperature=0, certification=0, test=0)
+    assert len(split_records(train, only_train, 0, questions=questions)["train"]) == 1000
+
+
+def test_all_records_may_train_when_questions_have_their_own_source():
+    questions = [record(i + 10_000) for i in range(1000)]
+    sizes = SplitSizes(train=2000, calibration=20, temperature=30, certification=40, test=50)
+    assert split_records(RECORDS, sizes, 0, questions=questions)["train"] == RECORDS
+    with pytest.raises(UserError, match=r"train: 2001 asked for, but only 2000 .*always 100%"):
+        split_records(RECORDS, sizes.model_copy(update={"train": 2001}), 0, questions=questions)
