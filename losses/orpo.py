@@ -44,6 +44,8 @@ class ORPOLoss(nn.Module):
     def __init__(self, *, beta: float = 0.5, nll_scope: NLLScope = "completion", nll_norm: NLLNorm = "token") -> None:
         super().__init__()
         self.beta = beta
+        self.nll_scope = nll_scope
+        self.nll_norm = nll_norm
         self.sft = SFTLoss(nll_scope=nll_scope, nll_norm=nll_norm)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
