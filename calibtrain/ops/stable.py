@@ -18,7 +18,6 @@ def log1mexp(x: Tensor) -> Tensor:
     ceiling = -max(torch.finfo(values.dtype).tiny ** 0.5, 2.0 / torch.finfo(x.dtype).max)
     values = values.clamp(max=ceiling)
     near_zero = values > -math.log(2.0)
-    # torch.where also differentiates the branch it does not take: give that branch a harmless input.
-    near = torch.where(near_zero, values, -0.5)
+    # torch.where also differentiates the branch it does not take: near 0 log1p needs a harmless input.
     far = torch.where(near_zero, -1.0, values)
-    return torch.where(near_zero, torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))
+    return torch.where(near_zero, torch.log(-torch.expm1(values)), torch.log1p(-torch.exp(far)))
