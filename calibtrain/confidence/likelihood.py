@@ -1,0 +1,136 @@
+"""Confidence from likelihood: the probability a model gave to exactly the answer it chose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.generation import AllDone, Generation, generate
+from calibtrain.config import EvaluationConfig
+from calibtrain.data.grading import grade
+from calibtrain.data.records import Record
+from calibtrain.data.templates import Template
+from calibtrain.models.loss_model import AnswerFeatures, ScoreStep
+
+TEMPERATURES = tuple(math.exp(step / 20) for step in range(-40, 41))
+"""Grid on which an answer's likelihood is tabulated: e^-2 to e^2, evenly in log T."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Graded answers with the hidden states they came from, in the order of the questions."""
+
+    answers: list[Answer]
+    features: AnswerFeatures
+
+
+def answer_questions(
+    model: Callable[..., Any],
+    template: Template,
+    records: Sequence[Record],
+    settings: EvaluationConfig,
+    *,
+    shots: Sequence[Record] = (),
+    device: torch.device | str = "cpu",
+    all_done: AllDone = bool,
+    share_prefix: bool = True,
+    on_batch: Callable[[int], None] = lambda questions_done: None,
+) -> Answered:
+    """Greedy answers of `model` (a LossModel or the engine around it) to `records`, graded where they can be.
+
+    The confidence of an answer is the product of its tokens' probabilities with the end token's, so that "Guinea" is not
+    credited with the probability of "Guinea-Bissau".
+    """
+    prompts = [template.prompt_ids(record, shots) for record in records]
+    generations = generate(
+        model,
+        prompts,
+        stop_ids=template.stop_ids,
+        pad_id=template.pad_id,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        device=device,
+        all_done=all_done,
+        share_prefix=share_prefix,
+        on_batch=on_batch,
+    )
+    first = [samples[0] for samples in generations]
+    answers = [
+        _answer(record, generation, template, settings) for record, generation in zip(records, first, strict=True)
+    ]
+    return Answered(answers, _features(first, answers))
+
+
+def sample_answers(
+    model: Callable[..., Any],
+    template: Template,
+    records: Sequence[Record],
+    settings: EvaluationConfig,
+    *,
+    samples: int,
+    seed: int,
+    shots: Sequence[Record] = (),
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], None] = lambda questions_done: None,
+) -> list[list[str]]:
+    """Texts of `samples` answers to each record, drawn at temperature 1."""
+    generations = generate(
+        model,
+        [template.prompt_ids(record, shots) for record in records],
+        stop_ids=template.stop_ids,
+        pad_id=template.pad_id,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        samples=samples,
+        seed=seed,
+        device=device,
+        on_batch=on_batch,
+    )
+    return [[template.decode_answer(generation.tokens) for generation in row] for row in generations]
+
+
+@torch.no_grad()
+def logprob_table(
+    model: Callable[..., Any],
+    features: AnswerFeatures,
+    temperatures: Sequence[float] = TEMPERATURES,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Log-prob of each answer with its logits divided by each temperature. (S, K) float64 on CPU."""
+    step = ScoreStep(features.hidden.to(device), features.targets.to(device), torch.tensor(temperatures, device=device))
+    per_token = model(step).cpu().double()
+    return per_token.new_zeros(features.correct.shape[0], len(temperatures)).index_add(
+        0, features.sequence_ids, per_token
+    )
+
+
+def _answer(record: Record, generation: Generation, template: Template, settings: EvaluationConfig) -> Answer:
+    text = template.decode_answer(generation.tokens)
+    return Answer(
+        question_id=record.id,
+        question=record.question,
+        text=text,
+        token_logprobs=generation.logprobs,
+        correct=grade(text, record.accepted, settings.grading) if record.accepted else None,
+        accepted=record.accepted,
+        strata=record.strata,
+        finished=generation.finished,
+    )
+
+
+def _features(generations: Sequence[Generation], answers: Sequence[Answer]) -> AnswerFeatures:
+    lengths = torch.tensor([len(generation.tokens) for generation in generations], dtype=torch.int64)
+    empty_hidden = [generation.hidden for generation in generations] or [torch.zeros(0, 0)]
+    grades = [math.nan if answer.correct is None else float(answer.correct) for answer in answers]
+    return AnswerFeatures(
+        hidden=torch.cat(empty_hidden),
+        targets=torch.tensor([token for generation in generations for token in generation.tokens], dtype=torch.int64),
+        sequence_ids=torch.repeat_interleave(torch.arange(len(generations)), lengths),
+        correct=torch.tensor(grades, dtype=torch.float32),
+    )

@@ -1,0 +1,147 @@
+"""From the trained engine to a Hugging Face directory that plain `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibtrain.config import ModelConfig
+from calibtrain.errors import UserError
+from calibtrain.models.loading import DTYPES, add_lora, local_path
+from calibtrain.models.policy import Policy
+
+SHARD_BYTES = 2 * 2**30
+"""ZeRO-3 shards are gathered in groups of at most so many bytes."""
+
+
+def gathered_weights(policy: Policy, *, keep: bool) -> dict[str, Tensor]:
+    """Full weights of the policy on the CPU, from any ZeRO stage, on the ranks that `keep` them. Collective."""
+    weights: dict[str, Tensor] = {}
+    group: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in policy.named_parameters():
+        group.append((name, parameter))
+        size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        if size > SHARD_BYTES:
+            _gather_into(weights, group, keep)
+            group, size = [], 0
+    _gather_into(weights, group, keep)
+    return weights
+
+
+def export_model(weights: dict[str, Tensor], config: ModelConfig, tokenizer: Any, target: Path) -> None:
+    """Write `weights` (of `gathered_weights`) as a Hugging Face directory: LoRA merged, the logit scale folded in."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = AutoConfig.from_pretrained(
+        local_path(config.source), revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    model = AutoModelForCausalLM.from_config(
+        settings, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
+    )
+    if config.lora is not None:
+        model = add_lora(model, config)
+    policy = Policy(model, calibrated_scale="log_scale" in weights)
+    # A tied head appears once among parameters, under the embedding's name.
+    missing, unexpected = policy.load_state_dict(weights, strict=False)
+    tied = {name for name, _ in policy.named_parameters(remove_duplicate=False)} - {
+        name for name, _ in policy.named_parameters()
+    }
+    buffers = {name for name, _ in policy.named_buffers()}
+    lost = sorted(set(missing) - tied - buffers)
+    if lost or unexpected:
+        raise RuntimeError(f"export lost weights: missing {lost[:4]}, unexpected {list(unexpected)[:4]}")
+    if config.lora is not None:
+        model = model.merge_and_unload()
+    if policy.log_scale is not None:
+        fold_scale(model, math.exp(float(policy.log_scale.detach())))
+    model.config.use_cache = True
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+@torch.no_grad()
+def fold_scale(model: Any, scale: float) -> None:
+    """Multiply the logits' inverse temperature into the weights: into an untied head, else into the final norm.
+
+    Raises UserError for a tied model whose final norm cannot carry it; `check_scale_folds` finds that before training.
+    """
+    head = model.get_output_embeddings()
+    if head.weight is not model.get_input_embeddings().weight:
+        head.weight.mul_(scale)
+        return
+    norm = _final_norm(model)
+    # Gemma's norms multiply by 1 + weight.
+    if _norm_offset(norm):
+        norm.weight.copy_((1.0 + norm.weight.float()) * scale - 1.0)
+    else:
+        norm.weight.mul_(scale)
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.mul_(scale)
+
+
+def check_scale_folds(model: Any) -> None:
+    """Raise UserError, before any training, when a calibrated logit scale could not be folded into this model."""
+    head = model.get_output_embeddings()
+    if head.weight is not model.get_input_embeddings().weight:
+        return
+    norm = _final_norm(model)
+    weight = norm.weight.detach().clone()
+    probe = torch.linspace(-1, 1, weight.shape[0], dtype=weight.dtype, device=weight.device)[None]
+    with torch.no_grad():
+        before = norm(probe).float()
+        fold_scale(model, 2.0)
+        after = norm(probe).float()
+        norm.weight.copy_(weight)
+        if getattr(norm, "bias", None) is not None:
+            norm.bias.div_(2.0)
+    if not torch.allclose(after, 2.0 * before, rtol=2e-2, atol=1e-3):
+        raise UserError(_cannot_fold(model))
+
+
+def _final_norm(model: Any) -> Any:
+    """The decoder's last child with a weight per hidden unit."""
+    decoder = model.base_model
+    hidden = model.get_input_embeddings().weight.shape[1]
+    for _, module in reversed(list(decoder.named_children())):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.shape == (hidden,):
+            return module
+    raise UserError(_cannot_fold(model))
+
+
+def _norm_offset(norm: Any) -> bool:
+    probe = torch.linspace(-1, 1, norm.weight.shape[0], dtype=norm.weight.dtype, device=norm.weight.device)[None]
+    with torch.no_grad():
+        weight = norm.weight.clone()
+        norm.weight.zero_()
+        offset = bool(norm(probe).abs().max() > 0) and getattr(norm, "bias", None) is None
+        norm.weight.copy_(weight)
+    return offset
+
+
+def _cannot_fold(model: Any) -> str:
+    return (
+        f"penalties.answer_score.moves: scale needs a final norm to carry the scale, and {type(model).__name__} (with tied "
+        "embeddings) has none that is known; set moves: all"
+    )
+
+
+def _gather_into(weights: dict[str, Tensor], group: list[tuple[str, nn.Parameter]], keep: bool) -> None:
+    sharded = [parameter for _, parameter in group if hasattr(parameter, "ds_id")]
+    if sharded:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(sharded):
+            _copy(weights, group, keep)
+    else:
+        _copy(weights, group, keep)
+
+
+def _copy(weights: dict[str, Tensor], group: list[tuple[str, nn.Parameter]], keep: bool) -> None:
+    if keep:
+        weights.update({name: parameter.detach().cpu().clone() for name, parameter in group})

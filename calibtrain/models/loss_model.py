@@ -1,0 +1,169 @@
+"""LossModel: the one module that DeepSpeed wraps. Everything that touches a parameter happens inside its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibtrain.losses.terms import ANSWER, Batch, LossTerm, Objective
+from calibtrain.models.policy import Policy
+from calibtrain.ops import TokenStats, answer_logprobs_at
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFeatures:
+    """The model's own graded answers as final hidden states, all a term needs that moves only the logit scale."""
+
+    hidden: Tensor  # (N, H) in the model's dtype, before the calibrated scale
+    targets: Tensor  # (N,) int64: the answers' tokens with their end token
+    sequence_ids: Tensor  # (N,) int64 in [0, S), ascending
+    correct: Tensor  # (S,) float32 grade, 0 or 1; NaN without one
+
+    def as_batch(self) -> Batch:
+        """The Batch a penalty reads; it has no input tokens."""
+        none = self.targets.new_zeros(0)
+        sequences = self.correct.shape[0]
+        return Batch(
+            input_ids=none.view(0, 0),
+            position_ids=none.view(0, 0),
+            segment_ids=none.view(0, 0).int(),
+            target_positions=none,
+            targets=self.targets,
+            sequence_ids=self.sequence_ids,
+            is_completion=torch.ones_like(self.targets, dtype=torch.bool),
+            roles=torch.full_like(self.correct, ANSWER, dtype=torch.int64),
+            pair_ids=torch.full_like(self.correct, -1, dtype=torch.int64),
+            correct=self.correct,
+            record_ids=torch.arange(sequences, device=self.correct.device),
+        )
+
+    def select(self, sequences: Tensor) -> AnswerFeatures:
+        """The answers at `sequences` (K,) int64, in that order."""
+        position = torch.full((self.correct.shape[0],), -1, dtype=torch.int64)
+        position[sequences] = torch.arange(sequences.shape[0])
+        owner = position[self.sequence_ids]
+        order = torch.argsort(owner, stable=True)
+        order = order[owner[order] >= 0]
+        return AnswerFeatures(self.hidden[order], self.targets[order], owner[order], self.correct[sequences])
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStep:
+    """One micro-batch; `divisors` holds () float tensors, the global count of each term / (ranks x accumulation)."""
+
+    batch: Batch
+    divisors: Mapping[str, Tensor]
+    answers: AnswerFeatures | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """One decoding step: `inputs` go to the backbone; the last position's hidden state and logits come back."""
+
+    inputs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreStep:
+    """Log-probs of known answers at `temperatures` (K,), from their hidden states."""
+
+    hidden: Tensor
+    targets: Tensor
+    temperatures: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepStatistics:
+    """What one micro-batch gives beside its loss."""
+
+    terms: Mapping[str, LossTerm]  # detached
+    batch: Batch
+    stats: TokenStats  # detached
+    answer_batch: Batch | None
+    answer_stats: TokenStats | None  # detached
+
+
+class LossModel(nn.Module):
+    """Policy, objective and penalties in one forward pass.
+
+    A penalty whose config says `moves: scale` reads the AnswerFeatures of the step and reaches nothing but the logit
+    scale; with `moves: all` it reads the batch's ANSWER sequences and reaches every trained weight.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: nn.Module | None = None,
+        penalties: Sequence[nn.Module] = (),
+        scale_penalties: Sequence[nn.Module] = (),
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.objective = objective
+        self.penalties = nn.ModuleList(penalties)
+        self.scale_penalties = nn.ModuleList(scale_penalties)
+
+    def counts(self, batch: Batch, answers: AnswerFeatures | None) -> dict[str, Tensor]:
+        """Counts of every loss term in one micro-batch, from the data alone."""
+        counts: dict[str, Tensor] = {}
+        for term in self._batch_terms():
+            counts.update(term.counts(batch))
+        if answers is not None:
+            for term in self.scale_penalties:
+                counts.update(term.counts(answers.as_batch()))
+        return counts
+
+    def forward(self, step: TrainStep | DecodeStep | ScoreStep) -> Any:
+        """Run one step; a single entry for all kinds, because ZeRO-3 gathers parameters only inside it.
+
+        A TrainStep gives (loss (), StepStatistics), a DecodeStep (hidden (B, H), logits (B, V), cache), a ScoreStep
+        log-probs (N, K).
+        """
+        if isinstance(step, TrainStep):
+            return self._train(step)
+        if isinstance(step, DecodeStep):
+            output = self.policy.backbone(**step.inputs)
+            hidden = output.last_hidden_state[:, -1]
+            return hidden, self.policy.logits(self.policy.scaled(hidden)), output.past_key_values
+        head = self.policy.causal_model.get_output_embeddings()
+        return answer_logprobs_at(
+            self.policy.scaled(step.hidden),
+            head.weight,
+            step.targets,
+            step.temperatures,
+            bias=getattr(head, "bias", None),
+            softcap=self.policy.head.softcap,
+            logit_scale=self.policy.head.logit_scale,
+        )
+
+    def _train(self, step: TrainStep) -> tuple[Tensor, StepStatistics]:
+        batch = step.batch
+        stats = self.policy.token_stats(self.policy.hidden_at_targets(batch), batch.targets)
+        terms: dict[str, LossTerm] = {}
+        for term in self._batch_terms():
+            terms.update(term(stats, batch))
+        answer_batch, answer_stats = None, None
+        if step.answers is not None:
+            answer_batch = step.answers.as_batch()
+            scaled = self.policy.scaled(step.answers.hidden.detach())
+            answer_stats = self.policy.token_stats(scaled, step.answers.targets, train_head=False)
+            for term in self.scale_penalties:
+                terms.update(term(answer_stats, answer_batch))
+        loss = sum(
+            (term.weight * term.total / step.divisors[name] for name, term in terms.items()), stats.logprob.sum() * 0
+        )
+        # A plain tuple, because ZeRO-3 finds only in those the loss whose backward needs the weights gathered again.
+        return loss, StepStatistics(
+            terms={name: LossTerm(term.total.detach(), term.count, term.weight) for name, term in terms.items()},
+            batch=batch,
+            stats=TokenStats(*(value.detach() for value in stats)),
+            answer_batch=answer_batch,
+            answer_stats=None if answer_stats is None else TokenStats(*(value.detach() for value in answer_stats)),
+        )
+
+    def _batch_terms(self) -> list[Objective]:
+        return [*([] if self.objective is None else [self.objective]), *self.penalties]  # type: ignore[list-item]

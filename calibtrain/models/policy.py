@@ -1,0 +1,137 @@
+"""Policy: a causal language model seen as a backbone (hidden states) and a head (token statistics)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibtrain.errors import UserError
+from calibtrain.losses.terms import Batch
+from calibtrain.ops import TokenStats, fused_linear_token_stats
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How logits follow from hidden states: softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+class Policy(nn.Module):
+    """A causal language model whose logits are only ever computed at target positions.
+
+    `log_scale`, where the run's calibration term has asked for it, multiplies final hidden states by exp(log_scale)
+    wherever a confidence is read, never in the task's loss; `calibtrain.models.export` folds it into the weights.
+    """
+
+    def __init__(self, model: Any, *, calibrated_scale: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.head = head_of(model.config)
+        # (1,), not (): ZeRO partitions flat parameters and a 0-dimensional one has no length.
+        self.log_scale = nn.Parameter(torch.zeros(1)) if calibrated_scale else None
+
+    @property
+    def causal_model(self) -> Any:
+        """The Hugging Face model, without a LoRA wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def backbone(self, **inputs: Any) -> Any:
+        """The decoder's output, before the head."""
+        return self.causal_model.base_model(**inputs)
+
+    def hidden_at_targets(self, batch: Batch) -> Tensor:
+        """Hidden states that predict the batch's targets. (N, H) in the model's dtype."""
+        output = self.backbone(
+            input_ids=batch.input_ids,
+            attention_mask=attention_mask(batch, self.model),
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        return output.last_hidden_state.flatten(0, 1)[batch.target_positions]
+
+    def token_stats(self, hidden: Tensor, targets: Tensor, *, train_head: bool = True) -> TokenStats:
+        """Statistics of `targets` (N,) from `hidden` (N, H); `train_head=False` keeps gradients from the head's weights."""
+        output = self.causal_model.get_output_embeddings()
+        weight, bias = output.weight, getattr(output, "bias", None)
+        if not train_head:
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return fused_linear_token_stats(
+            hidden, weight, targets, bias=bias, softcap=self.head.softcap, logit_scale=self.head.logit_scale
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of a few positions, for choosing the next token. (n, H) to (n, V) float32."""
+        z = self.causal_model.get_output_embeddings()(hidden).float() * self.head.logit_scale
+        return z if self.head.softcap is None else self.head.softcap * torch.tanh(z / self.head.softcap)
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """`hidden` times the calibrated scale, in its dtype; unchanged where the run has no such scale."""
+        return hidden if self.log_scale is None else hidden * self.log_scale.exp().to(hidden.dtype)
+
+
+def head_of(config: Any) -> Head:
+    """Read logit soft-capping and scaling from a model's config."""
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        scale = float(config.logit_scale)
+    if getattr(config, "logits_scaling", None) is not None:  # Granite divides
+        scale = 1.0 / float(config.logits_scaling)
+    return Head(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+
+
+def attention_mask(batch: Batch, model: Any) -> Tensor:
+    """Mask of a batch: (R, T) for padded rows; (R, 1, T, T) blocked between the sequences of packed rows.
+
+    Raises UserError for packed rows of a model whose attention is not plain causal, which a block mask would override.
+    """
+    segments = batch.segment_ids
+    if not batch.packed:
+        return (segments > 0).long()
+    if getattr(model.config, "sliding_window", None) or "sliding_attention" in (
+        getattr(model.config, "layer_types", None) or ()
+    ):
+        raise UserError(
+            f"data.packing_tokens: {model.config.model_type} has sliding-window attention; set data.packing_tokens: null"
+        )
+    same = segments[:, :, None] == segments[:, None, :]
+    causal = torch.ones(segments.shape[1:] * 2, dtype=torch.bool, device=segments.device).tril()
+    # Padding attends to itself: a row without any allowed position would be NaN.
+    allowed = same & causal
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill_(
+        ~allowed, torch.finfo(dtype).min
+    )[:, None]
+
+
+@torch.no_grad()
+def check_head(policy: Policy) -> None:
+    """Compare the policy's token statistics with the model's own logits on a few tokens.
+
+    Raises UserError when they differ: the model does something to its logits that the fused head does not know.
+    """
+    model = policy.causal_model
+    output = model.get_output_embeddings()
+    if output is None or getattr(output, "weight", None) is None:
+        raise UserError(f"model.source: {type(model).__name__} has no linear language-model head")
+    ids = torch.arange(1, 9, device=output.weight.device)[None] % output.weight.shape[0]
+    was_training = policy.training
+    policy.eval()
+    expected = (
+        model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    )
+    hidden = policy.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+    logprob = policy.token_stats(hidden, ids[0, 1:]).logprob.float()
+    policy.train(was_training)
+    tolerance = 1e-4 if output.weight.dtype == torch.float32 else 0.1
+    if not torch.allclose(logprob, expected, atol=tolerance, rtol=tolerance):
+        worst = (logprob - expected).abs().max().item()
+        raise UserError(
+            f"model.source: the head of {type(model).__name__} is not supported: its log-probs differ from "
+            f"softmax(scale * hidden @ weight.T) by {worst:.3g}; supported are linear heads with bias, "
+            "final_logit_softcapping, logit_scale and logits_scaling"
+        )

@@ -1,0 +1,93 @@
+"""The model answers questions during training, each rank its share, and every rank gets all the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.likelihood import Answered, answer_questions
+from calibtrain.config import EvaluationConfig
+from calibtrain.data.records import Record
+from calibtrain.data.templates import Template
+from calibtrain.models.loss_model import AnswerFeatures
+from calibtrain.training.distributed import World, all_agree, gather_lists, gather_rows, shard
+
+
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """What answering needs beside the questions. `lockstep`: ZeRO-3, where all ranks must run the same forward passes."""
+
+    module: torch.nn.Module
+    template: Template
+    settings: EvaluationConfig
+    world: World
+    lockstep: bool = False
+
+    def __call__(
+        self,
+        records: Sequence[Record],
+        *,
+        shots: Sequence[Record] = (),
+        on_batch: Callable[[int], None] = lambda questions_done: None,
+    ) -> Answered:
+        """Answers of all ranks to `records`, in their order, on every rank. Collective."""
+        mine = shard(records, self.world)
+        asked = list(mine)
+        if self.lockstep and len(mine) < -(-len(records) // self.world.size):
+            asked.append(records[0])  # a question more than its share: dropped below
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            answered = answer_questions(
+                self.module,
+                self.template,
+                asked,
+                self.settings,
+                shots=shots,
+                device=self.world.device,
+                all_done=self._all_done if self.lockstep else bool,
+                share_prefix=not self.lockstep,
+                on_batch=on_batch,
+            )
+        finally:
+            self.module.train(was_training)
+        return gather_answered(take(answered, len(mine)), self.world)
+
+    def _all_done(self, done: bool) -> bool:
+        return all_agree(done, self.world.device)
+
+
+def take(answered: Answered, count: int) -> Answered:
+    """The first `count` answers."""
+    return Answered(answered.answers[:count], answered.features.select(torch.arange(count)))
+
+
+def gather_answered(answered: Answered, world: World) -> Answered:
+    """All ranks' answers, in rank order. Collective."""
+    if world.size == 1:
+        return answered
+    features = answered.features
+    lengths = torch.bincount(features.sequence_ids, minlength=features.correct.shape[0])
+    lengths = gather_rows(lengths, world.device)
+    answers: list[Answer] = gather_lists(answered.answers)
+    return Answered(
+        answers,
+        AnswerFeatures(
+            hidden=gather_rows(features.hidden, world.device),
+            targets=gather_rows(features.targets, world.device),
+            sequence_ids=torch.repeat_interleave(torch.arange(lengths.shape[0]), lengths),
+            correct=gather_rows(features.correct, world.device),
+        ),
+    )
+
+
+def features_to(features: AnswerFeatures, device: torch.device) -> AnswerFeatures:
+    """Copy on `device`."""
+    moved: dict[str, Any] = {
+        name: getattr(features, name).to(device) for name in ("hidden", "targets", "sequence_ids", "correct")
+    }
+    return replace(features, **moved)

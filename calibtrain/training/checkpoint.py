@@ -1,0 +1,231 @@
+"""Checkpoints that resume bit for bit: the engine's shards, and per rank what DeepSpeed does not keep.
+
+A checkpoint is written beside its final name and renamed when every rank has finished, so that a directory with the final
+name is always whole. DeepSpeed's own shards are pickles: resume only from directories that your own runs wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from calibtrain.config import RunConfig
+from calibtrain.errors import UserError
+from calibtrain.hooks.base import HookList
+from calibtrain.training.answer_stream import AnswerStream
+from calibtrain.training.distributed import World, all_agree, barrier
+from calibtrain.training.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+FREE_TO_CHANGE = ("name", "output_dir", "tracking", "training.resume", "training.log_every", "training.keep_checkpoints",
+                  "training.checkpoint_every", "training.evaluate_every", "training.evaluate_questions",
+                  "training.max_skipped_steps", "abstention")  # fmt: skip
+"""Config keys that may differ on resume; every other one shapes the trajectory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the loop itself must remember: everything else is a function of the step."""
+
+    step: int = 0  # finished optimiser steps
+    skipped_in_a_row: int = 0
+
+
+def save_checkpoint(
+    directory: Path,
+    progress: Progress,
+    engine: Engine,
+    stream: AnswerStream | None,
+    hooks: HookList,
+    config: RunConfig,
+    data_hash: str,
+    world: World,
+) -> Path | None:
+    """Write `directory`/step-N and drop the oldest beyond keep_checkpoints. Collective.
+
+    Returns None, with a warning, when a rank could not write (disk full): older checkpoints stay, training can go on.
+    """
+    final = directory / f"step-{progress.step:07d}"
+    partial = final.with_name(final.name + ".partial")
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    error = _write_engine(engine, partial)
+    if error is None:
+        try:
+            _write_rank_state(partial, engine, stream, hooks, world)
+            if world.is_main:
+                _write_json(
+                    partial / "run.json",
+                    {
+                        "step": progress.step,
+                        "skipped_in_a_row": progress.skipped_in_a_row,
+                        "world_size": world.size,
+                        "data_hash": data_hash,
+                        "config": config.resolved(),
+                    },
+                )
+        except OSError as caught:
+            error = caught
+    written = all_agree(error is None, world.device)
+    if error is not None:
+        logger.warning("rank %d could not write checkpoint %s: %s", world.rank, partial, error)
+    if world.is_main:
+        if written:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for old in complete_checkpoints(directory)[: -config.training.keep_checkpoints]:
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+            logger.warning("no checkpoint at step %d; the last good one stays: free some disk space", progress.step)
+    barrier()
+    return final if written else None
+
+
+def find_checkpoint(config: RunConfig, world: World, data_hash: str) -> Path | None:
+    """Checkpoint that training.resume names, checked against this run; None to start from the beginning.
+
+    Raises UserError when it is no whole checkpoint, or was written by another world size, config or data set.
+    """
+    resume = config.training.resume
+    if resume is None:
+        return None
+    if resume == "auto":
+        found = complete_checkpoints(config.output_dir / "checkpoints")
+        if not found:
+            return None
+        path = found[-1]
+    else:
+        path = Path(resume)
+        if not (path / "run.json").is_file():
+            inner = complete_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
+            if not inner:
+                raise UserError(f"training.resume: {path} is not a whole checkpoint (it has no run.json)")
+            path = inner[-1]
+    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    if run["world_size"] != world.size:
+        raise UserError(
+            f"training.resume: {path} was written by {run['world_size']} process(es), this run has {world.size}; start as "
+            "many, or begin anew from its exported weights with model.source"
+        )
+    differing = _differences(run["config"], config.resolved())
+    if differing:
+        raise UserError(
+            f"training.resume: {path} was written by another config; these keys differ: " + "; ".join(differing)
+        )
+    if run["data_hash"] != data_hash:
+        raise UserError(f"training.resume: {path} was trained on other data: data.source has changed since")
+    return path
+
+
+def load_checkpoint(path: Path, engine: Engine, stream: AnswerStream | None, hooks: HookList, world: World) -> Progress:
+    """Restore everything from a checkpoint that `find_checkpoint` accepted. Collective; call it last before the loop."""
+    engine.deepspeed.load_checkpoint(str(path), tag="engine")
+    tensors = load_file(path / f"rank{world.rank}.safetensors")
+    state = json.loads((path / f"rank{world.rank}.json").read_text(encoding="utf-8"))
+    if stream is not None:
+        stream.load({name[7:]: value for name, value in tensors.items() if name.startswith("stream/")}, state["texts"])
+    hooks.load_state_dict(_with_tensors(state["hooks"], tensors))
+    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    # Last: loading draws random numbers.
+    torch.set_rng_state(tensors["rng/cpu"])
+    if "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"], world.device)
+    return Progress(run["step"], run["skipped_in_a_row"])
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(path for path in found if (path / "run.json").is_file())
+
+
+def _write_engine(engine: Engine, partial: Path) -> OSError | None:
+    """DeepSpeed's shards. A failed write must not keep this rank from the barriers that the others wait at."""
+    writer = engine.deepspeed.checkpoint_engine
+    errors: list[OSError] = []
+    original = writer.save
+
+    def guarded(state_dict: Any, path: str) -> Any:
+        try:
+            return original(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            errors.append(OSError(str(error)))
+            return None
+
+    writer.save = guarded
+    try:
+        engine.deepspeed.save_checkpoint(str(partial), tag="engine", save_latest=False)
+    finally:
+        writer.save = original
+    return errors[0] if errors else None
+
+
+def _write_rank_state(
+    partial: Path, engine: Engine, stream: AnswerStream | None, hooks: HookList, world: World
+) -> None:
+    tensors = {"rng/cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        tensors["rng/cuda"] = torch.cuda.get_rng_state(world.device)
+    if stream is not None:
+        tensors.update({f"stream/{name}": value for name, value in stream.state_tensors().items()})
+    plain = _without_tensors(hooks.state_dict(), "hooks", tensors)
+    # Clones, because safetensors refuses tensors that share memory.
+    save_file(
+        {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()},
+        partial / f"rank{world.rank}.safetensors",
+    )
+    _write_json(
+        partial / f"rank{world.rank}.json", {"hooks": plain, "texts": stream.texts if stream is not None else []}
+    )
+
+
+def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value
+        return {"__tensor__": path}
+    if isinstance(value, Mapping):
+        return {str(key): _without_tensors(inner, f"{path}/{key}", tensors) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(inner, f"{path}/{index}", tensors) for index, inner in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, Mapping):
+        if set(value) == {"__tensor__"}:
+            return tensors[value["__tensor__"]]
+        return {key: _with_tensors(inner, tensors) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(inner, tensors) for inner in value]
+    return value
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted({*old, *new}):
+        dotted = f"{prefix}{key}"
+        if dotted in FREE_TO_CHANGE:
+            continue
+        left, right = old.get(key), new.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found += _differences(left, right, f"{dotted}.")
+        elif left != right:
+            found.append(f"{dotted} was {left!r}, is {right!r}")
+    return found

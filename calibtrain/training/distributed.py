@@ -1,0 +1,113 @@
+"""Ranks, devices and the few collectives of the loop; everything here also works without a launcher, as one rank."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""A rank that waits longer for the others gives up; it must outlast the slowest rank's share of an evaluation."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is global rank 0, the only one that writes shared files."""
+        return self.rank == 0
+
+
+def start_world() -> World:
+    """Join the process group that the launcher's environment describes (gloo on CPU, NCCL on GPUs), or form one of one."""
+    import deepspeed
+
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Element-wise sum, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def all_agree(flag: bool, device: torch.device) -> bool:
+    """True when `flag` holds on every rank. int32, because NCCL does not reduce booleans."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    tensor = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    return bool(tensor.item())
+
+
+def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
+    """Concatenate a tensor over ranks along its first dimension, whose length may differ. Result on CPU, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows.cpu()
+    length = torch.tensor([rows.shape[0]], device=device)
+    lengths = [torch.zeros_like(length) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, length)
+    counts = [int(one) for one in lengths]
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]), device=device)
+    padded[: rows.shape[0]] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]).cpu()
+
+
+def gather_lists(values: list[T]) -> list[T]:
+    """Concatenation of every rank's list of small Python objects, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, values)
+    return [value for part in gathered for value in part]
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def shard(items: Sequence[T], world: World) -> list[T]:
+    """This rank's contiguous share of `items`; shares differ by at most one item."""
+    base, extra = divmod(len(items), world.size)
+    start = world.rank * base + min(world.rank, extra)
+    return list(items[start : start + base + (world.rank < extra)])
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,199 @@
+"""The training loop: one optimiser step on one screen, the same on every rank."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calibtrain.calibration.metrics import summary
+from calibtrain.calibration.state import state_of
+from calibtrain.config import RunConfig
+from calibtrain.data.collate import collate
+from calibtrain.data.encode import Encoded
+from calibtrain.data.loader import epoch_at, rank_micro_batches, step_indices
+from calibtrain.data.records import Record
+from calibtrain.errors import UserError
+from calibtrain.hooks.base import HookList
+from calibtrain.hooks.records import CheckpointRecord, EvaluationRecord, MicroBatchRecord, StepRecord
+from calibtrain.losses.terms import Batch
+from calibtrain.models.loss_model import StepStatistics, TrainStep
+from calibtrain.training.answer_stream import AnswerStream
+from calibtrain.training.answering import Answerer
+from calibtrain.training.checkpoint import Progress, save_checkpoint
+from calibtrain.training.deepspeed_config import BatchPlan
+from calibtrain.training.distributed import World, gather_lists, sum_over_ranks
+from calibtrain.training.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything a run's loop needs; `examples` are the encoded training records, each one or two sequences."""
+
+    config: RunConfig
+    engine: Engine
+    examples: Sequence[tuple[Encoded, ...]]
+    origins: Sequence[str]  # of the records, for messages
+    plan: BatchPlan
+    total_steps: int
+    world: World
+    answerer: Answerer
+    hooks: HookList
+    output_dir: Path
+    data_hash: str
+    stream: AnswerStream | None = None
+    evaluation_questions: Sequence[Record] = ()
+
+    def fit(self, progress: Progress) -> Progress:
+        """Train from `progress` to the last step. Raises UserError after too many steps with non-finite gradients."""
+        training = self.config.training
+        self.engine.module.train()
+        for step in range(progress.step, self.total_steps):
+            started = time.perf_counter()
+            if self.stream is not None:
+                self.stream.refresh_if_due(step)
+            window = self._window(step)
+            learning_rate = self.engine.set_learning_rates(step, self.total_steps, training)
+            outputs = []
+            for micro_batch in window:
+                loss, output = self.engine.deepspeed(micro_batch)
+                self.engine.backward(loss, last=micro_batch is window[-1])
+                self.hooks.dispatch("on_micro_batch", _micro_batch_record(output))
+                outputs.append(output)
+            skipped, grad_norm = self.engine.step()
+            progress = Progress(step + 1, progress.skipped_in_a_row + 1 if skipped else 0)
+            if skipped:
+                self._report_skip(progress, outputs)
+            self.hooks.dispatch(
+                "on_step",
+                StepRecord(
+                    step=progress.step,
+                    total_steps=self.total_steps,
+                    epoch=epoch_at(progress.step, self.plan.global_batch_size, len(self.examples)),
+                    learning_rate=learning_rate,
+                    grad_norm=grad_norm,
+                    skipped=skipped,
+                    seconds=time.perf_counter() - started,
+                    tokens=sum(int((one.batch.segment_ids > 0).sum()) for one in window),
+                    logit_scale=self._logit_scale(),
+                ),
+            )
+            self._after_step(progress)
+        return progress
+
+    def evaluate(self, step: int) -> None:
+        """Answer calibration questions and tell the hooks. Collective."""
+        questions = self.evaluation_questions[: self.config.training.evaluate_questions]
+        answered = self.answerer(questions)
+        confidence = torch.tensor([answer.confidence for answer in answered.answers], dtype=torch.float64)
+        correct = torch.tensor([bool(answer.correct) for answer in answered.answers])
+        metrics = summary(state_of(confidence, correct))
+        named = {f"calib/calibration/likelihood/{key}": value for key, value in metrics.items()}
+        answers = answered.answers if self.world.is_main else []
+        self.hooks.dispatch("on_evaluation", EvaluationRecord(step, "calibration", named, answers))
+
+    def _after_step(self, progress: Progress) -> None:
+        training, step = self.config.training, progress.step
+        last = step == self.total_steps
+        if step % training.log_every == 0 or last:
+            self.hooks.reduce_and_log(step, self.total_steps)
+        if self.evaluation_questions and training.evaluate_every and (step % training.evaluate_every == 0 or last):
+            self.evaluate(step)
+        if training.checkpoint_every and (step % training.checkpoint_every == 0 or last):
+            path = save_checkpoint(
+                self.output_dir / "checkpoints",
+                progress,
+                self.engine,
+                self.stream,
+                self.hooks,
+                self.config,
+                self.data_hash,
+                self.world,
+            )
+            if path is not None:
+                self.hooks.dispatch("on_checkpoint", CheckpointRecord(step, path))
+
+    def _window(self, step: int) -> list[TrainStep]:
+        """This rank's micro-batches of one optimiser step, with every term's count over all ranks and micro-batches."""
+        indices = step_indices(step, self.plan.global_batch_size, len(self.examples), self.config.seed)
+        mine = rank_micro_batches(indices, self.world.rank, self.world.size, self.plan.micro_batch_size)
+        batches = [self._micro_batch(step, number, len(mine), chosen) for number, chosen in enumerate(mine)]
+        counts: dict[str, Tensor] = {}
+        for one in batches:
+            for name, count in self.engine.module.counts(one.batch, one.answers).items():
+                counts[name] = counts.get(name, torch.zeros_like(count)) + count
+        names = sorted(counts)
+        totals = sum_over_ranks([float(counts[name]) for name in names], self.world.device)
+        # DeepSpeed averages gradients over ranks, so the global mean is the sum over ranks times their number.
+        divisors = {
+            name: torch.tensor(max(total, 1.0) / self.world.size, device=self.world.device)
+            for name, total in zip(names, totals, strict=True)
+        }
+        return [replace(one, divisors=divisors) for one in batches]
+
+    def _micro_batch(self, step: int, number: int, count: int, indices: Sequence[int]) -> TrainStep:
+        sequences = [sequence for index in indices for sequence in self.examples[index]]
+        answers = None
+        if self.stream is not None:
+            share = self.stream.share(step, number, count, self.world)
+            if self.stream.config.moves == "all":
+                sequences += self.stream.sequences_at(share)
+            else:
+                answers = self.stream.features_at(share, self.world.device)
+        data = self.config.data
+        batch = collate(sequences, self.answerer.template.pad_id, self.config.objective.nll_scope, data.packing_tokens)
+        return TrainStep(batch.to(self.world.device), {}, answers)
+
+    def _logit_scale(self) -> float | None:
+        # ZeRO-3 partitions even one number; its value is read from the exported model there.
+        scale = self.engine.module.policy.log_scale
+        return None if scale is None or scale.numel() == 0 else float(scale.detach().exp())
+
+    def _report_skip(self, progress: Progress, outputs: Sequence[StepStatistics]) -> None:
+        """Name the records whose log-probs were not finite; end a run that no longer learns. Collective."""
+        named = gather_lists(sorted({self._origin(output.batch, i) for output in outputs for i in _non_finite(output)}))
+        cause = f"records {', '.join(named[:8])}" if named else "every log-prob was finite, a gradient overflowed"
+        if self.world.is_main:
+            logger.warning("step %d skipped: gradients were not finite (%s)", progress.step, cause)
+        if progress.skipped_in_a_row >= self.config.training.max_skipped_steps:
+            raise UserError(
+                f"training stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row had non-finite "
+                f"gradients ({cause}); lower training.learning_rate, or look at these records"
+            )
+
+    def _origin(self, batch: Batch, sequence: int) -> str:
+        return self.origins[int(batch.record_ids[sequence])]
+
+
+def _non_finite(output: StepStatistics) -> list[int]:
+    bad = ~torch.isfinite(output.stats.logprob)
+    return output.batch.sequence_ids[bad].unique().tolist()
+
+
+def _micro_batch_record(output: StepStatistics) -> MicroBatchRecord:
+    """Statistics of the micro-batch, with those of the answers that the calibration term read beside it."""
+    batch, stats = output.batch, output.stats
+    sequence_ids, is_completion = batch.sequence_ids, batch.is_completion
+    roles, correct = batch.roles, batch.correct
+    if output.answer_batch is not None and output.answer_stats is not None:
+        more = output.answer_batch
+        stats = type(stats)(*(torch.cat(pair) for pair in zip(stats, output.answer_stats, strict=True)))
+        sequence_ids = torch.cat([sequence_ids, more.sequence_ids + roles.shape[0]])
+        is_completion = torch.cat([is_completion, more.is_completion])
+        roles, correct = torch.cat([roles, more.roles]), torch.cat([correct, more.correct])
+    return MicroBatchRecord(
+        *stats,
+        sequence_ids=sequence_ids,
+        is_completion=is_completion,
+        roles=roles,
+        sequence_correct=correct,
+        term_sums={name: term.total for name, term in output.terms.items()},
+        term_counts={name: term.count for name, term in output.terms.items()},
+    )
