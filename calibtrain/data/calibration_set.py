@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -14,20 +15,27 @@ from calibtrain.errors import UserError
 NULL_DRAWS = 4000
 
 
-def choose_calibration_set(records: Sequence[Record], size: int) -> list[Record]:
-    """`size` of the records with the same shares of every combination of strata; each stratum's earliest come first.
+def choose_calibration_set(records: Sequence[Record], size: int, like: Sequence[Record] | None = None) -> list[Record]:
+    """`size` of the records with the shares of every combination of strata that `like` has (by default, the records).
 
-    Seats are allocated by largest remainders (Hamilton's method; ties to the stratum that was seen first). The result
-    keeps the records' order. Raises UserError if there are too few records.
+    Each stratum's earliest records are chosen; where it has too few, the earliest of the others take its seats. Seats
+    are allocated by largest remainders (Hamilton's method; ties to the stratum that was seen first). The result keeps
+    the records' order. Raises UserError if there are too few records.
     """
     if size > len(records):
         raise UserError(f"a set of {size} questions cannot be chosen from {len(records)}; ask for fewer")
     cells: dict[tuple[tuple[str, str], ...], list[int]] = defaultdict(list)
     for index, record in enumerate(records):
-        cells[tuple(sorted(record.strata.items()))].append(index)
-    seats = largest_remainder([len(cell) for cell in cells.values()], size)
-    chosen = [index for cell, count in zip(cells.values(), seats, strict=True) for index in cell[:count]]
-    return [records[index] for index in sorted(chosen)]
+        cells[_cell(record)].append(index)
+    wanted = Counter(_cell(record) for record in (records if like is None else like))
+    seats = dict(zip(wanted, largest_remainder(list(wanted.values()), size), strict=True))
+    chosen = {index for cell, indices in cells.items() for index in indices[: seats.get(cell, 0)]}
+    left = (index for index in range(len(records)) if index not in chosen)
+    return [records[index] for index in sorted([*chosen, *islice(left, size - len(chosen))])]
+
+
+def _cell(record: Record) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(record.strata.items()))
 
 
 def largest_remainder(counts: Sequence[int], seats: int) -> list[int]:

@@ -14,8 +14,6 @@ SHARES = {"train": 0.5, "calibration": 0.1, "temperature": 0.1, "certification":
 """Fixed, so that asking for other sizes never moves a question from one split to another."""
 
 EVALUATION_SPLITS = ("calibration", "temperature", "certification", "test")
-CALIBRATION_OVERDRAW = 2
-"""The calibration set is a stratified choice among this many times its size of drawn questions."""
 
 
 def split_of(question_id: str, seed: int, names: Sequence[str] = tuple(SHARES)) -> str:
@@ -45,11 +43,12 @@ def split_records(
     drops = DropReport() if drops is None else drops
     asked = sizes.model_dump()
     pools: dict[str, list[Record]] = {name: [] for name in SHARES}
+    graded = unique_records(records if questions is None else questions, drops)
     if questions is None:
-        for record in unique_records(records, drops):
+        for record in graded:
             pools[split_of(record.id, seed)].append(record)
     else:
-        for record in unique_records(questions, drops):
+        for record in graded:
             pools[split_of(record.id, seed, EVALUATION_SPLITS)].append(record)
         # All questions of a split are kept out, not only those within today's size: sizes may grow tomorrow.
         held_out = {record.id for name in EVALUATION_SPLITS if asked[name] for record in pools[name]}
@@ -65,9 +64,19 @@ def split_records(
         if len(pools[name]) < size:
             raise UserError(_cannot_fill(name, size, len(pools[name]), questions is not None))
     splits = {name: pools[name][:size] for name, size in asked.items()}
-    drawn = pools["calibration"][: CALIBRATION_OVERDRAW * asked["calibration"]]
-    splits["calibration"] = choose_calibration_set(drawn, asked["calibration"])
+    splits["calibration"] = _stratified(
+        pools["calibration"], asked["calibration"], [one for one in graded if one.accepted]
+    )
     return splits
+
+
+def _stratified(pool: Sequence[Record], size: int, drawn: Sequence[Record]) -> list[Record]:
+    """Choice from a split's pool with the make-up of all questions, read as deep into the draw as this split goes.
+
+    A weighted draw starts with the head and ends in the tail, so that its make-up depends on how deep one reads.
+    """
+    depth = round(len(drawn) * size / len(pool)) if pool else 0
+    return choose_calibration_set(pool, size, like=drawn[:depth])
 
 
 def unique_records(records: Iterable[Record], drops: DropReport) -> list[Record]:

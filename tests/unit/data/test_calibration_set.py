@@ -51,6 +51,17 @@ def test_the_earliest_of_each_stratum_are_chosen():
     assert [one for one in chosen if one.strata["continent"] == "Oceania"] == oceania[:5]
 
 
+def test_the_makeup_may_be_that_of_another_set():
+    like = records({("Asia", "small"): 1, ("Europe", "small"): 3})
+    chosen = choose_calibration_set(SOURCE, 40, like=like)
+    assert Counter(one.strata["continent"] for one in chosen) == {"Asia": 10, "Europe": 30}
+    # 250 of Europe are wanted and 200 there: the earliest of the others take their seats.
+    chosen = choose_calibration_set(SOURCE, 250, like=records({("Europe", "small"): 3}))
+    others = [one for one in SOURCE if one.strata["continent"] != "Europe"]
+    assert [one for one in chosen if one in others] == others[:50]
+    assert len(chosen) == 250
+
+
 def test_too_few_records():
     with pytest.raises(UserError, match="1001 questions cannot be chosen from 1000"):
         choose_calibration_set(SOURCE, 1001)

@@ -73,6 +73,19 @@ def test_a_split_that_cannot_be_filled_says_how_many_there_are():
     )
 
 
+def test_the_calibration_split_has_the_makeup_of_the_draw_at_its_depth():
+    # The head comes first, as in a draw by popularity: its share is 1 at the top and 0 at the bottom.
+    def band(i):
+        return "head" if unit_hash("band", i) > i / 4000 else "tail"
+
+    drawn = [record(i, strata={"band": band(i)}) for i in range(4000)]
+    sizes = SplitSizes(train=0, calibration=100, temperature=0, certification=0, test=150)
+    splits = split_records(drawn, sizes, 0)
+    depth = round(4000 * 100 / sum(split_of(one.id, 0) == "calibration" for one in drawn))
+    head = sum(one.strata["band"] == "head" for one in drawn[:depth]) / depth
+    assert sum(one.strata["band"] == "head" for one in splits["calibration"]) == pytest.approx(100 * head, abs=1)
+
+
 def test_duplicates_are_dropped_and_counted():
     drops = DropReport()
     doubled = [*RECORDS, *(record(i, chosen="b") for i in range(100))]
