@@ -68,7 +68,7 @@ class LogRecord:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRecord:
-    """Told after an evaluation, on every rank; answers are those of all ranks in question order on rank 0, else none."""
+    """Told after an evaluation, on every rank; rank 0 gets the answers of all ranks in question order, the others none."""
 
     step: int
     split: str  # calibration, test, ...

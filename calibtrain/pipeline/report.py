@@ -1,0 +1,157 @@
+"""report.html: one file that says, in words and figures with their intervals, what the model's confidence is worth.
+
+Figures are inline SVG of a few kilobytes rather than plotly's 4.5 MB of script: the file opens at once on a phone, prints,
+passes a mail filter and shows its figures without JavaScript; only the slider needs the page's own short script.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calibtrain.abstention.certificate import Certification
+from calibtrain.abstention.words import percent, word_for
+from calibtrain.confidence.answer import Answer
+from calibtrain.pipeline import report_figures as figures
+from calibtrain.pipeline.report_numbers import Stage, comparison, stage_of, threshold_table, words_table
+
+SAMPLES = 8  # answers shown of each kind
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Answers of one model to the test questions; `confidence` replaces the answers' own, e.g. after temperature."""
+
+    label: str
+    answers: Sequence[Answer]
+    confidence: Sequence[float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompositionRow:
+    """Share of one stratum in the calibration set and in what it was drawn from."""
+
+    stratum: str  # "continent"
+    value: str  # "Europe"
+    source: float
+    calibration: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReportData:
+    """Everything the page shows, as plain values. The last of `measured` is the model as it is handed over."""
+
+    run_name: str
+    config: Mapping[str, Any]
+    versions: Mapping[str, str]
+    git_hash: str | None
+    data_hash: str | None
+    measured: Sequence[Measured]  # before to after, on the same questions: raw, fine-tuned, with temperature
+    target_risk: float
+    delta: float
+    certification: Certification | None = None  # None: not attempted
+    certified_curve: Mapping[float, Certification] = field(default_factory=dict)
+    composition: Sequence[CompositionRow] = ()
+    composition_verdict: str = ""
+    temperature: float | None = None
+    training: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
+    bootstrap_replicates: int = 400
+
+
+def write_report(output: Path, report: ReportData) -> Path:
+    """Write the page to `output`, a file or a directory that gets report.html. Returns the file's path."""
+    path = output / "report.html" if output.is_dir() or not output.suffix else output
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".html.tmp")
+    temporary.write_text(render_report(report), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def render_report(report: ReportData) -> str:
+    """The page as text. Questions, answers, names and config are escaped: they are other people's text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("calibtrain.pipeline", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(share=_share, number=_number, word=lambda q: word_for(q).name, percent=percent)
+    return environment.get_template("report.html.j2").render(**_context(report))
+
+
+def _context(report: ReportData) -> dict[str, Any]:
+    stages = [stage_of(m.label, m.answers, m.confidence) for m in report.measured]
+    before, after = (stages[0] if len(stages) > 1 else None), (stages[-1] if stages else None)
+    certificate = report.certification.certificate if report.certification else None
+    has_answers = after is not None and after.n > 0
+    threshold = certificate.threshold if certificate else None
+    table = threshold_table(after, threshold) if has_answers and after else None
+    if table is not None:
+        table["axes"] = figures.marker_axes(stages)
+    return {
+        "report": report,
+        "stages": stages,
+        "before": before if before is not None and before.n else None,
+        "after": after,
+        "has_answers": has_answers,
+        "certificate": certificate,
+        "certified_now": table["rows"][table["certified"]] if table and table["certified"] is not None else None,
+        "thresholds": table,
+        "comparison": comparison(stages, report.bootstrap_replicates),
+        "words": words_table(after) if has_answers and after else [],
+        "figures": figures.all_figures(stages, table, report.target_risk, report.training),
+        "samples": _samples(report, threshold),
+        "config": json.dumps(report.config, indent=2, ensure_ascii=False, default=str),
+        "curve": sorted(report.certified_curve.items()),
+    }
+
+
+def _samples(report: ReportData, threshold: float | None) -> list[dict[str, Any]]:
+    """A few answers of each kind of the last model: wrong ones first, the most confident of them at the top."""
+    if not report.measured:
+        return []
+    last = report.measured[-1]
+    confidence = last.confidence if last.confidence is not None else [answer.confidence for answer in last.answers]
+    limit = threshold if threshold is not None else 0.0
+    rows = [
+        {"answer": answer, "confidence": float(q), "kind": _kind(answer, q >= limit)}
+        for answer, q in sorted(zip(last.answers, confidence, strict=True), key=lambda pair: -pair[1])
+        if answer.correct is not None
+    ]
+    wrong, right, refused = ([row for row in rows if row["kind"] == kind] for kind in ("wrong", "right", "abstained"))
+    return [*wrong[:SAMPLES], *_spread(right), *_spread(refused)]
+
+
+def _kind(answer: Answer, answered: bool) -> str:
+    if not answered:
+        return "abstained"
+    return "right" if answer.correct else "wrong"
+
+
+def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """SAMPLES rows from all over the list, so that it shows more than its extremes."""
+    if len(rows) <= SAMPLES:
+        return rows
+    return [rows[i * (len(rows) - 1) // (SAMPLES - 1)] for i in range(SAMPLES)]
+
+
+def _share(value: float, digits: int = 1) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+__all__ = ["CompositionRow", "Measured", "ReportData", "Stage", "render_report", "write_report"]
