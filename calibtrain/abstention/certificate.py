@@ -30,6 +30,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,13 +48,14 @@ START = 0.02
 class Certificate:
     """Answering iff confidence >= threshold is wrong in at most target_risk of the answers, at confidence 1 - delta.
 
-    The guarantee is about target_risk, fixed before the search; risk_bound is what the exact bound says at the
-    threshold found, and is below target_risk mostly where the search could answer everything.
+    risk_bound is the certified bound: target_risk, fixed before the search, or less where everything may be answered.
+    The exact bound at a threshold that the search picked would be lower, but the picking makes it too low: n_wrong and
+    n_answered are there to see for oneself.
     """
 
     threshold: float
     target_risk: float
-    risk_bound: float  # Clopper-Pearson upper bound at this threshold, at most target_risk
+    risk_bound: float
     delta: float
     n: int  # graded answers
     n_answered: int
@@ -116,21 +118,20 @@ def certify(
     order = np.argsort(-q, kind="stable")
     q, wrong_ahead = q[order], np.append(0, np.cumsum(~y[order]))
     tests = _rank_tests(q, target_risk, delta) if thresholds is None else _fixed_tests(q, thresholds)
-    passed: tuple[float, int] | None = None
-    for threshold, answered in tests:
-        if not _proves(int(wrong_ahead[answered]), answered, target_risk, delta):
-            break
-        passed = (threshold, answered)
-    if passed is None:
+    sizes = np.array([answered for _, answered in tests], dtype=np.int64)
+    proven = (sizes > 0) & (binom.cdf(wrong_ahead[sizes], sizes, target_risk) <= delta)
+    passed = int(np.argmin(np.append(proven, False)))  # the steps before the first that proves nothing
+    if passed == 0:
         return Certification(None, _why_none(tests, wrong_ahead, target_risk, delta))
-    threshold, answered = passed
+    threshold, answered = tests[passed - 1]
     wrong = int(wrong_ahead[answered])
     return Certification(
         Certificate(
             threshold=threshold,
             target_risk=target_risk,
-            # Equivalent to the test that passed; min() only undoes the rounding of two different special functions.
-            risk_bound=min(clopper_pearson_upper(wrong, answered, delta), target_risk),
+            risk_bound=min(clopper_pearson_upper(wrong, answered, delta), target_risk)
+            if answered == len(q)
+            else target_risk,
             delta=delta,
             n=len(q),
             n_answered=answered,
@@ -156,7 +157,8 @@ def minimum_answers(target_risk: float, delta: float) -> int:
     return max(1, math.ceil(math.log(delta) / math.log1p(-target_risk) - 1e-12))
 
 
-def sequence_sizes(n: int, target_risk: float, delta: float) -> list[int]:
+@lru_cache(maxsize=64)
+def sequence_sizes(n: int, target_risk: float, delta: float) -> tuple[int, ...]:
     """How many of the most confident of n answers each step looks at: ascending up to n, or none if n is too small."""
     k = np.arange(1, n + 1)
     most = binom.ppf(delta, k, target_risk)
@@ -165,7 +167,7 @@ def sequence_sizes(n: int, target_risk: float, delta: float) -> list[int]:
     )  # errors that k answers may hold; -1: none
     sizes = k[np.flatnonzero(np.diff(most, prepend=-1) > 0)].tolist()
     sizes = sizes[min(int(START * target_risk * n), max(len(sizes) - 1, 0)) :]
-    return [*sizes, n] if sizes and sizes[-1] < n else sizes
+    return (*sizes, n) if sizes and sizes[-1] < n else tuple(sizes)
 
 
 def data_hash(confidence: ArrayLike, correct: ArrayLike) -> str:
@@ -173,11 +175,6 @@ def data_hash(confidence: ArrayLike, correct: ArrayLike) -> str:
     q, y = np.asarray(confidence, dtype="<f8"), np.asarray(correct, dtype="<f8")
     order = np.lexsort((y, q))
     return hashlib.sha256(q[order].tobytes() + y[order].astype(np.uint8).tobytes()).hexdigest()
-
-
-def _proves(wrong: int, answered: int, target_risk: float, delta: float) -> bool:
-    """Whether so few wrong ones have at most `delta` chance when the risk is above target."""
-    return answered > 0 and float(binom.cdf(wrong, answered, target_risk)) <= delta
 
 
 def _rank_tests(q: NDArray[np.float64], target_risk: float, delta: float) -> list[tuple[float, int]]:

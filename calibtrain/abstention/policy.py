@@ -42,7 +42,7 @@ def policy(confidence: ArrayLike, threshold: float) -> NDArray[np.bool_]:
 
 
 def selective_statistics(confidence: ArrayLike, correct: ArrayLike, threshold: float) -> SelectiveStatistics:
-    """Refusals, hallucinations and over-refusals of a threshold on forced answers (n,) with their grades, bool or 0/1."""
+    """Refusals, hallucinations and over-refusals of a threshold on forced answers (n,) with bool or 0/1 grades."""
     answered, right = policy(confidence, threshold), np.asarray(correct, dtype=np.float64) > 0
     if answered.shape != right.shape:
         raise UserError(f"abstention: {answered.size} confidences and {right.size} grades; give one grade per answer")

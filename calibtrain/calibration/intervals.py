@@ -27,10 +27,11 @@ NOISE_BIASED = frozenset(
     {"ece10", "ece15", "ece20", "ece_debiased", "ece_over", "ece_max", "smece", "rel"}
     | {"ece_rms", "ece_rms_debiased", "ece_squared_debiased"}
 )
-"""Metrics of `calibtrain.calibration.metrics.summary` that sampling noise raises: they get the basic interval.
+"""Metrics of `calibtrain.calibration.metrics.summary` that sampling noise raises: they get the centred interval,
+which is the estimate +- z standard deviations of the replicates.
 
-Resampling adds the noise of the bins a second time, so that percentiles lie too high; the basic interval, which mirrors
-them at the estimate, takes the same amount off.
+Resampling adds the noise of the bins a second time, so that percentiles lie too high; mirroring them at the estimate
+(the basic interval) goes as far wrong the other way for a model near calibration, where the absolute value has its kink.
 """
 
 
@@ -93,13 +94,13 @@ def bootstrap(
     replicates: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-    basic: Collection[str] = NOISE_BIASED,
+    centred: Collection[str] = NOISE_BIASED,
 ) -> dict[str, Interval]:
     """Bootstrap interval of every metric that `metrics(state)` returns.
 
-    confidence, correct, ids (M,): samples and their integer ids (`sample_ids` makes them of names). Names in `basic`
-    get the basic interval, others the percentile interval. An interval is NaN where the metric is undefined in a tenth
-    of the replicates or more. Raises UserError for what `CalibrationState.update` refuses.
+    confidence, correct, ids (M,): samples and their integer ids (`sample_ids` makes them of names). Names in `centred`
+    get the centred interval, others the percentile interval. An interval is NaN where the metric is undefined in a
+    tenth of the replicates or more. Raises UserError for what `CalibrationState.update` refuses.
     """
     q, y, key = _samples(confidence, correct, ids)
     estimate = metrics(state_of(q, y))
@@ -108,7 +109,7 @@ def bootstrap(
         weight = torch.from_numpy(poisson_weights(key, replicate, seed))
         for name, value in metrics(state_of(q, y, weight)).items():
             draws[name].append(value)
-    return {name: _interval(estimate[name], draws[name], level, name in basic) for name in estimate}
+    return {name: _interval(estimate[name], draws[name], level, name in centred) for name in estimate}
 
 
 def paired_bootstrap(
@@ -120,7 +121,7 @@ def paired_bootstrap(
     replicates: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-    basic: Collection[str] = NOISE_BIASED,
+    centred: Collection[str] = NOISE_BIASED,
 ) -> dict[str, Interval]:
     """Interval of metric(after) - metric(before) on the same items.
 
@@ -135,7 +136,7 @@ def paired_bootstrap(
         old, new = metrics(state_of(q0, y0, weight)), metrics(state_of(q1, y1, weight))
         for name in draws:
             draws[name].append(new[name] - old[name])
-    return {name: _interval(second[name] - first[name], draws[name], level, name in basic) for name in draws}
+    return {name: _interval(second[name] - first[name], draws[name], level, name in centred) for name in draws}
 
 
 _POISSON_CDF = stats.poisson.cdf(np.arange(20), 1.0)
@@ -149,14 +150,17 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _interval(estimate: float, draws: list[float], level: float, basic: bool) -> Interval:
-    """Percentile or basic interval of bootstrap draws."""
+def _interval(estimate: float, draws: list[float], level: float, centred: bool) -> Interval:
+    """Percentile interval of bootstrap draws, or the normal one about the estimate."""
     values = np.asarray(draws)
     values = values[np.isfinite(values)]
     if not math.isfinite(estimate) or len(values) <= 0.9 * len(draws):
         return Interval(estimate, math.nan, math.nan)
+    if centred:
+        half = float(stats.norm.ppf((1 + level) / 2) * values.std())
+        return Interval(estimate, estimate - half, estimate + half)
     low, high = (float(v) for v in np.quantile(values, [(1 - level) / 2, (1 + level) / 2]))
-    return Interval(estimate, 2 * estimate - high, 2 * estimate - low) if basic else Interval(estimate, low, high)
+    return Interval(estimate, low, high)
 
 
 def _samples(

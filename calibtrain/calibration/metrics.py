@@ -252,7 +252,7 @@ def _bin_sums(state: CalibrationState, bins: int) -> tuple[Array, Array, Array]:
     """Count, sum of confidence and sum of correct of each bin, float64 (bins,)."""
     index = _bin_of_cell(bins)
     fields = (state.count, state.confidence, state.correct)
-    count, confidence, correct = (np.bincount(index, x.numpy().astype(np.float64), bins) for x in fields)
+    count, confidence, correct = (np.bincount(index, x.double().numpy(), bins).astype(np.float64) for x in fields)
     return count, confidence, correct
 
 

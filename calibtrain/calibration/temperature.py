@@ -94,7 +94,7 @@ class TemperatureCalibrator:
         at = math.log(self.temperature)
         if not grid[0] - 1e-9 <= at <= grid[-1] + 1e-9:
             raise UserError(
-                f"temperature {self.temperature:.3g} lies outside the table's {temperatures[0]:g}..{temperatures[-1]:g}; "
+                f"temperature {self.temperature:.3g} is outside the table's {temperatures[0]:g}..{temperatures[-1]:g}: "
                 "score the answers on a wider grid"
             )
         return np.asarray(np.exp(_interpolate(table, grid, np.array([at]))[:, 0]))
@@ -109,7 +109,7 @@ class TemperatureCalibrator:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, template_hash: str, weights_hash: str) -> TemperatureCalibrator:
-        """Calibrator of `as_dict()` values; UserError when it was fitted with another prompt template or other weights."""
+        """Calibrator of `as_dict()` values; UserError when it was fitted with another template or other weights."""
         names = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
             raise UserError(

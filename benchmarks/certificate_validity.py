@@ -1,0 +1,144 @@
+"""How often a certified answer/abstain threshold is wrong, over random re-splits of pools whose true risk is known.
+
+    python benchmarks/certificate_validity.py --json benchmarks/results/certificate_validity.json
+    python benchmarks/certificate_validity.py --answers answers.jsonl --json out.json
+
+Each split draws n graded answers from a pool, certifies a threshold on them and asks for the true risk of answering
+above it: the share of wrong answers above the threshold in the pool, which is the population the split was drawn from
+(with replacement). A split without a certificate violates nothing, but is counted. `violation_rate` is the worst over
+pools.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _report import print_table, write_json
+from numpy.typing import NDArray
+
+from calibtrain.abstention.certificate import certify
+from calibtrain.calibration.intervals import clopper_pearson
+from calibtrain.errors import UserError
+
+Array = NDArray[Any]
+Pool = tuple[Array, Array]  # confidences, whether correct
+POOL_SIZE = 200_000
+
+
+def synthetic_pools(target_risk: float, rng: np.random.Generator) -> dict[str, Pool]:
+    """Pools whose chance of being wrong is a known function of the confidence, chosen to be hard on the certificate."""
+
+    def pool(confidence: Array, wrong: Callable[[Array], Array]) -> Pool:
+        return confidence, rng.random(POOL_SIZE) >= wrong(confidence)
+
+    uniform, bimodal = rng.random(POOL_SIZE), rng.beta(0.6, 0.8, POOL_SIZE)
+    just_above = target_risk * 1.02
+    return {
+        "calibrated": pool(bimodal, lambda q: 1 - q),
+        "overconfident": pool(bimodal, lambda q: (1 - q) ** 0.4),
+        "risk just above target everywhere": pool(uniform, lambda q: np.full_like(q, just_above)),
+        "risk just below target everywhere": pool(uniform, lambda q: np.full_like(q, target_risk * 0.98)),
+        "three confidences, top one bad": pool(
+            rng.choice([0.3, 0.6, 0.9], POOL_SIZE),
+            lambda q: np.where(q > 0.8, just_above, np.where(q > 0.5, 0.05, 0.5)),
+        ),
+        "ties of tenths": pool(np.round(bimodal, 1), lambda q: 1 - q),
+        "most confident are worst": pool(uniform, lambda q: q * 2 * target_risk),
+        "cliff": pool(uniform, lambda q: np.where(q > 0.7, target_risk / 2, 0.9)),
+        "waves about the target": pool(uniform, lambda q: target_risk * (1 + 0.9 * np.sin(12 * q))),
+    }
+
+
+def read_answers(path: Path) -> Pool:
+    """Confidences and grades of a JSONL file with `confidence` and `correct`; ungraded answers are left out."""
+    confidence, correct = [], []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if row["correct"] is not None:
+                confidence.append(float(row["confidence"]))
+                correct.append(bool(row["correct"]))
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}:{number}: expected keys confidence (0..1) and correct (bool): {error}") from error
+    if not confidence:
+        raise UserError(f"{path}: no graded answers")
+    return np.array(confidence), np.array(correct)
+
+
+def measure(name: str, pool: Pool, n: int, splits: int, target_risk: float, delta: float, seed: int) -> dict[str, Any]:
+    """Violations over `splits` draws of n answers from the pool, with the 95% interval of their rate."""
+    rng = np.random.default_rng(seed)
+    confidence, correct = pool
+    order = np.argsort(-confidence, kind="stable")
+    descending, wrong_ahead = -confidence[order], np.append(0, np.cumsum(~correct[order]))
+    above_bound = above_target = certified = 0
+    coverage = []
+    for _ in range(splits):
+        drawn = rng.integers(0, len(confidence), n)
+        certificate = certify(confidence[drawn], correct[drawn], target_risk, delta).certificate
+        coverage.append(certificate.coverage if certificate else 0.0)
+        if certificate is None:
+            continue
+        certified += 1
+        answered = int(np.searchsorted(descending, -certificate.threshold, side="right"))
+        true_risk = wrong_ahead[answered] / answered
+        above_bound += true_risk > certificate.risk_bound
+        above_target += true_risk > target_risk
+    low, high = clopper_pearson(int(above_bound), splits)
+    return {
+        "pool": name,
+        "n": n,
+        "target_risk": target_risk,
+        "splits": splits,
+        "certified": certified / splits,
+        "coverage": float(np.mean(coverage)),
+        "above_target": int(above_target) / splits,
+        "violation_rate": int(above_bound) / splits,
+        "violation_low": low,
+        "violation_high": high,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write machine, versions, rows and summary here")
+    parser.add_argument("--answers", type=Path, help="JSONL of graded answers, used as one more pool")
+    parser.add_argument("--n", type=int, default=1000, help="graded answers in a split")
+    parser.add_argument("--splits", type=int, default=2000, help="splits per pool; 200 leave 3 points of noise")
+    parser.add_argument("--target-risk", type=float, nargs="+", default=[0.1, 0.2])
+    parser.add_argument("--delta", type=float, default=0.05)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    rows = []
+    for target_risk in args.target_risk:
+        pools = synthetic_pools(target_risk, np.random.default_rng(args.seed))
+        if args.answers:
+            pools[f"answers of {args.answers.name}"] = read_answers(args.answers)
+        rows += [
+            measure(name, pool, args.n, args.splits, target_risk, args.delta, args.seed) for name, pool in pools.items()
+        ]
+    worst = max(rows, key=lambda row: row["violation_rate"])
+    summary = {
+        "violation_rate": worst["violation_rate"],
+        "violation_low": worst["violation_low"],
+        "violation_high": worst["violation_high"],
+        "worst_pool": worst["pool"],
+        "above_target": max(row["above_target"] for row in rows),
+        "delta": args.delta,
+    }
+    print_table(f"Certificates at delta {args.delta:g}", rows)
+    print(f"worst violation rate {summary['violation_rate']:.4f} ({worst['pool']}), delta {args.delta:g}")
+    if args.json:
+        write_json(args.json, rows, summary)
+
+
+if __name__ == "__main__":
+    main()
