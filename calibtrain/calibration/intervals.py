@@ -31,7 +31,7 @@ NOISE_BIASED = frozenset(
 which is the estimate +- z standard deviations of the replicates.
 
 Resampling adds the noise of the bins a second time, so that percentiles lie too high; mirroring them at the estimate
-(the basic interval) goes as far wrong the other way for a model near calibration, where the absolute value has its kink.
+(the basic interval) goes as far wrong the other way near calibration, where the absolute value has its kink.
 """
 
 
