@@ -149,8 +149,9 @@ def _record_lines(node: yaml.Node, path: KeyPath, document: _Document) -> None:
             _record_lines(value_node, key, document)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            document.lines[(*path, index)] = item.start_mark.line + 1
-            _record_lines(item, (*path, index), document)
+            item_path: KeyPath = (*path, index)
+            document.lines[item_path] = item.start_mark.line + 1
+            _record_lines(item, item_path, document)
 
 
 def _make_absolute(values: Any, path: KeyPath, base: Path) -> None:
@@ -252,8 +253,12 @@ def _walk(loc: KeyPath, values: Any) -> tuple[KeyPath, list[type[BaseModel]], An
             path.append(part)
             values = values[part] if isinstance(values, list) and part < len(values) else None
             continue
-        tags = {str(get_args(model.model_fields[tag].annotation)[0]): model for model in candidates
-                for tag in ("name", "kind") if _is_literal(model, tag)}  # fmt: skip
+        tags = {
+            str(get_args(model.model_fields[tag].annotation)[0]): model
+            for model in candidates
+            for tag in ("name", "kind")
+            if _is_literal(model, tag)
+        }
         if len(candidates) > 1 and part in tags:
             candidates = [tags[part]]
             continue

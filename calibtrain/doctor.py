@@ -32,7 +32,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Every check, in the order they are shown. Takes some seconds: two processes are started."""
     checks: list[Callable[[], Iterable[Finding]]] = [
-        python, packages, cpu, memory, gpus, compiler, disk, embedded, wandb_key, processes,
+        packages, cpu, memory, gpus, compiler, disk, embedded, wandb_key, processes,
     ]  # fmt: skip
     return [finding for check in checks for finding in check()]
 
@@ -55,15 +55,6 @@ def show(findings: Iterable[Finding]) -> bool:
     missing = [finding.subject for finding in findings if finding.level == "missing"]
     console.print(f"Missing: {', '.join(missing)}." if missing else "Everything essential is here.")
     return not missing
-
-
-def python() -> Iterable[Finding]:
-    """The interpreter."""
-    found = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info >= (3, 10):
-        yield Finding("ok", "python", found)
-    else:
-        yield Finding("missing", "python", found, "install Python 3.10 or newer, 3.11 is tested")
 
 
 def packages(requirements: Iterable[str] | None = None) -> Iterable[Finding]:

