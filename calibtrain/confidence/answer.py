@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model said to one question; log-probs are natural logarithms, of the answer's tokens and its end token."""
+    """What the model said to one question; log-probs are natural, of the answer's tokens and its end token."""
 
     question_id: str
     question: str

@@ -13,7 +13,7 @@ from torch import Tensor
 from calibtrain.models.loss_model import DecodeStep
 
 AllDone = Callable[[bool], bool]
-"""Agreement between ranks on whether a batch is finished; ranks of ZeRO-3 must make the same number of forward passes."""
+"""Agreement between ranks on whether a batch is finished: ZeRO-3 needs as many forward passes on each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     """Longest common prefix that leaves every prompt at least one token."""
     if not prompts:
         return []
-    first, last = min(prompts), max(prompts)
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # all others lie between them
     limit = min(len(prompt) for prompt in prompts) - 1
     length = 0
     while length < limit and first[length] == last[length]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calibtrain.calibration.temperature import TEMPERATURE_GRID
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.generation import AllDone, Generation, generate
 from calibtrain.config import EvaluationConfig
@@ -17,9 +18,6 @@ from calibtrain.data.grading import grade
 from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
 from calibtrain.models.loss_model import AnswerFeatures, ScoreStep
-
-TEMPERATURES = tuple(math.exp(step / 20) for step in range(-40, 41))
-"""Grid on which an answer's likelihood is tabulated: e^-2 to e^2, evenly in log T."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +42,8 @@ def answer_questions(
 ) -> Answered:
     """Greedy answers of `model` (a LossModel or the engine around it) to `records`, graded where they can be.
 
-    The confidence of an answer is the product of its tokens' probabilities with the end token's, so that "Guinea" is not
-    credited with the probability of "Guinea-Bissau".
+    The confidence of an answer is the product of its tokens' probabilities with the end token's, so that "Guinea" is
+    not credited with the probability of "Guinea-Bissau".
     """
     prompts = [template.prompt_ids(record, shots) for record in records]
     generations = generate(
@@ -99,7 +97,7 @@ def sample_answers(
 def logprob_table(
     model: Callable[..., Any],
     features: AnswerFeatures,
-    temperatures: Sequence[float] = TEMPERATURES,
+    temperatures: Sequence[float] = TEMPERATURE_GRID,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Log-prob of each answer with its logits divided by each temperature. (S, K) float64 on CPU."""

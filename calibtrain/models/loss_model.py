@@ -113,8 +113,8 @@ class LossModel(nn.Module):
         for term in self._batch_terms():
             counts.update(term.counts(batch))
         if answers is not None:
-            for term in self.scale_penalties:
-                counts.update(term.counts(answers.as_batch()))
+            for penalty in self._scale_terms():
+                counts.update(penalty.counts(answers.as_batch()))
         return counts
 
     def forward(self, step: TrainStep | DecodeStep | ScoreStep) -> Any:
@@ -151,8 +151,8 @@ class LossModel(nn.Module):
             answer_batch = step.answers.as_batch()
             scaled = self.policy.scaled(step.answers.hidden.detach())
             answer_stats = self.policy.token_stats(scaled, step.answers.targets, train_head=False)
-            for term in self.scale_penalties:
-                terms.update(term(answer_stats, answer_batch))
+            for penalty in self._scale_terms():
+                terms.update(penalty(answer_stats, answer_batch))
         loss = sum(
             (term.weight * term.total / step.divisors[name] for name, term in terms.items()), stats.logprob.sum() * 0
         )
@@ -167,3 +167,6 @@ class LossModel(nn.Module):
 
     def _batch_terms(self) -> list[Objective]:
         return [*([] if self.objective is None else [self.objective]), *self.penalties]  # type: ignore[list-item]
+
+    def _scale_terms(self) -> list[Objective]:
+        return list(self.scale_penalties)  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ class Policy(nn.Module):
         return output.last_hidden_state.flatten(0, 1)[batch.target_positions]
 
     def token_stats(self, hidden: Tensor, targets: Tensor, *, train_head: bool = True) -> TokenStats:
-        """Statistics of `targets` (N,) from `hidden` (N, H); `train_head=False` keeps gradients from the head's weights."""
+        """Statistics of `targets` (N,) from `hidden` (N, H); `train_head=False` leaves the head without a gradient."""
         output = self.causal_model.get_output_embeddings()
         weight, bias = output.weight, getattr(output, "bias", None)
         if not train_head:
@@ -95,9 +95,7 @@ def attention_mask(batch: Batch, model: Any) -> Tensor:
     if getattr(model.config, "sliding_window", None) or "sliding_attention" in (
         getattr(model.config, "layer_types", None) or ()
     ):
-        raise UserError(
-            f"data.packing_tokens: {model.config.model_type} has sliding-window attention; set data.packing_tokens: null"
-        )
+        raise UserError(f"data.packing_tokens: {model.config.model_type} has sliding-window attention; set it to null")
     same = segments[:, :, None] == segments[:, None, :]
     causal = torch.ones(segments.shape[1:] * 2, dtype=torch.bool, device=segments.device).tril()
     # Padding attends to itself: a row without any allowed position would be NaN.

@@ -19,7 +19,7 @@ from calibtrain.training.distributed import World, all_agree, gather_lists, gath
 
 @dataclass(frozen=True, slots=True)
 class Answerer:
-    """What answering needs beside the questions. `lockstep`: ZeRO-3, where all ranks must run the same forward passes."""
+    """What answering needs beside the questions. `lockstep`: all ranks run the same forward passes, as ZeRO-3 must."""
 
     module: torch.nn.Module
     template: Template

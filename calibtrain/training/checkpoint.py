@@ -1,7 +1,7 @@
 """Checkpoints that resume bit for bit: the engine's shards, and per rank what DeepSpeed does not keep.
 
-A checkpoint is written beside its final name and renamed when every rank has finished, so that a directory with the final
-name is always whole. DeepSpeed's own shards are pickles: resume only from directories that your own runs wrote.
+A checkpoint is written beside its final name and renamed when every rank has finished, so that a directory with the
+final name is always whole. DeepSpeed's own shards are pickles: resume only from directories that your own runs wrote.
 """
 
 from __future__ import annotations
@@ -27,9 +27,19 @@ from calibtrain.training.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-FREE_TO_CHANGE = ("name", "output_dir", "tracking", "training.resume", "training.log_every", "training.keep_checkpoints",
-                  "training.checkpoint_every", "training.evaluate_every", "training.evaluate_questions",
-                  "training.max_skipped_steps", "abstention")  # fmt: skip
+FREE_TO_CHANGE = (
+    "name",
+    "output_dir",
+    "tracking",
+    "abstention",
+    "training.resume",
+    "training.log_every",
+    "training.keep_checkpoints",
+    "training.checkpoint_every",
+    "training.evaluate_every",
+    "training.evaluate_questions",
+    "training.max_skipped_steps",
+)
 """Config keys that may differ on resume; every other one shapes the trajectory."""
 
 
@@ -117,8 +127,8 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str) -> Path | N
     run = json.loads((path / "run.json").read_text(encoding="utf-8"))
     if run["world_size"] != world.size:
         raise UserError(
-            f"training.resume: {path} was written by {run['world_size']} process(es), this run has {world.size}; start as "
-            "many, or begin anew from its exported weights with model.source"
+            f"training.resume: {path} was written by {run['world_size']} process(es), this run has {world.size}; start "
+            "as many, or begin anew from its exported weights with model.source"
         )
     differing = _differences(run["config"], config.resolved())
     if differing:
@@ -131,7 +141,7 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str) -> Path | N
 
 
 def load_checkpoint(path: Path, engine: Engine, stream: AnswerStream | None, hooks: HookList, world: World) -> Progress:
-    """Restore everything from a checkpoint that `find_checkpoint` accepted. Collective; call it last before the loop."""
+    """Restore everything from a checkpoint that `find_checkpoint` accepted; the last thing before the loop. Collective."""
     engine.deepspeed.load_checkpoint(str(path), tag="engine")
     tensors = load_file(path / f"rank{world.rank}.safetensors")
     state = json.loads((path / f"rank{world.rank}.json").read_text(encoding="utf-8"))

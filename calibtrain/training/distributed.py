@@ -21,7 +21,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among the others."""
+    """A process among the others."""
 
     rank: int
     size: int
@@ -35,7 +35,7 @@ class World:
 
 
 def start_world() -> World:
-    """Join the process group that the launcher's environment describes (gloo on CPU, NCCL on GPUs), or form one of one."""
+    """Join the process group that the launcher's environment describes (gloo on CPU, NCCL on GPUs), or one of one."""
     import deepspeed
 
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -71,7 +71,7 @@ def all_agree(flag: bool, device: torch.device) -> bool:
 
 
 def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
-    """Concatenate a tensor over ranks along its first dimension, whose length may differ. Result on CPU, on every rank."""
+    """Concatenate a tensor over ranks along its first dimension, whose length may differ. On CPU, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows.cpu()
     length = torch.tensor([rows.shape[0]], device=device)
@@ -101,7 +101,7 @@ def barrier() -> None:
 
 
 def shard(items: Sequence[T], world: World) -> list[T]:
-    """This rank's contiguous share of `items`; shares differ by at most one item."""
+    """Contiguous share of `items` of this rank; shares differ by at most one item."""
     base, extra = divmod(len(items), world.size)
     start = world.rank * base + min(world.rank, extra)
     return list(items[start : start + base + (world.rank < extra)])

@@ -121,7 +121,7 @@ class Trainer:
                 self.hooks.dispatch("on_checkpoint", CheckpointRecord(step, path))
 
     def _window(self, step: int) -> list[TrainStep]:
-        """This rank's micro-batches of one optimiser step, with every term's count over all ranks and micro-batches."""
+        """Micro-batches of this rank in one optimiser step, with every term's count over all ranks and micro-batches."""
         indices = step_indices(step, self.plan.global_batch_size, len(self.examples), self.config.seed)
         mine = rank_micro_batches(indices, self.world.rank, self.world.size, self.plan.micro_batch_size)
         batches = [self._micro_batch(step, number, len(mine), chosen) for number, chosen in enumerate(mine)]

@@ -1,0 +1,87 @@
+"""The main job on one machine: measure, train under the deepspeed launcher, measure again, calibrate, report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from calibtrain.config import RunConfig
+from calibtrain.config_file import dump_config
+from calibtrain.errors import UserError
+from calibtrain.pipeline import calibrate, collect
+from calibtrain.pipeline.evaluate import (
+    Loaded,
+    Measurement,
+    measured_metrics,
+    with_progress,
+    write_measurement,
+)
+from calibtrain.pipeline.prepare import prepare
+
+PROCESSES = 2
+
+COLUMNS = {
+    "acc": "accuracy",
+    "mean_conf": "mean confidence",
+    "ece15": "ECE",
+    "ece_null": "ECE of a calibrated model",
+    "brier": "Brier",
+    "auroc": "AUROC",
+    "cov@0.2": "answers at 20% risk",
+}
+
+
+def run(config: RunConfig) -> Path:
+    """Run the whole job into config.output_dir. Returns the report's path."""
+    from calibtrain.launchers.local import launch
+
+    console = Console(highlight=False)
+    started = time.monotonic()
+    output = config.output_dir
+    if (output / "model").exists():
+        console.print(f"{output} holds an earlier run: its results are replaced")
+        for name in ("model", "checkpoints", "answers"):
+            shutil.rmtree(output / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "calibration.json", "report.html"):
+            (output / name).unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    prepared = prepare(config)
+    test = prepared.splits["test"]
+    console.rule("1/4  the raw model", align="left")
+    raw = with_progress(Loaded(config), test, prepared.shots, "answering test questions, few-shot")
+    write_measurement(raw, output / "answers" / "raw_test.jsonl")
+    console.rule(f"2/4  fine-tuning on {PROCESSES} processes", align="left")
+    resolved = output / "config.yaml"
+    dump_config(config, resolved)
+    code = launch(str(resolved), [], num_processes=PROCESSES, output_dir=output)
+    if code:
+        raise UserError(f"training ended with exit code {code}; its cause is above and in {output / 'errors'}")
+    console.rule("3/4  the fine-tuned model", align="left")
+    tuned = with_progress(Loaded(config, output / "model"), test, (), "answering test questions")
+    write_measurement(tuned, output / "answers" / "test.jsonl")
+    calibrated = calibrate.run(output)
+    console.rule("4/4  the report", align="left")
+    report = collect.run(output)
+    console.print(_table(raw, tuned, calibrated.calibrator))
+    console.print(f"report: {report}   ({(time.monotonic() - started) / 60:.1f} minutes)")
+    console.print(f'ask it: calibtrain answer {output} "In which country is the city of Lyon?"')
+    return report
+
+
+def _table(raw: Measurement, tuned: Measurement, calibrator: calibrate.TemperatureCalibrator) -> Table:
+    columns = {
+        "raw model": measured_metrics(raw.confidence, raw.correct),
+        "fine-tuned": measured_metrics(tuned.confidence, tuned.correct),
+        "with temperature": measured_metrics(calibrator.apply(tuned.table), tuned.correct),
+    }
+    table = Table(title=f"{len(tuned.answers)} test questions, used for nothing else", title_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for key, label in COLUMNS.items():
+        table.add_row(label, *(f"{metrics[key]:.3f}" for metrics in columns.values()))
+    return table

@@ -1,0 +1,162 @@
+"""Evaluation: a model answers a split's questions, the answers are graded, their confidence is measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from calibtrain.calibration.metrics import summary
+from calibtrain.calibration.state import state_of
+from calibtrain.calibration.temperature import TEMPERATURE_GRID
+from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.likelihood import answer_questions, logprob_table
+from calibtrain.config import ModelConfig, RunConfig
+from calibtrain.data.records import Record
+from calibtrain.data.templates import Template
+from calibtrain.errors import UserError
+from calibtrain.models.loading import load_model, load_tokenizer
+from calibtrain.models.loss_model import LossModel
+from calibtrain.models.policy import Policy, check_head
+from calibtrain.pipeline.prepare import prepare
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Graded answers and their log-probs at each temperature of TEMPERATURE_GRID."""
+
+    answers: list[Answer]
+    table: NDArray[np.float64]  # (answers, temperatures)
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Grades (answers,)."""
+        return np.array([bool(answer.correct) for answer in self.answers], dtype=bool)
+
+    @property
+    def confidence(self) -> NDArray[np.float64]:
+        """Likelihood of each answer (answers,), before any temperature."""
+        return np.array([answer.confidence for answer in self.answers], dtype=np.float64)
+
+
+class Loaded:
+    """A model with its template, ready to answer."""
+
+    def __init__(self, config: RunConfig, model: Path | None = None) -> None:
+        """Load `model` (a Hugging Face directory), or the one that the config starts from."""
+        source = config.model if model is None else ModelConfig(source=str(model), dtype=config.model.dtype)
+        self.config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.template = Template(config.data.template, load_tokenizer(source))
+        policy = Policy(load_model(source.model_copy(update={"lora": None, "gradient_checkpointing": False})))
+        check_head(policy)
+        self.model = LossModel(policy).to(self.device).eval()
+
+    def measure(
+        self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None
+    ) -> Measurement:
+        """Answer and grade `records`."""
+        answered = answer_questions(
+            self.model,
+            self.template,
+            records,
+            self.config.evaluation,
+            shots=shots,
+            device=self.device,
+            on_batch=on_batch,
+        )
+        table = logprob_table(self.model, answered.features, TEMPERATURE_GRID, self.device)
+        return Measurement(answered.answers, table.numpy())
+
+
+def run(config: RunConfig, *, model: Path | None, split: str, output: Path | None) -> dict[str, float]:
+    """Measure a model on a split and print the numbers; the starting model is shown examples of the format first."""
+    prepared = prepare(config)
+    records = prepared.splits[split]
+    if not records:
+        raise UserError(f"data.splits.{split}: 0 questions; ask for some in the config")
+    loaded = Loaded(config, model)
+    measurement = with_progress(loaded, records, () if model is not None else prepared.shots, f"answering {split}")
+    if output is not None:
+        write_measurement(measurement, output)
+    metrics = measured_metrics(measurement.confidence, measurement.correct)
+    _print(metrics, f"{model or config.model.source}, {split}")
+    return metrics
+
+
+def with_progress(loaded: Loaded, records: Sequence[Record], shots: Sequence[Record], label: str) -> Measurement:
+    """`Loaded.measure` under a progress bar."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"{label}: {len(records)} questions", highlight=False)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(label, total=len(records))
+        return loaded.measure(records, shots, lambda done: progress.update(task, completed=done))
+
+
+def measured_metrics(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> dict[str, float]:
+    """All metrics of graded answers."""
+    return summary(state_of(torch.from_numpy(confidence), torch.from_numpy(correct)))
+
+
+def write_measurement(measurement: Measurement, path: Path) -> None:
+    """One JSON object per answer; `logprobs_at` holds its log-prob at each temperature of the grid."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for answer, row in zip(measurement.answers, measurement.table.tolist(), strict=True):
+            line = {**answer.as_dict(), "logprobs_at": [round(value, 6) for value in row]}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read_measurement(path: Path) -> Measurement:
+    """Answers that `write_measurement` wrote. Raises UserError when the file is missing or not its work."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run `calibtrain calibrate` first")
+    answers, table = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            table.append(row.pop("logprobs_at"))
+            row.pop("confidence")
+            row["token_logprobs"], row["accepted"] = tuple(row["token_logprobs"]), tuple(row["accepted"])
+            answers.append(Answer(**row))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}:{number}: not a graded answer ({error}); run `calibtrain calibrate` again"
+            ) from error
+    return Measurement(answers, np.array(table, dtype=np.float64).reshape(len(answers), len(TEMPERATURE_GRID)))
+
+
+SHOWN = {
+    "acc": "accuracy",
+    "mean_conf": "mean confidence",
+    "ece15": "ECE (15 bins)",
+    "ece_null": "  of a calibrated model",
+    "ece_debiased": "  debiased",
+    "brier": "Brier",
+    "auroc": "AUROC",
+    "aurc": "AURC",
+}
+
+
+def _print(metrics: dict[str, float], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for key, label in SHOWN.items():
+        if key in metrics:
+            table.add_row(label, "n/a" if math.isnan(metrics[key]) else f"{metrics[key]:.3f}")
+    Console().print(table)

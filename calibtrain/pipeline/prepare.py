@@ -1,0 +1,108 @@
+"""Records of every split, the same for each job of a run: training, evaluation, calibration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from calibtrain.config import RunConfig
+from calibtrain.data.calibration_set import Composition, composition_distance
+from calibtrain.data.drops import DropReport
+from calibtrain.data.pairs import add_rejected
+from calibtrain.data.records import Record
+from calibtrain.data.sources import load_records
+from calibtrain.data.splits import split_records
+from calibtrain.data.summary import data_hash
+from calibtrain.data.templates import Template
+from calibtrain.errors import UserError
+from calibtrain.models.loading import cache_directory
+
+logger = logging.getLogger(__name__)
+
+SAMPLES_PER_QUESTION = 3
+"""Draws of the starting model from which the first wrong one becomes the rejected answer."""
+
+Sampler = Callable[[Sequence[Record], Sequence[Record]], list[list[str]]]
+"""(records, shots) -> texts of SAMPLES_PER_QUESTION answers each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The data of a run."""
+
+    splits: dict[str, list[Record]]
+    shots: list[Record]  # examples for a model that has not learned the format
+    composition: Composition | None  # of the calibration set against its source
+    drops: DropReport
+
+    @property
+    def data_hash(self) -> str:
+        """SHA-256 over every split's records."""
+        return data_hash([record for name in sorted(self.splits) for record in self.splits[name]])
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Load and split the data. Raises UserError for what the user must mend, before any model is loaded."""
+    drops = DropReport()
+    records = load_records(config.data.source, config.seed)
+    if not records:
+        raise UserError("data.source: the data set is empty")
+    questions = None if config.data.questions is None else load_records(config.data.questions, config.seed)
+    splits = split_records(records, config.data.splits, config.seed, questions, drops)
+    shots = [record for record in splits["train"] if record.chosen][: config.data.few_shot_raw]
+    composition = None
+    if splits["calibration"]:
+        composition = composition_distance(
+            splits["calibration"], records if questions is None else questions, config.seed
+        )
+    return Prepared(splits, shots, composition, drops)
+
+
+def needs_rejected(config: RunConfig, prepared: Prepared) -> bool:
+    """Whether preferences are trained on and the data holds graded answers but no rejected ones."""
+    train = prepared.splits["train"]
+    return config.objective.name == "orpo" and all(record.rejected is None for record in train)
+
+
+def add_own_wrong_answers(config: RunConfig, prepared: Prepared, template: Template, sample: Sampler) -> None:
+    """Give every training record a rejected answer that the starting model itself produced; cached by content."""
+    train = prepared.splits["train"]
+    if any(not record.accepted and not record.chosen for record in train):
+        raise UserError("objective orpo: training records need a rejected answer, or accepted answers to find one by")
+    parts: list[object] = [
+        config.model.source,
+        config.model.revision,
+        template.hash,
+        data_hash(train),
+        data_hash(prepared.shots),
+    ]
+    parts += [config.evaluation.max_new_tokens, SAMPLES_PER_QUESTION, config.seed]
+    path = cache_directory() / "samples" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.json"
+    samples = _read(path, len(train))
+    if samples is None:
+        logger.info("sampling the starting model's own wrong answers to %d training questions", len(train))
+        samples = sample(train, prepared.shots)
+        _write(path, samples)
+    pairs, fallbacks = add_rejected(train, samples, config.evaluation.grading)
+    logger.info("rejected answers: %d the model's own, %d of another question", len(pairs) - fallbacks, fallbacks)
+    prepared.splits["train"] = pairs
+
+
+def _read(path: Path, count: int) -> list[list[str]] | None:
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    return samples if len(samples) == count else None
+
+
+def _write(path: Path, samples: list[list[str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(samples), encoding="utf-8")
+    os.replace(partial, path)  # atomic: other ranks and runs may write the same

@@ -1,0 +1,185 @@
+"""Training: from a config to an exported model, on every rank of whatever launched it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibtrain.confidence.likelihood import sample_answers
+from calibtrain.config import RunConfig
+from calibtrain.config_file import dump_config
+from calibtrain.data.encode import encode_records
+from calibtrain.data.loader import total_steps
+from calibtrain.data.records import Record
+from calibtrain.data.templates import Template
+from calibtrain.errors import UserError
+from calibtrain.hooks.base import HookList
+from calibtrain.hooks.factory import default_hooks
+from calibtrain.hooks.records import EndRecord, RunRecord
+from calibtrain.losses import build_loss
+from calibtrain.models.export import check_scale_folds, export_model, gathered_weights
+from calibtrain.models.loading import load_model, load_tokenizer
+from calibtrain.models.loss_model import LossModel
+from calibtrain.models.policy import Policy, check_head
+from calibtrain.pipeline.prepare import SAMPLES_PER_QUESTION, Prepared, add_own_wrong_answers, needs_rejected, prepare
+from calibtrain.training.answer_stream import AnswerStream
+from calibtrain.training.answering import Answerer
+from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
+from calibtrain.training.deepspeed_config import batch_plan, deepspeed_dict
+from calibtrain.training.distributed import World, barrier, gather_lists, shard, start_world
+from calibtrain.training.engine import Engine, start_engine
+from calibtrain.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("calibtrain", "torch", "deepspeed", "transformers", "datasets", "peft", "wandb")
+
+
+def run(config: RunConfig) -> Path:
+    """Train and export. Returns the model directory. Collective: call it on every rank."""
+    world = start_world()
+    prepared = prepare(config)
+    tokenizer = load_tokenizer(config.model)
+    template = Template(config.data.template, tokenizer)
+    if needs_rejected(config, prepared):
+        _add_rejected(config, prepared, template, world)
+    torch.manual_seed(config.seed + world.rank)
+    model = build_model(config)
+    engine = start_engine(model, config, world)
+    trainer = _trainer(config, prepared, template, engine, world)
+    checkpoint = find_checkpoint(config, world, trainer.data_hash)
+    if world.is_main:
+        write_provenance(config, prepared, template, trainer, world)
+    progress = Progress()
+    if checkpoint is not None:
+        progress = load_checkpoint(checkpoint, engine, trainer.stream, trainer.hooks, world)
+    record = RunRecord(config.resolved(), config.output_dir, trainer.total_steps, progress.step, world.rank, world.size)
+    trainer.hooks.dispatch("on_start", record)
+    target = config.output_dir / "model"
+    error: str | None = None
+    try:
+        progress = trainer.fit(progress)
+        weights = gathered_weights(engine.module.policy, keep=world.is_main)
+        if world.is_main:
+            export_model(weights, config.model, tokenizer, target)
+        barrier()
+    except BaseException as caught:
+        error = f"{type(caught).__name__}: {caught}"
+        raise
+    finally:
+        artifacts = [config.output_dir / name for name in ("config.yaml", "deepspeed.json")]
+        trainer.hooks.dispatch("on_end", EndRecord(progress.step, error, {"steps": progress.step}, artifacts))
+    return target
+
+
+def build_model(config: RunConfig) -> LossModel:
+    """The module that DeepSpeed wraps. Raises UserError when the model's head is not supported."""
+    scale_terms = [build_loss(penalty) for penalty in config.penalties if penalty.moves == "scale"]
+    weight_terms = [build_loss(penalty) for penalty in config.penalties if penalty.moves == "all"]
+    policy = Policy(load_model(config.model), calibrated_scale=bool(scale_terms))
+    check_head(policy)
+    if scale_terms:
+        check_scale_folds(policy.causal_model)
+    return LossModel(policy, build_loss(config.objective), weight_terms, scale_terms)
+
+
+def write_provenance(config: RunConfig, prepared: Prepared, template: Template, trainer: Trainer, world: World) -> None:
+    """config.yaml, deepspeed.json and run.json: what made this run."""
+    output = config.output_dir
+    output.mkdir(parents=True, exist_ok=True)
+    dump_config(config, output / "config.yaml")
+    hidden_size = getattr(trainer.engine.module.policy.causal_model.config, "hidden_size", None)
+    settings = deepspeed_dict(config, world.size, hidden_size=hidden_size)
+    (output / "deepspeed.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    run_facts = {
+        "versions": versions(),
+        "git": git_hash(),
+        "world_size": world.size,
+        "total_steps": trainer.total_steps,
+        "data_hash": trainer.data_hash,
+        "template_hash": template.hash,
+        "splits": {name: len(records) for name, records in prepared.splits.items()},
+        "dropped": prepared.drops.lines(),
+    }
+    (output / "run.json").write_text(json.dumps(run_facts, indent=2), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that shape a run."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_hash() -> str | None:
+    """Commit of the working directory, with "+changes" when it differs from it; None outside a repository."""
+    try:
+        command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _trainer(config: RunConfig, prepared: Prepared, template: Template, engine: Engine, world: World) -> Trainer:
+    train = prepared.splits["train"]
+    if not train:
+        raise UserError("data.splits.train: 0 records to train on")
+    drops = prepared.drops
+    examples = encode_records(train, template, config.data.max_length, config.objective.name == "orpo", drops)
+    for line in drops.lines() if world.is_main else []:
+        logger.warning("dropped: %s", line)
+    plan = batch_plan(config.training, world.size)
+    steps = config.training.max_steps or total_steps(len(examples), config.training.epochs, plan.global_batch_size)
+    answerer = Answerer(engine.module, template, config.evaluation, world, lockstep=engine.stage == 3)
+    questions = prepared.splits["calibration"]
+    stream = None
+    if config.penalties:
+        stream = AnswerStream(config.penalties[0], answerer, questions, config.seed, config.data.max_length)
+    return Trainer(
+        config=config,
+        engine=engine,
+        examples=examples,
+        origins=[record.origin or record.question for record in train],
+        plan=plan,
+        total_steps=steps,
+        world=world,
+        answerer=answerer,
+        hooks=HookList(default_hooks(config, world.rank)),
+        output_dir=config.output_dir,
+        data_hash=prepared.data_hash,
+        stream=stream,
+        evaluation_questions=questions,
+    )
+
+
+def _add_rejected(config: RunConfig, prepared: Prepared, template: Template, world: World) -> None:
+    """Sample wrong answers from the starting model, each rank its share."""
+
+    def sample(records: Sequence[Record], shots: Sequence[Record]) -> list[list[str]]:
+        model: Any = LossModel(Policy(load_model(config.model))).to(world.device).eval()
+        own = sample_answers(
+            model,
+            template,
+            shard(records, world),
+            config.evaluation,
+            samples=SAMPLES_PER_QUESTION,
+            seed=config.seed + world.rank,
+            shots=shots,
+            device=world.device,
+        )
+        return gather_lists(own)
+
+    barrier()  # all ranks look into the cache before any of them fills it
+    add_own_wrong_answers(config, prepared, template, sample)
+    barrier()
