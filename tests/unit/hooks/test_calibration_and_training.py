@@ -1,0 +1,97 @@
+"""The measuring hooks against sums done by hand."""
+
+import math
+
+import pytest
+import torch
+
+from calibtrain.calibration.metrics import summary
+from calibtrain.calibration.state import state_of
+from calibtrain.config import RunConfig
+from calibtrain.hooks.base import HookList
+from calibtrain.hooks.calibration import CalibrationHook
+from calibtrain.hooks.factory import default_hooks, term_names
+from calibtrain.hooks.records import MicroBatchRecord, StepRecord
+from calibtrain.hooks.training import TrainingHook
+from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
+
+
+def micro_batch(seed=0):
+    """Three tokens each of a chosen, a rejected, an own right and an own ungraded sequence; token 0 is a prompt's."""
+    g = torch.Generator().manual_seed(seed)
+    confidence = torch.rand(12, generator=g) * 0.9 + 0.05
+    is_completion = torch.ones(12, dtype=torch.bool)
+    is_completion[0] = False
+    return MicroBatchRecord(
+        logprob=confidence.log() - 0.1,
+        entropy=torch.rand(12, generator=g),
+        sum_p2=confidence**2,
+        confidence=confidence,
+        correct=torch.rand(12, generator=g) > 0.4,
+        sequence_ids=torch.arange(4).repeat_interleave(3),
+        is_completion=is_completion,
+        roles=torch.tensor([CHOSEN, REJECTED, ANSWER, ANSWER]),
+        sequence_correct=torch.tensor([math.nan, math.nan, 1.0, math.nan]),
+        term_sums={"nll": torch.tensor(6.0), "odds_ratio": torch.tensor(1.0)},
+        term_counts={"nll": torch.tensor(2), "odds_ratio": torch.tensor(1)},
+        pair_ids=torch.tensor([0, 0, -1, -1]),
+    )
+
+
+def test_calibration_of_tokens_answers_and_preferences():
+    records = [micro_batch(seed) for seed in range(5)]
+    hook = CalibrationHook()
+    for record in records:
+        hook.on_micro_batch(record)
+    metrics = HookList([hook]).reduce_and_log(1, 1)
+    token = summary(
+        state_of(torch.cat([r.confidence[1:3] for r in records]), torch.cat([r.correct[1:3] for r in records]))
+    )
+    answer = summary(state_of(torch.stack([r.logprob[6:9].double().sum().exp() for r in records]), torch.ones(5)))
+    for kind, reference in {"token": token, "answer": answer}.items():
+        for key, value in reference.items():
+            assert metrics[f"calib/train/{kind}/{key}"] == pytest.approx(value, nan_ok=True)
+    chosen = [r.logprob[1:3].double().mean().item() for r in records]
+    rejected = [r.logprob[3:6].double().mean().item() for r in records]
+    odds = [c - math.log1p(-math.exp(c)) - r + math.log1p(-math.exp(r)) for c, r in zip(chosen, rejected)]
+    assert metrics["train/preference/chosen_logprob"] == pytest.approx(sum(chosen) / 5)
+    assert metrics["train/preference/log_odds_ratio"] == pytest.approx(sum(odds) / 5)
+    assert metrics["train/preference/accuracy"] == sum(o > 0 for o in odds) / 5
+    assert metrics["train/token/n"] == 10
+
+
+def test_an_overflowed_forward_pass_does_not_end_the_measuring():
+    record = micro_batch()
+    record.confidence[1] = math.nan
+    hook = CalibrationHook()
+    hook.on_micro_batch(record)
+    hooks = HookList([hook])
+    assert hooks.reduce_and_log(1, 1)["calib/train/token/n"] == 1
+    assert not hooks.disabled
+
+
+def test_training_hook_means_and_resume():
+    step = StepRecord(1, 2, 0.5, 1e-4, 0.7, False, 2.0, 100, None)
+
+    def run(hook):
+        hook.on_micro_batch(micro_batch())
+        hook.on_step(step)
+        return hook
+
+    whole = run(run(TrainingHook(["odds_ratio", "nll"])))
+    resumed = TrainingHook(["nll", "odds_ratio"])
+    resumed.load_state_dict(run(TrainingHook(["nll", "odds_ratio"])).state_dict())
+    metrics = HookList([whole]).reduce_and_log(2, 2)
+    assert HookList([run(resumed)]).reduce_and_log(2, 2) == metrics
+    assert metrics["train/loss/nll"] == 3.0
+    assert metrics["train/loss/odds_ratio"] == 1.0
+    assert metrics["train/tokens_per_second"] == 50
+    assert metrics["train/lr"] == 1e-4
+    assert "train/logit_scale" not in metrics
+
+
+def test_default_hooks_by_rank_and_term_names():
+    config = RunConfig(penalties=[{}])
+    assert term_names(config) == ["answer_score", "nll", "odds_ratio"]
+    assert [hook.name for hook in default_hooks(config, 0)] == ["training", "calibration", "jsonl", "progress", "wandb"]
+    assert [hook.name for hook in default_hooks(config, 3)] == ["training", "calibration"]

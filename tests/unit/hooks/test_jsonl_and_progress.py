@@ -1,0 +1,56 @@
+"""metrics.jsonl over a resume; console lines."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+from rich.console import Console
+
+from calibtrain.hooks.jsonl import JsonlHook, read_metrics
+from calibtrain.hooks.progress import ProgressHook
+from calibtrain.hooks.records import EvaluationRecord, LogRecord, RunRecord
+
+
+def run_record(path, first_step=0, rank=0):
+    return RunRecord(config={}, output_dir=Path(path), total_steps=9, first_step=first_step, rank=rank, world_size=1)
+
+
+def test_resume_drops_the_steps_that_are_done_again(tmp_path):
+    hook = JsonlHook()
+    hook.on_start(run_record(tmp_path))
+    for step in (2, 4, 6):
+        hook.on_log(LogRecord(step, 9, {"x": math.nan if step == 2 else float(step)}))
+    hook.on_evaluation(EvaluationRecord(6, "test", {"y": math.inf}, []))
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"event": "log", "st')  # killed while writing
+    resumed = JsonlHook()
+    resumed.on_start(run_record(tmp_path, first_step=4))
+    assert [entry["step"] for entry in read_metrics(path)] == [2, 4]
+    resumed.on_log(LogRecord(6, 9, {"x": 7.0}))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines[0]["x"] is None
+    assert lines[2]["x"] == 7.0
+    JsonlHook().on_start(run_record(tmp_path))
+    assert path.read_text() == ""
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    hook = JsonlHook()
+    hook.on_start(run_record(tmp_path, rank=1))
+    hook.on_log(LogRecord(1, 9, {}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_prints_one_plain_line_a_log_and_no_markup(tmp_path):
+    out = io.StringIO()
+    hook = ProgressHook(Console(file=out, force_terminal=False, width=200))
+    hook.on_start(run_record(tmp_path))
+    hook.on_log(LogRecord(3, 9, {"train/loss/nll": 1.25, "train/lr": 1e-5, "calib/train/token/ece15": 0.125}))
+    hook.on_evaluation(EvaluationRecord(3, "[bold]split", {"calib/test/answer/acc": 0.5}, []))
+    lines = out.getvalue().splitlines()
+    assert "step 3/9" in lines[1]
+    assert all(part in lines[1] for part in ("nll 1.25", "token ECE 0.125", "lr 1e-05", "eta 0:"))
+    assert "[bold]split questions  accuracy 0.5" in lines[2]
