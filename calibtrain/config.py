@@ -180,20 +180,17 @@ class AnswerScoreConfig(Section):
     """Proper score of the likelihood of the model's own graded answers, as a penalty (docs/calibration-term.md)."""
 
     name: Literal["answer_score"] = "answer_score"
-    weight: Weight = 1.0
-    """Of the penalty in the loss."""
-    score: Literal["log", "brier"] = "log"
-    """`log`: binary cross-entropy of the answer's likelihood against right or wrong; `brier`: squared error."""
     moves: Literal["scale", "all"] = "scale"
-    """`scale`: only the logit scale, which cannot memorise the questions; `all`: every trained weight."""
-    refresh_every: Count = 25
-    """Optimiser steps between two rounds of answering."""
+    """`scale`: the score is minimised exactly, over the logit scale alone, which cannot memorise the questions; `all`:
+    its gradient enters the loss and moves every trained weight."""
+    score: Literal["log", "brier"] = "log"
+    refresh_every: Count = 50
+    """Optimiser steps between two rounds of answering; with `scale` there is one more after the last step."""
     questions_per_refresh: Count = 512
-    """Questions answered in one round, at most the calibration split."""
-    answers_per_step: Count = 64
-    """Graded answers that enter one optimiser step, over all ranks."""
-    learning_rate: Positive = 0.02
-    """Of the logit scale (its logarithm is the parameter)."""
+    weight: Weight = 1.0
+    """Of the term in the loss, with `all`."""
+    answers_per_step: Count = 16
+    """Graded answers that enter one optimiser step over all ranks, with `all`."""
 
 
 class TrainingConfig(Section):

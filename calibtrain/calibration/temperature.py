@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -134,6 +134,24 @@ class TemperatureCalibrator:
         except json.JSONDecodeError as error:
             raise UserError(f"temperature calibrator: not JSON ({error}); run `calibtrain calibrate` again") from error
         return cls.from_dict(values, template_hash=template_hash, weights_hash=weights_hash)
+
+
+def optimal_temperature(
+    logprob_table: ArrayLike,
+    correct: ArrayLike,
+    temperatures: Sequence[float] = TEMPERATURE_GRID,
+    *,
+    score: Literal["log", "brier"] = "log",
+) -> float:
+    """T at which the answers' proper score is least, with log T ~ N(0, 1) as in `TemperatureCalibrator.fit`.
+
+    Arguments and errors are those of that method.
+    """
+    table, grades, grid = _checked(logprob_table, correct, temperatures)
+    log_t = np.linspace(grid[0], grid[-1], math.ceil((grid[-1] - grid[0]) / _FIT_STEP) + 1)
+    logprob = _interpolate(table, grid, log_t)
+    losses = _log_loss(logprob, grades) if score == "log" else (np.exp(logprob) - grades[:, None]) ** 2
+    return math.exp(_minimum(log_t, losses.sum(0) + log_t**2 / 2))
 
 
 def tabulate(logprob_at: Callable[[float], ArrayLike], temperatures: Sequence[float] = TEMPERATURE_GRID) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,10 @@ def gathered_weights(policy: Policy, *, keep: bool) -> dict[str, Tensor]:
     return weights
 
 
-def export_model(weights: dict[str, Tensor], config: ModelConfig, tokenizer: Any, target: Path) -> None:
-    """Write `weights` (of `gathered_weights`) as a Hugging Face directory: LoRA merged, the logit scale folded in."""
+def export_model(
+    weights: dict[str, Tensor], config: ModelConfig, tokenizer: Any, target: Path, scale: float = 1.0
+) -> None:
+    """Write `weights` (of `gathered_weights`) as a Hugging Face directory: LoRA merged, the logit `scale` folded in."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = AutoConfig.from_pretrained(
@@ -45,7 +46,7 @@ def export_model(weights: dict[str, Tensor], config: ModelConfig, tokenizer: Any
     )
     if config.lora is not None:
         model = add_lora(model, config)
-    policy = Policy(model, calibrated_scale="log_scale" in weights)
+    policy = Policy(model)
     # A tied head appears once among parameters, under the embedding's name.
     missing, unexpected = policy.load_state_dict(weights, strict=False)
     tied = {name for name, _ in policy.named_parameters(remove_duplicate=False)} - {
@@ -57,8 +58,8 @@ def export_model(weights: dict[str, Tensor], config: ModelConfig, tokenizer: Any
         raise RuntimeError(f"export lost weights: missing {lost[:4]}, unexpected {list(unexpected)[:4]}")
     if config.lora is not None:
         model = model.merge_and_unload()
-    if policy.log_scale is not None:
-        fold_scale(model, math.exp(float(policy.log_scale.detach())))
+    if scale != 1.0:
+        fold_scale(model, scale)
     model.config.use_cache = True
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -9,37 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibtrain.losses.terms import ANSWER, Batch, LossTerm, Objective
+from calibtrain.losses.terms import Batch, LossTerm, Objective
 from calibtrain.models.policy import Policy
 from calibtrain.ops import TokenStats, answer_logprobs_at
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerFeatures:
-    """The model's own graded answers as final hidden states, all a term needs that moves only the logit scale."""
+    """The model's own graded answers as final hidden states: all it takes to score them at any logit scale."""
 
     hidden: Tensor  # (N, H) in the model's dtype, before the calibrated scale
     targets: Tensor  # (N,) int64: the answers' tokens with their end token
     sequence_ids: Tensor  # (N,) int64 in [0, S), ascending
     correct: Tensor  # (S,) float32 grade, 0 or 1; NaN without one
-
-    def as_batch(self) -> Batch:
-        """The Batch a penalty reads; it has no input tokens."""
-        none = self.targets.new_zeros(0)
-        sequences = self.correct.shape[0]
-        return Batch(
-            input_ids=none.view(0, 0),
-            position_ids=none.view(0, 0),
-            segment_ids=none.view(0, 0).int(),
-            target_positions=none,
-            targets=self.targets,
-            sequence_ids=self.sequence_ids,
-            is_completion=torch.ones_like(self.targets, dtype=torch.bool),
-            roles=torch.full_like(self.correct, ANSWER, dtype=torch.int64),
-            pair_ids=torch.full_like(self.correct, -1, dtype=torch.int64),
-            correct=self.correct,
-            record_ids=torch.arange(sequences, device=self.correct.device),
-        )
 
     def select(self, sequences: Tensor) -> AnswerFeatures:
         """The answers at `sequences` (K,) int64, in that order."""
@@ -57,7 +39,6 @@ class TrainStep:
 
     batch: Batch
     divisors: Mapping[str, Tensor]
-    answers: AnswerFeatures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,38 +64,27 @@ class StepStatistics:
     terms: Mapping[str, LossTerm]  # detached
     batch: Batch
     stats: TokenStats  # detached
-    answer_batch: Batch | None
-    answer_stats: TokenStats | None  # detached
 
 
 class LossModel(nn.Module):
-    """Policy, objective and penalties in one forward pass.
-
-    A penalty whose config says `moves: scale` reads the AnswerFeatures of the step and reaches nothing but the logit
-    scale; with `moves: all` it reads the batch's ANSWER sequences and reaches every trained weight.
-    """
+    """Policy, objective and penalties in one forward pass. Penalties read the batch's ANSWER sequences."""
 
     def __init__(
         self,
         policy: Policy,
         objective: nn.Module | None = None,
         penalties: Sequence[nn.Module] = (),
-        scale_penalties: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.policy = policy
         self.objective = objective
         self.penalties = nn.ModuleList(penalties)
-        self.scale_penalties = nn.ModuleList(scale_penalties)
 
-    def counts(self, batch: Batch, answers: AnswerFeatures | None) -> dict[str, Tensor]:
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Counts of every loss term in one micro-batch, from the data alone."""
         counts: dict[str, Tensor] = {}
-        for term in self._batch_terms():
+        for term in self._terms():
             counts.update(term.counts(batch))
-        if answers is not None:
-            for penalty in self._scale_terms():
-                counts.update(penalty.counts(answers.as_batch()))
         return counts
 
     def forward(self, step: TrainStep | DecodeStep | ScoreStep) -> Any:
@@ -144,29 +114,17 @@ class LossModel(nn.Module):
         batch = step.batch
         stats = self.policy.token_stats(self.policy.hidden_at_targets(batch), batch.targets)
         terms: dict[str, LossTerm] = {}
-        for term in self._batch_terms():
+        for term in self._terms():
             terms.update(term(stats, batch))
-        answer_batch, answer_stats = None, None
-        if step.answers is not None:
-            answer_batch = step.answers.as_batch()
-            scaled = self.policy.scaled(step.answers.hidden.detach())
-            answer_stats = self.policy.token_stats(scaled, step.answers.targets, train_head=False)
-            for penalty in self._scale_terms():
-                terms.update(penalty(answer_stats, answer_batch))
-        loss = sum(
-            (term.weight * term.total / step.divisors[name] for name, term in terms.items()), stats.logprob.sum() * 0
-        )
+        # The empty product keeps a micro-batch without any item in the graph: every rank must run backward.
+        parts = [term.weight * term.total / step.divisors[name] for name, term in terms.items()]
+        loss = torch.stack([stats.logprob.sum() * 0.0, *parts]).sum()
         # A plain tuple, because ZeRO-3 finds only in those the loss whose backward needs the weights gathered again.
         return loss, StepStatistics(
             terms={name: LossTerm(term.total.detach(), term.count, term.weight) for name, term in terms.items()},
             batch=batch,
             stats=TokenStats(*(value.detach() for value in stats)),
-            answer_batch=answer_batch,
-            answer_stats=None if answer_stats is None else TokenStats(*(value.detach() for value in answer_stats)),
         )
 
-    def _batch_terms(self) -> list[Objective]:
+    def _terms(self) -> list[Objective]:
         return [*([] if self.objective is None else [self.objective]), *self.penalties]  # type: ignore[list-item]
-
-    def _scale_terms(self) -> list[Objective]:
-        return list(self.scale_penalties)  # type: ignore[arg-type]

@@ -24,16 +24,15 @@ class Head:
 class Policy(nn.Module):
     """A causal language model whose logits are only ever computed at target positions.
 
-    `log_scale`, where the run's calibration term has asked for it, multiplies final hidden states by exp(log_scale)
-    wherever a confidence is read, never in the task's loss; `calibtrain.models.export` folds it into the weights.
+    `scale` multiplies final hidden states wherever a confidence is read, never in the task's loss. It is a plain number,
+    not a parameter: the calibration term solves for it, and `calibtrain.models.export` folds it into the weights.
     """
 
-    def __init__(self, model: Any, *, calibrated_scale: bool = False) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
         self.head = head_of(model.config)
-        # (1,), not (): ZeRO partitions flat parameters and a 0-dimensional one has no length.
-        self.log_scale = nn.Parameter(torch.zeros(1)) if calibrated_scale else None
+        self.scale = 1.0
 
     @property
     def causal_model(self) -> Any:
@@ -54,14 +53,16 @@ class Policy(nn.Module):
         )
         return output.last_hidden_state.flatten(0, 1)[batch.target_positions]
 
-    def token_stats(self, hidden: Tensor, targets: Tensor, *, train_head: bool = True) -> TokenStats:
-        """Statistics of `targets` (N,) from `hidden` (N, H); `train_head=False` leaves the head without a gradient."""
-        output = self.causal_model.get_output_embeddings()
-        weight, bias = output.weight, getattr(output, "bias", None)
-        if not train_head:
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
+    def token_stats(self, hidden: Tensor, targets: Tensor) -> TokenStats:
+        """Statistics of `targets` (N,) from `hidden` (N, H)."""
+        head = self.causal_model.get_output_embeddings()
         return fused_linear_token_stats(
-            hidden, weight, targets, bias=bias, softcap=self.head.softcap, logit_scale=self.head.logit_scale
+            hidden,
+            head.weight,
+            targets,
+            bias=getattr(head, "bias", None),
+            softcap=self.head.softcap,
+            logit_scale=self.head.logit_scale,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -70,8 +71,8 @@ class Policy(nn.Module):
         return z if self.head.softcap is None else self.head.softcap * torch.tanh(z / self.head.softcap)
 
     def scaled(self, hidden: Tensor) -> Tensor:
-        """`hidden` times the calibrated scale, in its dtype; unchanged where the run has no such scale."""
-        return hidden if self.log_scale is None else hidden * self.log_scale.exp().to(hidden.dtype)
+        """`hidden` times the calibrated scale, in its dtype."""
+        return hidden if self.scale == 1.0 else hidden * self.scale
 
 
 def head_of(config: Any) -> Head:

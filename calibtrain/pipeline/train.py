@@ -68,7 +68,7 @@ def run(config: RunConfig) -> Path:
         progress = trainer.fit(progress)
         weights = gathered_weights(engine.module.policy, keep=world.is_main)
         if world.is_main:
-            export_model(weights, config.model, tokenizer, target)
+            export_model(weights, config.model, tokenizer, target, engine.module.policy.scale)
         barrier()
     except BaseException as caught:
         error = f"{type(caught).__name__}: {caught}"
@@ -81,13 +81,13 @@ def run(config: RunConfig) -> Path:
 
 def build_model(config: RunConfig) -> LossModel:
     """The module that DeepSpeed wraps. Raises UserError when the model's head is not supported."""
-    scale_terms = [build_loss(penalty) for penalty in config.penalties if penalty.moves == "scale"]
-    weight_terms = [build_loss(penalty) for penalty in config.penalties if penalty.moves == "all"]
-    policy = Policy(load_model(config.model), calibrated_scale=bool(scale_terms))
+    policy = Policy(load_model(config.model))
     check_head(policy)
-    if scale_terms:
+    if any(penalty.moves == "scale" for penalty in config.penalties):
         check_scale_folds(policy.causal_model)
-    return LossModel(policy, build_loss(config.objective), weight_terms, scale_terms)
+    # A penalty that moves only the logit scale is solved by the answer stream, outside the gradient.
+    penalties = [build_loss(penalty) for penalty in config.penalties if penalty.moves == "all"]
+    return LossModel(policy, build_loss(config.objective), penalties)
 
 
 def write_provenance(config: RunConfig, prepared: Prepared, template: Template, trainer: Trainer, world: World) -> None:

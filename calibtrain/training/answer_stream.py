@@ -1,29 +1,32 @@
-"""The stream of the model's own graded answers that feeds the calibration term."""
+"""The stream of the model's own graded answers that feeds the calibration term (docs/calibration-term.md)."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from calibtrain.calibration.temperature import optimal_temperature
+from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.likelihood import Answered, logprob_table
 from calibtrain.config import AnswerScoreConfig
 from calibtrain.data.encode import Encoded, encode_answer
 from calibtrain.data.records import Record
-from calibtrain.models.loss_model import AnswerFeatures
-from calibtrain.training.answering import Answerer, features_to
-from calibtrain.training.distributed import World
+from calibtrain.training.answering import Answerer
+from calibtrain.training.distributed import World, gather_rows, shard
 
-NO_ANSWERS = AnswerFeatures(
-    torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-)
+TEMPERATURES = tuple(2.0 ** (step / 3) for step in range(-6, 7))
+"""Where answers are scored before solving for the scale: 1/4 to 4."""
 
 
 class AnswerStream:
-    """Asks the calibration set every `refresh_every` steps and hands each micro-batch its share of the answers.
+    """Asks the calibration set every `refresh_every` steps and does with the graded answers what the term's config says.
 
-    Which questions are asked and which answers enter a step are pure functions of (seed, step); the answers themselves
-    are the only state, kept in checkpoints so that a resume continues bit for bit.
+    `moves: scale` solves for the logit scale after a round; `moves: all` hands each micro-batch its share of the answers.
+    Which questions are asked and which answers enter a step are pure functions of (seed, step); the last answers and the
+    scale are the only state, kept in checkpoints so that a resume continues bit for bit.
     """
 
     def __init__(
@@ -34,65 +37,84 @@ class AnswerStream:
         self.questions = list(questions)
         self.seed = seed
         self.max_length = max_length
-        self.features = NO_ANSWERS
-        self.texts: list[str] = []
         self.asked: list[int] = []
+        self.texts: list[str] = []
+        self.correct: list[bool] = []
 
-    def refresh_if_due(self, step: int) -> bool:
-        """Answer anew before step `step` (from 0) when it is time. Collective."""
-        if step % self.config.refresh_every:
-            return False
-        count = min(self.config.questions_per_refresh, len(self.questions))
-        order = _order(len(self.questions), f"questions {self.seed}")
-        start = (step // self.config.refresh_every) * count
-        self.asked = [order[(start + i) % len(order)] for i in range(count)]
-        answered = self.answerer([self.questions[i] for i in self.asked])
-        self.features = answered.features
-        self.texts = [answer.text for answer in answered.answers]
-        return True
+    def before_step(self, step: int) -> None:
+        """Answer anew before step `step` (from 0) when a term in the loss is due. Collective."""
+        if self.config.moves == "all" and step % self.config.refresh_every == 0:
+            self._ask(step // self.config.refresh_every)
 
-    def share(self, step: int, micro_batch: int, micro_batches: int, world: World) -> list[int]:
-        """Positions in the last round's answers for one micro-batch; all ranks' shares make up the step's answers."""
+    def after_step(self, step: int, last: bool) -> list[Answer] | None:
+        """After `step` finished steps, when due: answer, solve for the logit scale, return the answers at it. Collective."""
+        if self.config.moves != "scale" or (step % self.config.refresh_every and not last):
+            return None
+        policy = self.answerer.module.policy
+        policy.scale = 1.0
+        answered = self._ask(-(-step // self.config.refresh_every) - 1)
+        table = self._table(answered)
+        temperature = optimal_temperature(table.numpy(), self.correct, TEMPERATURES, score=self.config.score)
+        policy.scale = 1.0 / temperature
+        return self._rescored(answered)
+
+    def share(self, step: int, micro_batch: int, micro_batches: int, world: World) -> list[Encoded]:
+        """Answers of one micro-batch, as token sequences; all ranks' shares make up the step's answers."""
         count = min(self.config.answers_per_step, len(self.asked))
         order = _order(len(self.asked), f"answers {self.seed} {step}")[:count]
         parts = world.size * micro_batches
         index = world.rank * micro_batches + micro_batch
-        return order[index * count // parts : (index + 1) * count // parts]
-
-    def features_at(self, positions: Sequence[int], device: torch.device) -> AnswerFeatures:
-        """Hidden states of some answers, for a term that moves only the logit scale."""
-        return features_to(self.features.select(torch.tensor(positions, dtype=torch.int64)), device)
-
-    def sequences_at(self, positions: Sequence[int]) -> list[Encoded]:
-        """Some answers as token sequences, for a term that moves all weights."""
+        chosen = order[index * count // parts : (index + 1) * count // parts]
         encoded = [
             encode_answer(
                 self.questions[self.asked[i]],
                 self.texts[i],
-                bool(self.features.correct[i]),
+                self.correct[i],
                 self.answerer.template,
                 self.max_length,
                 self.asked[i],
             )
-            for i in positions
+            for i in chosen
         ]
         return [one for one in encoded if one is not None]
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The last round, for a checkpoint."""
-        return {
-            "hidden": self.features.hidden,
-            "targets": self.features.targets,
-            "sequence_ids": self.features.sequence_ids,
-            "correct": self.features.correct,
-            "asked": torch.tensor(self.asked, dtype=torch.int64),
-        }
+    def state_dict(self) -> dict[str, object]:
+        """JSON values of the last round, for a checkpoint."""
+        scale = self.answerer.module.policy.scale
+        return {"asked": self.asked, "texts": self.texts, "correct": self.correct, "scale": scale}
 
-    def load(self, tensors: dict[str, torch.Tensor], texts: list[str]) -> None:
+    def load_state_dict(self, state: dict[str, object]) -> None:
         """Take up the last round from a checkpoint."""
-        self.features = AnswerFeatures(*(tensors[name] for name in ("hidden", "targets", "sequence_ids", "correct")))
-        self.asked = tensors["asked"].tolist()
-        self.texts = list(texts)
+        self.asked, self.texts, self.correct = (list(state[name]) for name in ("asked", "texts", "correct"))  # type: ignore[call-overload]
+        self.answerer.module.policy.scale = float(state["scale"])  # type: ignore[arg-type]
+
+    def _ask(self, round_number: int) -> Answered:
+        count = min(self.config.questions_per_refresh, len(self.questions))
+        order = _order(len(self.questions), f"questions {self.seed}")
+        start = round_number * count
+        self.asked = [order[(start + i) % len(order)] for i in range(count)]
+        answered = self.answerer([self.questions[i] for i in self.asked])
+        self.texts = [answer.text for answer in answered.answers]
+        self.correct = [bool(answer.correct) for answer in answered.answers]
+        return answered
+
+    def _table(self, answered: Answered) -> torch.Tensor:
+        """Log-prob of every answer at each temperature, each rank scoring its share. (answers, temperatures) float64."""
+        world = self.answerer.world
+        mine = torch.tensor(shard(range(len(answered.answers)), world), dtype=torch.int64)
+        table = logprob_table(self.answerer.module, answered.features.select(mine), TEMPERATURES, world.device)
+        return gather_rows(table, world.device)
+
+    def _rescored(self, answered: Answered) -> list[Answer]:
+        """The answers with their log-prob at the solved scale, as one number."""
+        world = self.answerer.world
+        mine = torch.tensor(shard(range(len(answered.answers)), world), dtype=torch.int64)
+        table = logprob_table(self.answerer.module, answered.features.select(mine), (1.0,), world.device)
+        logprobs = gather_rows(table, world.device)[:, 0].tolist()
+        return [
+            replace(answer, token_logprobs=(logprob,))
+            for answer, logprob in zip(answered.answers, logprobs, strict=True)
+        ]
 
 
 def _order(n: int, key: str) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from calibtrain.training.distributed import World, all_agree, gather_lists, gath
 class Answerer:
     """What answering needs beside the questions. `lockstep`: all ranks run the same forward passes, as ZeRO-3 must."""
 
-    module: torch.nn.Module
+    module: Any  # the LossModel that DeepSpeed wraps
     template: Template
     settings: EvaluationConfig
     world: World
@@ -83,11 +83,3 @@ def gather_answered(answered: Answered, world: World) -> Answered:
             correct=gather_rows(features.correct, world.device),
         ),
     )
-
-
-def features_to(features: AnswerFeatures, device: torch.device) -> AnswerFeatures:
-    """Copy on `device`."""
-    moved: dict[str, Any] = {
-        name: getattr(features, name).to(device) for name in ("hidden", "targets", "sequence_ids", "correct")
-    }
-    return replace(features, **moved)

@@ -146,7 +146,7 @@ def load_checkpoint(path: Path, engine: Engine, stream: AnswerStream | None, hoo
     tensors = load_file(path / f"rank{world.rank}.safetensors")
     state = json.loads((path / f"rank{world.rank}.json").read_text(encoding="utf-8"))
     if stream is not None:
-        stream.load({name[7:]: value for name, value in tensors.items() if name.startswith("stream/")}, state["texts"])
+        stream.load_state_dict(state["stream"])
     hooks.load_state_dict(_with_tensors(state["hooks"], tensors))
     run = json.loads((path / "run.json").read_text(encoding="utf-8"))
     # Last: loading draws random numbers.
@@ -189,8 +189,6 @@ def _write_rank_state(
     tensors = {"rng/cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state(world.device)
-    if stream is not None:
-        tensors.update({f"stream/{name}": value for name, value in stream.state_tensors().items()})
     plain = _without_tensors(hooks.state_dict(), "hooks", tensors)
     # Clones, because safetensors refuses tensors that share memory.
     save_file(
@@ -198,7 +196,7 @@ def _write_rank_state(
         partial / f"rank{world.rank}.safetensors",
     )
     _write_json(
-        partial / f"rank{world.rank}.json", {"hooks": plain, "texts": stream.texts if stream is not None else []}
+        partial / f"rank{world.rank}.json", {"hooks": plain, "stream": None if stream is None else stream.state_dict()}
     )
 
 

@@ -4,6 +4,8 @@ The optimizer and the learning-rate schedule are ours and go to `deepspeed.initi
 neither. What the trainer must know about the engine's arithmetic (deepspeed 0.19, `DeepSpeedEngine.backward`):
 
 - `engine.backward(loss)` divides by the accumulation steps; `engine.backward(loss, scale_wrt_gas=False)` does not.
+- `engine.step()` belongs after every `engine.backward`: it is what counts micro-batches, and it updates at the last
+  one of a step. Called once a step, it would update only every accumulation-steps-th time.
 - gradients are averaged over the data-parallel ranks in every stage (`gradient_allreduce_op: mean`).
 
 So a loss that is already divided by its global count is multiplied by the world size before

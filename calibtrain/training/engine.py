@@ -14,30 +14,14 @@ from calibtrain.training.deepspeed_config import deepspeed_dict
 from calibtrain.training.distributed import World
 
 
-@dataclass(frozen=True, slots=True)
-class GroupSchedule:
-    """Peak learning rate of an optimiser group, and whether the task's warmup and decay apply to it."""
-
-    name: str
-    learning_rate: float
-    scheduled: bool
-
-
-def optimizer_groups(model: LossModel, config: RunConfig) -> tuple[list[dict[str, Any]], list[GroupSchedule]]:
-    """Parameter groups for AdamW: matrices (with weight decay), vectors (without) and the calibrated logit scale."""
-    scale = model.policy.log_scale
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter is not scale]
-    training = config.training
+def optimizer_groups(model: LossModel, config: RunConfig) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW: matrices, with weight decay, and vectors (norms, biases), without."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        ("matrices", [p for p in trained if p.ndim >= 2], training.weight_decay, training.learning_rate, True),
-        ("vectors", [p for p in trained if p.ndim < 2], 0.0, training.learning_rate, True),
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.training.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if scale is not None:
-        rate = next(penalty.learning_rate for penalty in config.penalties if penalty.moves == "scale")
-        groups.append(("logit_scale", [scale], 0.0, rate, False))
-    groups = [group for group in groups if group[1]]
-    parameters = [{"params": params, "weight_decay": decay, "lr": rate} for _, params, decay, rate, _ in groups]
-    return parameters, [GroupSchedule(name, rate, scheduled) for name, _, _, rate, scheduled in groups]
+    return [{**group, "lr": config.training.learning_rate} for group in groups if group["params"]]
 
 
 def schedule_factor(step: int, total_steps: int, training: TrainingConfig) -> float:
@@ -56,7 +40,6 @@ class Engine:
     """DeepSpeed's engine with the few things of it that the loop uses; `module` is the wrapped LossModel."""
 
     deepspeed: Any
-    schedules: list[GroupSchedule]
     stage: int
     full_gradients: bool  # fp32 below ZeRO-1: gradients are whole on every rank and nothing else checks them
 
@@ -65,12 +48,12 @@ class Engine:
         """The LossModel; calling it runs DeepSpeed's module hooks."""
         return self.deepspeed.module
 
-    def set_learning_rates(self, step: int, total_steps: int, training: TrainingConfig) -> float:
-        """Set every group's rate for the coming step, a pure function of the step, and return the task's."""
-        factor = schedule_factor(step, total_steps, training)
-        for group, schedule in zip(self.deepspeed.optimizer.param_groups, self.schedules, strict=True):
-            group["lr"] = schedule.learning_rate * (factor if schedule.scheduled else 1.0)
-        return training.learning_rate * factor
+    def set_learning_rate(self, step: int, total_steps: int, training: TrainingConfig) -> float:
+        """Set and return the rate of the coming step, a pure function of the step."""
+        rate = training.learning_rate * schedule_factor(step, total_steps, training)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Run backward on one micro-batch. The loss is globally normalised and scaled by the number of ranks."""
@@ -101,11 +84,11 @@ def start_engine(model: LossModel, config: RunConfig, world: World) -> Engine:
     """Wrap `model` with deepspeed.initialize. Collective."""
     import deepspeed
 
-    groups, schedules = optimizer_groups(model, config)
     training = config.training
+    groups = optimizer_groups(model, config)
     optimizer = torch.optim.AdamW(groups, betas=training.adam_betas, eps=training.adam_epsilon, fused=True)
     hidden_size = getattr(model.policy.causal_model.config, "hidden_size", None)
     settings = deepspeed_dict(config, world.size, hidden_size=hidden_size)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     stage = int(engine.zero_optimization_stage())
-    return Engine(engine, schedules, stage, full_gradients=stage == 0 and config.model.dtype == "fp32")
+    return Engine(engine, stage, full_gradients=stage == 0 and config.model.dtype == "fp32")

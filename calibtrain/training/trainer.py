@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calibtrain.calibration.metrics import summary
 from calibtrain.calibration.state import state_of
+from calibtrain.confidence.answer import Answer
 from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
@@ -58,9 +59,9 @@ class Trainer:
         for step in range(progress.step, self.total_steps):
             started = time.perf_counter()
             if self.stream is not None:
-                self.stream.refresh_if_due(step)
+                self.stream.before_step(step)
             window = self._window(step)
-            learning_rate = self.engine.set_learning_rates(step, self.total_steps, training)
+            learning_rate = self.engine.set_learning_rate(step, self.total_steps, training)
             outputs = []
             for micro_batch in window:
                 loss, output = self.engine.deepspeed(micro_batch)
@@ -82,7 +83,7 @@ class Trainer:
                     skipped=skipped,
                     seconds=time.perf_counter() - started,
                     tokens=sum(int((one.batch.segment_ids > 0).sum()) for one in window),
-                    logit_scale=self._logit_scale(),
+                    logit_scale=None if self.stream is None else self.engine.module.policy.scale,
                 ),
             )
             self._after_step(progress)
@@ -91,20 +92,25 @@ class Trainer:
     def evaluate(self, step: int) -> None:
         """Answer calibration questions and tell the hooks. Collective."""
         questions = self.evaluation_questions[: self.config.training.evaluate_questions]
-        answered = self.answerer(questions)
-        confidence = torch.tensor([answer.confidence for answer in answered.answers], dtype=torch.float64)
-        correct = torch.tensor([bool(answer.correct) for answer in answered.answers])
+        self._report_answers(step, self.answerer(questions).answers)
+
+    def _report_answers(self, step: int, answers: Sequence[Answer]) -> None:
+        confidence = torch.tensor([answer.confidence for answer in answers], dtype=torch.float64)
+        correct = torch.tensor([bool(answer.correct) for answer in answers])
         metrics = summary(state_of(confidence, correct))
         named = {f"calib/calibration/likelihood/{key}": value for key, value in metrics.items()}
-        answers = answered.answers if self.world.is_main else []
-        self.hooks.dispatch("on_evaluation", EvaluationRecord(step, "calibration", named, answers))
+        record = EvaluationRecord(step, "calibration", named, answers if self.world.is_main else [])
+        self.hooks.dispatch("on_evaluation", record)
 
     def _after_step(self, progress: Progress) -> None:
         training, step = self.config.training, progress.step
         last = step == self.total_steps
         if step % training.log_every == 0 or last:
             self.hooks.reduce_and_log(step, self.total_steps)
-        if self.evaluation_questions and training.evaluate_every and (step % training.evaluate_every == 0 or last):
+        answers = None if self.stream is None else self.stream.after_step(step, last)
+        if answers is not None:
+            self._report_answers(step, answers)
+        elif self.evaluation_questions and training.evaluate_every and (step % training.evaluate_every == 0 or last):
             self.evaluate(step)
         if training.checkpoint_every and (step % training.checkpoint_every == 0 or last):
             path = save_checkpoint(
@@ -127,7 +133,7 @@ class Trainer:
         batches = [self._micro_batch(step, number, len(mine), chosen) for number, chosen in enumerate(mine)]
         counts: dict[str, Tensor] = {}
         for one in batches:
-            for name, count in self.engine.module.counts(one.batch, one.answers).items():
+            for name, count in self.engine.module.counts(one.batch).items():
                 counts[name] = counts.get(name, torch.zeros_like(count)) + count
         names = sorted(counts)
         totals = sum_over_ranks([float(counts[name]) for name in names], self.world.device)
@@ -140,21 +146,11 @@ class Trainer:
 
     def _micro_batch(self, step: int, number: int, count: int, indices: Sequence[int]) -> TrainStep:
         sequences = [sequence for index in indices for sequence in self.examples[index]]
-        answers = None
-        if self.stream is not None:
-            share = self.stream.share(step, number, count, self.world)
-            if self.stream.config.moves == "all":
-                sequences += self.stream.sequences_at(share)
-            else:
-                answers = self.stream.features_at(share, self.world.device)
+        if self.stream is not None and self.stream.config.moves == "all":
+            sequences += self.stream.share(step, number, count, self.world)
         data = self.config.data
         batch = collate(sequences, self.answerer.template.pad_id, self.config.objective.nll_scope, data.packing_tokens)
-        return TrainStep(batch.to(self.world.device), {}, answers)
-
-    def _logit_scale(self) -> float | None:
-        # ZeRO-3 partitions even one number; its value is read from the exported model there.
-        scale = self.engine.module.policy.log_scale
-        return None if scale is None or scale.numel() == 0 else float(scale.detach().exp())
+        return TrainStep(batch.to(self.world.device), {})
 
     def _report_skip(self, progress: Progress, outputs: Sequence[StepStatistics]) -> None:
         """Name the records whose log-probs were not finite; end a run that no longer learns. Collective."""
@@ -178,22 +174,13 @@ def _non_finite(output: StepStatistics) -> list[int]:
 
 
 def _micro_batch_record(output: StepStatistics) -> MicroBatchRecord:
-    """Statistics of the micro-batch, with those of the answers that the calibration term read beside it."""
-    batch, stats = output.batch, output.stats
-    sequence_ids, is_completion = batch.sequence_ids, batch.is_completion
-    roles, correct = batch.roles, batch.correct
-    if output.answer_batch is not None and output.answer_stats is not None:
-        more = output.answer_batch
-        stats = type(stats)(*(torch.cat(pair) for pair in zip(stats, output.answer_stats, strict=True)))
-        sequence_ids = torch.cat([sequence_ids, more.sequence_ids + roles.shape[0]])
-        is_completion = torch.cat([is_completion, more.is_completion])
-        roles, correct = torch.cat([roles, more.roles]), torch.cat([correct, more.correct])
+    batch = output.batch
     return MicroBatchRecord(
-        *stats,
-        sequence_ids=sequence_ids,
-        is_completion=is_completion,
-        roles=roles,
-        sequence_correct=correct,
+        *output.stats,
+        sequence_ids=batch.sequence_ids,
+        is_completion=batch.is_completion,
+        roles=batch.roles,
+        sequence_correct=batch.correct,
         term_sums={name: term.total for name, term in output.terms.items()},
         term_counts={name: term.count for name, term in output.terms.items()},
     )
