@@ -1,0 +1,81 @@
+"""The documentation does what it says: snippets run, commands are known, links lead somewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from calibtrain import cli
+from calibtrain.config_file import load_config
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(kind):
+    """Every fenced block whose info string is `kind`, with its place."""
+    for page in PAGES:
+        for number, match in enumerate(re.finditer(r"^```([^\n]*)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)):
+            if match[1].strip() == kind:
+                yield pytest.param(match[2], id=f"{page.name}-{number}")
+
+
+@pytest.mark.parametrize("text", blocks("python run"))
+def test_python_snippets_run(text):
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("text", blocks("bash run"))
+def test_commands_run(text, tmp_path):
+    from transformers import LlamaConfig
+
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaConfig(vocab_size=64, **size).save_pretrained(tmp_path)  # the documented sizes come from another model
+    for line in filter(None, text.splitlines()):
+        words = shlex.split(line, comments=True)
+        assert words[0] == "calibtrain"
+        argv = [sys.executable, "-m", "calibtrain.cli", *words[1:], f"model.source={tmp_path}"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("text", blocks("yaml config"))
+def test_yaml_snippets_are_valid_configs(text, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    load_config(tmp_path / "run.yaml")
+
+
+def test_every_calibtrain_command_in_the_docs_exists():
+    known = set(get_command(cli.app).commands)
+    used = {
+        match[1]
+        for page in PAGES
+        for match in re.finditer(r"^(?:\.venv/bin/)?calibtrain (\w+)", page.read_text("utf-8"), re.M)
+    }
+    assert used
+    assert used <= known
+
+
+def test_every_make_target_in_the_docs_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    used = {target for page in PAGES for target in re.findall(r"^make ([a-z-]+)", page.read_text("utf-8"), re.M)}
+    assert used
+    assert used <= targets
+
+
+def test_relative_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_configuration_page_is_not_stale(tmp_path):
+    made = tmp_path / "configuration.md"
+    subprocess.run([sys.executable, str(ROOT / "docs" / "configuration.py"), str(made)], check=True, timeout=60)
+    stale = "stale: run `python docs/configuration.py`"
+    assert made.read_text("utf-8") == (ROOT / "docs" / "configuration.md").read_text("utf-8"), stale

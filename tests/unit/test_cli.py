@@ -1,0 +1,99 @@
+"""The command: what it imports, what it prints, how it ends."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from calibtrain import cli
+from calibtrain.dry_run import ModelSize, memory_estimate, rank_table
+from calibtrain.training.deepspeed_config import BatchPlan
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "calibtrain.cli", *arguments],
+        capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom calibtrain import cli\n"
+        "for words in (['--help'], ['train', '--help']):\n"
+        "    result = CliRunner().invoke(cli.app, words)\n    assert result.exit_code == 0, result.output\n"
+        "heavy = {'torch', 'deepspeed', 'transformers', 'wandb', 'datasets', 'plotly', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_is_listed():
+    output = CliRunner().invoke(cli.app, ["--help"]).output
+    for name in ("train", "evaluate", "calibrate", "report", "answer", "doctor", "demo", "version"):
+        assert name in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "demo", "training.learning_rat=1"], "did you mean `learning_rate`"),
+        (["train", "nothing.yaml"], "Shipped configs"),
+        (["train", "demo", "--num-processes", "3"], "cannot be cut into micro-batches"),
+        (["evaluate", "demo", "--split", "train"], "none of calibration"),
+        (["evaluate", "demo", "--model", "/nowhere"], "no config.json"),
+        (["report", "/nowhere"], "no such directory"),
+        (["answer", "/nowhere", "?"], "no such directory"),
+        (["calibrate", ".", "--target-risk", "2"], "not between 0 and 1"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_code_2(arguments, words):
+    done = command(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_rank_table_names_a_device_for_each_rank():
+    plan = BatchPlan(micro_batch_size=2, accumulation_steps=3, world_size=2)
+    assert [row.device for row in rank_table(plan, host="h", devices=["cuda:4", "cuda:6"])] == ["cuda:4", "cuda:6"]
+    assert [(row.rank, row.device, row.micro_batches) for row in rank_table(plan, host="h", devices=[])] == [
+        (0, "cpu", 3),
+        (1, "cpu", 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"), [(0, (200, 200, 1200)), (1, (200, 200, 600)), (2, (200, 200, 600)), (3, (100, 200, 600))]
+)
+def test_memory_of_bf16_by_stage(stage, expected):
+    from calibtrain.config import RunConfig
+
+    config = RunConfig.model_validate(
+        {"training": {"zero_stage": stage, "micro_batch_size": 1}, "data": {"max_length": 10}}
+    )
+    size = ModelSize(parameters=100, trainable=100, vocabulary=1000, hidden_size=8)
+    estimate = memory_estimate(config, size, BatchPlan(1, 1, 2))
+    assert tuple(count for count, _ in estimate.values())[:3] == expected
+    assert estimate["logits and their gradient, not held"][0] == 2 * 2 * 10 * 1000 * 4
+
+
+def test_dry_run_of_a_local_model_prints_everything_and_runs_nothing(tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    ).save_pretrained(tmp_path / "m")
+    done = command(
+        "train", "demo", "--dry-run", "--num-processes", "2",
+        f"model.source={tmp_path / 'm'}", f"output_dir={tmp_path / 'out'}", "model.lora={r: 2}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words in ("answer_score", '"train_batch_size": 8', "local rank", "optimizer states", "parameters"):
+        assert words in done.stdout
+    linear = 2 * (4 * (16 + 16) + 3 * (16 + 32))
+    assert f"{linear} trained" in done.stdout
+    assert not (tmp_path / "out").exists()

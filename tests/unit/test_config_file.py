@@ -1,0 +1,132 @@
+"""Reading configs: overrides, places of mistakes, shipped files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from calibtrain.config import RunConfig
+from calibtrain.config_file import dump_config, load_config, shipped_configs
+from calibtrain.errors import UserError
+from calibtrain.training.deepspeed_config import deepspeed_dict
+
+
+def problem(tmp_path, text, *overrides):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(file, overrides)
+    return str(caught.value)
+
+
+def test_every_shipped_config_loads_survives_a_round_trip_and_gives_a_deepspeed_config(tmp_path):
+    assert {"demo", "sft", "orpo", "orpo_8b_zero3"} <= set(shipped_configs())
+    for name in shipped_configs():
+        config = load_config(name)
+        dump_config(config, tmp_path / "deep" / f"{name}.yaml")
+        assert load_config(tmp_path / "deep" / f"{name}.yaml") == config
+        deepspeed = deepspeed_dict(config, 2, hidden_size=4096)
+        assert deepspeed["train_batch_size"] == config.training.global_batch_size
+        assert "auto" not in json.dumps(deepspeed)
+
+
+def test_demo_is_the_regime_of_400_pairs_and_4_epochs():
+    demo = load_config("demo")
+    assert (demo.data.splits.train, demo.training.epochs, demo.training.zero_stage) == (400, 4, 2)
+    assert demo.objective.name == "orpo"
+    assert [p.name for p in demo.penalties] == ["answer_score"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.learning_rate=3e-5", lambda c: c.training.learning_rate == 3e-5),
+        ("penalties.0.weight=2", lambda c: c.penalties[0].weight == 2.0),
+        ("objective={name: sft}", lambda c: c.objective.name == "sft"),
+        ("data.source.min_population=5", lambda c: c.data.source.min_population == 5),
+        ("model.lora.r=4", lambda c: c.model.lora.r == 4),
+        ("training.max_steps=null", lambda c: c.training.max_steps is None),
+        ("tracking.tags=[a, b]", lambda c: c.tracking.tags == ("a", "b")),
+    ],
+)
+def test_overrides(override, expected):
+    assert expected(load_config("demo", [override]))
+
+
+def test_later_override_wins():
+    assert load_config("demo", ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training:\n  learning_rat: 1\n", ["training.learning_rat", "run.yaml:2", "did you mean `learning_rate`"]),
+        ("traning: {}\n", ["traning", "did you mean `training`"]),
+        ("seed: 1\n\nseed: 2\n", ["seed", "run.yaml:3", "written twice", "line 1"]),
+        ("objective:\n  name: orpoo\n", ["objective", "none of sft, orpo", "did you mean `orpo`"]),
+        ("objective: {beta: 1}\n", ["needs `name`", "sft, orpo"]),
+        ("data:\n  source: {kind: hub, nam: x}\n", ["data.source.nam", "did you mean `name`", "data.source.name"]),
+        ("model: 3\n", ["model", "section"]),
+        ("name: 12\n", ["put it in quotes"]),
+        ("training: {zero_stage: 7}\n", ["7 is none of 0, 1, 2, 3"]),
+        ("training: {resume: 3}\n", ["training.resume", "auto, or a path"]),
+        ("training: {offload_parameters: true}\n", ["zero_stage: 3"]),
+        ("training: {micro_batch_size: 9}\n", ["micro_batch_size: 9 is more than"]),
+        ("penalties: {name: answer_score}\n", ["penalties", "is a list"]),
+        ("penalties: [{name: answer_score}]\ndata: {splits: {calibration: 0}}\n", ["needs questions"]),
+        ("data: {packing_tokens: 9}\n", ["packing_tokens: 9 is less than"]),
+        ("a: [\n", ["not valid YAML"]),
+        ("- 1\n", ["mapping"]),
+    ],
+)
+def test_mistakes_name_the_place_and_the_way_out(tmp_path, text, words):
+    message = problem(tmp_path, text)
+    assert not [word for word in words if word not in message], message
+    assert "pydantic" not in message
+    assert "function-" not in message
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    message = problem(tmp_path, "seeds: 1\ntraining:\n  epochs: -1\n  zero_stage: 9\n", "data.template=cha")
+    for place in ("seeds (", "training.epochs (", "training.zero_stage (", "data.template (command line"):
+        assert place in message
+    assert "4 problems" in message
+
+
+@pytest.mark.parametrize("override", ["seed", "=1", "a..b=1", "seed=[", "penalties.3.weight=1", "seed.x=1"])
+def test_bad_overrides_are_named(tmp_path, override):
+    assert repr(override) in problem(tmp_path, "seed: 1\n", override)
+
+
+def test_input_paths_count_from_the_yaml_file_and_overrides_from_here(tmp_path, monkeypatch):
+    file = tmp_path / "configs" / "run.yaml"
+    file.parent.mkdir()
+    file.write_text(
+        "data: {source: {kind: file, path: rows.jsonl}}\ntraining: {deepspeed: ds.json}\nmodel: {source: ./m}\n"
+    )
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    config = load_config(file, ["training.deepspeed=mine.json"])
+    assert config.data.source.path == tmp_path / "configs" / "rows.jsonl"
+    assert config.training.deepspeed == here / "mine.json"
+    assert config.model.source == str(tmp_path / "configs" / "m")
+    assert config.output_dir == Path("out")
+
+
+def test_a_missing_file_names_the_shipped_configs():
+    with pytest.raises(UserError, match=r"Did you mean the shipped config `demo`.*orpo"):
+        load_config("no/such/demoo.yaml")
+
+
+def test_every_field_is_described():
+    def bare(model, where=""):
+        for name, field in model.model_fields.items():
+            if name not in ("name", "kind") and not field.description:
+                yield f"{where}{model.__name__}.{name}"
+
+    import calibtrain.config as module
+
+    sections = [m for m in vars(module).values() if isinstance(m, type) and issubclass(m, module.Section)]
+    assert RunConfig in sections
+    assert not [name for section in sections for name in bare(section)]
