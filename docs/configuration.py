@@ -49,8 +49,12 @@ def rows(model: type[BaseModel]) -> list[str]:
     """One table row a field."""
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
-        limits = [f"{word} {value:g}" for item in field.metadata for key, word in
-                  (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")) if (value := getattr(item, key, None)) is not None]  # fmt: skip
+        limits = [
+            f"{sign} {value:g}"
+            for item in field.metadata
+            for key, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+            if (value := getattr(item, key, None)) is not None
+        ]
         default = field.default
         if default is PydanticUndefined:
             shown = "required"
