@@ -140,6 +140,8 @@ class DataConfig(Section):
     """Tokens of prompt + completion; the prompt is cut from its left, the completion never."""
     packing_tokens: int | None = Field(default=None, ge=8)
     """Pack sequences into rows of so many tokens; null pads one sequence a row."""
+    shared_prefix: bool = True
+    """Pass the prompt of a preference pair once for both answers, where the model's attention allows it."""
 
     @model_validator(mode="after")
     def _row_holds_a_sequence(self) -> DataConfig:
@@ -262,7 +264,7 @@ class EvaluationConfig(Section):
     max_new_tokens: Count = 12
     """An answer not finished after so many tokens is cut, and counts as it stands."""
     grading: Literal["normalized_match", "exact_match"] = "normalized_match"
-    """`normalized_match` ignores case, accents, articles and punctuation."""
+    """`normalized_match` ignores case, accents, punctuation and a leading "the"."""
 
 
 class AbstentionConfig(Section):

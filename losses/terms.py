@@ -19,13 +19,13 @@ CHOSEN, REJECTED, ANSWER = 0, 1, 2
 class Batch:
     """One micro-batch: R rows of T tokens holding S sequences with N target tokens in all; padding is never a target.
 
-    Padded (one sequence a row) and packed (several, attention blocked between them) batches look the same to a loss,
-    which reads only the fields from `targets` on.
+    Padded (one sequence a row), packed (several, attention blocked between them) and shared-prefix batches (a prompt once,
+    then its completions, blind to each other) look the same to a loss, which reads only the fields from `targets` on.
     """
 
     input_ids: Tensor  # (R, T) int64
     position_ids: Tensor  # (R, T) int64, restart at 0 with each sequence
-    segment_ids: Tensor  # (R, T) int32: 0 is padding, k >= 1 the k-th sequence of the row
+    segment_ids: Tensor  # (R, T) int32: 0 is padding, k >= 1 the k-th sequence (or shared prompt) of the row
     target_positions: Tensor  # (N,) int64: r * T + t of the hidden state that predicts the target
     targets: Tensor  # (N,) int64 token ids
     sequence_ids: Tensor  # (N,) int64 in [0, S), ascending
@@ -34,15 +34,19 @@ class Batch:
     pair_ids: Tensor  # (S,) int64: chosen and rejected of a pair share one in [0, P); -1 elsewhere
     correct: Tensor  # (S,) float32: grade of an own answer, 0 or 1; NaN elsewhere
     record_ids: Tensor  # (S,) int64: index of the record in its split, for messages
+    branch_ids: Tensor | None = None  # (R, T) int32: 0 is a shared prompt, b >= 1 the b-th completion of its segment
 
     @property
     def packed(self) -> bool:
         """Whether any row holds more than one sequence."""
+        if self.branch_ids is not None:
+            return True
         return self.segment_ids.numel() > 0 and int(self.segment_ids.max()) > 1
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy with every tensor on `device`."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None})
 
 
 @dataclass(frozen=True, slots=True)

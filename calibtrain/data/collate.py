@@ -24,39 +24,89 @@ def collate(
     nll_scope: Literal["completion", "full"] = "completion",
     packing_tokens: int | None = None,
     pad_to_multiple: int = 8,
+    shared_prefix: bool = False,
 ) -> Batch:
     """Micro-batch of the sequences, right-padded; with `packing_tokens`, packed into rows of at most so many tokens.
 
-    The hidden state at t predicts token t + 1. Completion tokens are targets; with nll_scope=full so are the prompt
-    tokens of CHOSEN sequences after the first. No sequences give one row of padding, so that forward still runs. Raises
-    UserError for a sequence longer than packing_tokens.
+    With `shared_prefix`, neighbours with one and the same prompt pass it once, and their completions' last tokens, which
+    predict nothing, not at all. The hidden state at t predicts token t + 1. Completion tokens are targets; with
+    nll_scope=full so are the prompt tokens of CHOSEN sequences after the first. No sequences give one row of padding, so
+    that forward still runs. Raises UserError for a sequence longer than packing_tokens.
     """
-    rows = [[i] for i in range(len(encoded))] if packing_tokens is None else pack_rows(encoded, packing_tokens)
-    width = max((sum(len(encoded[i].ids) for i in row) for row in rows), default=1)
+    units = _units(encoded) if shared_prefix else [[i] for i in range(len(encoded))]
+    laid_out = [_lay_out([encoded[i] for i in unit], shared_prefix) for unit in units]
+    lengths = [len(unit.ids) for unit in laid_out]
+    rows = [[u] for u in range(len(units))]
+    if packing_tokens is not None:
+        rows = _pack(lengths, packing_tokens, [encoded[unit[0]].record_id for unit in units])
+    width = max((sum(lengths[u] for u in row) for row in rows), default=1)
     width = -(-width // pad_to_multiple) * pad_to_multiple
     input_ids = torch.full((max(1, len(rows)), width), pad_id, dtype=torch.int64)
     position_ids = torch.zeros_like(input_ids)
     segment_ids = torch.zeros(input_ids.shape, dtype=torch.int32)
-    starts = [0] * len(encoded)  # flat position of each sequence's first token
+    branch_ids = torch.zeros(input_ids.shape, dtype=torch.int32)
+    states: list[list[int]] = [[] for _ in encoded]  # flat position of each token of each sequence
     for r, row in enumerate(rows):
         t = 0
-        for segment, i in enumerate(row, start=1):
-            length = len(encoded[i].ids)
-            input_ids[r, t : t + length] = torch.tensor(encoded[i].ids, dtype=torch.int64)
-            position_ids[r, t : t + length] = torch.arange(length)
-            segment_ids[r, t : t + length] = segment
-            starts[i] = r * width + t
-            t += length
+        for segment, u in enumerate(row, start=1):
+            unit = laid_out[u]
+            end = t + lengths[u]
+            input_ids[r, t:end] = torch.tensor(unit.ids, dtype=torch.int64)
+            position_ids[r, t:end] = torch.tensor(unit.positions, dtype=torch.int64)
+            branch_ids[r, t:end] = torch.tensor(unit.branches, dtype=torch.int32)
+            segment_ids[r, t:end] = segment
+            for i, offsets in zip(units[u], unit.offsets, strict=True):
+                states[i] = [r * width + t + offset for offset in offsets]
+            t = end
     return Batch(
         input_ids=input_ids,
         position_ids=position_ids,
         segment_ids=segment_ids,
-        **_targets(encoded, starts, nll_scope),
+        **_targets(encoded, states, nll_scope),
         roles=torch.tensor([one.role for one in encoded], dtype=torch.int64),
         pair_ids=torch.tensor(_pair_numbers(encoded), dtype=torch.int64),
         correct=torch.tensor([one.correct for one in encoded], dtype=torch.float32),
         record_ids=torch.tensor([one.record_id for one in encoded], dtype=torch.int64),
+        branch_ids=branch_ids if shared_prefix else None,
     )
+
+
+class _Unit(NamedTuple):
+    """What stands together in a row: a sequence, or several that share their prompt."""
+
+    ids: list[int]
+    positions: list[int]
+    branches: list[int]  # 0 for what all see
+    offsets: list[list[int]]  # of each sequence: where in the unit its tokens are
+
+
+def _units(encoded: Sequence[Encoded]) -> list[list[int]]:
+    """Runs of neighbours with the same prompt."""
+    units: list[list[int]] = []
+    for i, one in enumerate(encoded):
+        start = one.completion_start
+        previous = encoded[units[-1][0]] if units else None
+        if previous and previous.completion_start == start and previous.ids[:start] == one.ids[:start]:
+            units[-1].append(i)
+        else:
+            units.append([i])
+    return units
+
+
+def _lay_out(sequences: Sequence[Encoded], shared_prefix: bool) -> _Unit:
+    if not shared_prefix:
+        length = len(sequences[0].ids)
+        return _Unit(list(sequences[0].ids), list(range(length)), [0] * length, [list(range(length))])
+    start = sequences[0].completion_start
+    unit = _Unit(list(sequences[0].ids[:start]), list(range(start)), [0] * start, [])
+    for branch, one in enumerate(sequences, start=1):
+        completion = one.ids[start:-1]
+        first = len(unit.ids)
+        unit.offsets.append([*range(start), *range(first, first + len(completion))])
+        unit.ids.extend(completion)
+        unit.positions.extend(range(start, start + len(completion)))
+        unit.branches.extend([branch] * len(completion))
+    return unit
 
 
 def pack_rows(encoded: Sequence[Encoded], packing_tokens: int) -> list[list[int]]:
@@ -64,33 +114,36 @@ def pack_rows(encoded: Sequence[Encoded], packing_tokens: int) -> list[list[int]
 
     Raises UserError for a sequence longer than packing_tokens.
     """
+    return _pack([len(one.ids) for one in encoded], packing_tokens, [one.record_id for one in encoded])
+
+
+def _pack(lengths: Sequence[int], packing_tokens: int, record_ids: Sequence[int]) -> list[list[int]]:
     rows: list[list[int]] = []
     room: list[int] = []
-    for i in sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].ids), i)):
-        length = len(encoded[i].ids)
-        if length > packing_tokens:
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[i] > packing_tokens:
             raise UserError(
-                f"record {encoded[i].record_id}: its sequence of {length} tokens does not fit into data.packing_tokens "
+                f"record {record_ids[i]}: its sequence of {lengths[i]} tokens does not fit into data.packing_tokens "
                 f"{packing_tokens}; raise it to data.max_length"
             )
-        r = next((r for r, free in enumerate(room) if free >= length), len(rows))
+        r = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
         if r == len(rows):
             rows.append([])
             room.append(packing_tokens)
         rows[r].append(i)
-        room[r] -= length
+        room[r] -= lengths[i]
     return rows
 
 
-def _targets(encoded: Sequence[Encoded], starts: Sequence[int], nll_scope: str) -> dict[str, Tensor]:
+def _targets(encoded: Sequence[Encoded], states: Sequence[Sequence[int]], nll_scope: str) -> dict[str, Tensor]:
     positions: list[int] = []
     targets: list[int] = []
     sequence_ids: list[int] = []
     is_completion: list[bool] = []
-    for s, (one, start) in enumerate(zip(encoded, starts, strict=True)):
+    for s, (one, state) in enumerate(zip(encoded, states, strict=True)):
         first = 1 if nll_scope == "full" and one.role == CHOSEN else one.completion_start
         last = len(one.ids)
-        positions.extend(range(start + first - 1, start + last - 1))
+        positions.extend(state[first - 1 : last - 1])
         targets.extend(one.ids[first:])
         sequence_ids.extend([s] * (last - first))
         is_completion.extend(t >= one.completion_start for t in range(first, last))

@@ -85,26 +85,35 @@ def head_of(config: Any) -> Head:
     return Head(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
 
 
-def attention_mask(batch: Batch, model: Any) -> Tensor:
-    """Mask of a batch: (R, T) for padded rows; (R, 1, T, T) blocked between the sequences of packed rows.
+def takes_block_masks(model: Any) -> bool:
+    """Whether attention is plain causal and dense, so that a mask of ours may replace the model's own."""
+    config = model.config
+    kinds = getattr(config, "layer_types", None) or ("full_attention",)
+    plain = not getattr(config, "sliding_window", None) and all(kind == "full_attention" for kind in kinds)
+    return plain and config._attn_implementation in ("sdpa", "eager")
 
-    Raises UserError for packed rows of a model whose attention is not plain causal, which a block mask would override.
+
+def attention_mask(batch: Batch, model: Any) -> Tensor:
+    """Mask of a batch: (R, T) for padded rows; (R, 1, T, T), blocked between sequences, for rows that hold several.
+
+    Raises UserError for packed rows of a model that does not take such masks.
     """
-    segments = batch.segment_ids
+    segments, branches = batch.segment_ids, batch.branch_ids
     if not batch.packed:
         return (segments > 0).long()
-    if getattr(model.config, "sliding_window", None) or "sliding_attention" in (
-        getattr(model.config, "layer_types", None) or ()
-    ):
-        raise UserError(f"data.packing_tokens: {model.config.model_type} has sliding-window attention; set it to null")
-    same = segments[:, :, None] == segments[:, None, :]
-    causal = torch.ones(segments.shape[1:] * 2, dtype=torch.bool, device=segments.device).tril()
+    if not takes_block_masks(model):
+        raise UserError(
+            f"data.packing_tokens: the attention of {model.config.model_type} ({model.config._attn_implementation}) takes "
+            "no block masks; set it to null"
+        )
     # Padding attends to itself: a row without any allowed position would be NaN.
-    allowed = same & causal
+    allowed = segments[:, :, None] == segments[:, None, :]
+    if branches is not None:
+        allowed &= (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
+    allowed &= torch.ones(segments.shape[1:] * 2, dtype=torch.bool, device=segments.device).tril()
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill_(
-        ~allowed, torch.finfo(dtype).min
-    )[:, None]
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 @torch.no_grad()

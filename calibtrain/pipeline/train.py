@@ -27,7 +27,7 @@ from calibtrain.losses import build_loss
 from calibtrain.models.export import check_scale_folds, export_model, gathered_weights
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
-from calibtrain.models.policy import Policy, check_head
+from calibtrain.models.policy import Policy, check_head, takes_block_masks
 from calibtrain.pipeline.prepare import SAMPLES_PER_QUESTION, Prepared, add_own_wrong_answers, needs_rejected, prepare
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.answering import Answerer
@@ -159,7 +159,14 @@ def _trainer(config: RunConfig, prepared: Prepared, template: Template, engine: 
         output_dir=config.output_dir,
         data_hash=prepared.data_hash,
         stream=stream,
+        shared_prefix=_shares_prefixes(config, engine.module),
         evaluation_questions=questions,
+    )
+
+
+def _shares_prefixes(config: RunConfig, model: LossModel) -> bool:
+    return (
+        config.data.shared_prefix and config.objective.name == "orpo" and takes_block_masks(model.policy.causal_model)
     )
 
 

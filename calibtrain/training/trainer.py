@@ -50,6 +50,7 @@ class Trainer:
     output_dir: Path
     data_hash: str
     stream: AnswerStream | None = None
+    shared_prefix: bool = False
     evaluation_questions: Sequence[Record] = ()
 
     def fit(self, progress: Progress) -> Progress:
@@ -148,8 +149,13 @@ class Trainer:
         sequences = [sequence for index in indices for sequence in self.examples[index]]
         if self.stream is not None and self.stream.config.moves == "all":
             sequences += self.stream.share(step, number, count, self.world)
-        data = self.config.data
-        batch = collate(sequences, self.answerer.template.pad_id, self.config.objective.nll_scope, data.packing_tokens)
+        batch = collate(
+            sequences,
+            self.answerer.template.pad_id,
+            self.config.objective.nll_scope,
+            self.config.data.packing_tokens,
+            shared_prefix=self.shared_prefix,
+        )
         return TrainStep(batch.to(self.world.device), {})
 
     def _report_skip(self, progress: Progress, outputs: Sequence[StepStatistics]) -> None:
