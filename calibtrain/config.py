@@ -186,9 +186,11 @@ class AnswerScoreConfig(Section):
     """`scale`: the score is minimised exactly, over the logit scale alone, which cannot memorise the questions; `all`:
     its gradient enters the loss and moves every trained weight."""
     score: Literal["log", "brier"] = "log"
+    """`log`: binary cross-entropy of the answer's likelihood against right or wrong; `brier`: squared error."""
     refresh_every: Count = 50
     """Optimiser steps between two rounds of answering; with `scale` there is one more after the last step."""
     questions_per_refresh: Count = 512
+    """Questions answered in one round, at most the calibration split."""
     weight: Weight = 1.0
     """Of the term in the loss, with `all`."""
     answers_per_step: Count = 16
@@ -228,6 +230,8 @@ class TrainingConfig(Section):
     """Keep the parameters in CPU memory (ZeRO-3)."""
     deepspeed: Path | None = None
     """A DeepSpeed JSON of your own; its batch sizes, precision and stage must agree with this file's, or say "auto"."""
+    average_last: Fraction = 0.0
+    """Export the mean of the weights over this last share of the steps (arXiv 1803.05407); 0 exports the last ones."""
     log_every: Count = 5
     """Optimiser steps between two lines of metrics."""
     evaluate_every: int | None = Field(default=None, ge=1)
@@ -247,6 +251,8 @@ class TrainingConfig(Section):
     def _offload_needs_stage(self) -> TrainingConfig:
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError("offload_parameters needs zero_stage: 3")
+        if self.average_last and self.zero_stage == 3:
+            raise ValueError("average_last needs weights that are whole on every rank: zero_stage 0, 1 or 2")
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage: 1, 2 or 3")
         if self.micro_batch_size > self.global_batch_size:
