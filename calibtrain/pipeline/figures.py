@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from calibtrain.calibration.metrics import ReliabilityRow
 
 WIDTH, HEIGHT = 360, 290
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 14, 42
+LEFT, RIGHT, TOP, BOTTOM = 54, 14, 14, 42
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def histogram(right: Sequence[int], wrong: Sequence[int], top: int, title: str) 
                 )
     parts.append(f'<path class="axis" d="{axes.path([0, 1], [0, 0])}"/>')
     parts.append(f'<text class="note" x="{axes.x(0) + 6}" y="{TOP + 10}">▲ right</text>')
-    parts.append(f'<text class="note" x="{axes.x(0) + 6}" y="{HEIGHT - BOTTOM - 6}">▼ wrong</text>')
+    parts.append(f'<text class="note" x="{axes.x(1)}" y="{HEIGHT - BOTTOM - 6}" text-anchor="end">▼ wrong</text>')
     ticks = [(float(v), str(abs(v))) for v in (-top, -top // 2, 0, top // 2, top)]
     return _figure(axes, parts, title, "stated confidence", "answers", y_ticks=ticks)
 
@@ -130,22 +130,21 @@ def curves(
             parts.append(f'<path class="{name}" d="{axes.path(line.xs, line.ys)}"/>')
     if certified is not None:
         x, y = axes.x(certified[0]), axes.y(certified[1])
-        parts.append(
-            f'<path class="certified" d="M{x},{y - 8}L{x + 8},{y}L{x},{y + 8}L{x - 8},{y}Z"><title>certified</title></path>'
-        )
+        diamond = f"M{x},{y - 10}L{x + 10},{y}L{x},{y + 10}L{x - 10},{y}Z"
+        parts.append(f'<path class="certified" d="{diamond}"><title>certified</title></path>')
     if chart.marker_id:
-        parts.append(f'<circle class="marker" id="{chart.marker_id}" r="6" cx="-20" cy="-20"/>')
+        parts.append(f'<circle class="marker" id="{chart.marker_id}" r="4.5" cx="-20" cy="-20"/>')
     y_ticks = None if chart.percent else _ticks(*axes.y_range)
     x_ticks = _ticks(*axes.x_range) if axes.x_range != (0.0, 1.0) else None
     return _figure(axes, parts, chart.title, chart.x_label, chart.y_label, x_ticks=x_ticks, y_ticks=y_ticks)
 
 
 def nice_ceiling(value: float) -> float:
-    """Least of 1, 2, 2.5, 5 x 10^k that is at least `value`; 1 for 0 or less."""
+    """Least of 1, 2, 2.5, 4, 5, 6, 8 x 10^k that is at least `value`; 1 for 0 or less."""
     if value <= 0 or not math.isfinite(value):
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value * (1 - 1e-9))
+    return next(step * power for step in (1, 2, 2.5, 4, 5, 6, 8, 10) if step * power >= value * (1 - 1e-9))
 
 
 def _ticks(low: float, high: float) -> list[tuple[float, str]]:

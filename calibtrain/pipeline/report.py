@@ -145,7 +145,7 @@ def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _share(value: float, digits: int = 1) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%"
+    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%".replace("-", "−")
 
 
 def _number(value: float, digits: int = 3) -> str:

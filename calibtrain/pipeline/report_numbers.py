@@ -85,7 +85,7 @@ def comparison(stages: Sequence[Stage], replicates: int) -> list[Row]:
     filled = [stage for stage in stages if stage.n]
     if not filled or len(filled) != len(stages):
         return []
-    cells = [bootstrap(_chosen, s.confidence, s.correct, s.ids, replicates=replicates) for s in stages]
+    cells = [_within_range(bootstrap(_chosen, s.confidence, s.correct, s.ids, replicates=replicates)) for s in stages]
     nulls = [metrics.ece_null(stage.state) for stage in stages]
     first, last = stages[0], stages[-1]
     change: Mapping[str, Interval] = {}
@@ -96,6 +96,12 @@ def comparison(stages: Sequence[Stage], replicates: int) -> list[Row]:
         Row(name, hint, percent, better, [c[key] for c in cells], nulls if key == "ece15" else [], change.get(key))
         for key, name, hint, percent, better in ROWS
     ]
+
+
+def _within_range(intervals: Mapping[str, Interval]) -> dict[str, Interval]:
+    """The same, but with no ECE below 0, where an interval that allows for noise may reach."""
+    ece = intervals["ece15"]
+    return {**intervals, "ece15": Interval(ece.estimate, max(ece.low, 0.0), ece.high)}
 
 
 def threshold_table(stage: Stage, certified: float | None) -> dict[str, Any]:

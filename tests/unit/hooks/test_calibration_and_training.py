@@ -53,7 +53,7 @@ def test_calibration_of_tokens_answers_and_preferences():
             assert metrics[f"calib/train/{kind}/{key}"] == pytest.approx(value, nan_ok=True)
     chosen = [r.logprob[1:3].double().mean().item() for r in records]
     rejected = [r.logprob[3:6].double().mean().item() for r in records]
-    odds = [c - math.log1p(-math.exp(c)) - r + math.log1p(-math.exp(r)) for c, r in zip(chosen, rejected)]
+    odds = [c - math.log1p(-math.exp(c)) - r + math.log1p(-math.exp(r)) for c, r in zip(chosen, rejected, strict=True)]
     assert metrics["train/preference/chosen_logprob"] == pytest.approx(sum(chosen) / 5)
     assert metrics["train/preference/log_odds_ratio"] == pytest.approx(sum(odds) / 5)
     assert metrics["train/preference/accuracy"] == sum(o > 0 for o in odds) / 5
