@@ -91,7 +91,8 @@ def test_training_hook_means_and_resume():
 
 
 def test_default_hooks_by_rank_and_term_names():
-    config = RunConfig(penalties=[{}])
+    config = RunConfig(penalties=[{"moves": "all"}])
     assert term_names(config) == ["answer_score", "nll", "odds_ratio"]
+    assert term_names(RunConfig(penalties=[{"moves": "scale"}])) == ["nll", "odds_ratio"]  # not in the loss
     assert [hook.name for hook in default_hooks(config, 0)] == ["training", "calibration", "jsonl", "progress", "wandb"]
     assert [hook.name for hook in default_hooks(config, 3)] == ["training", "calibration"]
