@@ -102,7 +102,7 @@ def calibrate(
 @app.command()
 def report(output_dir: OutputDir) -> None:
     """Write report.html: one file that works offline."""
-    from calibtrain.pipeline.report import run
+    from calibtrain.pipeline.collect import run
 
     typer.echo(str(run(_existing(output_dir))))
 

@@ -329,6 +329,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:
+        if self.model.dtype == "bf16" and self.training.zero_stage == 0:
+            raise ValueError(
+                "training.zero_stage: 0 with model.dtype: bf16 leaves the other stages' trajectory in DeepSpeed 0.19; "
+                "take zero_stage: 1, which on one process is the same without the error, or dtype: fp32"
+            )
         names = [penalty.name for penalty in self.penalties]
         if len(set(names)) != len(names):
             raise ValueError(f"penalties: each may appear once, got {names}")

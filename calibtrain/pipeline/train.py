@@ -31,6 +31,7 @@ from calibtrain.models.policy import Policy, check_head, takes_block_masks
 from calibtrain.pipeline.prepare import SAMPLES_PER_QUESTION, Prepared, add_own_wrong_answers, needs_rejected, prepare
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.answering import Answerer
+from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
 from calibtrain.training.deepspeed_config import batch_plan, deepspeed_dict
 from calibtrain.training.distributed import World, barrier, gather_lists, shard, start_world
@@ -42,8 +43,11 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("calibtrain", "torch", "deepspeed", "transformers", "datasets", "peft", "wandb")
 
 
-def run(config: RunConfig) -> Path:
-    """Train and export. Returns the model directory. Collective: call it on every rank."""
+def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
+    """Train and export. Returns the model directory. Collective: call it on every rank.
+
+    `last_weights` also gets the weights of the last step, as they are before averaging and scale, to compare with.
+    """
     world = start_world()
     prepared = prepare(config)
     tokenizer = load_tokenizer(config.model)
@@ -59,17 +63,17 @@ def run(config: RunConfig) -> Path:
         write_provenance(config, prepared, template, trainer, world)
     progress = Progress()
     if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, engine, trainer.stream, trainer.hooks, world)
+        progress = load_checkpoint(checkpoint, engine, trainer.stream, trainer.average, trainer.hooks, world)
     record = RunRecord(config.resolved(), config.output_dir, trainer.total_steps, progress.step, world.rank, world.size)
     trainer.hooks.dispatch("on_start", record)
     target = config.output_dir / "model"
     error: str | None = None
     try:
         progress = trainer.fit(progress)
-        weights = gathered_weights(engine.module.policy, keep=world.is_main)
-        if world.is_main:
-            export_model(weights, config.model, tokenizer, target, engine.module.policy.scale)
-        barrier()
+        if last_weights is not None:
+            _export(config, engine, tokenizer, last_weights, 1.0, world)
+        trainer.finish(progress.step)
+        _export(config, engine, tokenizer, target, engine.module.policy.scale, world)
     except BaseException as caught:
         error = f"{type(caught).__name__}: {caught}"
         raise
@@ -77,6 +81,13 @@ def run(config: RunConfig) -> Path:
         artifacts = [config.output_dir / name for name in ("config.yaml", "deepspeed.json")]
         trainer.hooks.dispatch("on_end", EndRecord(progress.step, error, {"steps": progress.step}, artifacts))
     return target
+
+
+def _export(config: RunConfig, engine: Engine, tokenizer: Any, target: Path, scale: float, world: World) -> None:
+    weights = gathered_weights(engine.module.policy, keep=world.is_main)
+    if world.is_main:
+        export_model(weights, config.model, tokenizer, target, scale)
+    barrier()
 
 
 def build_model(config: RunConfig) -> LossModel:
@@ -146,6 +157,9 @@ def _trainer(config: RunConfig, prepared: Prepared, template: Template, engine: 
     stream = None
     if config.penalties:
         stream = AnswerStream(config.penalties[0], answerer, questions, config.seed, config.data.max_length)
+    average = None
+    if config.training.average_last:
+        average = WeightAverage(engine.module.policy, config.training.average_last, steps)
     return Trainer(
         config=config,
         engine=engine,
@@ -159,6 +173,7 @@ def _trainer(config: RunConfig, prepared: Prepared, template: Template, engine: 
         output_dir=config.output_dir,
         data_hash=prepared.data_hash,
         stream=stream,
+        average=average,
         shared_prefix=_shares_prefixes(config, engine.module),
         evaluation_questions=questions,
     )

@@ -46,9 +46,13 @@ class AnswerStream:
         if self.config.moves == "all" and step % self.config.refresh_every == 0:
             self._ask(step // self.config.refresh_every)
 
-    def after_step(self, step: int, last: bool) -> list[Answer] | None:
-        """After `step` finished steps, when due: answer, solve for the logit scale, return the answers at it. Collective."""
-        if self.config.moves != "scale" or (step % self.config.refresh_every and not last):
+    def is_due(self, step: int) -> bool:
+        """Whether the scale is to be solved for after `step` finished steps."""
+        return self.config.moves == "scale" and step % self.config.refresh_every == 0
+
+    def round(self, step: int) -> list[Answer] | None:
+        """Answer, solve for the logit scale and return the answers at it; None when no scale is asked for. Collective."""
+        if self.config.moves != "scale":
             return None
         policy = self.answerer.module.policy
         policy.scale = 1.0

@@ -22,6 +22,7 @@ from calibtrain.config import RunConfig
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.training.answer_stream import AnswerStream
+from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.distributed import World, all_agree, barrier
 from calibtrain.training.engine import Engine
 
@@ -56,6 +57,7 @@ def save_checkpoint(
     progress: Progress,
     engine: Engine,
     stream: AnswerStream | None,
+    average: WeightAverage | None,
     hooks: HookList,
     config: RunConfig,
     data_hash: str,
@@ -76,6 +78,8 @@ def save_checkpoint(
         try:
             _write_rank_state(partial, engine, stream, hooks, world)
             if world.is_main:
+                if average is not None:
+                    save_file(average.tensors(), partial / "average.safetensors")
                 _write_json(
                     partial / "run.json",
                     {
@@ -140,13 +144,22 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str) -> Path | N
     return path
 
 
-def load_checkpoint(path: Path, engine: Engine, stream: AnswerStream | None, hooks: HookList, world: World) -> Progress:
+def load_checkpoint(
+    path: Path,
+    engine: Engine,
+    stream: AnswerStream | None,
+    average: WeightAverage | None,
+    hooks: HookList,
+    world: World,
+) -> Progress:
     """Restore everything from a checkpoint that `find_checkpoint` accepted; the last thing before the loop. Collective."""
     engine.deepspeed.load_checkpoint(str(path), tag="engine")
     tensors = load_file(path / f"rank{world.rank}.safetensors")
     state = json.loads((path / f"rank{world.rank}.json").read_text(encoding="utf-8"))
     if stream is not None:
         stream.load_state_dict(state["stream"])
+    if average is not None:
+        average.load(load_file(path / "average.safetensors"))
     hooks.load_state_dict(_with_tensors(state["hooks"], tensors))
     run = json.loads((path / "run.json").read_text(encoding="utf-8"))
     # Last: loading draws random numbers.

@@ -26,6 +26,7 @@ from calibtrain.losses.terms import Batch
 from calibtrain.models.loss_model import StepStatistics, TrainStep
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.answering import Answerer
+from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.checkpoint import Progress, save_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.distributed import World, gather_lists, sum_over_ranks
@@ -50,6 +51,7 @@ class Trainer:
     output_dir: Path
     data_hash: str
     stream: AnswerStream | None = None
+    average: WeightAverage | None = None
     shared_prefix: bool = False
     evaluation_questions: Sequence[Record] = ()
 
@@ -87,8 +89,18 @@ class Trainer:
                     logit_scale=None if self.stream is None else self.engine.module.policy.scale,
                 ),
             )
+            if self.average is not None:
+                self.average.after_step(progress.step)
             self._after_step(progress)
         return progress
+
+    def finish(self, step: int) -> None:
+        """Put the averaged weights in place and solve for the logit scale that fits the final weights. Collective."""
+        if self.average is not None:
+            self.average.apply()
+        answers = None if self.stream is None else self.stream.round(step)
+        if answers is not None:
+            self._report_answers(step, answers)
 
     def evaluate(self, step: int) -> None:
         """Answer calibration questions and tell the hooks. Collective."""
@@ -108,10 +120,9 @@ class Trainer:
         last = step == self.total_steps
         if step % training.log_every == 0 or last:
             self.hooks.reduce_and_log(step, self.total_steps)
-        answers = None if self.stream is None else self.stream.after_step(step, last)
-        if answers is not None:
-            self._report_answers(step, answers)
-        elif self.evaluation_questions and training.evaluate_every and (step % training.evaluate_every == 0 or last):
+        if self.stream is not None and not last and self.stream.is_due(step):
+            self._report_answers(step, self.stream.round(step) or [])
+        if self.evaluation_questions and training.evaluate_every and (step % training.evaluate_every == 0 or last):
             self.evaluate(step)
         if training.checkpoint_every and (step % training.checkpoint_every == 0 or last):
             path = save_checkpoint(
@@ -119,6 +130,7 @@ class Trainer:
                 progress,
                 self.engine,
                 self.stream,
+                self.average,
                 self.hooks,
                 self.config,
                 self.data_hash,
