@@ -57,7 +57,9 @@ class Engine:
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Run backward on one micro-batch. The loss is globally normalised and scaled by the number of ranks."""
-        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        # Times one, because DeepSpeed divides by the accumulation steps all the same when it is handed the very tensor
+        # that forward returned and no optimiser of its own scales it first (ZeRO-0).
+        self.deepspeed.backward(loss * 1.0, scale_wrt_gas=False)
         if not last:
             self.deepspeed.step()  # not at the boundary: only counts the micro-batch
 
