@@ -37,8 +37,10 @@ class Answerer:
         """Answers of all ranks to `records`, in their order, on every rank. Collective."""
         mine = shard(records, self.world)
         asked = list(mine)
-        if self.lockstep and len(mine) < -(-len(records) // self.world.size):
-            asked.append(records[0])  # a question more than its share: dropped below
+        if records and (not mine or (self.lockstep and len(mine) < -(-len(records) // self.world.size))):
+            # A question more than its share, dropped below: ZeRO-3 needs as many batches on each rank, and without any
+            # answer this rank would not know the shape of the hidden states that it gathers.
+            asked.append(records[0])
         was_training = self.module.training
         self.module.eval()
         try:

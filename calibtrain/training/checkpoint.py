@@ -128,7 +128,7 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str) -> Path | N
             if not inner:
                 raise UserError(f"training.resume: {path} is not a whole checkpoint (it has no run.json)")
             path = inner[-1]
-    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    run = _read_run(path)
     if run["world_size"] != world.size:
         raise UserError(
             f"training.resume: {path} was written by {run['world_size']} process(es), this run has {world.size}; start "
@@ -161,12 +161,20 @@ def load_checkpoint(
     if average is not None:
         average.load(load_file(path / "average.safetensors"))
     hooks.load_state_dict(_with_tensors(state["hooks"], tensors))
-    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    run = _read_run(path)
     # Last: loading draws random numbers.
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng/cuda"], world.device)
     return Progress(run["step"], run["skipped_in_a_row"])
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        run: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"training.resume: {path / 'run.json'} cannot be read: {error}; delete {path}") from error
+    return run
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

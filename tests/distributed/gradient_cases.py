@@ -1,0 +1,205 @@
+"""Run by test_gradients under torchrun: full gradients and weights of a few steps, for every way to cut up one batch.
+
+Usage: gradient_cases.py FOLDER CASE_NAMES (comma-separated). Rank 0 writes FOLDER/<case>.pt.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from calibtrain.config import AnswerScoreConfig, RunConfig
+from calibtrain.data.drops import DropReport
+from calibtrain.data.encode import encode_records
+from calibtrain.data.records import Message, Record
+from calibtrain.data.templates import Template
+from calibtrain.hooks.base import HookList
+from calibtrain.losses import build_loss
+from calibtrain.models.export import gathered_weights
+from calibtrain.models.loading import load_model, load_tokenizer
+from calibtrain.models.loss_model import LossModel
+from calibtrain.models.policy import Policy
+from calibtrain.training import engine as engine_module
+from calibtrain.training.answer_stream import AnswerStream
+from calibtrain.training.answering import Answerer
+from calibtrain.training.checkpoint import Progress
+from calibtrain.training.deepspeed_config import batch_plan
+from calibtrain.training.distributed import World, barrier, start_world
+from calibtrain.training.engine import Engine, start_engine
+from calibtrain.training.trainer import Trainer
+
+STEPS, RECORDS, ANSWERS = 2, 12, 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to run the same trajectory; `family` names what must come out the same."""
+
+    family: str
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)  # more keys for DeepSpeed's zero_optimization
+    objective: str = "orpo"
+
+
+LORA = {"lora": {"r": 4, "alpha": 8.0}}
+ALWAYS_SHARDED = {"stage3_param_persistence_threshold": 0}
+CASES = {
+    "stage0": Case("orpo", training={"zero_stage": 0}),
+    "stage1": Case("orpo", training={"zero_stage": 1}),
+    "stage2": Case("orpo", training={"zero_stage": 2}),
+    "stage3": Case("orpo", training={"zero_stage": 3}, zero=ALWAYS_SHARDED),
+    "stage3_persistent": Case("orpo", training={"zero_stage": 3}),
+    "packed": Case("orpo", data={"packing_tokens": 128}),
+    "separate_rows": Case("orpo", data={"shared_prefix": False}),
+    "wide_micro_batches": Case("orpo", training={"micro_batch_size": 4}),
+    "checkpointed_stage3": Case("orpo", model={"gradient_checkpointing": True}, training={"zero_stage": 3}),
+    "sft_stage0": Case("sft", training={"zero_stage": 0}, objective="sft"),
+    "sft_packed_stage3": Case(
+        "sft", data={"packing_tokens": 128}, training={"zero_stage": 3}, zero=ALWAYS_SHARDED, objective="sft"
+    ),
+    "lora_stage0": Case("lora", model=LORA, training={"zero_stage": 0}),
+    "lora_checkpointed_stage2": Case("lora", model={**LORA, "gradient_checkpointing": True}, training={"zero_stage": 2}),
+    "lora_stage3": Case("lora", model=LORA, training={"zero_stage": 3}, zero=ALWAYS_SHARDED),
+}
+
+
+def records() -> list[Record]:
+    """Pairs of very different lengths, so that no two micro-batches hold as many tokens."""
+    return [
+        Record(
+            prompt=(Message("user", f"What is number {i}{' and what comes then' * (i % 4)}?"),),
+            chosen=f"It is {i}" + " and more" * (i * 7 % 5),
+            rejected=f"no {i + 1}" + " or so" * (i * 3 % 4),
+            accepted=(f"It is {i}",),
+            origin=f"r{i}",
+        )
+        for i in range(RECORDS)
+    ]
+
+
+class FixedAnswers(AnswerStream):
+    """The same graded answers in every round, whatever the model would say."""
+
+    def _ask(self, round_number: int) -> Any:
+        self.asked = list(range(ANSWERS))
+        self.texts = [f"It is {i} I think" + " perhaps" * i for i in self.asked]
+        self.correct = [i % 2 == 0 for i in self.asked]
+
+
+class Recording(Engine):
+    """Keeps full gradients, unclipped, of each parameter at each step."""
+
+    def step(self) -> tuple[bool, float | None]:
+        """Record, then step."""
+        found = {
+            name: gradient.cpu().float().clone()
+            for name, parameter in self.module.policy.named_parameters()
+            if parameter.requires_grad and (gradient := safe_get_full_grad(parameter)) is not None
+        }
+        self.gradients.append(found)  # type: ignore[attr-defined]
+        skipped, norm = super().step()
+        assert not skipped
+        self.norms.append(norm)  # type: ignore[attr-defined]
+        return skipped, norm
+
+
+def config_of(case: Case, model: Path) -> RunConfig:
+    """The run of a case: 8 records a step; a smooth optimiser, so that rounding is not blown up by sign(g)."""
+    training = {
+        "micro_batch_size": 1,
+        "global_batch_size": 8,
+        "learning_rate": 1e-2,
+        "warmup_ratio": 0.0,
+        "adam_epsilon": 1e-2,
+        "max_grad_norm": 1.0,
+        "max_steps": STEPS,
+        **case.training,
+    }
+    return RunConfig.model_validate(
+        {
+            "model": {"source": str(model), "dtype": "fp32", **case.model},
+            "data": {"max_length": 96, **case.data},
+            "objective": {"name": case.objective, "nll_scope": "full"},
+            "penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 2, "answers_per_step": ANSWERS}],
+            "training": training,
+        }
+    )
+
+
+def build(config: RunConfig) -> LossModel:
+    """The module of a run; LoRA's adapters are made different from zero, so that both halves learn."""
+    torch.manual_seed(1)
+    model = load_model(config.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return LossModel(Policy(model), build_loss(config.objective), [build_loss(one) for one in config.penalties])
+
+
+def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
+    """Gradients, norms and weights of STEPS steps."""
+    config = config_of(case, model)
+    plain = engine_module.deepspeed_dict
+
+    def with_more(*args: Any, **options: Any) -> dict[str, Any]:
+        settings = plain(*args, **options)
+        return {**settings, "zero_optimization": {**settings["zero_optimization"], **case.zero}}
+
+    engine_module.deepspeed_dict = with_more
+    try:
+        started = start_engine(build(config), config, world)
+    finally:
+        engine_module.deepspeed_dict = plain
+    engine = Recording(started.deepspeed, started.stage, started.full_gradients)
+    engine.gradients, engine.norms = [], []  # type: ignore[attr-defined]
+    template = Template("plain", load_tokenizer(config.model))
+    trainer = make_trainer(config, engine, template, world)
+    trainer.fit(Progress())
+    weights = gathered_weights(engine.module.policy, keep=world.is_main)
+    engine.deepspeed.destroy()
+    return {"gradients": engine.gradients, "norms": engine.norms, "weights": weights}  # type: ignore[attr-defined]
+
+
+def make_trainer(config: RunConfig, engine: Engine, template: Template, world: World) -> Trainer:
+    """Trainer over `records()` with fixed graded answers."""
+    examples = encode_records(
+        records(), template, config.data.max_length, config.objective.name == "orpo", DropReport()
+    )
+    answerer = Answerer(engine.module, template, config.evaluation, world, lockstep=engine.stage == 3)
+    penalty: AnswerScoreConfig = config.penalties[0]
+    return Trainer(
+        config=config,
+        engine=engine,
+        examples=examples,
+        origins=[one.origin for one in records()],
+        plan=batch_plan(config.training, world.size),
+        total_steps=STEPS,
+        world=world,
+        answerer=answerer,
+        hooks=HookList([]),
+        output_dir=Path(),
+        data_hash="",
+        stream=FixedAnswers(penalty, answerer, records(), 0, config.data.max_length),
+        shared_prefix=config.data.shared_prefix and config.objective.name == "orpo",
+    )
+
+
+if __name__ == "__main__":
+    folder, names = Path(sys.argv[1]), sys.argv[2].split(",")
+    world = start_world()
+    for name in names:
+        result = run_case(CASES[name], folder / "model", world)
+        if world.is_main:
+            assert all(math.isfinite(norm) for norm in result["norms"])
+            torch.save(result, folder / f"{name}-{world.size}.pt")
+        barrier()
+    torch.distributed.destroy_process_group()

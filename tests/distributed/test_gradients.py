@@ -1,0 +1,110 @@
+"""One batch, however it is cut up (ranks, accumulation, ZeRO stage, packing, checkpointing), gives one trajectory."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from calibtrain.data.drops import DropReport
+from calibtrain.data.encode import encode_answer, encode_records
+from calibtrain.data.loader import step_indices
+from calibtrain.data.templates import Template
+from tests.distributed.gradient_cases import ANSWERS, CASES, FixedAnswers, build, config_of, records
+from tests.distributed.ranks import run, torchrun
+from tests.tiny import tiny_tokenizer, write_tiny_model
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+ON_ONE_RANK = ("stage0", "stage3", "sft_stage0", "lora_stage0")
+REFERENCE = {"orpo": "stage0", "sft": "sft_stage0", "lora": "lora_stage0"}
+RUNS = [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in CASES)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gradients")
+    write_tiny_model(folder / "model")
+    for ranks, names in ((1, ON_ONE_RANK), (2, tuple(CASES))):
+        script = str(__file__).replace("test_gradients", "gradient_cases")
+        ended = run(torchrun(ranks, script, str(folder), ",".join(names)), folder)
+        assert ended.code == 0, ended.output[-6000:]
+    found = {(name, ranks): torch.load(folder / f"{name}-{ranks}.pt", weights_only=True) for name, ranks in RUNS}
+    return folder, found
+
+
+def error(found, expected):
+    """Distance of all tensors together, relative to their length."""
+    assert found.keys() == expected.keys()
+    distance = sum((found[name].double() - expected[name].double()).square().sum() for name in expected)
+    return math.sqrt(distance / sum(one.double().square().sum() for one in expected.values()))
+
+
+@pytest.mark.parametrize(("name", "ranks"), RUNS)
+def test_same_gradients_and_trajectory(results, name, ranks):
+    found = results[1][name, ranks]
+    expected = results[1][REFERENCE[CASES[name].family], 1]
+    assert len(found["gradients"]) == len(expected["gradients"]) > 1
+    for one, reference in zip(found["gradients"], expected["gradients"], strict=True):
+        assert error(one, reference) < 1e-6
+    for tensor, reference in found["gradients"][0].items():
+        assert error({"": reference}, {"": expected["gradients"][0][tensor]}) < 1e-6, tensor
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
+    assert error(found["weights"], expected["weights"]) < 1e-6
+
+
+@pytest.mark.parametrize("family", REFERENCE)
+def test_gradient_is_that_of_the_global_mean(results, family):
+    """Plain autograd in float64 over whole, unpadded sequences and the logits that the model itself gives."""
+    folder, found = results
+    config = config_of(CASES[REFERENCE[family]], folder / "model")
+    module = build(config).double().eval()
+    dense_loss(module.policy.model, config, family).backward()
+    expected = {name: one.grad for name, one in module.policy.named_parameters() if one.grad is not None}
+    first = found[REFERENCE[family], 1]
+    assert error(first["gradients"][0], expected) < 1e-5  # the model's norms compute in float32
+    assert first["norms"][0] == pytest.approx(norm(expected), rel=1e-4)
+
+
+def norm(gradients):
+    return math.sqrt(sum(one.square().sum() for one in gradients.values()))
+
+
+def dense_loss(model, config, family):
+    template = Template("plain", tiny_tokenizer())
+    examples = encode_records(records(), template, config.data.max_length, family != "sft", DropReport())
+    step = [examples[i] for i in step_indices(0, 8, len(examples), config.seed)]
+    nll, tokens, odds = 0.0, 0, []
+    for sequences in step:
+        chosen = logprobs(model, sequences[0])
+        nll, tokens = nll - chosen.sum(), tokens + chosen.shape[0]
+        if family != "sft":
+            means = [logprobs(model, one)[one.completion_start - 1 :].mean() for one in sequences]
+            odds.append(logit(means[0]) - logit(means[1]))
+    loss = nll / tokens
+    if family != "sft":
+        loss = loss - 0.5 * logsigmoid(torch.stack(odds)).mean()
+    return loss + answer_score(model, config, template)
+
+
+def answer_score(model, config, template):
+    stream = FixedAnswers(config.penalties[0], None, records(), 0, config.data.max_length)
+    stream._ask(0)
+    scores = []
+    for i in range(ANSWERS):
+        one = encode_answer(
+            records()[i], stream.texts[i], stream.correct[i], template, config.data.max_length, i
+        )
+        logprob = logprobs(model, one)[one.completion_start - 1 :].sum()
+        scores.append(-logprob if stream.correct[i] else -torch.log1p(-logprob.exp()))
+    return torch.stack(scores).mean()
+
+
+def logprobs(model, encoded):
+    ids = torch.tensor([encoded.ids])
+    table = model(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+    return table.gather(1, ids[0, 1:, None])[:, 0]
+
+
+def logit(logprob):
+    return logprob - torch.log1p(-logprob.exp())

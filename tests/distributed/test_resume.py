@@ -1,0 +1,119 @@
+"""A run killed with SIGKILL at a random step continues bit for bit; a checkpoint of another run is refused."""
+
+import json
+import random
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.distributed.jobs import TRAIN, metrics, train, trained, write_job
+from tests.distributed.ranks import environment, run
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+STAGES = (0, 1, 2, 3)
+EXTRA = {  # what else must be restored: dropout's random numbers, bf16's fp32 masters, the term's answers
+    0: {},
+    1: {"model": {"lora": {"r": 2, "dropout": 0.3}}},
+    2: {"model": {"dtype": "bf16"}},
+    3: {"penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 4, "answers_per_step": 4}]},
+}
+KILL_AFTER = random.Random(20260101)  # seeded: the steps are the same in every run of the suite
+
+
+def job(folder, name, stage):
+    sections = dict(EXTRA[stage])
+    model = {"dtype": "fp32", "source": str(folder / "tiny"), **sections.pop("model", {})}
+    training = {"zero_stage": stage}
+    return write_job(folder, name, model=model, training=training, tracking={"wandb": True, "mode": "offline"}, **sections)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Uninterrupted runs of every stage; killed ones; and the killed ones resumed."""
+    folder = tmp_path_factory.mktemp("resume")
+    env = environment(WANDB_SILENT="true")
+    ended = run(trained(2, *(job(folder, f"whole{stage}", stage) for stage in STAGES)), folder, 400, env)
+    assert ended.code == 0, ended.output[-6000:]
+    killed = {}
+    for stage in STAGES:
+        config, step = job(folder, f"killed{stage}", stage), KILL_AFTER.randint(2, 5)
+        print(f"stage {stage} is killed after step {step}")
+        output, slow = folder / f"killed{stage}", environment(WANDB_SILENT="true")
+        ended = run(train(2, config), folder, env=slow, watch=lambda _, o=output, s=step: logged(o) >= s)
+        newest = sorted((output / "checkpoints").glob("step-???????/rank0.json"))[-1]
+        wandb_id = json.loads(newest.read_text())["hooks"]["wandb"]["run_id"]
+        killed[stage] = (ended.code, logged(output), wandb_id)
+        assert not (output / "model").exists(), "the run ended before it could be killed"
+    again = [folder / f"killed{stage}.yaml" for stage in STAGES]
+    ended = run([*trained(2, *again), "training.resume=auto"], folder, 400, env)
+    assert ended.code == 0, ended.output[-6000:]
+    return folder, killed
+
+
+def logged(output):
+    """Steps that the run has logged, once it has a checkpoint."""
+    path = output / "metrics.jsonl"
+    if not path.is_file() or not list((output / "checkpoints").glob("step-???????/run.json")):
+        return 0
+    return max((one["step"] for one in map(parse, path.read_text().splitlines())), default=0)
+
+
+def parse(line):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {"step": 0}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_run_continues_bit_for_bit(runs, stage):
+    folder, killed = runs
+    assert killed[stage][0] != 0
+    assert killed[stage][1] >= 2
+    whole, resumed = metrics(folder / f"whole{stage}"), metrics(folder / f"killed{stage}")
+    assert [line["step"] for line in whole if line["event"] == "log"] == [1, 2, 3, 4, 5, 6]
+    assert any("loss" in key for key in whole[0])
+    assert resumed == whole
+    expected = load_file(folder / f"whole{stage}" / "model" / "model.safetensors")
+    found = load_file(folder / f"killed{stage}" / "model" / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(expected[name].equal(found[name]) for name in expected)
+    start = load_file(folder / "tiny" / "model.safetensors")
+    assert any(not start[name].to(found[name].dtype).equal(found[name]) for name in start)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_wandb_run_however_often_it_is_started(runs, stage):
+    folder, killed = runs
+    files = list((folder / f"killed{stage}" / "wandb").glob("offline-run-*/*.wandb"))
+    assert {path.stem for path in files} == {f"run-{killed[stage][2]}"}  # the id that the killed run had
+    assert len(list((folder / f"whole{stage}" / "wandb").glob("offline-run-*/*.wandb"))) == 1
+
+
+def test_wandb_file_of_two_ranks_holds_the_keys_in_step_order(runs):
+    from tests.wandb_file import history
+
+    folder, _ = runs
+    (path,) = (folder / "whole0" / "wandb").glob("offline-run-*/*.wandb")
+    rows = history(path)
+    steps = [row["train/step"] for row in rows]
+    assert steps == sorted(steps)
+    assert set(steps) == {1, 2, 3, 4, 5, 6}
+    keys = {key for row in rows for key in row}
+    assert {"train/loss/nll", "train/lr", "train/grad_norm", "calib/train/token/ece15"} <= keys
+    assert "calib/calibration/likelihood/acc" in keys
+    logged_lines = {line["step"]: line for line in metrics(folder / "whole0") if line["event"] == "log"}
+    first = next(row for row in rows if "train/loss/nll" in row)
+    assert first["train/loss/nll"] == pytest.approx(logged_lines[1]["train/loss/nll"])
+
+
+def test_another_world_size_is_refused_with_exit_code_2(runs):
+    folder, _ = runs
+    overrides = [f"output_dir={folder / 'refused'}", f"training.resume={folder / 'whole0' / 'checkpoints'}"]
+    ended = run([sys.executable, *TRAIN, str(folder / "whole0.yaml"), *overrides], folder)
+    assert ended.code == 2, ended.output[-3000:]
+    assert "written by 2 process(es), this run has 1" in ended.output
+    assert not (folder / "refused" / "metrics.jsonl").exists()
+    assert not (folder / "refused" / "config.yaml").exists()

@@ -1,0 +1,72 @@
+"""Which checkpoints a run may continue from."""
+
+import json
+
+import pytest
+import torch
+
+from calibtrain.config import RunConfig
+from calibtrain.errors import UserError
+from calibtrain.training.checkpoint import complete_checkpoints, find_checkpoint
+from calibtrain.training.distributed import World
+
+TWO = World(0, 2, 0, torch.device("cpu"))
+
+
+def config(output, resume="auto", **training):
+    return RunConfig(output_dir=output, training={"resume": resume, **training})
+
+
+def write(output, step, whole=True, **changes):
+    path = output / "checkpoints" / f"step-{step:07d}"
+    path.mkdir(parents=True)
+    run = {"step": step, "skipped_in_a_row": 0, "world_size": 2, "data_hash": "abc", "config": config(output).resolved()}
+    if whole:
+        (path / "run.json").write_text(json.dumps({**run, **changes}))
+    return path
+
+
+def test_auto_takes_the_newest_whole_one_or_none(tmp_path):
+    assert find_checkpoint(config(tmp_path), TWO, "abc") is None
+    assert find_checkpoint(config(tmp_path, None), TWO, "abc") is None
+    write(tmp_path, 2)
+    newest = write(tmp_path, 10)
+    write(tmp_path, 12, whole=False)
+    (tmp_path / "checkpoints" / "step-0000014.partial").mkdir()
+    assert find_checkpoint(config(tmp_path), TWO, "abc") == newest
+    assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step-0000002", "step-0000010"]
+    for named in (newest, newest.parent, tmp_path):
+        assert find_checkpoint(config(tmp_path, named), TWO, "abc") == newest
+
+
+def test_what_does_not_shape_the_trajectory_may_change(tmp_path):
+    path = write(tmp_path, 2)
+    changed = config(tmp_path, log_every=1, checkpoint_every=7, keep_checkpoints=5)
+    assert find_checkpoint(changed, TWO, "abc") == path
+
+
+@pytest.mark.parametrize(
+    ("changes", "training", "data_hash", "words"),
+    [
+        ({"world_size": 4}, {}, "abc", ["4 process", "has 2"]),
+        ({}, {"learning_rate": 0.5}, "abc", ["training.learning_rate was 2e-05, is 0.5"]),
+        ({}, {"zero_stage": 1}, "abc", ["training.zero_stage was 2, is 1"]),
+        ({}, {}, "another", ["other data"]),
+    ],
+)
+def test_another_run_is_refused_and_the_message_names_what_differs(tmp_path, changes, training, data_hash, words):
+    write(tmp_path, 2, **changes)
+    with pytest.raises(UserError) as caught:
+        find_checkpoint(config(tmp_path, **training), TWO, data_hash)
+    assert all(word in str(caught.value) for word in [*words, "training.resume"])
+
+
+def test_a_directory_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        find_checkpoint(config(tmp_path, tmp_path), TWO, "abc")
+
+
+def test_a_damaged_run_json_is_refused(tmp_path):
+    (write(tmp_path, 2) / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json"):
+        find_checkpoint(config(tmp_path), TWO, "abc")
