@@ -60,9 +60,9 @@ def main() -> None:
         work = arguments.work or Path(scratch)
         jobs = [
             (str(work), regime, kind, seed, arguments.override)
-            for seed in range(arguments.seeds)
-            for regime in ("repeated", "fresh")
             for kind in ("orpo", "sft")
+            for regime in ("repeated", "fresh")
+            for seed in range(arguments.seeds)
         ]
         jobs = [(str(work), "raw", "raw", seed, arguments.override) for seed in range(arguments.seeds)] + jobs
         with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
@@ -86,8 +86,9 @@ def start(job: tuple[str, str, str, int, list[str]]) -> str:
     if (Path(work) / f"{label}.done").is_file():
         return f"{label} (kept)"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    code = "import json, sys; sys.path.insert(0, sys.argv[1]); from calibration_study import work; work(json.loads(sys.argv[2]))"
-    argv = [sys.executable, "-c", code, str(Path(__file__).parent), json.dumps([work, regime, kind, seed, overrides])]
+    code = "import calibration_study, json, sys; calibration_study.work(json.loads(sys.argv[1]))"
+    argv = [sys.executable, "-c", code, json.dumps([work, regime, kind, seed, overrides])]
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
     log = Path(work) / f"{label}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:

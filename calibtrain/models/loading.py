@@ -99,6 +99,9 @@ def add_lora(model: Any, config: ModelConfig) -> Any:
 
 
 def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # one bar a rank, for a second of work
     path = local_path(config.source)
     try:
         return kind.from_pretrained(

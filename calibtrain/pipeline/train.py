@@ -49,6 +49,7 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     `last_weights` also gets the weights of the last step, as they are before averaging and scale, to compare with.
     """
     world = start_world()
+    _show_messages(world)
     prepared = prepare(config)
     tokenizer = load_tokenizer(config.model)
     template = Template(config.data.template, tokenizer)
@@ -81,6 +82,17 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         artifacts = [config.output_dir / name for name in ("config.yaml", "deepspeed.json")]
         trainer.hooks.dispatch("on_end", EndRecord(progress.step, error, {"steps": progress.step}, artifacts))
     return target
+
+
+def _show_messages(world: World) -> None:
+    """Print calibtrain's own messages: all of rank 0's, warnings of the others."""
+    root = logging.getLogger("calibtrain")
+    root.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    if not root.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        root.addHandler(handler)
+        root.propagate = False
 
 
 def _export(config: RunConfig, engine: Engine, tokenizer: Any, target: Path, scale: float, world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,6 +39,8 @@ def start_world() -> World:
     """Join the process group that the launcher's environment describes (gloo on CPU, NCCL on GPUs), or one of one."""
     import deepspeed
 
+    # DeepSpeed 0.19 calls names that torch 2.13 deprecates, once a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:

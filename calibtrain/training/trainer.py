@@ -199,6 +199,7 @@ def _micro_batch_record(output: StepStatistics) -> MicroBatchRecord:
         is_completion=batch.is_completion,
         roles=batch.roles,
         sequence_correct=batch.correct,
+        pair_ids=batch.pair_ids,
         term_sums={name: term.total for name, term in output.terms.items()},
         term_counts={name: term.count for name, term in output.terms.items()},
     )
