@@ -67,11 +67,7 @@ class Engine:
         """Update the weights unless a gradient is not finite. Returns (skipped, gradient norm), the same on all ranks."""
         norm: float | None = None
         if self.full_gradients:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-            if not math.isfinite(norm):
-                for parameter in self.module.parameters():
-                    parameter.grad = None  # AdamW leaves such parameters as they are
+            norm = _clip_or_drop_gradients(self.module, self.deepspeed.gradient_clipping())
         self.deepspeed.step()
         if norm is None:
             found = self.deepspeed.get_global_grad_norm()
@@ -80,6 +76,19 @@ class Engine:
             norm is not None and not math.isfinite(norm)
         )
         return skipped, None if skipped else norm
+
+
+def _clip_or_drop_gradients(module: torch.nn.Module, max_norm: float) -> float:
+    """Clip whole gradients in place, or drop them where one is not finite. Returns their norm before."""
+    parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
+    total = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = float(total)
+    if not math.isfinite(norm):
+        for parameter in parameters:
+            parameter.grad = None  # AdamW leaves such parameters as they are
+    elif max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return norm
 
 
 def start_engine(model: LossModel, config: RunConfig, world: World) -> Engine:
@@ -93,4 +102,7 @@ def start_engine(model: LossModel, config: RunConfig, world: World) -> Engine:
     settings = deepspeed_dict(config, world.size, hidden_size=hidden_size)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     stage = int(engine.zero_optimization_stage())
-    return Engine(engine, stage, full_gradients=stage == 0 and config.model.dtype == "fp32")
+    full_gradients = stage == 0 and config.model.dtype == "fp32"
+    if full_gradients:
+        engine.clip_fp32_gradients = lambda: None  # done in Engine.step: DeepSpeed's fails where none is left
+    return Engine(engine, stage, full_gradients)

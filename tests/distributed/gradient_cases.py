@@ -66,7 +66,9 @@ CASES = {
         "sft", data={"packing_tokens": 128}, training={"zero_stage": 3}, zero=ALWAYS_SHARDED, objective="sft"
     ),
     "lora_stage0": Case("lora", model=LORA, training={"zero_stage": 0}),
-    "lora_checkpointed_stage2": Case("lora", model={**LORA, "gradient_checkpointing": True}, training={"zero_stage": 2}),
+    "lora_checkpointed_stage2": Case(
+        "lora", model={**LORA, "gradient_checkpointing": True}, training={"zero_stage": 2}
+    ),
     "lora_stage3": Case("lora", model=LORA, training={"zero_stage": 3}, zero=ALWAYS_SHARDED),
 }
 

@@ -92,9 +92,7 @@ def answer_score(model, config, template):
     stream._ask(0)
     scores = []
     for i in range(ANSWERS):
-        one = encode_answer(
-            records()[i], stream.texts[i], stream.correct[i], template, config.data.max_length, i
-        )
+        one = encode_answer(records()[i], stream.texts[i], stream.correct[i], template, config.data.max_length, i)
         logprob = logprobs(model, one)[one.completion_start - 1 :].sum()
         scores.append(-logprob if stream.correct[i] else -torch.log1p(-logprob.exp()))
     return torch.stack(scores).mean()

@@ -26,7 +26,9 @@ def job(folder, name, stage):
     sections = dict(EXTRA[stage])
     model = {"dtype": "fp32", "source": str(folder / "tiny"), **sections.pop("model", {})}
     training = {"zero_stage": stage}
-    return write_job(folder, name, model=model, training=training, tracking={"wandb": True, "mode": "offline"}, **sections)
+    return write_job(
+        folder, name, model=model, training=training, tracking={"wandb": True, "mode": "offline"}, **sections
+    )
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,13 @@ def config(output, resume="auto", **training):
 def write(output, step, whole=True, **changes):
     path = output / "checkpoints" / f"step-{step:07d}"
     path.mkdir(parents=True)
-    run = {"step": step, "skipped_in_a_row": 0, "world_size": 2, "data_hash": "abc", "config": config(output).resolved()}
+    run = {
+        "step": step,
+        "skipped_in_a_row": 0,
+        "world_size": 2,
+        "data_hash": "abc",
+        "config": config(output).resolved(),
+    }
     if whole:
         (path / "run.json").write_text(json.dumps({**run, **changes}))
     return path

@@ -1,0 +1,177 @@
+"""Run by test_engine under torchrun: evaluation, export, skipped steps and failed writes, for each ZeRO stage.
+
+Usage: engine_cases.py FOLDER. Does every FOLDER/*.yaml; each rank writes FOLDER/results-<ranks>-<rank>.pt.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibtrain.config import RunConfig
+from calibtrain.config_file import load_config
+from calibtrain.data.loader import step_indices
+from calibtrain.data.templates import Template
+from calibtrain.errors import UserError
+from calibtrain.hooks.base import Hook, HookList
+from calibtrain.models.export import export_model, gathered_weights
+from calibtrain.models.loading import load_tokenizer
+from calibtrain.models.loss_model import DecodeStep, ScoreStep
+from calibtrain.pipeline import train as pipeline
+from calibtrain.pipeline.prepare import Prepared, prepare
+from calibtrain.training.checkpoint import Progress, complete_checkpoints
+from calibtrain.training.distributed import World, barrier, start_world
+from calibtrain.training.engine import start_engine
+from calibtrain.training.trainer import Trainer
+
+QUESTIONS = {"uneven": 5, "fewer than ranks": 1, "none": 0}
+
+
+def begin(config: RunConfig, world: World) -> tuple[Trainer, Prepared]:
+    """A trainer as pipeline.train makes it, without the hooks that write files."""
+    prepared = prepare(config)
+    template = Template(config.data.template, load_tokenizer(config.model))
+    torch.manual_seed(config.seed + world.rank)
+    engine = start_engine(pipeline.build_model(config), config, world)
+    return replace(pipeline._trainer(config, prepared, template, engine, world), output_dir=config.output_dir), prepared
+
+
+def answered(trainer: Trainer, world: World) -> dict[str, Any]:
+    """Answers of all ranks for each number of questions, and the logit scale that the term solves for."""
+    found: dict[str, Any] = {}
+    for name, count in QUESTIONS.items():
+        result = trainer.answerer(trainer.evaluation_questions[:count])
+        found[name] = {
+            "answers": [(one.question_id, one.text, one.logprob, one.correct) for one in result.answers],
+            "hidden": result.features.hidden.float(),
+            "sequence_ids": result.features.sequence_ids,
+        }
+    assert trainer.stream is not None
+    trainer.stream.round(1)
+    found["scale"] = trainer.engine.module.policy.scale
+    return found
+
+
+def exported(trainer: Trainer, config: RunConfig, world: World, target: Path) -> torch.Tensor:
+    """Export the engine's weights at a scale of 0.7; returns the engine's own log-probs of some tokens at it."""
+    policy = trainer.engine.module.policy
+    policy.scale = 0.7
+    tokenizer = trainer.answerer.template.tokenizer
+    trainer.engine.module.eval()
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        states = [trainer.engine.module(_decode(ids[:, : end + 1]))[0] for end in range(ids.shape[1] - 1)]
+        hidden = torch.cat(states)
+        logprobs = trainer.engine.module(ScoreStep(hidden, ids[0, 1:], torch.ones(1)))[:, 0]
+    weights = gathered_weights(policy, keep=world.is_main)
+    if world.is_main:
+        export_model(weights, config.model, tokenizer, target, policy.scale)
+    barrier()
+    return logprobs
+
+
+def _decode(ids: torch.Tensor) -> DecodeStep:
+    return DecodeStep({"input_ids": ids, "use_cache": False})
+
+
+class Steps(Hook):
+    """Remembers what each step came to."""
+
+    name = "steps"
+
+    def __init__(self) -> None:
+        self.skipped: list[bool] = []
+
+    def on_step(self, record: Any) -> None:
+        """Keep it."""
+        self.skipped.append(record.skipped)
+
+
+def poisoned(config: RunConfig, world: World) -> dict[str, Any]:
+    """Train on data with one record whose tokens have a NaN embedding; on rank 1's share only, in one step."""
+    trainer, _ = begin(config, world)
+    # The last token of the vocabulary occurs in no text: only the records changed below meet it.
+    bad = trainer.engine.module.policy.causal_model.config.vocab_size - 1
+    trainer.engine.module.policy.causal_model.get_input_embeddings().register_forward_hook(
+        lambda _, inputs, output: torch.where((inputs[0] == bad)[..., None], torch.nan, output)
+    )
+    victims = [step_indices(1, 4, len(trainer.examples), config.seed)[-1]]
+    if config.name.endswith("always"):
+        victims = list(range(len(trainer.examples)))
+    examples = list(trainer.examples)
+    for index in victims:
+        examples[index] = tuple(replace(one, ids=(bad, *one.ids[1:])) for one in examples[index])
+    steps = Steps()
+    trainer = replace(trainer, examples=examples, hooks=HookList([steps]), stream=None, output_dir=config.output_dir)
+    before = gathered_weights(trainer.engine.module.policy, keep=True)
+    message = ""
+    try:
+        trainer.fit(Progress())
+    except UserError as error:
+        message = str(error)
+    after = gathered_weights(trainer.engine.module.policy, keep=True)
+    return {
+        "skipped": steps.skipped,
+        "victims": [trainer.origins[index] for index in victims],
+        "message": message,
+        "finite": all(bool(one.isfinite().all()) for one in after.values()),
+        "changed": any(not before[name].equal(after[name]) for name in after),
+    }
+
+
+def full_disk(config: RunConfig, world: World) -> dict[str, Any]:
+    """Rank 1's writes fail at the second checkpoint; at the third they work again."""
+    trainer, _ = begin(config, world)
+    writer = trainer.engine.deepspeed.checkpoint_engine
+    plain = writer.save
+    saved = []
+
+    def full(state: Any, path: str) -> Any:
+        if world.rank == 1 and "step-0000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(state, path)
+
+    writer.save = full
+
+    class Kept(Hook):
+        name = "kept"
+
+        def on_step(self, record: Any) -> None:
+            saved.append((record.step, [one.name for one in complete_checkpoints(config.output_dir / "checkpoints")]))
+
+    trainer = replace(trainer, hooks=HookList([Kept()]))
+    progress = trainer.fit(Progress())
+    found = sorted(one.name for one in (config.output_dir / "checkpoints").iterdir())
+    return {"kept": saved, "step": progress.step, "left": found}
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    world = start_world()
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("calibtrain").addHandler(handler)
+    results: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        config, name = load_config(path), path.stem
+        lines.clear()
+        if name.startswith("poison") and world.size == 2:
+            results[name] = poisoned(config, world)
+        elif name.startswith("disk") and world.size == 2:
+            results[name] = full_disk(config, world)
+        elif name.startswith("stage"):
+            trainer, _ = begin(config, world)
+            results[name] = answered(trainer, world)
+            results[name]["logprobs"] = exported(trainer, config, world, folder / f"{name}-{world.size}")
+        if name in results:
+            results[name]["warnings"] = list(lines)
+    torch.save(results, folder / f"results-{world.size}-{world.rank}.pt")
+    barrier()
+    torch.distributed.destroy_process_group()

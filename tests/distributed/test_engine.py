@@ -1,0 +1,107 @@
+"""Evaluation, export, skipped steps and full disks on two ranks, for each ZeRO stage."""
+
+import pytest
+import torch
+
+from tests.distributed.jobs import write_job
+from tests.distributed.ranks import run, torchrun
+from tests.tiny import write_tiny_model
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+STAGES = (0, 1, 2, 3)
+POISONED = ("poison0", "poison1", "poison2bf16", "poison3", "poison0always", "poison2bf16always")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    write_tiny_model(folder / "untied", tied=False)
+    for stage in STAGES:
+        model = {"source": str(folder / "untied")} if stage % 2 else {}
+        if stage >= 2:
+            model["lora"] = {"r": 2}
+        write_job(folder, f"stage{stage}", model=model, training={"zero_stage": stage})
+    for name in POISONED:
+        training = {"zero_stage": int(name[6]), "max_skipped_steps": 3, "max_steps": 4, "checkpoint_every": None}
+        write_job(folder, name, model={"dtype": "bf16" if "bf16" in name else "fp32"}, training=training)
+    write_job(folder, "disk", training={"zero_stage": 2, "keep_checkpoints": 1})
+    script = str(__file__).replace("test_engine", "engine_cases")
+    for ranks in (1, 2):
+        ended = run(torchrun(ranks, script, str(folder)), folder)
+        assert ended.code == 0, ended.output[-6000:]
+    load = {(n, k): torch.load(folder / f"results-{n}-{k}.pt", weights_only=True) for n, k in ((1, 0), (2, 0), (2, 1))}
+    return folder, load
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("questions", ["uneven", "fewer than ranks", "none"])
+def test_two_ranks_give_the_answers_of_one_process(results, stage, questions):
+    whole = results[1][1, 0][f"stage{stage}"][questions]
+    assert len(whole["answers"]) == {"uneven": 5, "fewer than ranks": 1, "none": 0}[questions]
+    for rank in (0, 1):
+        found = results[1][2, rank][f"stage{stage}"][questions]
+        for one, other in zip(found["answers"], whole["answers"], strict=True):
+            assert (one[0], one[1], one[3]) == (other[0], other[1], other[3])
+            assert one[2] == pytest.approx(other[2], abs=1e-4)
+        assert torch.equal(found["sequence_ids"], whole["sequence_ids"])
+        torch.testing.assert_close(found["hidden"], whole["hidden"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_all_ranks_solve_for_the_scale_of_one_process(results, stage):
+    scales = [results[1][key][f"stage{stage}"]["scale"] for key in ((1, 0), (2, 0), (2, 1))]
+    assert scales[1] == scales[2]
+    assert scales[0] == pytest.approx(scales[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_export_loads_plainly_and_gives_the_engines_logprobs(results, stage, ranks):
+    from transformers import AutoModelForCausalLM
+
+    folder, found = results
+    model, info = AutoModelForCausalLM.from_pretrained(folder / f"stage{stage}-{ranks}", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        table = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+    expected = table.gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(found[ranks, 0][f"stage{stage}"]["logprobs"], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in POISONED if not name.endswith("always")])
+def test_a_step_with_a_poisoned_record_is_skipped_on_all_ranks_and_the_record_is_named(results, name):
+    for rank in (0, 1):
+        found = results[1][2, rank][name]
+        assert found["skipped"] == [False, True, False, False]
+        assert found["message"] == ""
+        assert found["finite"]
+        assert found["changed"]
+    (victim,) = results[1][2, 0][name]["victims"]
+    (warning,) = [line for line in results[1][2, 0][name]["warnings"] if "skipped" in line]
+    assert "step 2 skipped" in warning
+    assert victim in warning
+
+
+@pytest.mark.parametrize("name", [name for name in POISONED if name.endswith("always")])
+def test_training_that_no_longer_learns_ends_with_the_records(results, name):
+    for rank in (0, 1):
+        found = results[1][2, rank][name]
+        assert found["skipped"] in ([True, True], [True, True, True])
+        assert "3 steps in a row" in found["message"]
+        assert any(victim in found["message"] for victim in found["victims"])
+        assert found["finite"]
+        assert not found["changed"]
+
+
+def test_a_full_disk_on_one_rank_keeps_the_last_good_checkpoint_and_training_goes_on(results):
+    for rank in (0, 1):
+        found = results[1][2, rank]["disk"]
+        assert found["step"] == 6
+        kept = dict(found["kept"])
+        assert kept[5] == ["step-0000002"]
+        assert found["left"] == ["step-0000006"]
+    assert any("No space left on device" in line for line in results[1][2, 1]["disk"]["warnings"])
+    assert any("last good one stays" in line for line in results[1][2, 0]["disk"]["warnings"])

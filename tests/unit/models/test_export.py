@@ -1,0 +1,137 @@
+"""The scale folds into every kind of final norm or head that is accepted, and nothing else is accepted."""
+
+import pytest
+import torch
+
+from calibtrain.config import ModelConfig
+from calibtrain.errors import UserError
+from calibtrain.models.export import check_scale_folds, export_model, fold_scale, gathered_weights
+from calibtrain.models.loading import add_lora, load_model, load_tokenizer
+from calibtrain.models.policy import Policy, check_head
+from tests.tiny import tiny_model, write_tiny_model
+
+IDS = torch.arange(20, 40)[None]
+
+
+def small(kind, **overrides):
+    import transformers
+
+    common = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    common |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8}
+    if kind == "GPT2":
+        common = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    if kind == "GPTNeoX":
+        common = {key: common[key] for key in common if key not in ("num_key_value_heads", "head_dim")}
+    if kind == "Phi":
+        common = {key: common[key] for key in common if key != "head_dim"}
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    config = getattr(transformers, f"{kind}Config")(**{**common, **tokens, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # norms and biases away from 1 and 0
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+MODELS = {
+    "llama tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama untied": ("Llama", {"tie_word_embeddings": False}),
+    "gemma: 1 + weight": ("Gemma", {}),
+    "gpt2: bias in the norm": ("GPT2", {}),
+    "neox untied": ("GPTNeoX", {"tie_word_embeddings": False}),
+    "neox tied": ("GPTNeoX", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "granite: logits divided": ("Granite", {"logits_scaling": 4.0, "tie_word_embeddings": True}),
+    "cohere: logits scaled": ("Cohere", {"logit_scale": 0.25}),
+    "gemma 2: softcap": ("Gemma2", {"final_logit_softcapping": 5.0}),
+    "phi: bias in the head": ("Phi", {"tie_word_embeddings": False}),
+}
+
+
+@torch.no_grad()
+def own(model):
+    return model(input_ids=IDS, use_cache=False).logits[0].float().log_softmax(-1)
+
+
+@torch.no_grad()
+def scaled(model, scale):
+    """What the policy says at a scale, which is what the report measures."""
+    policy = Policy(model)
+    policy.scale = scale
+    hidden = policy.backbone(input_ids=IDS, use_cache=False).last_hidden_state[0]
+    return policy.logits(policy.scaled(hidden)).log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_head_is_understood(name):
+    kind, overrides = MODELS[name]
+    model = small(kind, **overrides)
+    check_head(Policy(model).eval())
+    torch.testing.assert_close(scaled(model, 1.0), own(model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.7])
+@pytest.mark.parametrize("name", MODELS)
+def test_folded_model_says_what_the_scaled_policy_said(name, scale):
+    kind, overrides = MODELS[name]
+    model = small(kind, **overrides)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = scaled(model, scale)
+    check_scale_folds(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), (
+        "the check leaves no trace"
+    )
+    fold_scale(model, scale)
+    assert (own(model) - expected).abs().max() < 1e-3
+    assert (expected - scaled(small(kind, **overrides), 1.0)).abs().max() > 1e-2
+
+
+def test_final_norm_without_a_weight_is_refused():
+    model = small("Llama", tie_word_embeddings=True)
+    model.model.norm = torch.nn.Identity()
+    with pytest.raises(UserError, match="LlamaForCausalLM"):
+        check_scale_folds(model)
+
+
+def test_head_that_does_something_else_is_refused():
+    class Odd(torch.nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden) * 3.0
+
+    model = tiny_model(tied=False, initializer_range=0.3)
+    odd = Odd(32, 400, bias=False)
+    odd.weight = model.lm_head.weight
+    model.lm_head = odd
+    with pytest.raises(UserError, match="is not supported"):
+        check_head(Policy(model))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("lora", [None, {"r": 2, "alpha": 8.0}])
+def test_exported_directory_loads_plainly(tmp_path, tied, lora, dtype):
+    from transformers import AutoModelForCausalLM
+
+    config = ModelConfig(source=str(write_tiny_model(tmp_path / "tiny", tied=tied)), dtype=dtype, lora=lora)
+    model = load_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    policy = Policy(model).eval()
+    expected = scaled(model, 0.7)
+    export_model(gathered_weights(policy, keep=True), config, load_tokenizer(config), tmp_path / "out", 0.7)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.config.tie_word_embeddings == tied
+    assert (own(loaded) - expected).abs().max() < (1e-4 if dtype == "fp32" else 0.15)
+    assert load_tokenizer(config.model_copy(update={"source": str(tmp_path / "out")})).eos_token_id == 1
+    assert gathered_weights(policy, keep=False) == {}
+
+
+def test_unknown_lora_targets_are_refused(tmp_path):
+    config = ModelConfig(source=str(tmp_path), lora={"target_modules": ["nowhere"]})
+    with pytest.raises(UserError, match=r"model\.lora\.target_modules"):
+        add_lora(tiny_model(), config)
