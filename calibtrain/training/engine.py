@@ -81,7 +81,7 @@ class Engine:
 def _clip_or_drop_gradients(module: torch.nn.Module, max_norm: float) -> float:
     """Clip whole gradients in place, or drop them where one is not finite. Returns their norm before."""
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
-    total = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    total = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
     norm = float(total)
     if not math.isfinite(norm):
         for parameter in parameters:

@@ -48,9 +48,8 @@ def test_a_dead_rank_ends_the_job_within_a_minute_with_its_cause(tmp_path):
     ended = run([*CLI, "train", str(config), "--num-processes", "2"], tmp_path, watch=kill_rank_1)
     assert killed_at, ended.output[-3000:]
     assert ended.code not in (0, -signal.SIGKILL), "the job was still running a minute later"
-    assert any(word in ended.output for word in ("killed", "signal 9", "Connection closed by peer")), ended.output[
-        -3000:
-    ]
+    assert "return code = -9" in ended.output, ended.output[-3000:]
+    assert "rank0: " in ended.output  # what the surviving rank met
     assert len(seen) >= 2
     alive = [pid for pid in seen if Path(f"/proc/{pid}").exists() and "Z" not in state(pid)]
     assert alive == []
@@ -63,27 +62,19 @@ def state(pid):
         return "Z"
 
 
+@pytest.mark.slow  # tests/unit/hooks shows the same in seconds, without the training
 def test_an_unreachable_wandb_neither_stops_nor_slows_training(tmp_path):
     steps = {"max_steps": 4, "checkpoint_every": None}
     config = write_job(tmp_path, training=steps, tracking={"wandb": True, "mode": "online"})
     env = environment(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="a" * 40)
-    waited = []
-
-    def last_step(_):
-        path = tmp_path / "run" / "metrics.jsonl"
-        if not waited and path.is_file() and any(line["step"] == 4 for line in metrics(tmp_path / "run")):
-            waited.append(True)
-        return False
-
-    ended = run([sys.executable, *TRAIN, str(config)], tmp_path, env=env, watch=last_step)
+    ended = run([sys.executable, *TRAIN, str(config)], tmp_path, env=env)
     assert ended.code == 0, ended.output[-3000:]
     assert "not reachable" in ended.output
     assert "a" * 40 not in ended.output
     lines = [line for line in metrics(tmp_path / "run") if line["event"] == "log"]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    # Logging never waited for the server, which is given half a minute: all steps were over long before that.
-    starts = [entry.stat().st_mtime for entry in (tmp_path / "run" / "wandb").glob("offline-run-*")]
-    assert starts
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    # The server is given half a minute to answer; training was over long before.
     assert (tmp_path / "run" / "config.yaml").stat().st_mtime + 20 > (tmp_path / "run" / "model").stat().st_mtime
 
 
