@@ -57,7 +57,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
         table.add_row(*[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()])
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 220).print(table)
 
 
 def _gpus() -> list[str]:
