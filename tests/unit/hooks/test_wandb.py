@@ -1,8 +1,5 @@
 """The real W&B SDK, offline: its own file is read back."""
 
-import json
-import struct
-from pathlib import Path
 
 import pytest
 
@@ -11,33 +8,7 @@ from calibtrain.config import TrackingConfig
 from calibtrain.hooks import wandb as hook_module
 from calibtrain.hooks.records import EndRecord, EvaluationRecord, LogRecord, RunRecord
 from calibtrain.hooks.wandb import WandbHook, resolve_mode
-
-BLOCK, HEADER = 32768, 7
-
-
-def records(path: Path):
-    """Records of a .wandb file: LevelDB's log format (blocks of 32 KiB, header of checksum, length, type) after 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, offset, whole = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while offset + HEADER <= len(data):
-        if BLOCK - offset % BLOCK < HEADER:
-            offset += BLOCK - offset % BLOCK
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, offset)
-        whole += data[offset + HEADER : offset + HEADER + length]
-        offset += HEADER + length
-        if kind in (1, 4):  # full, last
-            record = Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""
-
-
-def history(path):
-    rows = [r.history for r in records(path) if r.WhichOneof("record_type") == "history"]
-    return [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in row.item} for row in rows]
+from tests.wandb_file import history, records
 
 
 @pytest.fixture(autouse=True)
