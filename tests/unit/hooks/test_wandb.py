@@ -1,6 +1,5 @@
 """The real W&B SDK, offline: its own file is read back."""
 
-
 import pytest
 
 from calibtrain.confidence.answer import Answer
