@@ -131,7 +131,7 @@ def demo(overrides: Overrides = None) -> None:
     from calibtrain.config_file import load_config
 
     loaded = load_config("demo", overrides or [])
-    from calibtrain.pipeline.demo import run
+    from calibtrain.demo import run
 
     run(loaded)
 
