@@ -34,7 +34,6 @@ setup(
         "typer>=0.15",
         "rich>=13.0",
         "jinja2>=3.1",
-        "plotly>=6.0",
         "scikit-learn>=1.5",
         "scipy>=1.12",
         "wandb>=0.31",

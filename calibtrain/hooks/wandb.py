@@ -169,6 +169,22 @@ class WandbHook(Hook):
             logger.warning("W&B %s, training goes on without it: %s", what, _first_line(error))
 
 
+def attach(
+    output_dir: Path, config: Mapping[str, Any], tracking: TrackingConfig, paths: list[Path], summary: Mapping[str, Any]
+) -> None:
+    """Add what came after training to the W&B run of `output_dir`: files as a new artefact version, numbers as summary.
+
+    Does nothing where training logged no run. `config` is the resolved one of the run.
+    """
+    latest = output_dir / "wandb" / "latest-run"
+    if not tracking.wandb or not latest.exists():
+        return
+    hook = WandbHook(tracking, str(config["name"]))
+    hook.load_state_dict({"run_id": latest.resolve().name.rsplit("-", 1)[-1]})
+    hook.on_start(RunRecord(config, output_dir, 0, 0, rank=0, world_size=int(config["world_size"])))
+    hook.on_end(EndRecord(0, None, summary, paths))
+
+
 def resolve_mode(mode: str) -> str:
     """`online` or `offline` for `auto`: WANDB_MODE if it is set, online with credentials, else offline.
 

@@ -6,19 +6,38 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from calibtrain.config_file import load_config
 from calibtrain.data.calibration_set import Composition
 from calibtrain.errors import UserError
 from calibtrain.hooks.jsonl import read_metrics
+from calibtrain.hooks.wandb import attach
 from calibtrain.pipeline.calibrate import read_calibration
-from calibtrain.pipeline.evaluate import read_measurement
+from calibtrain.pipeline.evaluate import measured_metrics, read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.report import CompositionRow, Measured, ReportData, write_report
 
 
 def run(output_dir: Path) -> Path:
-    """Write report.html from a run's config, metrics, calibration and graded answers."""
-    return write_report(output_dir / "report.html", report_data(output_dir))
+    """Write report.html from a run's config, metrics, calibration and graded answers, and attach it to the W&B run."""
+    data = report_data(output_dir)
+    report = write_report(output_dir / "report.html", data)
+    config = load_config(output_dir / "config.yaml")
+    described = {**data.config, "world_size": _facts(output_dir / "run.json")["world_size"]}
+    attach(output_dir, described, config.tracking, [output_dir / "calibration.json", report], _summary(data))
+    return report
+
+
+def _summary(data: ReportData) -> dict[str, float]:
+    """Calibration on the test questions as W&B's summary: one set of keys per row of the report's table."""
+    found = {}
+    for one in data.measured:
+        confidence = [answer.confidence for answer in one.answers] if one.confidence is None else one.confidence
+        correct = [bool(answer.correct) for answer in one.answers]
+        for key, value in measured_metrics(np.array(confidence), np.array(correct)).items():
+            found[f"calib/test/{one.label.replace(' ', '_').replace('-', '_')}/{key}"] = value
+    return found
 
 
 def report_data(output_dir: Path) -> ReportData:

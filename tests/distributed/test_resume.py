@@ -13,10 +13,10 @@ from tests.distributed.ranks import environment, run
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 STAGES = (0, 1, 2, 3)
-EXTRA = {  # what else must be restored: dropout's random numbers, bf16's fp32 masters, the term's answers
+EXTRA = {  # what else must be restored: dropout's random numbers, bf16's fp32 masters, averages, the term's answers
     0: {},
     1: {"model": {"lora": {"r": 2, "dropout": 0.3}}},
-    2: {"model": {"dtype": "bf16"}},
+    2: {"model": {"dtype": "bf16"}, "training": {"average_last": 0.7}},
     3: {"penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 4, "answers_per_step": 4}]},
 }
 KILL_AFTER = random.Random(20260101)  # seeded: the steps are the same in every run of the suite
@@ -25,7 +25,7 @@ KILL_AFTER = random.Random(20260101)  # seeded: the steps are the same in every 
 def job(folder, name, stage):
     sections = dict(EXTRA[stage])
     model = {"dtype": "fp32", "source": str(folder / "tiny"), **sections.pop("model", {})}
-    training = {"zero_stage": stage}
+    training = {"zero_stage": stage, **sections.pop("training", {})}
     return write_job(
         folder, name, model=model, training=training, tracking={"wandb": True, "mode": "offline"}, **sections
     )
@@ -36,7 +36,9 @@ def runs(tmp_path_factory):
     """Uninterrupted runs of every stage; killed ones; and the killed ones resumed."""
     folder = tmp_path_factory.mktemp("resume")
     env = environment(WANDB_SILENT="true")
-    ended = run(trained(2, *(job(folder, f"whole{stage}", stage) for stage in STAGES)), folder, 400, env)
+    without_term = write_job(folder, "without_term", training={"zero_stage": 0}, penalties=[])
+    whole = [job(folder, f"whole{stage}", stage) for stage in STAGES]
+    ended = run(trained(2, *whole, without_term), folder, 400, env)
     assert ended.code == 0, ended.output[-6000:]
     killed = {}
     for stage in STAGES:
@@ -109,6 +111,17 @@ def test_wandb_file_of_two_ranks_holds_the_keys_in_step_order(runs):
     logged_lines = {line["step"]: line for line in metrics(folder / "whole0") if line["event"] == "log"}
     first = next(row for row in rows if "train/loss/nll" in row)
     assert first["train/loss/nll"] == pytest.approx(logged_lines[1]["train/loss/nll"])
+
+
+def test_the_calibration_term_leaves_the_trajectory_as_it_was(runs):
+    folder, _ = runs
+    keys = ("step", "train/loss/nll", "train/grad_norm", "calib/train/token/ece15")
+    found, expected = (
+        [[line[key] for key in keys] for line in metrics(folder / name) if line["event"] == "log"]
+        for name in ("whole0", "without_term")
+    )
+    assert len(found) == 6
+    assert found == expected
 
 
 def test_another_world_size_is_refused_with_exit_code_2(runs):

@@ -8,6 +8,7 @@ import pytest
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from tests.distributed.jobs import metrics, write_job
+from tests.wandb_file import records
 
 SIZES = {"train": 40, "calibration": 8, "temperature": 10, "certification": 12, "test": 8}
 
@@ -19,7 +20,13 @@ def finished(tmp_path_factory):
     from calibtrain.pipeline import calibrate, collect, evaluate, train
 
     folder = tmp_path_factory.mktemp("job")
-    config = load_config(write_job(folder, data={"splits": SIZES}, training={"zero_stage": 1, "evaluate_every": 3}))
+    job = write_job(
+        folder,
+        data={"splits": SIZES},
+        training={"zero_stage": 1, "evaluate_every": 3},
+        tracking={"wandb": True, "mode": "offline"},
+    )
+    config = load_config(job)
     output = config.output_dir
     evaluate.run(config, model=None, split="test", output=output / "answers" / "raw_test.jsonl")
     train.run(config)
@@ -43,6 +50,17 @@ def test_the_artefact_is_whole(finished):
     report = (output / "report.html").read_text()
     assert "raw model" in report
     assert "http://" not in report.replace("http://www.w3.org", "")
+
+
+def test_calibration_and_report_join_the_wandb_run_of_the_training(finished):
+    runs = sorted((finished.output_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(runs) == 2
+    assert len({path.stem for path in runs}) == 1
+    after = list(records(runs[-1]))
+    (artifact,) = (one.artifact for one in after if one.WhichOneof("record_type") == "artifact")
+    assert {entry.path for entry in artifact.manifest.contents} == {"calibration.json", "report.html"}
+    summaries = {item.key for one in after if one.WhichOneof("record_type") == "summary" for item in one.summary.update}
+    assert {"calib/test/raw_model/ece15", "calib/test/with_temperature/ece15"} <= summaries
 
 
 def test_metrics_of_training_and_of_the_answers_are_kept(finished):
