@@ -11,8 +11,9 @@ from torch import Tensor
 
 from calibtrain.ops import TokenStats
 
-CHOSEN, REJECTED, ANSWER = 0, 1, 2
-"""Roles of a sequence: a completion to learn (SFT or preferred), a dispreferred one, the model's own graded answer."""
+CHOSEN, REJECTED, ANSWER, QUERY = 0, 1, 2, 3
+"""Roles of a sequence: a completion to learn (SFT or preferred), a dispreferred one, the model's own graded answer, and
+a question about such an answer, answered by its first completion token (correctness_query, tokenized_brier)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,19 @@ class Batch:
     targets: Tensor  # (N,) int64 token ids
     sequence_ids: Tensor  # (N,) int64 in [0, S), ascending
     is_completion: Tensor  # (N,) bool; False for prompt tokens, which are targets only with nll_scope=full
-    roles: Tensor  # (S,) int64: CHOSEN, REJECTED or ANSWER
+    roles: Tensor  # (S,) int64: CHOSEN, REJECTED, ANSWER or QUERY
     pair_ids: Tensor  # (S,) int64: chosen and rejected of a pair share one in [0, P); -1 elsewhere
-    correct: Tensor  # (S,) float32: grade of an own answer, 0 or 1; NaN elsewhere
+    correct: Tensor  # (S,) float32: grade of an own answer (or of the one asked about), 0 or 1; NaN elsewhere
     record_ids: Tensor  # (S,) int64: index of the record in its split, for messages
     branch_ids: Tensor | None = None  # (R, T) int32: 0 is a shared prompt, b >= 1 the b-th completion of its segment
+    # Of sampled completions (ANSWER), in reinforcement learning; float32 and without gradient:
+    advantages: Tensor | None = None  # (N,) credit of each token
+    old_logprob: Tensor | None = None  # (N,) under the policy that sampled; None: under this very one
+    ref_logprob: Tensor | None = None  # (N,) under the frozen reference
+    old_values: Tensor | None = None  # (N,) of the value head when the completion was sampled
+    returns: Tensor | None = None  # (N,) what the value head is to predict
+    scores: Tensor | None = None  # output of a scalar head, differentiable: (S,) rewards, or (N,) values
+    reference_logprob: Tensor | None = None  # (N,) float32 under a frozen reference; NaN where not known, None: nowhere
 
     @property
     def packed(self) -> bool:
@@ -62,7 +71,12 @@ LossTerms = Mapping[str, LossTerm]
 
 
 class Objective(Protocol):
-    """What the trainer asks of an objective or a penalty, which are `torch.nn.Module`s."""
+    """What the trainer asks of an objective or a penalty, which are `torch.nn.Module`s.
+
+    Two more things it may have. `token_set` (K,) int64: tokens whose log-probs at all targets it also reads; it is then
+    called with a third argument, (N, K), made by `calibtrain.ops.token_set_logprobs`. `after_step()`: called on every
+    rank after each optimiser step; collectives are allowed in it.
+    """
 
     name: str
 

@@ -6,6 +6,7 @@ only the positions of their targets differ.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -68,6 +69,7 @@ def collate(
         correct=torch.tensor([one.correct for one in encoded], dtype=torch.float32),
         record_ids=torch.tensor([one.record_id for one in encoded], dtype=torch.int64),
         branch_ids=branch_ids if shared_prefix else None,
+        reference_logprob=_reference_logprob(encoded, nll_scope),
     )
 
 
@@ -141,7 +143,7 @@ def _targets(encoded: Sequence[Encoded], states: Sequence[Sequence[int]], nll_sc
     sequence_ids: list[int] = []
     is_completion: list[bool] = []
     for s, (one, state) in enumerate(zip(encoded, states, strict=True)):
-        first = 1 if nll_scope == "full" and one.role == CHOSEN else one.completion_start
+        first = _first_target(one, nll_scope)
         last = len(one.ids)
         positions.extend(state[first - 1 : last - 1])
         targets.extend(one.ids[first:])
@@ -153,6 +155,25 @@ def _targets(encoded: Sequence[Encoded], states: Sequence[Sequence[int]], nll_sc
         "sequence_ids": torch.tensor(sequence_ids, dtype=torch.int64),
         "is_completion": torch.tensor(is_completion, dtype=torch.bool),
     }
+
+
+def _first_target(one: Encoded, nll_scope: str) -> int:
+    return 1 if nll_scope == "full" and one.role == CHOSEN else one.completion_start
+
+
+def _reference_logprob(encoded: Sequence[Encoded], nll_scope: str) -> Tensor | None:
+    """Reference log-probs of all targets, NaN where there are none. Raises UserError unless they fit their sequence."""
+    if not any(one.reference_logprobs for one in encoded):
+        return None
+    values: list[float] = []
+    for one in encoded:
+        found = list(one.reference_logprobs) or [math.nan] * one.completion_length
+        if len(found) != one.completion_length:
+            raise UserError(
+                f"record {one.record_id}: {len(found)} reference log-probs for {one.completion_length} completion tokens"
+            )
+        values += [math.nan] * (one.completion_start - _first_target(one, nll_scope)) + found
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _pair_numbers(encoded: Sequence[Encoded]) -> list[int]:

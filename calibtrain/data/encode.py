@@ -21,13 +21,15 @@ class Encoded:
     completion_start: int
     """Length of the prompt, at least 1: the first completion token needs a hidden state to be predicted from."""
     role: int
-    """CHOSEN, REJECTED or ANSWER of calibtrain.losses.terms."""
+    """CHOSEN, REJECTED, ANSWER or QUERY of calibtrain.losses.terms."""
     record_id: int
     """Index of the record in its split."""
     pair_id: int = -1
     """The same for chosen and rejected of a pair; -1 elsewhere."""
     correct: float = math.nan
-    """Grade of an own answer, 0 or 1; NaN elsewhere."""
+    """Grade of an own answer, or of the one a QUERY asks about, 0 or 1; NaN elsewhere."""
+    reference_logprobs: tuple[float, ...] = ()
+    """Log-prob of each completion token under a frozen reference, or empty."""
 
     @property
     def completion_length(self) -> int:

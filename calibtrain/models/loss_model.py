@@ -110,12 +110,22 @@ class LossModel(nn.Module):
             logit_scale=self.policy.head.logit_scale,
         )
 
+    def after_step(self) -> None:
+        """Tell the terms that keep something between steps that one has ended. Collective."""
+        for term in self._terms():
+            if hasattr(term, "after_step"):
+                term.after_step()
+
     def _train(self, step: TrainStep) -> tuple[Tensor, StepStatistics]:
         batch = step.batch
-        stats = self.policy.token_stats(self.policy.hidden_at_targets(batch), batch.targets)
+        hidden = self.policy.hidden_at_targets(batch)
+        stats = self.policy.token_stats(hidden, batch.targets)
         terms: dict[str, LossTerm] = {}
         for term in self._terms():
-            terms.update(term(stats, batch))
+            more: tuple[Tensor, ...] = ()
+            if (token_set := getattr(term, "token_set", None)) is not None:
+                more = (self.policy.token_set_logprobs(hidden, batch.targets, stats, token_set),)
+            terms.update(term(stats, batch, *more))
         # The empty product keeps a micro-batch without any item in the graph: every rank must run backward.
         parts = [term.weight * term.total / step.divisors[name] for name, term in terms.items()]
         loss = torch.stack([stats.logprob.sum() * 0.0, *parts]).sum()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import Batch
-from calibtrain.ops import TokenStats, fused_linear_token_stats
+from calibtrain.ops import TokenStats, fused_linear_token_stats, token_set_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,20 @@ class Policy(nn.Module):
             hidden,
             head.weight,
             targets,
+            bias=getattr(head, "bias", None),
+            softcap=self.head.softcap,
+            logit_scale=self.head.logit_scale,
+        )
+
+    def token_set_logprobs(self, hidden: Tensor, targets: Tensor, stats: TokenStats, token_set: Tensor) -> Tensor:
+        """Log-probs of the tokens of `token_set` (K,) at every target, (N, K); `stats` are those of the same targets."""
+        head = self.causal_model.get_output_embeddings()
+        return token_set_logprobs(
+            hidden,
+            head.weight,
+            targets,
+            stats.logprob,
+            token_set.to(hidden.device),
             bias=getattr(head, "bias", None),
             softcap=self.head.softcap,
             logit_scale=self.head.logit_scale,

@@ -1,6 +1,7 @@
 """Fused ops: one public function each, importable with torch alone."""
 
 from calibtrain.ops.stable import log1mexp
+from calibtrain.ops.token_set import token_set_logprobs
 from calibtrain.ops.token_stats import TokenStats, answer_logprobs_at, fused_linear_token_stats
 
-__all__ = ["TokenStats", "answer_logprobs_at", "fused_linear_token_stats", "log1mexp"]
+__all__ = ["TokenStats", "answer_logprobs_at", "fused_linear_token_stats", "log1mexp", "token_set_logprobs"]

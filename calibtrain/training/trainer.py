@@ -72,6 +72,7 @@ class Trainer:
                 self.hooks.dispatch("on_micro_batch", _micro_batch_record(output))
                 outputs.append(output)
             skipped, grad_norm = self.engine.step()
+            self.engine.module.after_step()
             progress = Progress(step + 1, progress.skipped_in_a_row + 1 if skipped else 0)
             if skipped:
                 self._report_skip(progress, outputs)
