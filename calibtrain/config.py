@@ -173,6 +173,10 @@ class ORPOConfig(Section):
     """`completion`: cross-entropy of the completion's tokens; `full`: of the prompt's as well."""
     nll_norm: Literal["token", "sequence"] = "token"
     """`token`: mean over all tokens of the step; `sequence`: mean over sequences of their token means."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the preferences taken to be wrong; above 0 it bounds how far the pairs are driven apart."""
+    odds_ratio_cap: Positive | None = None
+    """A pair whose log odds ratio is above this is left alone; null is the paper's form."""
 
 
 Objective = Annotated[SFTConfig | ORPOConfig, Field(discriminator="name")]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from calibtrain.losses.catalog import LossEntry
+from calibtrain.losses.pairs import find_pairs
 from calibtrain.losses.sft import NLLNorm, NLLScope, SFTLoss
-from calibtrain.losses.terms import CHOSEN, REJECTED, Batch, LossTerm, sequence_sums, sequence_token_counts
+from calibtrain.losses.terms import Batch, LossTerm, sequence_sums
 from calibtrain.ops import TokenStats, log1mexp
 
 
@@ -18,13 +18,29 @@ def log_odds(logprob_mean: Tensor) -> Tensor:
     return logprob_mean - log1mexp(logprob_mean)
 
 
-def orpo_odds_ratio_loss(chosen_logprob_mean: Tensor, rejected_logprob_mean: Tensor) -> Tensor:
-    """L_OR = -log sigmoid(log odds(y_w|x) - log odds(y_l|x)) of each pair (eqs. 5 and 7 of arXiv 2403.07691).
+def orpo_odds_ratio_loss(
+    chosen_logprob_mean: Tensor,
+    rejected_logprob_mean: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    cap: float | None = None,
+) -> Tensor:
+    """L_OR = -log sigmoid(r), r = log odds(y_w|x) - log odds(y_l|x), of each pair (eqs. 5 and 7 of arXiv 2403.07691).
+
+    Nothing in ORPO holds r back, so that it makes a model ever surer. Two bounds: `label_smoothing` e gives
+    -(1 - e) log sigmoid(r) - e log sigmoid(-r), which is least at r = log((1 - e) / e), the log odds of a preference
+    that holds with probability 1 - e (the smoothing of Mitchell 2023, "A note on DPO with noisy preferences"); `cap`
+    leaves a pair alone, with gradient 0, once its r is above it.
 
     Both (P,) floating: log-probs of the completions divided by their lengths, (1/m) log P(y|x). Returns (P,) float32 or
     float64. Finite, in value and gradient, for log-probs from 0 to -1e4 and below.
     """
-    return -logsigmoid(log_odds(chosen_logprob_mean) - log_odds(rejected_logprob_mean))
+    ratio = log_odds(chosen_logprob_mean) - log_odds(rejected_logprob_mean)
+    if cap is not None:
+        ratio = ratio.clamp(max=cap)
+    if label_smoothing == 0.0:
+        return -logsigmoid(ratio)
+    return -(1.0 - label_smoothing) * logsigmoid(ratio) - label_smoothing * logsigmoid(-ratio)
 
 
 class ORPOLoss(nn.Module):
@@ -33,59 +49,70 @@ class ORPOLoss(nn.Module):
     The odds ratio uses the completion tokens whatever `nll_scope` is. A pair counts when it has exactly one chosen and
     one rejected completion, neither empty. ANSWER sequences are ignored.
 
+    The four published forms of the likelihood term: ("full", "token") is the authors' code and TRL, ("completion",
+    "token") Liger-Kernel, ("completion", "sequence") LLaMA-Factory.
+
     Args:
         beta: weight of the odds-ratio term, the paper's lambda.
         nll_scope: "completion", or "full" for prompt and completion, as TRL and the authors' code do.
         nll_norm: "token" weighs every token alike, "sequence" every sequence.
+        label_smoothing: share of preferences taken to be wrong, in [0, 0.5).
+        odds_ratio_cap: log odds ratio above which a pair is left alone; None for no bound.
     """
 
     name = "orpo"
 
-    def __init__(self, *, beta: float = 0.5, nll_scope: NLLScope = "completion", nll_norm: NLLNorm = "token") -> None:
+    def __init__(
+        self,
+        *,
+        beta: float = 0.5,
+        nll_scope: NLLScope = "completion",
+        nll_norm: NLLNorm = "token",
+        label_smoothing: float = 0.0,
+        odds_ratio_cap: float | None = None,
+    ) -> None:
         super().__init__()
+        if not 0.0 <= label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing is in [0, 0.5), got {label_smoothing}")
         self.beta = beta
         self.nll_scope = nll_scope
         self.nll_norm = nll_norm
+        self.label_smoothing = label_smoothing
+        self.odds_ratio_cap = odds_ratio_cap
         self.sft = SFTLoss(nll_scope=nll_scope, nll_norm=nll_norm)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """`nll` as in SFTLoss; `odds_ratio`: the complete pairs. () int64 each."""
-        return {**self.sft.counts(batch), "odds_ratio": _find_pairs(batch).complete.sum()}
+        return {**self.sft.counts(batch), "odds_ratio": find_pairs(batch).complete.sum()}
 
     def forward(self, stats: TokenStats, batch: Batch) -> dict[str, LossTerm]:
         """Two terms: `nll` with weight 1, `odds_ratio` with weight beta."""
-        pairs = _find_pairs(batch)
+        pairs = find_pairs(batch)
         logprob = torch.where(batch.is_completion, stats.logprob, 0.0)
         sums = sequence_sums(logprob, batch.sequence_ids, batch.roles.shape[0])
-        means = sums / pairs.completion_tokens.clamp(min=1)
-        chosen, rejected = (
-            torch.where(pairs.complete, _by_pair(means, slots), -1.0) for slots in (pairs.chosen, pairs.rejected)
+        chosen, rejected = pairs.split(sums / pairs.completion_tokens.clamp(min=1), fill=-1.0)
+        losses = orpo_odds_ratio_loss(
+            chosen, rejected, label_smoothing=self.label_smoothing, cap=self.odds_ratio_cap
         )
-        losses = torch.where(pairs.complete, orpo_odds_ratio_loss(chosen, rejected), 0.0)
-        return {**self.sft(stats, batch), "odds_ratio": LossTerm(losses.sum(), pairs.complete.sum(), self.beta)}
+        total = torch.where(pairs.complete, losses, 0.0).sum()
+        return {**self.sft(stats, batch), "odds_ratio": LossTerm(total, pairs.complete.sum(), self.beta)}
 
 
-class _Pairs(NamedTuple):
-    """Where the pairs of a batch are. There are at most S of them, so their shapes need no device-to-host copy."""
-
-    completion_tokens: Tensor  # (S,) int64
-    chosen: Tensor  # (S,) int64: pair of a chosen sequence with tokens, S elsewhere
-    rejected: Tensor  # (S,) int64: pair of a rejected sequence with tokens, S elsewhere
-    complete: Tensor  # (S,) bool, by pair id
-
-
-def _find_pairs(batch: Batch) -> _Pairs:
-    num_sequences = batch.roles.shape[0]
-    tokens = sequence_token_counts(batch.is_completion, batch.sequence_ids, num_sequences)
-    paired = (batch.pair_ids >= 0) & (tokens > 0)
-    chosen, rejected = (
-        torch.where(paired & (batch.roles == role), batch.pair_ids, num_sequences) for role in (CHOSEN, REJECTED)
-    )
-    one_chosen, one_rejected = (_by_pair(torch.ones_like(tokens), slots) == 1 for slots in (chosen, rejected))
-    return _Pairs(tokens, chosen, rejected, one_chosen & one_rejected)
-
-
-def _by_pair(values: Tensor, slots: Tensor) -> Tensor:
-    """Sum of `values` (S,) by pair, (S,); slot S takes what belongs to no pair and is dropped."""
-    size = values.shape[0]
-    return values.new_zeros(size + 1).index_add(0, slots, values)[:size]
+CATALOG = (
+    LossEntry(
+        name="orpo",
+        kind="objective",
+        title="odds-ratio preference optimisation, with label smoothing and a cap on the log odds ratio",
+        paper="Hong, Lee, Thorne 2024, arXiv 2403.07691",
+        equation="eqs. 4 to 7",
+        cost="none: reads TokenStats; a pair is two sequences",
+        compared_with="TRL 1.16.0 ORPOTrainer; mpmath formula",
+        largest_deviation="1e-5 (value), 1e-4 (gradient)",
+        differs=(
+            "log(1 - P) and its gradient are finite at P = 1, where TRL's gradient is NaN; one global mean over ranks and "
+            "accumulation, where TRL averages micro-batch means; empty completions are left out, where TRL divides 0 by 0; "
+            "the scope and norm of the likelihood term are options, because public implementations use three "
+            "different ones"
+        ),
+    ),
+)

@@ -36,10 +36,9 @@ class Batch:
     correct: Tensor  # (S,) float32: grade of an own answer (or of the one asked about), 0 or 1; NaN elsewhere
     record_ids: Tensor  # (S,) int64: index of the record in its split, for messages
     branch_ids: Tensor | None = None  # (R, T) int32: 0 is a shared prompt, b >= 1 the b-th completion of its segment
-    # Of sampled completions (ANSWER), in reinforcement learning; float32 and without gradient:
+    # Of sampled completions (ANSWER) in reinforcement learning, float32, without gradient:
     advantages: Tensor | None = None  # (N,) credit of each token
     old_logprob: Tensor | None = None  # (N,) under the policy that sampled; None: under this very one
-    ref_logprob: Tensor | None = None  # (N,) under the frozen reference
     old_values: Tensor | None = None  # (N,) of the value head when the completion was sampled
     returns: Tensor | None = None  # (N,) what the value head is to predict
     scores: Tensor | None = None  # output of a scalar head, differentiable: (S,) rewards, or (N,) values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 
 import torch
 
@@ -30,6 +30,6 @@ def default_hooks(config: RunConfig, rank: int) -> list[Hook]:
 def term_names(config: RunConfig) -> list[str]:
     """Names of all loss terms of the run: those that its losses count in a batch without tokens."""
     in_loss = [penalty for penalty in config.penalties if penalty.moves == "all"]
-    empty = {field.name: torch.zeros(0, dtype=torch.int64) for field in fields(Batch) if field.name != "branch_ids"}
+    empty = {field.name: torch.zeros(0, dtype=torch.int64) for field in fields(Batch) if field.default is MISSING}
     batch = replace(Batch(**empty), is_completion=torch.zeros(0, dtype=torch.bool), correct=torch.zeros(0))
     return sorted({name for part in (config.objective, *in_loss) for name in build_loss(part).counts(batch)})
