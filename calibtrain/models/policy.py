@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +10,7 @@ from torch import Tensor, nn
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import Batch
 from calibtrain.ops import TokenStats, fused_linear_token_stats, token_set_logprobs
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """How logits follow from hidden states: softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
+from calibtrain.ops.head import head_of
 
 
 class Policy(nn.Module):
@@ -87,16 +79,6 @@ class Policy(nn.Module):
     def scaled(self, hidden: Tensor) -> Tensor:
         """`hidden` times the calibrated scale, in its dtype."""
         return hidden if self.scale == 1.0 else hidden * self.scale
-
-
-def head_of(config: Any) -> Head:
-    """Read logit soft-capping and scaling from a model's config."""
-    scale = 1.0
-    if getattr(config, "logit_scale", None) is not None:  # Cohere
-        scale = float(config.logit_scale)
-    if getattr(config, "logits_scaling", None) is not None:  # Granite divides
-        scale = 1.0 / float(config.logits_scaling)
-    return Head(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
 
 
 def takes_block_masks(model: Any) -> bool:
