@@ -7,9 +7,26 @@ import inspect
 from torch import nn
 
 from calibtrain.losses.answer_score import AnswerScoreLoss, answer_brier_score, answer_log_score
+from calibtrain.losses.causal_lm import (
+    batch_from_labels,
+    causal_lm_loss,
+    token_stats_from_hidden,
+    token_stats_from_model,
+)
 from calibtrain.losses.orpo import ORPOLoss, orpo_odds_ratio_loss
 from calibtrain.losses.sft import SFTLoss, nll_sequence_sum, nll_token_sum
-from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED, Batch, LossTerm, LossTerms, Objective, mean_loss
+from calibtrain.losses.terms import (
+    ANSWER,
+    CHOSEN,
+    REJECTED,
+    Batch,
+    LossTerm,
+    LossTerms,
+    Objective,
+    global_counts,
+    mean_loss,
+    normalized_loss,
+)
 
 OBJECTIVES: dict[str, type[nn.Module]] = {"sft": SFTLoss, "orpo": ORPOLoss}
 """What a run trains on; exactly one."""
@@ -39,9 +56,15 @@ __all__ = [
     "SFTLoss",
     "answer_brier_score",
     "answer_log_score",
+    "batch_from_labels",
     "build_loss",
+    "causal_lm_loss",
+    "global_counts",
     "mean_loss",
     "nll_sequence_sum",
     "nll_token_sum",
+    "normalized_loss",
     "orpo_odds_ratio_loss",
+    "token_stats_from_hidden",
+    "token_stats_from_model",
 ]

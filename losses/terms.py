@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from calibtrain.errors import UserError
 from calibtrain.ops import TokenStats
 
 CHOSEN, REJECTED, ANSWER, QUERY = 0, 1, 2, 3
@@ -90,8 +91,35 @@ class Objective(Protocol):
 
 def mean_loss(terms: LossTerms) -> Tensor:
     """Weighted sum of the terms, each over its own count: the loss of one process and one micro-batch. () float32."""
-    parts = [term.weight * term.total / term.count.clamp(min=1) for term in terms.values()]
+    return normalized_loss(terms, {name: term.count for name, term in terms.items()})
+
+
+def normalized_loss(terms: LossTerms, counts: Mapping[str, Tensor]) -> Tensor:
+    """Weighted sum of the terms, each over `counts[name]`: one micro-batch's share of a step's loss. () float32.
+
+    Summed over the micro-batches and ranks that `global_counts` counted, it is the loss of the whole step, however that
+    was cut. Where gradients are averaged over ranks (DDP, DeepSpeed), multiply by their number.
+    """
+    parts = [term.weight * term.total / counts[name].clamp(min=1).to(term.total) for name, term in terms.items()]
     return torch.stack(parts).sum()
+
+
+def global_counts(loss: Objective, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Each term's count over `batches`, the accumulation window of this rank, and over all ranks. () float64 each.
+
+    Collective where torch.distributed is initialised: one all-reduce, so every rank calls it, with one batch at least.
+    """
+    counts: dict[str, Tensor] = {}
+    for batch in batches:
+        for name, count in loss.counts(batch).items():
+            counts[name] = counts.get(name, 0) + count.double()
+    if not counts:
+        raise UserError("global_counts: there is no batch to count; every rank needs one at least")
+    names = sorted(counts)
+    totals = torch.stack([counts[name] for name in names])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(totals)
+    return dict(zip(names, totals, strict=True))
 
 
 def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
