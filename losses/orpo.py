@@ -91,9 +91,7 @@ class ORPOLoss(nn.Module):
         logprob = torch.where(batch.is_completion, stats.logprob, 0.0)
         sums = sequence_sums(logprob, batch.sequence_ids, batch.roles.shape[0])
         chosen, rejected = pairs.split(sums / pairs.completion_tokens.clamp(min=1), fill=-1.0)
-        losses = orpo_odds_ratio_loss(
-            chosen, rejected, label_smoothing=self.label_smoothing, cap=self.odds_ratio_cap
-        )
+        losses = orpo_odds_ratio_loss(chosen, rejected, label_smoothing=self.label_smoothing, cap=self.odds_ratio_cap)
         total = torch.where(pairs.complete, losses, 0.0).sum()
         return {**self.sft(stats, batch), "odds_ratio": LossTerm(total, pairs.complete.sum(), self.beta)}
 

@@ -1,0 +1,94 @@
+"""Estimators of KL(policy || reference) from the log-probs of sampled tokens (Schulman 2020, "Approximating KL divergence").
+
+With d = log pi(y) - log pi_ref(y) and y drawn from pi:
+
+    name  formula         mean    gradient's mean          use
+    k1    d               KL      0                        in the reward, where nothing is differentiated
+    k2    d^2 / 2         biased  grad KL                  in the loss
+    k3    exp(-d) - 1 + d KL      grad KL(ref || policy)   in GRPO's loss, as published
+    k3+   k3              KL      grad KL                  in the loss, where its value is also logged
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calibtrain.losses.catalog import LossEntry
+
+KLEstimator = Literal["k1", "k2", "k3", "k3+"]
+
+EXPONENT = 20.0
+"""Beyond this an exponential goes on as a straight line: it stays finite, and its gradient keeps its sign."""
+
+
+def tangent_exp(x: Tensor) -> Tensor:
+    """exp(x), continued above x = EXPONENT by its tangent there. Any shape and floating dtype; keeps both."""
+    capped = x.clamp(max=EXPONENT)
+    # The slope is a constant beyond the bend: a clamp alone would make the gradient 0 there.
+    return capped.exp() + (x - capped) * torch.tensor(EXPONENT, dtype=x.dtype, device=x.device).exp()
+
+
+def kl_k1(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
+    """D of each token: unbiased, of high variance, may be negative. Both (N,) floating; returns (N,).
+
+    In a loss its gradient is 0 on average: put it in the reward.
+    """
+    return logprob - reference_logprob
+
+
+def kl_k2(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
+    """d^2 / 2 of each token: its value is biased, its gradient is the KL's on average. Both (N,); returns (N,)."""
+    return 0.5 * (logprob - reference_logprob).square()
+
+
+def kl_k3(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
+    """exp(-d) - 1 + d of each token: unbiased and never negative. Both (N,) floating; returns (N,).
+
+    Its gradient is that of KL(reference || policy) on average. Below d = -EXPONENT it is `tangent_exp`.
+    """
+    d = logprob - reference_logprob
+    small = d > -1.0
+    # expm1 keeps the digits where the policy is near its reference, which is where training starts.
+    near = torch.expm1(-torch.where(small, d, 0.0))
+    return torch.where(small, near, tangent_exp(-torch.where(small, 0.0, d)) - 1.0) + d
+
+
+def kl_straight_through(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
+    """k3 forward, k2 backward ("k3+"): unbiased in value and in gradient. Both (N,) floating; returns (N,)."""
+    k2 = kl_k2(logprob, reference_logprob)
+    # In this order the second term is exactly 0 in value.
+    return kl_k3(logprob, reference_logprob).detach() + (k2 - k2.detach())
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3, "k3+": kl_straight_through}
+
+
+CATALOG = tuple(
+    LossEntry(
+        name=function.__name__,
+        kind="function",
+        title=title,
+        paper='Schulman 2020, "Approximating KL divergence"',
+        equation=name,
+        cost="one forward pass of a frozen reference",
+        compared_with=peer,
+        largest_deviation="1e-6 (value), 1e-6 (gradient)",
+        differs=differs,
+    )
+    for name, function, title, peer, differs in (
+        ("k1", kl_k1, "KL estimate for the reward", "float64 formula", "no clamp: OpenRLHF's, at 10, biases it"),
+        ("k2", kl_k2, "KL estimate with the right gradient", "float64 formula", ""),
+        (
+            "k3",
+            kl_k3,
+            "KL estimate of GRPO",
+            "TRL 1.16.0 GRPOTrainer",
+            "beyond d = -20 it goes on as a straight line; a clamped exponent, as in verl, leaves +d there, whose gradient "
+            "has the wrong sign",
+        ),
+        ("k3+", kl_straight_through, "KL estimate right in value and gradient", "float64 formula", "exponent as in k3"),
+    )
+)
