@@ -32,7 +32,7 @@ def tangent_exp(x: Tensor) -> Tensor:
 
 
 def kl_k1(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
-    """D of each token: unbiased, of high variance, may be negative. Both (N,) floating; returns (N,).
+    """The log ratio d of each token: unbiased, of high variance, may be negative. Both (N,) floating; returns (N,).
 
     In a loss its gradient is 0 on average: put it in the reward.
     """
@@ -40,7 +40,7 @@ def kl_k1(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
 
 
 def kl_k2(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
-    """d^2 / 2 of each token: its value is biased, its gradient is the KL's on average. Both (N,); returns (N,)."""
+    """Half the squared log ratio, d^2 / 2, of each token: its value is biased, its gradient is the KL's on average. Both (N,); returns (N,)."""
     return 0.5 * (logprob - reference_logprob).square()
 
 

@@ -78,7 +78,7 @@ def calibrated_reward(
     score_weight: float = 1.0,
     clip: float = CLIP,
 ) -> Tensor:
-    """A * c + b * S(q, c): RLCR with the Brier score and a = b (Damani et al. 2025, arXiv 2507.16806).
+    """Correctness and confidence, a * c + b * S(q, c): RLCR with the Brier score and a = b (Damani et al. 2025, arXiv 2507.16806).
 
     `correct` (S,) in [0, 1], NaN where nobody could grade (the reward is NaN there too); `confidence` (S,) in [0, 1].
     Returns (S,). Raises UserError as `check_accuracy_weight` does.
@@ -88,7 +88,7 @@ def calibrated_reward(
 
 
 def confidence_target(correct: Tensor, group_ids: Tensor, mixing: float = 0.5) -> Tensor:
-    """Mixing * (mean grade of the other samples) + (1 - mixing) * own grade: what a confidence is scored against.
+    """What a confidence is scored against: mixing * (mean grade of the other samples) + (1 - mixing) * own grade.
 
     Its mean is the chance to be right for any `mixing`, with less noise than the own grade; with the others alone, not
     with itself again, it stays unbiased. The target of DCPO (Ma et al. 2026, arXiv 2603.09117), which scores it by
@@ -164,7 +164,7 @@ def ppo_c_proper_reward(
 
 
 def running_mean(previous: float, rewards: Tensor, *, rate: float = 0.1) -> float:
-    """Rate * mean(rewards) + (1 - rate) * previous: PPO-C's threshold for the batch after this one.
+    """PPO-C's threshold for the batch after this one: rate * mean(rewards) + (1 - rate) * previous.
 
     Give it the rewards (S,) of all ranks, and use `previous` for the batch itself: a batch must not move the threshold that
     it is judged by. NaN rewards are left out; without any the mean stays.
