@@ -1,0 +1,102 @@
+"""Run by test_causal_lm under torchrun: gradients of one step of a user's own loop, under each way to wrap the model.
+
+Usage: causal_lm_cases.py FOLDER CASE_NAMES (comma-separated). Rank 0 writes FOLDER/<case>-<ranks>.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from calibtrain.losses import ORPOLoss, batch_from_labels, global_counts, normalized_loss, token_stats_from_model
+from tests.tiny import tiny_model
+
+STEPS, PAIRS = 2, 4
+ZERO = {f"zero{stage}": stage for stage in (0, 1, 2, 3)}
+
+
+def micro_batches(rank: int, ranks: int) -> list[dict[str, torch.Tensor]]:
+    """Pairs of very different lengths, one a micro-batch, dealt out to the ranks."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for pair in range(PAIRS):
+        width = 6 + 4 * pair
+        input_ids = torch.randint(3, 400, (2, width), generator=generator)
+        labels = input_ids.clone()
+        labels[:, : 2 + pair] = -100
+        labels[1, -2:] = -100
+        batches.append({"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(input_ids)})
+    return batches[rank::ranks]
+
+
+def wrap(name: str) -> tuple[torch.nn.Module, Any, Any]:
+    """(what the loop calls, its backward, how to read a full gradient)."""
+    model = tiny_model(tied=name != "zero3_untied").train()
+    if "checkpointed" in name:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if name.startswith("ddp"):
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=name == "ddp_find_unused")
+        return wrapped, lambda loss: loss.backward(), lambda parameter: parameter.grad
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": PAIRS // dist.get_world_size(),
+        "zero_optimization": {"stage": int(name[4]), "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    return engine, lambda loss: engine.backward(loss, scale_wrt_gas=False), safe_get_full_grad
+
+
+def run_case(name: str) -> dict[str, Any]:
+    """Gradients before, and loss after one SGD step."""
+    model, backward, gradient_of = wrap(name)
+    loss, ranks = ORPOLoss(beta=0.5), dist.get_world_size()
+    gradients: list[dict[str, torch.Tensor]] = []
+    losses = []
+    for _ in range(STEPS):
+        window = [batch_from_labels(**inputs, pairs=True) for inputs in micro_batches(dist.get_rank(), ranks)]
+        counts = global_counts(loss, window)
+        shares = []
+        for number, batch in enumerate(window):
+            if hasattr(model, "require_backward_grad_sync"):
+                model.require_backward_grad_sync = number == len(window) - 1
+            share = normalized_loss(loss(token_stats_from_model(model, batch), batch), counts)
+            backward(share * ranks)
+            shares.append(share.detach())
+            if hasattr(model, "step") and number < len(window) - 1:
+                model.step()
+        total = torch.stack(shares).sum()
+        dist.all_reduce(total)
+        losses.append(total.item())
+        found = {n: gradient_of(p).clone() for n, p in model.module.named_parameters()}
+        gradients.append(found)
+        if hasattr(model, "step"):
+            model.step()
+        else:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+    if hasattr(model, "destroy"):
+        model.destroy()
+    return {"gradients": gradients, "losses": losses}
+
+
+if __name__ == "__main__":
+    folder, names = Path(sys.argv[1]), sys.argv[2].split(",")
+    dist.init_process_group("gloo")
+    for name in names:
+        result = run_case(name)
+        if dist.get_rank() == 0:
+            torch.save(result, folder / f"{name}-{dist.get_world_size()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
