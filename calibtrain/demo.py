@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -49,10 +51,10 @@ def run(config: RunConfig) -> Path:
         for name in ("metrics.jsonl", "calibration.json", "report.html"):
             (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    prepared = prepare(config)
-    test = prepared.splits["test"]
     console.rule("1/4  the raw model", align="left")
-    raw = with_progress(Loaded(config), test, prepared.shots, "answering test questions, few-shot")
+    # In a process of its own, whose memory is free again when training starts.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        raw = pool.submit(_measure_raw, config).result()
     write_measurement(raw, output / "answers" / "raw_test.jsonl")
     console.rule(f"2/4  fine-tuning on {PROCESSES} processes", align="left")
     resolved = output / "config.yaml"
@@ -61,6 +63,7 @@ def run(config: RunConfig) -> Path:
     if code:
         raise UserError(f"training ended with exit code {code}; its cause is above and in {output / 'errors'}")
     console.rule("3/4  the fine-tuned model", align="left")
+    test = prepare(config).splits["test"]
     tuned = with_progress(Loaded(config, output / "model"), test, (), "answering test questions")
     write_measurement(tuned, output / "answers" / "test.jsonl")
     calibrated = calibrate.run(output)
@@ -70,6 +73,11 @@ def run(config: RunConfig) -> Path:
     console.print(f"report: {report}   ({(time.monotonic() - started) / 60:.1f} minutes)")
     console.print(f'ask it: calibtrain answer {output} "In which country is the city of Lyon?"')
     return report
+
+
+def _measure_raw(config: RunConfig) -> Measurement:
+    prepared = prepare(config)
+    return with_progress(Loaded(config), prepared.splits["test"], prepared.shots, "answering test questions, few-shot")
 
 
 def _table(raw: Measurement, tuned: Measurement, calibrator: calibrate.TemperatureCalibrator) -> Table:
