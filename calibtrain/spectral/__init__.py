@@ -1,0 +1,1 @@
+"""Singular values, polar factors and rotations of weight matrices."""
