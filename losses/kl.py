@@ -40,7 +40,7 @@ def kl_k1(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
 
 
 def kl_k2(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
-    """Half the squared log ratio, d^2 / 2, of each token: its value is biased, its gradient is the KL's on average. Both (N,); returns (N,)."""
+    """Half the squared log ratio, d^2 / 2: biased in value, right in gradient on average. Both (N,); returns (N,)."""
     return 0.5 * (logprob - reference_logprob).square()
 
 

@@ -78,7 +78,7 @@ def calibrated_reward(
     score_weight: float = 1.0,
     clip: float = CLIP,
 ) -> Tensor:
-    """Correctness and confidence, a * c + b * S(q, c): RLCR with the Brier score and a = b (Damani et al. 2025, arXiv 2507.16806).
+    """Correctness and confidence, a * c + b * S(q, c); RLCR is Brier with a = b (Damani et al. 2025, arXiv 2507.16806).
 
     `correct` (S,) in [0, 1], NaN where nobody could grade (the reward is NaN there too); `confidence` (S,) in [0, 1].
     Returns (S,). Raises UserError as `check_accuracy_weight` does.
