@@ -26,7 +26,7 @@ test: $(STAMP)
 peers: $(VENV)/.peers
 
 $(VENV)/.peers: $(STAMP)
-	$(BIN)/python -m pip install -c constraints.txt torchmetrics relplot trl netcal mapie
+	$(BIN)/python -m pip install -c constraints.txt torchmetrics relplot trl netcal mapie lightning
 	touch $@
 
 test-all: peers
