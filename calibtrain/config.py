@@ -40,6 +40,29 @@ class LoRAConfig(Section):
     """Names of the linear layers to adapt, or all of them but the head."""
 
 
+class OFTConfig(Section):
+    """Orthogonal fine-tuning through PEFT (Qiu et al. 2023, arXiv 2306.07280): W = W0 R, R block-diagonal and orthogonal."""
+
+    kind: Literal["oft"]
+    block_size: Annotated[int, Field(ge=2)] = 32
+    """Inputs that one block of R turns; must divide the layers' input sizes."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers to adapt, or all of them but the head."""
+
+
+class SharedRotationConfig(Section):
+    """One rotation of both singular bases and one scale of all singular values per matrix (docs/forgetting.md)."""
+
+    kind: Literal["shared_rotation"]
+    rank: Annotated[int, Field(ge=2)] = 64
+    """Largest singular directions that turn among themselves; as many as the matrix has reach every shared rotation."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers to adapt, or all of them but the head."""
+
+
+Adapter = Annotated[OFTConfig | SharedRotationConfig, Field(discriminator="kind")]
+
+
 class ModelConfig(Section):
     """Which model to start from and how to hold it."""
 
@@ -57,6 +80,14 @@ class ModelConfig(Section):
     """Attention implementation of transformers."""
     lora: LoRAConfig | None = None
     """Train low-rank adapters only; null trains every weight."""
+    adapter: Adapter | None = None
+    """Train rotations of the weights only; merged into the exported model."""
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> ModelConfig:
+        if self.lora is not None and self.adapter is not None:
+            raise ValueError("lora and adapter exclude each other; set one of them to null")
+        return self
 
 
 class GeographySource(Section):
@@ -201,6 +232,36 @@ class AnswerScoreConfig(Section):
     """Graded answers that enter one optimiser step over all ranks, with `all`."""
 
 
+class WeightPenaltyConfig(Section):
+    """A penalty on how the linear layers change, as a decoupled step on shards before the optimiser's (docs/forgetting.md)."""
+
+    name: Literal[
+        "row_gram_drift", "column_gram_drift", "polar_drift", "row_stretch", "column_stretch", "angle_budget"
+    ]
+    """What it forgives: `row_gram_drift` W0 R; `column_gram_drift` L W0; `polar_drift` a shared rotation of both singular
+    bases and any stretch; `row_stretch` and `column_stretch` infinitesimal rotations; `angle_budget` a ball around W0."""
+    weight: Weight = 100.0
+    """In the unit of weight_decay: `angle_budget` with budget 0 decays weights towards where they started."""
+    scale: Literal["fixed", "free"] = "fixed"
+    """Of the Gram drifts: `free` also forgives a common factor of all singular values."""
+    budget: Weight = 0.0
+    """Of angle_budget: relative distance |W - W0| / |W0| without cost."""
+    probes: int | None = Field(default=8, ge=2)
+    """Random vectors per matrix and step that estimate the penalty; null computes it exactly, which costs far more."""
+    layer_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of the matrices that each step takes, at random, with a weight that makes up for it."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers it holds for, or all of them but the head."""
+
+    @model_validator(mode="after")
+    def _options_of_its_kind(self) -> WeightPenaltyConfig:
+        if self.scale == "free" and not self.name.endswith("gram_drift"):
+            raise ValueError(f"scale: free belongs to the Gram drifts, not to {self.name}")
+        if self.budget and self.name != "angle_budget":
+            raise ValueError(f"budget belongs to angle_budget, not to {self.name}")
+        return self
+
+
 class TrainingConfig(Section):
     """The optimiser, the schedule and the DeepSpeed engine."""
 
@@ -322,6 +383,8 @@ class RunConfig(Section):
     """What training minimises."""
     penalties: tuple[AnswerScoreConfig, ...] = ()
     """Added to the objective with their weights."""
+    weight_penalties: tuple[WeightPenaltyConfig, ...] = ()
+    """Hold the weights near those that training started from."""
     training: TrainingConfig = TrainingConfig()
     """The optimiser and the engine."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -341,6 +404,13 @@ class RunConfig(Section):
         names = [penalty.name for penalty in self.penalties]
         if len(set(names)) != len(names):
             raise ValueError(f"penalties: each may appear once, got {names}")
+        held = [penalty.name for penalty in self.weight_penalties]
+        if len(set(held)) != len(held):
+            raise ValueError(f"weight_penalties: each may appear once, got {held}")
+        if held and self.model.adapter is not None:
+            raise ValueError("weight_penalties act on trained weights or on LoRA; model.adapter is a constraint already")
+        if self.model.lora is not None and any(penalty.scale == "free" for penalty in self.weight_penalties):
+            raise ValueError("weight_penalties: scale: free has no closed form under model.lora; take scale: fixed")
         if self.penalties and self.data.splits.calibration == 0:
             raise ValueError("penalties.answer_score needs questions: set data.splits.calibration to 128..512")
         if self.training.evaluate_every and self.data.splits.calibration == 0:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
-from calibtrain.models.loading import DTYPES, add_lora, local_path
+from calibtrain.models.loading import DTYPES, add_adapter, add_lora, local_path
 from calibtrain.models.policy import Policy
+from calibtrain.spectral.shared_rotation import merge_shared_rotations
 
 SHARD_BYTES = 2 * 2**30
 """ZeRO-3 shards are gathered in groups of at most so many bytes."""
@@ -35,7 +36,7 @@ def gathered_weights(policy: Policy, *, keep: bool) -> dict[str, Tensor]:
 def export_model(
     weights: dict[str, Tensor], config: ModelConfig, tokenizer: Any, target: Path, scale: float = 1.0
 ) -> None:
-    """Write `weights` (of `gathered_weights`) as a Hugging Face directory: LoRA merged, the logit `scale` folded in."""
+    """Write `weights` (of `gathered_weights`) as a Hugging Face directory: adapters merged, the logit `scale` folded in."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = AutoConfig.from_pretrained(
@@ -46,6 +47,8 @@ def export_model(
     )
     if config.lora is not None:
         model = add_lora(model, config)
+    if config.adapter is not None:  # merged in fp32: bf16 products of nearly the identity would lose the rotation
+        model = add_adapter(model.float(), config, find_bases=False)
     policy = Policy(model)
     # A tied head appears once among parameters, under the embedding's name.
     missing, unexpected = policy.load_state_dict(weights, strict=False)
@@ -58,6 +61,9 @@ def export_model(
         raise RuntimeError(f"export lost weights: missing {lost[:4]}, unexpected {list(unexpected)[:4]}")
     if config.lora is not None:
         model = model.merge_and_unload()
+    if config.adapter is not None:
+        turned = config.adapter.kind == "shared_rotation"
+        model = (merge_shared_rotations(model) if turned else model.merge_and_unload()).to(DTYPES[config.dtype])
     if scale != 1.0:
         fold_scale(model, scale)
     model.config.use_cache = True

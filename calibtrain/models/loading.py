@@ -13,6 +13,7 @@ import torch
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
+from calibtrain.spectral.shared_rotation import add_shared_rotations
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -69,6 +70,8 @@ def load_model(config: ModelConfig) -> Any:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora is not None:
         model = add_lora(model, config)
+    if config.adapter is not None:
+        model = add_adapter(model, config)
     return model
 
 
@@ -96,6 +99,31 @@ def add_lora(model: Any, config: ModelConfig) -> Any:
         )
     except ValueError as error:
         raise UserError(f"model.lora.target_modules: {error}") from error
+
+
+def add_adapter(model: Any, config: ModelConfig, *, find_bases: bool = True) -> Any:
+    """Adapters that can only rotate (and scale) the weights; all the rest is frozen.
+
+    `find_bases=False` leaves the singular bases of a shared rotation for a state dict to bring.
+    """
+    adapter = config.adapter
+    if adapter is None:
+        return model
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if adapter.kind == "shared_rotation":
+        return add_shared_rotations(model, adapter.rank, adapter.target_modules, find_bases=find_bases)
+    from peft import OFTConfig, get_peft_model
+
+    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
+    # PEFT's Cayley-Neumann series is orthogonal only to first orders and, unlike its exact form, gives the inverse rotation.
+    settings = OFTConfig(
+        oft_block_size=adapter.block_size, target_modules=targets, task_type="CAUSAL_LM", use_cayley_neumann=False
+    )
+    try:
+        return get_peft_model(model, settings, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(f"model.adapter: {error}") from error
 
 
 def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
