@@ -139,9 +139,9 @@ def collect(folder: Path, seeds: int) -> list[dict[str, Any]]:
 
 def row(folder: Path, regime: str, arm: str, seeds: int, with_temperature: bool) -> dict[str, Any]:
     """Metrics of one arm: mean, `_sd` over seeds, `_low` and `_high` of a 95% bootstrap over questions (mean of seeds)."""
+    from calibtrain.calibration.calibrators import fit_calibrator
     from calibtrain.calibration.intervals import bootstrap, sample_ids
     from calibtrain.calibration.metrics import summary as all_metrics
-    from calibtrain.pipeline.calibrate import fit_temperature
     from calibtrain.pipeline.evaluate import measured_metrics, read_measurement
 
     found, intervals, temperatures = [], [], []
@@ -151,7 +151,9 @@ def row(folder: Path, regime: str, arm: str, seeds: int, with_temperature: bool)
         confidence = test.confidence
         if with_temperature:
             held_out = read_measurement(folder / "answers" / f"{regime}-{arm}-{seed}-temperature.jsonl")
-            calibrator = fit_temperature(held_out, "", "")
+            calibrator = fit_calibrator(
+                "temperature", held_out.table, held_out.correct, template_hash="", weights_hash="", replicates=0
+            )
             confidence = calibrator.apply(test.table)
             temperatures.append(calibrator.temperature)
         found.append(measured_metrics(confidence, test.correct))

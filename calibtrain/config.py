@@ -338,6 +338,30 @@ class EvaluationConfig(Section):
     """`normalized_match` ignores case, accents, punctuation and a leading "the"."""
 
 
+class CalibrationConfig(Section):
+    """The map from the model's likelihood to the probability of being right (docs/calibrators.md)."""
+
+    method: Literal[
+        "temperature",
+        "platt",
+        "beta",
+        "isotonic",
+        "histogram",
+        "domain_temperature",
+        "adaptive_temperature",
+        "base_alignment",
+    ] = "temperature"
+    """What is fitted on the temperature split."""
+    domain: str | None = None
+    """With `domain_temperature`: the stratum of a question that is its domain, e.g. `continent`."""
+
+    @model_validator(mode="after")
+    def _domains_need_a_name(self) -> CalibrationConfig:
+        if (self.method == "domain_temperature") != (self.domain is not None):
+            raise ValueError("method: domain_temperature and `domain`, a stratum's name, go together")
+        return self
+
+
 class AbstentionConfig(Section):
     """The answer/abstain threshold and its certificate."""
 
@@ -345,6 +369,12 @@ class AbstentionConfig(Section):
     """Largest share of wrong answers among the answered ones."""
     delta: Risk = 0.05
     """Chance that the certificate is wrong."""
+    target_hallucination: Risk | None = None
+    """Also control wrong answers as a share of all questions, by conformal risk control."""
+    groups: str | None = None
+    """Also certify a threshold for every value of this stratum, e.g. `continent`, which together hold at delta."""
+    words: Literal["icd203", "ipcc", "nato", "phia"] = "icd203"
+    """Scale of the words for probabilities."""
     report_risks: tuple[Risk, ...] = (0.05, 0.1, 0.2, 0.3)
     """Risks at which the report states the coverage."""
 
@@ -389,6 +419,8 @@ class RunConfig(Section):
     """The optimiser and the engine."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Answering and grading."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    """What confidence means."""
     abstention: AbstentionConfig = AbstentionConfig()
     """When to say nothing."""
     tracking: TrackingConfig = TrackingConfig()

@@ -80,7 +80,7 @@ def _measure_raw(config: RunConfig) -> Measurement:
     return with_progress(Loaded(config), prepared.splits["test"], prepared.shots, "answering test questions, few-shot")
 
 
-def _table(raw: Measurement, tuned: Measurement, calibrator: calibrate.TemperatureCalibrator) -> Table:
+def _table(raw: Measurement, tuned: Measurement, calibrator: calibrate.Calibrator) -> Table:
     columns = {
         "raw model": measured_metrics(raw.confidence, raw.correct),
         "fine-tuned": measured_metrics(tuned.confidence, tuned.correct),

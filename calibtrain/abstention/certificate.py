@@ -109,7 +109,7 @@ def certify(
     descending, fixed without looking at these answers; by default derived from n, target_risk, delta and the
     confidences (module docstring: when that is valid). Raises UserError for malformed input.
     """
-    q, y = _checked(confidence, correct, target_risk, delta)
+    q, y = checked_answers(confidence, correct, target_risk, delta)
     smallest = minimum_answers(target_risk, delta)
     if len(q) < smallest:
         return Certification(
@@ -177,6 +177,23 @@ def data_hash(confidence: ArrayLike, correct: ArrayLike) -> str:
     return hashlib.sha256(q[order].tobytes() + y[order].astype(np.uint8).tobytes()).hexdigest()
 
 
+def checked_answers(
+    confidence: ArrayLike, correct: ArrayLike, target_risk: float, delta: float
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Confidences and grades as arrays; UserError for malformed input."""
+    for name, value in {"target_risk": target_risk, "delta": delta}.items():
+        if not 0 < value < 1:
+            raise UserError(f"certify: {name} must lie strictly between 0 and 1, got {value}")
+    q, y = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    if q.ndim != 1 or q.shape != y.shape:
+        raise UserError(f"certify: {q.size} confidences and {y.size} grades; give one grade per answer")
+    if not ((q >= 0) & (q <= 1)).all():
+        raise UserError(f"certify: confidence {q[~((q >= 0) & (q <= 1))][0]} is not a probability in [0, 1]")
+    if not np.isin(y, (0, 1)).all():
+        raise UserError("certify: grades must be 0 or 1; leave ungraded answers out")
+    return q, y > 0
+
+
 def _rank_tests(q: NDArray[np.float64], target_risk: float, delta: float) -> list[tuple[float, int]]:
     """(threshold, number answered) of each step, for descending confidences q; ties with the next answer stay out."""
     smallest = minimum_answers(target_risk, delta)
@@ -211,20 +228,3 @@ def _why_none(tests: list[tuple[float, int]], wrong_ahead: NDArray[np.int64], ta
         f"of the {answered} most confident answers {wrong} are wrong; at confidence {1 - delta:g} that shows a risk of "
         f"at most {bound:.3f}, not {target_risk:g}"
     )
-
-
-def _checked(
-    confidence: ArrayLike, correct: ArrayLike, target_risk: float, delta: float
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Confidences and grades as arrays; UserError for malformed input."""
-    for name, value in {"target_risk": target_risk, "delta": delta}.items():
-        if not 0 < value < 1:
-            raise UserError(f"certify: {name} must lie strictly between 0 and 1, got {value}")
-    q, y = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    if q.ndim != 1 or q.shape != y.shape:
-        raise UserError(f"certify: {q.size} confidences and {y.size} grades; give one grade per answer")
-    if not ((q >= 0) & (q <= 1)).all():
-        raise UserError(f"certify: confidence {q[~((q >= 0) & (q <= 1))][0]} is not a probability in [0, 1]")
-    if not np.isin(y, (0, 1)).all():
-        raise UserError("certify: grades must be 0 or 1; leave ungraded answers out")
-    return q, y > 0

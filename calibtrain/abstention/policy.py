@@ -63,14 +63,31 @@ def selective_statistics(confidence: ArrayLike, correct: ArrayLike, threshold: f
     )
 
 
-def threshold_from_costs(cost_wrong: float, cost_refusal: float) -> float:
-    """Threshold of least expected cost for calibrated confidences: 1 - cost_refusal / cost_wrong (Chow 1970).
+def threshold_from_costs(cost_wrong: float, cost_refusal: float, gain_right: float = 0.0) -> float:
+    """Threshold of least expected cost for calibrated confidences (Chow 1970), in [0, 1].
 
-    Costs are positive, in any one unit. 0, always answer, where refusing costs as much as a wrong answer.
+    Answering at q costs (1 - q) cost_wrong - q gain_right, refusing costs cost_refusal: answer from
+    q = (cost_wrong - cost_refusal) / (cost_wrong + gain_right) on. All in any one unit; 0, always answer, where refusing
+    costs as much as a wrong answer. Raises UserError unless the costs are positive and the gain is 0 or more.
     """
-    if not (cost_wrong > 0 and cost_refusal > 0 and math.isfinite(cost_wrong) and math.isfinite(cost_refusal)):
-        raise UserError(f"costs must be positive numbers, got wrong {cost_wrong} and refusal {cost_refusal}")
-    return max(0.0, 1 - cost_refusal / cost_wrong)
+    costs = (cost_wrong, cost_refusal, gain_right)
+    if not all(math.isfinite(cost) for cost in costs) or cost_wrong <= 0 or cost_refusal <= 0 or gain_right < 0:
+        raise UserError(
+            f"costs must be positive numbers and the gain 0 or more, got wrong {cost_wrong}, refusal {cost_refusal}, "
+            f"gain {gain_right}"
+        )
+    return max(0.0, (cost_wrong - cost_refusal) / (cost_wrong + gain_right))
+
+
+def cost_per_question(
+    statistics: SelectiveStatistics, cost_wrong: float, cost_refusal: float, gain_right: float = 0.0
+) -> float:
+    """Mean cost of a threshold on graded answers, in the unit of the costs; NaN for none."""
+    if not statistics.n:
+        return math.nan
+    right = statistics.n_answered - statistics.n_wrong
+    refused = statistics.n - statistics.n_answered
+    return (cost_wrong * statistics.n_wrong + cost_refusal * refused - gain_right * right) / statistics.n
 
 
 def _share(part: int, whole: int) -> float:

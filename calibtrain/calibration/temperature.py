@@ -7,133 +7,61 @@ come as a table (N, K) on a grid of K temperatures, interpolated by a cubic spli
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.interpolate import CubicSpline
 
-from calibtrain.calibration.intervals import poisson_weights
+from calibtrain.calibration.scores import LEAST_DOUBT, TEMPERATURE_GRID, Array, Scores
 from calibtrain.errors import UserError
 
-Array = NDArray[np.float64]
-
-TEMPERATURE_GRID: tuple[float, ...] = tuple(float(t) for t in np.geomspace(1 / 8, 8, 25))
-"""Temperatures at which answers are scored for a fit; the spline between them is good to about 1e-4 in log-prob."""
 _FIT_STEP = 0.005
 """Spacing in log T of the candidates the likelihood is computed at, before a parabola through the best three."""
-_LEAST_DOUBT = 1e-9
-"""Confidences are at most 1 minus this in the likelihood, so that one wrong answer at 1 does not decide the fit."""
 
 
-@dataclass(frozen=True, slots=True)
-class TemperatureCalibrator:
-    """A fitted temperature, what it was fitted on and for which model and prompt template it holds."""
+def fit_temperature(scores: Scores, correct: Array, weight: Array) -> dict[str, Any]:
+    """Maximum a posteriori T of right/wrong given q_T, with log T ~ N(0, 1), which decides when the data is separable.
 
-    temperature: float
-    low: float  # bootstrap interval at `level`
-    high: float
-    level: float
-    n: int
-    nll_before: float  # mean log loss in nats of right/wrong given q_1, on the fitted answers
-    nll_after: float  # the same given q_T
-    template_hash: str
-    weights_hash: str
+    correct (N,) in [0, 1]: grades, or another model's confidences to be matched; weight (N,).
+    """
+    log_t, losses = loss_curve(table_of(scores), correct)
+    return {"temperature": math.exp(_minimum(log_t, weight @ losses + log_t**2 / 2))}
 
-    @classmethod
-    def fit(
-        cls,
-        logprob_table: ArrayLike,
-        correct: ArrayLike,
-        temperatures: Sequence[float] = TEMPERATURE_GRID,
-        *,
-        template_hash: str,
-        weights_hash: str,
-        ids: ArrayLike | None = None,
-        replicates: int = 500,
-        level: float = 0.95,
-        seed: int = 0,
-    ) -> TemperatureCalibrator:
-        """Maximum a posteriori T of right/wrong given q_T, with log T ~ N(0, 1), which decides when the data is
-        separable.
 
-        logprob_table (N, K): log-prob of each answer at each of the K ascending `temperatures`, which must reach
-        across 1; correct (N,) bool or 0/1; ids (N,) integers for the bootstrap (answers of one id are resampled
-        together), by default the row numbers. Raises UserError for malformed input.
-        """
-        table, grades, grid = _checked(logprob_table, correct, temperatures)
-        log_t = np.linspace(grid[0], grid[-1], math.ceil((grid[-1] - grid[0]) / _FIT_STEP) + 1)
-        losses = _log_loss(_interpolate(table, grid, log_t), grades)  # (N, len(log_t))
-        prior = log_t**2 / 2
-        best = _minimum(log_t, losses.sum(0) + prior)
-        keys = np.arange(len(grades)) if ids is None else np.asarray(ids)
-        draws = [
-            _minimum(log_t, poisson_weights(keys, replicate, seed) @ losses + prior) for replicate in range(replicates)
-        ]
-        low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) if draws else (math.nan, math.nan)
-        before, after = (float(_log_loss(_interpolate(table, grid, np.array([x])), grades).mean()) for x in (0.0, best))
-        return cls(
-            temperature=math.exp(best),
-            low=float(np.exp(low)),
-            high=float(np.exp(high)),
-            level=level,
-            n=len(grades),
-            nll_before=before,
-            nll_after=after,
-            template_hash=template_hash,
-            weights_hash=weights_hash,
+def refit_temperature(scores: Scores, correct: Array, weights: Array) -> list[dict[str, Any]]:
+    """`fit_temperature` for each row of weights (R, N), at the cost of little more than one fit."""
+    log_t, losses = loss_curve(table_of(scores), correct)
+    return [{"temperature": math.exp(_minimum(log_t, total))} for total in weights @ losses + log_t**2 / 2]
+
+
+def apply_temperature(parameters: dict[str, Any], scores: Scores) -> Array:
+    """Confidences (N,) at the fitted temperature."""
+    return np.asarray(np.exp(interpolate_logprobs(table_of(scores), parameters["temperature"])))
+
+
+def table_of(scores: Scores) -> Array:
+    """The answers' log-prob table (N, K); UserError where only confidences are given."""
+    if scores.table is None:
+        raise UserError(
+            "temperature calibrator: needs the answers' log-probs at each temperature, not only their confidence; "
+            "give a log-prob table, or take platt, beta, isotonic or histogram"
         )
+    return scores.table
 
-    def apply(self, logprob_table: ArrayLike, temperatures: Sequence[float] = TEMPERATURE_GRID) -> Array:
-        """Calibrated confidences (N,) float64 of answers whose log-probs (N, K) at `temperatures` are given."""
-        table, grid = _checked_table(logprob_table, temperatures)
-        at = math.log(self.temperature)
-        if not grid[0] - 1e-9 <= at <= grid[-1] + 1e-9:
-            raise UserError(
-                f"temperature {self.temperature:.3g} is outside the table's {temperatures[0]:g}..{temperatures[-1]:g}: "
-                "score the answers on a wider grid"
-            )
-        return np.asarray(np.exp(_interpolate(table, grid, np.array([at]))[:, 0]))
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+def loss_curve(
+    logprob_table: ArrayLike, correct: ArrayLike, temperatures: Sequence[float] = TEMPERATURE_GRID
+) -> tuple[Array, Array]:
+    """Log temperatures (L,), evenly spaced, and each answer's log loss (N, L) of right/wrong at them.
 
-    def to_json(self) -> str:
-        """JSON text that `from_json` reads."""
-        return json.dumps(self.as_dict(), indent=2)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], *, template_hash: str, weights_hash: str) -> TemperatureCalibrator:
-        """Calibrator of `as_dict()` values; UserError when it was fitted with another template or other weights."""
-        names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
-            raise UserError(
-                f"temperature calibrator: expected the keys {sorted(names)}; run `calibtrain calibrate` again"
-            )
-        calibrator = cls(**values)
-        given = {"prompt template": template_hash, "weights": weights_hash}
-        fitted = {"prompt template": calibrator.template_hash, "weights": calibrator.weights_hash}
-        for what, value in given.items():
-            if value != fitted[what]:
-                raise UserError(
-                    f"temperature calibrator: fitted with {what} {fitted[what][:12]}, used with {value[:12]}; "
-                    "run `calibtrain calibrate` for this model and template"
-                )
-        return calibrator
-
-    @classmethod
-    def from_json(cls, text: str, *, template_hash: str, weights_hash: str) -> TemperatureCalibrator:
-        """Calibrator of `to_json()` text; raises UserError as `from_dict`, and for text that is no JSON."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"temperature calibrator: not JSON ({error}); run `calibtrain calibrate` again") from error
-        return cls.from_dict(values, template_hash=template_hash, weights_hash=weights_hash)
+    correct (N,) in [0, 1]. Raises UserError for malformed input.
+    """
+    table, grades, grid = _checked(logprob_table, correct, temperatures)
+    log_t = _candidates(grid)
+    return log_t, _log_loss(_interpolate(table, grid, log_t), grades)
 
 
 def optimal_temperature(
@@ -143,12 +71,13 @@ def optimal_temperature(
     *,
     score: Literal["log", "brier"] = "log",
 ) -> float:
-    """T at which the answers' proper score is least, with log T ~ N(0, 1) as in `TemperatureCalibrator.fit`.
+    """T at which the answers' proper score is least, with log T ~ N(0, 1) as in `fit_temperature`.
 
-    Arguments and errors are those of that method.
+    logprob_table (N, K): log-prob of each answer at each of the K ascending `temperatures`, which must reach across 1;
+    correct (N,) bool or 0/1. Raises UserError for malformed input.
     """
     table, grades, grid = _checked(logprob_table, correct, temperatures)
-    log_t = np.linspace(grid[0], grid[-1], math.ceil((grid[-1] - grid[0]) / _FIT_STEP) + 1)
+    log_t = _candidates(grid)
     logprob = _interpolate(table, grid, log_t)
     losses = _log_loss(logprob, grades) if score == "log" else (np.exp(logprob) - grades[:, None]) ** 2
     return math.exp(_minimum(log_t, losses.sum(0) + log_t**2 / 2))
@@ -164,7 +93,13 @@ def interpolate_logprobs(
 ) -> Array:
     """Answer log-probs (N,) at any temperature within the grid of the table (N, K)."""
     table, grid = _checked_table(logprob_table, temperatures)
-    return np.asarray(_interpolate(table, grid, np.array([math.log(temperature)]))[:, 0])
+    at = math.log(temperature)
+    if not grid[0] - 1e-9 <= at <= grid[-1] + 1e-9:
+        raise UserError(
+            f"temperature {temperature:.3g} is outside the table's {temperatures[0]:g}..{temperatures[-1]:g}: "
+            "score the answers on a wider grid"
+        )
+    return np.asarray(_interpolate(table, grid, np.array([at]))[:, 0])
 
 
 def _interpolate(table: Array, grid: Array, at: Array) -> Array:
@@ -173,9 +108,14 @@ def _interpolate(table: Array, grid: Array, at: Array) -> Array:
 
 
 def _log_loss(logprob: Array, correct: Array) -> Array:
-    """-[c log q + (1 - c) log(1 - q)] for log q (N, L) and grades (N,)."""
-    doubt = np.maximum(-np.expm1(logprob), _LEAST_DOUBT)
-    return np.where(correct[:, None] > 0, -logprob, -np.log(doubt))
+    """-[c log q + (1 - c) log(1 - q)] for log q (N, L) and grades (N,) in [0, 1]."""
+    c = correct[:, None]
+    return -(c * logprob + (1 - c) * np.log(np.maximum(-np.expm1(logprob), LEAST_DOUBT)))
+
+
+def _candidates(grid: Array) -> Array:
+    """Evenly spaced log temperatures over the grid."""
+    return np.linspace(grid[0], grid[-1], math.ceil((grid[-1] - grid[0]) / _FIT_STEP) + 1)
 
 
 def _minimum(x: Array, values: Array) -> float:
@@ -211,8 +151,8 @@ def _checked(logprob_table: ArrayLike, correct: ArrayLike, temperatures: Sequenc
     grades = np.asarray(correct, dtype=np.float64)
     if grades.shape != (len(table),) or len(grades) == 0:
         raise UserError(f"temperature fit: {len(table)} answers with {grades.size} grades; give one grade per answer")
-    if not np.isin(grades, (0, 1)).all():
-        raise UserError("temperature fit: grades must be 0 or 1; leave ungraded answers out")
+    if not ((grades >= 0) & (grades <= 1)).all():
+        raise UserError("temperature fit: grades must lie between 0 and 1; leave ungraded answers out")
     if not grid[0] < 0 < grid[-1]:
         raise UserError(f"temperatures {temperatures[0]:g}..{temperatures[-1]:g} must reach across 1")
     return table, grades, grid

@@ -101,11 +101,22 @@ def logprob_table(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Log-prob of each answer with its logits divided by each temperature. (S, K) float64 on CPU."""
-    step = ScoreStep(features.hidden.to(device), features.targets.to(device), torch.tensor(temperatures, device=device))
-    per_token = model(step).cpu().double()
+    per_token = token_logprob_table(model, features, temperatures, device)
     return per_token.new_zeros(features.correct.shape[0], len(temperatures)).index_add(
         0, features.sequence_ids, per_token
     )
+
+
+@torch.no_grad()
+def token_logprob_table(
+    model: Callable[..., Any],
+    features: AnswerFeatures,
+    temperatures: Sequence[float] = TEMPERATURE_GRID,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Log-prob of each token of the answers with its logits divided by each temperature. (T, K) float64 on CPU."""
+    step = ScoreStep(features.hidden.to(device), features.targets.to(device), torch.tensor(temperatures, device=device))
+    return model(step).cpu().double()
 
 
 def _answer(record: Record, generation: Generation, template: Template, settings: EvaluationConfig) -> Answer:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from calibtrain.abstention.words import word_for
+from calibtrain.abstention.words import scale_of, word_for
 from calibtrain.config_file import load_config
 from calibtrain.data.records import Message, Record
 from calibtrain.errors import UserError
@@ -40,12 +38,13 @@ class Answerer:
         if not question.strip():
             raise UserError("the question is empty")
         measurement = self.loaded.measure([Record(prompt=(Message("user", question.strip()),))])
-        probability = float(np.clip(self.calibrated.calibrator.apply(measurement.table)[0], 0.0, 1.0))
+        config = self.loaded.config
+        probability = float(self.calibrated.calibrator.apply(measurement.scores(config.calibration.domain))[0])
         certificate = self.calibrated.certification.certificate
         return Reply(
             text=measurement.answers[0].text,
             probability=probability,
-            word=word_for(probability).name,
+            word=word_for(probability, scale_of(config.abstention.words)).name,
             abstained=certificate is not None and probability < certificate.threshold,
             threshold=None if certificate is None else certificate.threshold,
             risk=None if certificate is None else certificate.risk_bound,

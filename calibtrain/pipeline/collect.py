@@ -49,7 +49,9 @@ def report_data(output_dir: Path) -> ReportData:
     raw_path = output_dir / "answers" / "raw_test.jsonl"
     measured = [Measured("raw model", read_measurement(raw_path).answers)] if raw_path.is_file() else []
     measured.append(Measured("fine-tuned", test.answers))
-    measured.append(Measured("with temperature", test.answers, calibrated.calibrator.apply(test.table).tolist()))
+    label = f"with {calibrated.calibrator.method.replace('_', ' ')}"
+    confidence = calibrated.calibrator.apply(test.scores(config.calibration.domain))
+    measured.append(Measured(label, test.answers, confidence.tolist()))
     composition = prepare(config).composition
     metrics = output_dir / "metrics.jsonl"
     return ReportData(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from calibtrain.calibration.metrics import summary
+from calibtrain.calibration.scores import TEMPERATURE_GRID, Scores, TokenScores, scores_of
 from calibtrain.calibration.state import state_of
-from calibtrain.calibration.temperature import TEMPERATURE_GRID
 from calibtrain.confidence.answer import Answer
-from calibtrain.confidence.likelihood import answer_questions, logprob_table
+from calibtrain.confidence.likelihood import answer_questions, logprob_table, token_logprob_table
 from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
@@ -34,6 +35,7 @@ class Measurement:
 
     answers: list[Answer]
     table: NDArray[np.float64]  # (answers, temperatures)
+    tokens: TokenScores | None = None  # kept for calibration.method: adaptive_temperature alone
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -44,6 +46,11 @@ class Measurement:
     def confidence(self) -> NDArray[np.float64]:
         """Likelihood of each answer (answers,), before any temperature."""
         return np.array([answer.confidence for answer in self.answers], dtype=np.float64)
+
+    def scores(self, domain: str | None = None) -> Scores:
+        """What a calibrator sees; `domain` names the stratum that is a question's domain ("" where it has none)."""
+        names = None if domain is None else [answer.strata.get(domain, "") for answer in self.answers]
+        return scores_of(self.table, domains=names, tokens=self.tokens)
 
 
 class Loaded:
@@ -72,8 +79,15 @@ class Loaded:
             device=self.device,
             on_batch=on_batch,
         )
-        table = logprob_table(self.model, answered.features, TEMPERATURE_GRID, self.device)
-        return Measurement(answered.answers, table.numpy())
+        features = answered.features
+        if self.config.calibration.method != "adaptive_temperature":
+            whole = logprob_table(self.model, features, TEMPERATURE_GRID, self.device)
+            return Measurement(answered.answers, whole.numpy())
+        per_token = token_logprob_table(self.model, features, TEMPERATURE_GRID, self.device).numpy()
+        owner = features.sequence_ids.numpy()
+        table = np.zeros((len(answered.answers), len(TEMPERATURE_GRID)))
+        np.add.at(table, owner, per_token)
+        return Measurement(answered.answers, table, TokenScores(per_token, features.hidden.float().numpy(), owner))
 
 
 def run(config: RunConfig, *, model: Path | None, split: str, output: Path | None) -> dict[str, float]:
@@ -110,12 +124,18 @@ def measured_metrics(confidence: NDArray[np.float64], correct: NDArray[np.bool_]
 
 
 def write_measurement(measurement: Measurement, path: Path) -> None:
-    """One JSON object per answer; `logprobs_at` holds its log-prob at each temperature of the grid."""
+    """One JSON object per answer; `logprobs_at` holds its log-prob at each temperature of the grid.
+
+    Scores of the tokens, where kept, lie beside it as .tokens.safetensors.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for answer, row in zip(measurement.answers, measurement.table.tolist(), strict=True):
             line = {**answer.as_dict(), "logprobs_at": [round(value, 6) for value in row]}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if measurement.tokens is not None:
+        tokens = asdict(measurement.tokens)
+        save_file({name: np.ascontiguousarray(array) for name, array in tokens.items()}, _tokens_file(path))
 
 
 def read_measurement(path: Path) -> Measurement:
@@ -134,7 +154,13 @@ def read_measurement(path: Path) -> Measurement:
             raise UserError(
                 f"{path}:{number}: not a graded answer ({error}); run `calibtrain calibrate` again"
             ) from error
-    return Measurement(answers, np.array(table, dtype=np.float64).reshape(len(answers), len(TEMPERATURE_GRID)))
+    tokens = TokenScores(**load_file(_tokens_file(path))) if _tokens_file(path).is_file() else None
+    return Measurement(answers, np.array(table, dtype=np.float64).reshape(len(answers), len(TEMPERATURE_GRID)), tokens)
+
+
+def _tokens_file(path: Path) -> Path:
+    """Where the per-token scores of an answers file lie."""
+    return path.with_suffix(".tokens.safetensors")
 
 
 SHOWN = {

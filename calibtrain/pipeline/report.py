@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from calibtrain.abstention.certificate import Certification
-from calibtrain.abstention.words import percent, word_for
+from calibtrain.abstention.words import Scale, percent, scale_of, word_for
 from calibtrain.confidence.answer import Answer
 from calibtrain.pipeline import report_figures as figures
 from calibtrain.pipeline.report_numbers import Stage, comparison, stage_of, threshold_table, words_table
@@ -84,7 +84,9 @@ def render_report(report: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(share=_share, number=_number, word=lambda q: word_for(q).name, percent=percent)
+    environment.filters.update(
+        share=_share, number=_number, word=lambda q: word_for(q, _words(report)).name, percent=percent
+    )
     return environment.get_template("report.html.j2").render(**_context(report))
 
 
@@ -107,12 +109,17 @@ def _context(report: ReportData) -> dict[str, Any]:
         "certified_now": table["rows"][table["certified"]] if table and table["certified"] is not None else None,
         "thresholds": table,
         "comparison": comparison(stages, report.bootstrap_replicates),
-        "words": words_table(after) if has_answers and after else [],
+        "words": words_table(after, _words(report)) if has_answers and after else [],
         "figures": figures.all_figures(stages, table, report.target_risk, report.training),
         "samples": _samples(report, threshold),
         "config": json.dumps(report.config, indent=2, ensure_ascii=False, default=str),
         "curve": sorted(report.certified_curve.items()),
     }
+
+
+def _words(report: ReportData) -> Scale:
+    """The scale that the run's config chose."""
+    return scale_of(report.config.get("abstention", {}).get("words", "icd203"))
 
 
 def _samples(report: ReportData, threshold: float | None) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calibtrain.abstention.words import WORDS, word_for
+from calibtrain.abstention.words import WORDS, Scale, word_for
 from calibtrain.calibration import metrics, ranking
 from calibtrain.calibration.intervals import Interval, bootstrap, paired_bootstrap, sample_ids, wilson
 from calibtrain.calibration.state import CalibrationState, state_of
@@ -124,11 +124,11 @@ def threshold_table(stage: Stage, certified: float | None) -> dict[str, Any]:
     return {"n": stage.n, "right": int(stage.correct.sum()), "rows": rows, "certified": index}
 
 
-def words_table(stage: Stage) -> list[dict[str, Any]]:
+def words_table(stage: Stage, scale: Scale = WORDS) -> list[dict[str, Any]]:
     """How often each word was used and was right, with the Wilson interval and whether it reaches the word's band."""
-    names = np.array([word_for(min(max(float(q), 0.0), 1.0)).name for q in stage.confidence])
+    names = np.array([word_for(min(max(float(q), 0.0), 1.0), scale).name for q in stage.confidence])
     rows = []
-    for word in WORDS:
+    for word in scale:
         used = names == word.name
         n, right = int(used.sum()), int(stage.correct[used].sum())
         low, high = wilson(right, n)

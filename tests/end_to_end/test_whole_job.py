@@ -73,7 +73,7 @@ def test_metrics_of_training_and_of_the_answers_are_kept(finished):
 
 def test_calibration_json_holds_what_answer_needs(finished):
     content = json.loads((finished.output_dir / "calibration.json").read_text())
-    assert content["calibrator"]["temperature"] > 0
+    assert content["calibrator"]["parameters"]["temperature"] > 0
     assert content["calibrator"]["n"] == SIZES["temperature"]
     assert set(content["data_hashes"]) == {"temperature", "certification"}
     assert content["certificate"] is not None or content["certification"]

@@ -3,7 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from calibtrain.calibration.temperature import TEMPERATURE_GRID, TemperatureCalibrator, interpolate_logprobs, tabulate
+from calibtrain.calibration.calibrators import Calibrator, fit_calibrator
+from calibtrain.calibration.scores import TEMPERATURE_GRID
+from calibtrain.calibration.temperature import interpolate_logprobs, loss_curve, tabulate
 from calibtrain.errors import UserError
 
 HASHES = {"template_hash": "t" * 64, "weights_hash": "w" * 64}
@@ -30,16 +32,16 @@ def graded(temperature, seed=0):
 @pytest.mark.parametrize("true", [0.7, 1.0, 1.6])
 def test_fit_recovers_the_temperature_the_grades_were_drawn_at(true):
     logprob_at, correct = graded(true)
-    fitted = TemperatureCalibrator.fit(tabulate(logprob_at), correct, replicates=60, **HASHES)
+    fitted = fit_calibrator("temperature", tabulate(logprob_at), correct, replicates=60, **HASHES)
     assert fitted.temperature == pytest.approx(true, rel=0.15)
-    assert fitted.low < true < fitted.high
+    assert fitted.low["temperature"] < true < fitted.high["temperature"]
     assert fitted.nll_after <= fitted.nll_before + 1e-9
     assert fitted.apply(tabulate(logprob_at)) == pytest.approx(np.exp(logprob_at(fitted.temperature)), abs=1e-4)
 
 
 def test_fit_is_the_maximum_of_the_posterior():
     logprob_at, correct = graded(1.4)
-    fitted = TemperatureCalibrator.fit(tabulate(logprob_at), correct, replicates=0, **HASHES)
+    fitted = fit_calibrator("temperature", tabulate(logprob_at), correct, replicates=0, **HASHES)
 
     def loss(temperature):
         logprob = logprob_at(temperature)
@@ -60,28 +62,28 @@ def test_spline_is_close_between_the_temperatures_of_the_table():
 
 @pytest.mark.parametrize("grade", [0, 1])
 def test_one_class_leaves_a_finite_temperature(grade):
-    fitted = TemperatureCalibrator.fit(tabulate(answers(50)), np.full(50, grade), replicates=10, **HASHES)
+    fitted = fit_calibrator("temperature", tabulate(answers(50)), np.full(50, grade), replicates=10, **HASHES)
     assert TEMPERATURE_GRID[0] <= fitted.temperature <= TEMPERATURE_GRID[-1]
-    assert np.isfinite([fitted.low, fitted.high, fitted.nll_after]).all()
+    assert np.isfinite([fitted.low["temperature"], fitted.high["temperature"], fitted.nll_after]).all()
 
 
 def test_one_wrong_answer_at_certainty_does_not_break_the_fit():
     table = np.zeros((40, len(TEMPERATURE_GRID)))
     table[1:] = tabulate(answers(39))
-    fitted = TemperatureCalibrator.fit(table, np.arange(40) % 2, replicates=5, **HASHES)
+    fitted = fit_calibrator("temperature", table, np.arange(40) % 2, replicates=5, **HASHES)
     assert np.isfinite(fitted.temperature)
 
 
 def test_json_round_trip_and_guards():
     logprob_at, correct = graded(1.3)
-    fitted = TemperatureCalibrator.fit(tabulate(logprob_at), correct, replicates=10, **HASHES)
-    assert TemperatureCalibrator.from_json(fitted.to_json(), **HASHES) == fitted
+    fitted = fit_calibrator("temperature", tabulate(logprob_at), correct, replicates=10, **HASHES)
+    assert Calibrator.from_json(fitted.to_json(), **HASHES) == fitted
     for key, what in (("template_hash", "prompt template"), ("weights_hash", "weights")):
         with pytest.raises(UserError, match=what):
-            TemperatureCalibrator.from_json(fitted.to_json(), **{**HASHES, key: "other"})
+            Calibrator.from_json(fitted.to_json(), **{**HASHES, key: "other"})
     for text in ("{", "[]", json.dumps({"temperature": 1})):
-        with pytest.raises(UserError, match="temperature calibrator"):
-            TemperatureCalibrator.from_json(text, **HASHES)
+        with pytest.raises(UserError, match="calibrator: "):
+            Calibrator.from_json(text, **HASHES)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +93,11 @@ def test_json_round_trip_and_guards():
         (np.full((2, 4), np.nan), [1, 0], (0.5, 0.9, 1.1, 2.0), "answer 0 at temperature 0.5"),
         (np.full((2, 4), 0.5), [1, 0], (0.5, 0.9, 1.1, 2.0), "natural logarithms"),
         (np.full((2, 4), -1.0), [1], (0.5, 0.9, 1.1, 2.0), "one grade per answer"),
-        (np.full((2, 4), -1.0), [1, 0.5], (0.5, 0.9, 1.1, 2.0), "0 or 1"),
+        (np.full((2, 4), -1.0), [1, 1.5], (0.5, 0.9, 1.1, 2.0), "between 0 and 1"),
         (np.full((2, 4), -1.0), [1, 0], (1.5, 1.9, 2.1, 3.0), "across 1"),
         (np.full((2, 4), -1.0), [1, 0], (0.5, 0.4, 1.1, 2.0), "ascending"),
     ],
 )
 def test_bad_input_is_refused(table, correct, temperatures, message):
     with pytest.raises(UserError, match=message):
-        TemperatureCalibrator.fit(table, correct, temperatures, **HASHES)
+        loss_curve(table, correct, temperatures)
