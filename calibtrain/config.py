@@ -233,11 +233,9 @@ class AnswerScoreConfig(Section):
 
 
 class WeightPenaltyConfig(Section):
-    """A penalty on how the linear layers change, as a decoupled step on shards before the optimiser's (docs/forgetting.md)."""
+    """A penalty on how linear layers change: a decoupled step on shards before the optimiser's (docs/forgetting.md)."""
 
-    name: Literal[
-        "row_gram_drift", "column_gram_drift", "polar_drift", "row_stretch", "column_stretch", "angle_budget"
-    ]
+    name: Literal["row_gram_drift", "column_gram_drift", "polar_drift", "row_stretch", "column_stretch", "angle_budget"]
     """What it forgives: `row_gram_drift` W0 R; `column_gram_drift` L W0; `polar_drift` a shared rotation of both singular
     bases and any stretch; `row_stretch` and `column_stretch` infinitesimal rotations; `angle_budget` a ball around W0."""
     weight: Weight = 100.0
@@ -440,7 +438,7 @@ class RunConfig(Section):
         if len(set(held)) != len(held):
             raise ValueError(f"weight_penalties: each may appear once, got {held}")
         if held and self.model.adapter is not None:
-            raise ValueError("weight_penalties act on trained weights or on LoRA; model.adapter is a constraint already")
+            raise ValueError("weight_penalties act on weights or LoRA; model.adapter is a constraint already")
         if self.model.lora is not None and any(penalty.scale == "free" for penalty in self.weight_penalties):
             raise ValueError("weight_penalties: scale: free has no closed form under model.lora; take scale: fixed")
         if self.penalties and self.data.splits.calibration == 0:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from calibtrain.config import LoRAConfig, ModelConfig, RunConfig
+from calibtrain.config import LoRAConfig, ModelConfig, OFTConfig, RunConfig, SharedRotationConfig
 from calibtrain.errors import UserError
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 
@@ -63,11 +63,12 @@ def model_size(config: ModelConfig) -> ModelSize:
         raise UserError(f"model.source: {config.source}: {error}") from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     text = described.get_text_config()
-    trainable = parameters if config.lora is None else _adapter_parameters(model, config.lora)
+    adapter = config.lora or config.adapter
+    trainable = parameters if adapter is None else _adapter_parameters(model, adapter)
     return ModelSize(parameters, trainable, int(text.vocab_size), getattr(text, "hidden_size", None))
 
 
-def _adapter_parameters(model: Any, lora: LoRAConfig) -> int:
+def _adapter_parameters(model: Any, adapter: LoRAConfig | OFTConfig | SharedRotationConfig) -> int:
     import torch
 
     head = model.get_output_embeddings()
@@ -76,9 +77,14 @@ def _adapter_parameters(model: Any, lora: LoRAConfig) -> int:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
         and module is not head
-        and (lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules)
+        and (adapter.target_modules == "all-linear" or name.rpartition(".")[2] in adapter.target_modules)
     ]
-    return sum(lora.r * (module.in_features + module.out_features) for module in adapted)
+    if isinstance(adapter, LoRAConfig):
+        return sum(adapter.r * (module.in_features + module.out_features) for module in adapted)
+    if isinstance(adapter, OFTConfig):
+        return sum(module.in_features * (adapter.block_size - 1) // 2 for module in adapted)
+    ranks = [min(adapter.rank, module.in_features, module.out_features) for module in adapted]
+    return sum(rank * (rank - 1) // 2 + 1 for rank in ranks)
 
 
 def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> dict[str, tuple[int, str]]:
