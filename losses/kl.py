@@ -26,9 +26,10 @@ EXPONENT = 20.0
 
 def tangent_exp(x: Tensor) -> Tensor:
     """exp(x), continued above x = EXPONENT by its tangent there. Any shape and floating dtype; keeps both."""
-    capped = x.clamp(max=EXPONENT)
-    # The slope is a constant beyond the bend: a clamp alone would make the gradient 0 there.
-    return capped.exp() + (x - capped) * torch.tensor(EXPONENT, dtype=x.dtype, device=x.device).exp()
+    beyond = x > EXPONENT
+    # Two branches, not exp(min(x, E)) + (x - min(x, E)) exp(E): float32 gradients would drown in the terms that cancel.
+    inside = torch.where(beyond, EXPONENT, x).exp()
+    return torch.where(beyond, inside * (1.0 + x - EXPONENT), inside)
 
 
 def kl_k1(logprob: Tensor, reference_logprob: Tensor) -> Tensor:

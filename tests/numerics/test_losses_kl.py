@@ -119,6 +119,13 @@ def test_extremes_are_finite_and_push_the_right_way(dtype):
             assert gradient[4] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tangent_exp_has_the_gradient_of_exp(dtype):
+    x = torch.linspace(-30, 19.9, 200, dtype=dtype, requires_grad=True)
+    (slope,) = torch.autograd.grad(tangent_exp(x).sum(), x)
+    torch.testing.assert_close(slope, x.detach().exp())
+
+
 def test_tangent_exp_joins_smoothly():
     x = torch.tensor([19.999, 20.0, 20.001, 25.0], dtype=torch.float64, requires_grad=True)
     y = tangent_exp(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import mpmath
@@ -50,6 +51,56 @@ def test_odds_ratio_is_finite_at_every_edge(chosen):
 def test_odds_ratio_gradcheck():
     chosen, rejected = (-torch.rand(2, 12, dtype=torch.float64).mul(3.0).add(0.01)).unbind()
     assert torch.autograd.gradcheck(orpo_odds_ratio_loss, (chosen.requires_grad_(), rejected.requires_grad_()))
+
+
+def logit(p):
+    return math.log(p / (1 - p))
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.3])
+def test_smoothed_odds_ratio_is_least_where_the_noise_says(smoothing):
+    chosen, rejected = (-torch.rand(2, 40, dtype=torch.float64).mul(3.0).add(0.01)).unbind()
+    r = [logit(math.exp(c)) - logit(math.exp(x)) for c, x in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    expected = [(1 - smoothing) * math.log1p(math.exp(-x)) + smoothing * math.log1p(math.exp(x)) for x in r]
+    actual = orpo_odds_ratio_loss(chosen, rejected, label_smoothing=smoothing)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+    # Against a rejected answer of odds 1, the best chosen one has odds (1 - e) / e.
+    best = torch.tensor([math.log(1 - smoothing)], dtype=torch.float64, requires_grad=True)
+    even = torch.tensor([math.log(0.5)], dtype=torch.float64)
+    orpo_odds_ratio_loss(best, even, label_smoothing=smoothing).sum().backward()
+    assert best.grad.item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_capped_odds_ratio_leaves_decided_pairs_alone():
+    chosen = torch.tensor([-0.01, -1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([-4.0, -1.0, -0.5], dtype=torch.float64)
+    for smoothing in (0.0, 0.1):
+        plain = orpo_odds_ratio_loss(chosen, rejected, label_smoothing=smoothing)
+        capped = orpo_odds_ratio_loss(chosen, rejected, label_smoothing=smoothing, cap=2.0)
+        (gradient,) = torch.autograd.grad(capped.sum(), chosen)
+        assert gradient[0] == 0.0
+        assert capped[0].item() == pytest.approx(
+            (1 - smoothing) * math.log1p(math.exp(-2)) + smoothing * math.log1p(math.exp(2))
+        )
+        assert capped[1:].equal(plain[1:])
+        assert (gradient[1:] < 0).all()
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.2}, {"cap": 1.0}, {"label_smoothing": 0.2, "cap": 1.0}])
+def test_bounded_odds_ratio_gradcheck_and_edges(options):
+    chosen, rejected = (-torch.rand(2, 12, dtype=torch.float64).mul(3.0).add(0.01)).unbind()
+    inputs = (chosen.requires_grad_(), rejected.requires_grad_())
+    assert torch.autograd.gradcheck(lambda c, r: orpo_odds_ratio_loss(c, r, **options), inputs)
+    grid = torch.tensor(EDGES)
+    edges = [grid.repeat(len(EDGES)).requires_grad_(), grid.repeat_interleave(len(EDGES)).requires_grad_()]
+    losses = orpo_odds_ratio_loss(*edges, **options)
+    losses.sum().backward()
+    assert all(x.isfinite().all() for x in (losses, *(edge.grad for edge in edges)))
+
+
+def test_label_smoothing_of_a_half_is_refused():
+    with pytest.raises(ValueError, match="label_smoothing"):
+        ORPOLoss(label_smoothing=0.5)
 
 
 @pytest.fixture(scope="module")
