@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class StepRecord:
     seconds: float
     tokens: int  # input tokens of this rank in the step
     logit_scale: float | None  # of the calibration term, when it has one
+    weight_penalties: Mapping[str, float] = field(default_factory=dict)  # estimates, before the step
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ class TrainingHook(Hook):
         """Remember the schedule's values and add up time and tokens."""
         self._steps += torch.tensor([record.tokens, record.seconds, 1, record.skipped], dtype=torch.float64)
         values = {key: getattr(record, field) for field, key in STEP_FIELDS.items()}
+        values |= {f"train/weight_penalty/{name}": value for name, value in record.weight_penalties.items()}
         self._last = {key: float(value) for key, value in values.items() if value is not None}
 
     def sums(self) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ from calibtrain.training.deepspeed_config import batch_plan, deepspeed_dict
 from calibtrain.training.distributed import World, barrier, gather_lists, shard, start_world
 from calibtrain.training.engine import Engine, start_engine
 from calibtrain.training.trainer import Trainer
+from calibtrain.training.weight_penalty import build_weight_penalties
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +187,7 @@ def _trainer(config: RunConfig, prepared: Prepared, template: Template, engine: 
         data_hash=prepared.data_hash,
         stream=stream,
         average=average,
+        weight_penalties=build_weight_penalties(config, engine, world),
         shared_prefix=_shares_prefixes(config, engine.module),
         evaluation_questions=questions,
     )

@@ -31,6 +31,7 @@ from calibtrain.training.checkpoint import Progress, save_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.distributed import World, gather_lists, sum_over_ranks
 from calibtrain.training.engine import Engine
+from calibtrain.training.weight_penalty import WeightPenalties
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Trainer:
     data_hash: str
     stream: AnswerStream | None = None
     average: WeightAverage | None = None
+    weight_penalties: WeightPenalties | None = None
     shared_prefix: bool = False
     evaluation_questions: Sequence[Record] = ()
 
@@ -71,6 +73,8 @@ class Trainer:
                 self.engine.backward(loss, last=micro_batch is window[-1])
                 self.hooks.dispatch("on_micro_batch", _micro_batch_record(output))
                 outputs.append(output)
+            if self.weight_penalties is not None:
+                self.weight_penalties.arm(step)
             skipped, grad_norm = self.engine.step()
             self.engine.module.after_step()
             progress = Progress(step + 1, progress.skipped_in_a_row + 1 if skipped else 0)
@@ -88,6 +92,7 @@ class Trainer:
                     seconds=time.perf_counter() - started,
                     tokens=sum(int((one.batch.segment_ids > 0).sum()) for one in window),
                     logit_scale=None if self.stream is None else self.engine.module.policy.scale,
+                    weight_penalties={} if self.weight_penalties is None else self.weight_penalties.values(),
                 ),
             )
             if self.average is not None:
