@@ -52,11 +52,12 @@ def domain_intervals(scores: Scores, correct: Array, weight: Array, level: float
 def apply_domains(parameters: Parameters, scores: Scores) -> Array:
     """Confidences (N,), each at its domain's temperature, or at the common one where the domain was never seen."""
     table, names = table_of(scores), np.array(_domains(scores), dtype=str)
-    known = dict(zip(parameters["names"], parameters["temperatures"], strict=True))
+    known: dict[str, float] = dict(zip(parameters["names"], parameters["temperatures"], strict=True))
+    common = float(parameters["temperature"])
     found = np.empty(len(table))
     for name in np.unique(names):
         rows = np.flatnonzero(names == name)
-        found[rows] = np.exp(interpolate_logprobs(table[rows], known.get(str(name), parameters["temperature"])))
+        found[rows] = np.exp(interpolate_logprobs(table[rows], known.get(str(name), common)))
     return found
 
 
