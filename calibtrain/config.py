@@ -210,7 +210,96 @@ class ORPOConfig(Section):
     """A pair whose log odds ratio is above this is left alone; null is the paper's form."""
 
 
-Objective = Annotated[SFTConfig | ORPOConfig, Field(discriminator="name")]
+class RewardModelConfig(Section):
+    """Reward model with a scalar head, from preference pairs (Bradley, Terry 1952)."""
+
+    name: Literal["reward_model"] = "reward_model"
+    margin: Weight = 0.0
+    """By how much the chosen answer's reward should exceed the rejected one's."""
+    centering: Weight = 0.01
+    """Weight of (r_chosen + r_rejected)^2 (arXiv 2312.09244), which fixes the offset that preferences leave open."""
+
+
+class RolloutsConfig(Section):
+    """How the policy answers the training questions, and what its answers earn (docs/losses.md)."""
+
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Answers sampled to each question, at temperature 1; they are one another's baseline."""
+    steps_per_round: Count = 1
+    """Optimiser steps that share one round of sampling; above 1 the later ones are off-policy, and clipping acts."""
+    reward: Literal["accuracy", "brier", "log", "ternary"] = "brier"
+    """`accuracy`: 1 if right; `brier`, `log`: that and a proper score of the confidence; `ternary`: 1 if right, 0 for an
+    abstention, and a wrong answer costs so much that answering pays below abstention.target_risk alone."""
+    confidence: Literal["likelihood", "stated"] = "likelihood"
+    """Where the confidence comes from: the probability of the whole answer, or "Confidence: 80%" behind it."""
+    accuracy_weight: Weight = 1.0
+    """Of being right, in `brier` and `log`; too small a weight beside score_weight would pay for being wrong: an error."""
+    score_weight: Weight = 1.0
+    """Of the confidence's score."""
+    decoupled: bool = True
+    """With `stated`: the answer's words get the credit of being right, the confidence's words that of the score."""
+    target_mixing: Fraction = 0.5
+    """With `decoupled`: share of the other samples' mean grade in what the confidence is scored against."""
+    format_penalty: float | None = None
+    """Reward of an answer that states no confidence; below the worst proper score. null: half a score_weight below it."""
+    abstentions: tuple[str, ...] = ("I don't know",)
+    """What counts as abstaining, in `ternary`, compared as evaluation.grading compares answers."""
+
+
+class PolicyGradientConfig(Section):
+    """What the on-policy objectives share."""
+
+    clip_low: BelowOne = 0.2
+    """The probability ratio to the policy that sampled counts down to 1 - clip_low ..."""
+    clip_high: Positive = 0.2
+    """... and up to 1 + clip_high."""
+    beta: Weight = 0.0
+    """Weight of the KL divergence from the starting model; above 0 it is kept, or LoRA's adapters are switched off."""
+
+
+class GRPOConfig(PolicyGradientConfig):
+    """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300)."""
+
+    name: Literal["grpo"] = "grpo"
+    norm: Literal["sequence", "token", "constant"] = "sequence"
+    """What a sum over tokens is divided by: `sequence` as published, `token` as DAPO, `constant` as Dr. GRPO."""
+    length: int | None = Field(default=None, ge=1)
+    """The constant of `norm: constant`: the most tokens an answer may have, as in evaluation.max_new_tokens."""
+    kl: Literal["k2", "k3", "k3+"] = "k3+"
+    """Estimator of the KL in the loss: `k3` as published; `k3+` is right in value and gradient."""
+    scale_advantages: Literal["group", "batch", "none"] = "none"
+    """Standard deviation that advantages are divided by: `group` as published; it blurs what a proper score asks for."""
+
+    @model_validator(mode="after")
+    def _constant_needs_length(self) -> GRPOConfig:
+        if self.norm == "constant" and self.length is None:
+            raise ValueError("norm: constant needs `length`, e.g. the value of evaluation.max_new_tokens")
+        return self
+
+
+class RLOOConfig(PolicyGradientConfig):
+    """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740); the KL is in the reward."""
+
+    name: Literal["rloo"] = "rloo"
+
+
+class PPOConfig(PolicyGradientConfig):
+    """Proximal policy optimisation with a value head (Schulman et al. 2017, arXiv 1707.06347); the KL is in the reward."""
+
+    name: Literal["ppo"] = "ppo"
+    value_clip: Positive = 0.2
+    """How far a value may move from the one at sampling before its loss stops to fall."""
+    value_weight: Weight = 0.1
+    """Weight of the value head's loss."""
+    gamma: Fraction = 1.0
+    """Discount of later rewards, per token."""
+    lam: Fraction = 0.95
+    """Decay of generalised advantage estimation (arXiv 1506.02438)."""
+
+
+Objective = Annotated[
+    SFTConfig | ORPOConfig | RewardModelConfig | GRPOConfig | RLOOConfig | PPOConfig, Field(discriminator="name")
+]
 
 
 class AnswerScoreConfig(Section):
@@ -409,6 +498,8 @@ class RunConfig(Section):
     """The data."""
     objective: Objective = ORPOConfig()
     """What training minimises."""
+    rollouts: RolloutsConfig = RolloutsConfig()
+    """Sampling and reward of the objectives grpo, rloo and ppo."""
     penalties: tuple[AnswerScoreConfig, ...] = ()
     """Added to the objective with their weights."""
     weight_penalties: tuple[WeightPenaltyConfig, ...] = ()
@@ -431,6 +522,8 @@ class RunConfig(Section):
                 "training.zero_stage: 0 with model.dtype: bf16 leaves the other stages' trajectory in DeepSpeed 0.19; "
                 "take zero_stage: 1, which on one process is the same without the error, or dtype: fp32"
             )
+        if problem := _unfit_for_objective(self):
+            raise ValueError(problem)
         names = [penalty.name for penalty in self.penalties]
         if len(set(names)) != len(names):
             raise ValueError(f"penalties: each may appear once, got {names}")
@@ -450,3 +543,24 @@ class RunConfig(Section):
     def resolved(self) -> dict[str, Any]:
         """Plain dict of every value, as written to config.yaml."""
         return self.model_dump(mode="json")
+
+
+def _unfit_for_objective(config: RunConfig) -> str | None:
+    """What a reward model or reinforcement learning cannot be combined with."""
+    name, training = config.objective.name, config.training
+    if name == "reward_model":
+        for key, value in (
+            ("penalties", config.penalties),
+            ("training.evaluate_every", training.evaluate_every),
+            ("training.average_last", training.average_last),
+        ):
+            if value:
+                return f"objective.name: reward_model trains a scalar head and answers no questions: leave out {key}"
+    if isinstance(config.objective, PolicyGradientConfig):
+        if any(getattr(penalty, "moves", "all") == "all" for penalty in config.penalties):
+            return (
+                f"objective.name: {name} trains on its own answers: of penalties, answer_score with moves: scale fits"
+            )
+        if config.rollouts.confidence == "stated" and config.rollouts.reward not in ("brier", "log"):
+            return f"rollouts.confidence: stated is scored by reward: brier or log, not {config.rollouts.reward}"
+    return None
