@@ -80,14 +80,17 @@ def refusal_examples(
 def certain_by_entropy(samples: Sequence[Sequence[str]], share: float = 0.5) -> list[bool]:
     """Whether each question is among the `share` whose sampled answers vary least, by entropy over distinct answers.
 
-    `samples` holds the answers drawn to each question; those that normalise to the same text are the same. Ties stay
-    together, on the uncertain side: no order of the questions decides.
+    `samples` holds the answers drawn to each question; those that normalise to the same text are the same. Questions of
+    equal entropy stay together, on the side that comes nearer to `share`: their order decides nothing.
     """
     if not samples:
         return []
     entropies = [_entropy(one) for one in samples]
-    cut = sorted(entropies)[min(len(entropies) - 1, math.floor(share * len(entropies)))]
-    return [entropy < cut for entropy in entropies]
+    wanted = share * len(entropies)
+    cut = sorted(entropies)[min(len(entropies) - 1, math.floor(wanted))]
+    below, up_to = sum(one < cut for one in entropies), sum(one <= cut for one in entropies)
+    with_cut = up_to - wanted < wanted - below
+    return [one < cut or (with_cut and one == cut) for one in entropies]
 
 
 def _entropy(texts: Sequence[str]) -> float:
