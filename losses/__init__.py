@@ -1,23 +1,56 @@
-"""Losses of calibtrain, importable with torch alone."""
+"""Losses of calibtrain, importable with torch alone.
+
+A loss of one's own is any `torch.nn.Module` that keeps the `Objective` protocol; docs/losses-in-your-trainer.md writes one.
+"""
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 
+from calibtrain.losses import (
+    advantages,
+    answer_score,
+    brier,
+    calibration_aware,
+    calibration_tuning,
+    focal,
+    idk,
+    kl,
+    orpo,
+    policy_gradient,
+    pooled,
+    refusal,
+    reward_model,
+    rewards,
+    rotation,
+    sft,
+)
 from calibtrain.losses.answer_score import AnswerScoreLoss, answer_brier_score, answer_log_score
+from calibtrain.losses.brier import TokenBrierLoss, TokenizedBrierLoss, token_brier, tokenized_brier
+from calibtrain.losses.calibration_aware import CalibrationAwareLoss
+from calibtrain.losses.calibration_tuning import CorrectnessQueryLoss, DivergenceAnchor
+from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.causal_lm import (
     batch_from_labels,
     causal_lm_loss,
     token_stats_from_hidden,
     token_stats_from_model,
 )
+from calibtrain.losses.focal import ConfidencePenalty, FocalLoss, LabelSmoothingLoss, focal_loss
+from calibtrain.losses.idk import IDKLoss, idk_loss
 from calibtrain.losses.orpo import ORPOLoss, orpo_odds_ratio_loss
+from calibtrain.losses.policy_gradient import GRPOLoss, PPOLoss, RLOOLoss
+from calibtrain.losses.pooled import MMCELoss, SoftBinnedECELoss
+from calibtrain.losses.refusal import RefusalTuningLoss
+from calibtrain.losses.reward_model import RewardModelLoss
 from calibtrain.losses.sft import SFTLoss, nll_sequence_sum, nll_token_sum
 from calibtrain.losses.terms import (
     ANSWER,
     CHOSEN,
+    QUERY,
     REJECTED,
     Batch,
     LossTerm,
@@ -28,43 +61,121 @@ from calibtrain.losses.terms import (
     normalized_loss,
 )
 
-OBJECTIVES: dict[str, type[nn.Module]] = {"sft": SFTLoss, "orpo": ORPOLoss}
+OBJECTIVES: dict[str, type[nn.Module]] = {
+    loss.name: loss
+    for loss in (
+        SFTLoss,
+        ORPOLoss,
+        FocalLoss,
+        LabelSmoothingLoss,
+        IDKLoss,
+        RefusalTuningLoss,
+        RewardModelLoss,
+        GRPOLoss,
+        RLOOLoss,
+        PPOLoss,
+    )
+}
 """What a run trains on; exactly one."""
 
-PENALTIES: dict[str, type[nn.Module]] = {"answer_score": AnswerScoreLoss}
+PENALTIES: dict[str, type[nn.Module]] = {
+    loss.name: loss
+    for loss in (
+        AnswerScoreLoss,
+        TokenBrierLoss,
+        ConfidencePenalty,
+        TokenizedBrierLoss,
+        CorrectnessQueryLoss,
+        DivergenceAnchor,
+        CalibrationAwareLoss,
+        MMCELoss,
+        SoftBinnedECELoss,
+    )
+}
 """What may be added to the objective, each with its weight."""
 
+CATALOG: tuple[LossEntry, ...] = tuple(
+    entry
+    for module in (
+        sft,
+        orpo,
+        answer_score,
+        brier,
+        focal,
+        idk,
+        refusal,
+        calibration_tuning,
+        calibration_aware,
+        pooled,
+        reward_model,
+        policy_gradient,
+        kl,
+        advantages,
+        rewards,
+        rotation,
+    )
+    for entry in module.CATALOG
+)
+"""Every method there is, in the order of docs/losses.md, which is made from it."""
 
-def build_loss(config: object) -> nn.Module:
-    """The objective or penalty that `config.name` names, built from those fields of `config` that it takes."""
-    loss = {**OBJECTIVES, **PENALTIES}[config.name]  # type: ignore[attr-defined]
-    return loss(**{key: getattr(config, key) for key in inspect.signature(loss).parameters})
+
+def build_loss(config: Any, **given: Any) -> nn.Module:
+    """The objective or penalty that `config.name` names, from those fields of `config` that it takes, and from `given`.
+
+    `given` holds what a config cannot: what follows from the run's tokenizer, such as `token_set`.
+    """
+    loss = {**OBJECTIVES, **PENALTIES}[config.name]
+    values = {**{name: getattr(config, name) for name in type(config).model_fields}, **given}
+    return loss(**{key: values[key] for key in inspect.signature(loss).parameters})
 
 
 __all__ = [
     "ANSWER",
+    "CATALOG",
     "CHOSEN",
     "OBJECTIVES",
     "PENALTIES",
+    "QUERY",
     "REJECTED",
     "AnswerScoreLoss",
     "Batch",
+    "CalibrationAwareLoss",
+    "ConfidencePenalty",
+    "CorrectnessQueryLoss",
+    "DivergenceAnchor",
+    "FocalLoss",
+    "GRPOLoss",
+    "IDKLoss",
+    "LabelSmoothingLoss",
+    "LossEntry",
     "LossTerm",
     "LossTerms",
+    "MMCELoss",
     "ORPOLoss",
     "Objective",
+    "PPOLoss",
+    "RLOOLoss",
+    "RefusalTuningLoss",
+    "RewardModelLoss",
     "SFTLoss",
+    "SoftBinnedECELoss",
+    "TokenBrierLoss",
+    "TokenizedBrierLoss",
     "answer_brier_score",
     "answer_log_score",
     "batch_from_labels",
     "build_loss",
     "causal_lm_loss",
+    "focal_loss",
     "global_counts",
+    "idk_loss",
     "mean_loss",
     "nll_sequence_sum",
     "nll_token_sum",
     "normalized_loss",
     "orpo_odds_ratio_loss",
+    "token_brier",
     "token_stats_from_hidden",
     "token_stats_from_model",
+    "tokenized_brier",
 ]

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import ANSWER, Batch, LossTerm, sequence_sums, sequence_token_counts
 from calibtrain.ops import TokenStats, log1mexp
 
@@ -63,3 +64,18 @@ class AnswerScoreLoss(nn.Module):
     def _graded(self, batch: Batch) -> Tensor:
         tokens = sequence_token_counts(batch.is_completion, batch.sequence_ids, batch.roles.shape[0])
         return (batch.roles == ANSWER) & (tokens > 0) & ~batch.correct.isnan()
+
+
+CATALOG = (
+    LossEntry(
+        name="answer_score",
+        kind="penalty",
+        title="Proper score of the likelihood of the model's own graded answers",
+        paper="Good 1952, J. R. Stat. Soc. B 14(1); Brier 1950, Monthly Weather Review 78(1)",
+        equation="-(c log q + (1 - c) log(1 - q)); (q - c)^2",
+        cost="the model answers questions now and then; with moves=all, the answers' forward pass",
+        compared_with="scikit-learn 1.9 log_loss and brier_score_loss",
+        largest_deviation="1e-12 (value, float64)",
+        differs="The probability is that of the whole answer; log(1 - q) is finite as q rounds to 1.",
+    ),
+)

@@ -91,6 +91,7 @@ def batch_from_labels(
         pair_ids=pair_ids,
         correct=torch.full((num_sequences,), float("nan"), device=input_ids.device),
         record_ids=torch.arange(num_sequences, device=input_ids.device),
+        branch_ids=torch.zeros_like(segments) if num_sequences > input_ids.shape[0] else None,
     )
 
 

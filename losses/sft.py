@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import CHOSEN, Batch, LossTerm, sequence_sums, sequence_token_counts
 from calibtrain.ops import TokenStats
 
@@ -66,3 +67,18 @@ class SFTLoss(nn.Module):
     def _mask(self, batch: Batch) -> Tensor:
         chosen = (batch.roles == CHOSEN)[batch.sequence_ids]
         return chosen if self.nll_scope == "full" else chosen & batch.is_completion
+
+
+CATALOG = (
+    LossEntry(
+        name="sft",
+        kind="objective",
+        title="Cross-entropy of the completions",
+        paper="Good 1952, J. R. Stat. Soc. B 14(1): the logarithmic score",
+        equation="-log p_y",
+        cost="none: reads TokenStats",
+        compared_with="transformers 5.23.0, the model's own loss",
+        largest_deviation="1e-6 (value), 1e-5 (gradient)",
+        differs="One global mean over ranks and micro-batches, of tokens or of sequences.",
+    ),
+)
