@@ -33,10 +33,8 @@ def gathered_weights(policy: Policy, *, keep: bool) -> dict[str, Tensor]:
     return weights
 
 
-def export_model(
-    weights: dict[str, Tensor], config: ModelConfig, tokenizer: Any, target: Path, scale: float = 1.0
-) -> None:
-    """Write `weights` (of `gathered_weights`) as a Hugging Face directory: adapters merged, the logit `scale` folded in."""
+def restored_model(weights: dict[str, Tensor], config: ModelConfig) -> Any:
+    """Hugging Face causal language model with `weights` (of `gathered_weights`); adapters are merged."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = AutoConfig.from_pretrained(
@@ -64,6 +62,14 @@ def export_model(
     if config.adapter is not None:
         turned = config.adapter.kind == "shared_rotation"
         model = (merge_shared_rotations(model) if turned else model.merge_and_unload()).to(DTYPES[config.dtype])
+    return model
+
+
+def export_model(
+    weights: dict[str, Tensor], config: ModelConfig, tokenizer: Any, target: Path, scale: float = 1.0
+) -> None:
+    """Write `weights` (of `gathered_weights`) as a Hugging Face directory: adapters merged, the logit `scale` folded in."""
+    model = restored_model(weights, config)
     if scale != 1.0:
         fold_scale(model, scale)
     model.config.use_cache = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,14 @@ class ScoreStep:
 
 
 @dataclass(frozen=True, slots=True)
+class LogprobStep:
+    """Log-probs of a batch's targets (and values, with a scalar head), without a loss; `base`: with LoRA switched off."""
+
+    batch: Batch
+    base: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class StepStatistics:
     """What one micro-batch gives beside its loss."""
 
@@ -87,14 +96,16 @@ class LossModel(nn.Module):
             counts.update(term.counts(batch))
         return counts
 
-    def forward(self, step: TrainStep | DecodeStep | ScoreStep) -> Any:
+    def forward(self, step: TrainStep | DecodeStep | ScoreStep | LogprobStep) -> Any:
         """Run one step; a single entry for all kinds, because ZeRO-3 gathers parameters only inside it.
 
         A TrainStep gives (loss (), StepStatistics), a DecodeStep (hidden (B, H), logits (B, V), cache), a ScoreStep
-        log-probs (N, K).
+        log-probs (N, K), a LogprobStep log-probs (N,) and values (N,) or None.
         """
         if isinstance(step, TrainStep):
             return self._train(step)
+        if isinstance(step, LogprobStep):
+            return self._logprobs(step)
         if isinstance(step, DecodeStep):
             output = self.policy.backbone(**step.inputs)
             hidden = output.last_hidden_state[:, -1]
@@ -117,8 +128,8 @@ class LossModel(nn.Module):
                 term.after_step()
 
     def _train(self, step: TrainStep) -> tuple[Tensor, StepStatistics]:
-        batch = step.batch
-        hidden = self.policy.hidden_at_targets(batch)
+        hidden = self.policy.hidden_at_targets(step.batch)
+        batch = self.scored(hidden, step.batch)
         stats = self.policy.token_stats(hidden, batch.targets)
         terms: dict[str, LossTerm] = {}
         for term in self._terms():
@@ -126,15 +137,31 @@ class LossModel(nn.Module):
             if (token_set := getattr(term, "token_set", None)) is not None:
                 more = (self.policy.token_set_logprobs(hidden, batch.targets, stats, token_set),)
             terms.update(term(stats, batch, *more))
+        return self._normalized(step, terms, stats, stats.logprob)
+
+    def scored(self, hidden: Tensor, batch: Batch) -> Batch:
+        """The batch with the output of a scalar head, where a model has one; `hidden` (N, H)."""
+        return batch
+
+    def _normalized(
+        self, step: TrainStep, terms: Mapping[str, LossTerm], stats: TokenStats, anchor: Tensor
+    ) -> tuple[Tensor, StepStatistics]:
         # The empty product keeps a micro-batch without any item in the graph: every rank must run backward.
         parts = [term.weight * term.total / step.divisors[name] for name, term in terms.items()]
-        loss = torch.stack([stats.logprob.sum() * 0.0, *parts]).sum()
+        loss = torch.stack([anchor.sum() * 0.0, *parts]).sum()
         # A plain tuple, because ZeRO-3 finds only in those the loss whose backward needs the weights gathered again.
         return loss, StepStatistics(
             terms={name: LossTerm(term.total.detach(), term.count, term.weight) for name, term in terms.items()},
-            batch=batch,
+            batch=step.batch,
             stats=TokenStats(*(value.detach() for value in stats)),
         )
+
+    @torch.no_grad()
+    def _logprobs(self, step: LogprobStep) -> tuple[Tensor, Tensor | None]:
+        with self.policy.model.disable_adapter() if step.base else nullcontext():
+            hidden = self.policy.hidden_at_targets(step.batch)
+            logprob = self.policy.token_stats(hidden, step.batch.targets).logprob
+        return logprob, self.scored(hidden, step.batch).scores
 
     def _terms(self) -> list[Objective]:
         return [*([] if self.objective is None else [self.objective]), *self.penalties]  # type: ignore[list-item]

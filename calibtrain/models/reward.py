@@ -1,0 +1,146 @@
+"""Models with a scalar head beside the language model's: the reward of a sequence, or the value of each token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibtrain.config import ModelConfig
+from calibtrain.errors import UserError
+from calibtrain.losses.terms import Batch, LossTerm, sequence_token_counts
+from calibtrain.models.export import restored_model
+from calibtrain.models.loading import local_path
+from calibtrain.models.loss_model import LossModel, StepStatistics, TrainStep
+from calibtrain.models.policy import Policy
+from calibtrain.ops import TokenStats
+
+
+class RewardLossModel(LossModel):
+    """LossModel of a reward model: `score` reads the final hidden state of each sequence's last token.
+
+    The vocabulary's head is not run, and not trained.
+    """
+
+    def __init__(self, policy: Policy, objective: nn.Module, seed: int = 0) -> None:
+        super().__init__(policy, objective)
+        self.score = scalar_head(policy, seed)
+        model = policy.causal_model
+        head = model.get_output_embeddings()
+        if head.weight is not model.get_input_embeddings().weight:
+            head.requires_grad_(False)
+
+    def _train(self, step: TrainStep) -> tuple[Tensor, StepStatistics]:
+        batch = step.batch
+        hidden = self.policy.hidden_at_targets(replace(batch, target_positions=last_positions(batch)))
+        scores = self.score(hidden)[:, 0].float()
+        owners = scores.detach()[batch.sequence_ids]
+        # No token has a probability here: hooks see each sequence's score in its place, to find those that are not finite.
+        stats = TokenStats(owners, owners, owners, owners, torch.zeros_like(owners, dtype=torch.bool))
+        terms: dict[str, LossTerm] = {}
+        for term in self._terms():
+            terms.update(term(stats, replace(batch, scores=scores)))
+        loss, output = self._normalized(step, terms, stats, scores)
+        return loss, replace(output, batch=replace(batch, is_completion=torch.zeros_like(batch.is_completion)))
+
+
+class ValueLossModel(LossModel):
+    """LossModel with a value head, as PPO needs: `score` reads the hidden state that predicts each target token."""
+
+    def __init__(self, policy: Policy, objective: nn.Module, seed: int = 0) -> None:
+        super().__init__(policy, objective)
+        self.score = scalar_head(policy, seed)
+
+    def scored(self, hidden: Tensor, batch: Batch) -> Batch:
+        """The batch with the value of every target token, (N,) float32."""
+        return replace(batch, scores=self.score(hidden)[:, 0].float())
+
+
+def scalar_head(policy: Policy, seed: int) -> nn.Linear:
+    """Linear map of a hidden state to one number, drawn alike on every rank, with the spread of TRL's reward models."""
+    weight = policy.causal_model.get_input_embeddings().weight
+    size = weight.shape[1]
+    head = nn.Linear(size, 1, bias=False)
+    draws = torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        head.weight.copy_(draws / (size + 1) ** 0.5)
+    return head.to(weight.device, weight.dtype)
+
+
+def last_positions(batch: Batch) -> Tensor:
+    """Flat position of the last token of each sequence, (S,) int64: one behind the state that predicts it.
+
+    Rows must hold whole sequences: with a shared prompt the last token is not in the batch. A sequence without targets
+    gets position 0.
+    """
+    count = batch.roles.shape[0]
+    tokens = sequence_token_counts(torch.ones_like(batch.is_completion), batch.sequence_ids, count)
+    last = (tokens.cumsum(0) - 1).clamp(min=0)
+    if not batch.targets.numel():
+        return torch.zeros_like(tokens)
+    return torch.where(tokens > 0, batch.target_positions[last] + 1, 0)
+
+
+def padding_token(tokenizer: Any, end_id: int) -> str:
+    """A token to pad with that is not the one that ends an answer.
+
+    The exported classifier reads the last token that is not padding: were they the same, it would read the token before the
+    end. Raises UserError when the tokenizer has no other special token.
+    """
+    others = [token for token in (tokenizer.pad_token, *tokenizer.all_special_tokens) if token is not None]
+    for token in others:
+        if tokenizer.convert_tokens_to_ids(token) != end_id:
+            return str(token)
+    raise UserError(
+        "objective.name: reward_model needs a padding token that is not the one that ends an answer, and the tokenizer has "
+        "no other special token: add a pad token to the tokenizer and a row for it to the model's embeddings"
+    )
+
+
+def check_classifier(model: Any) -> None:
+    """Raise UserError, before any training, for a model that transformers has no sequence classifier of."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"objective.name: reward_model is exported as a sequence classifier, and transformers has none for "
+            f"{model.config.model_type}"
+        )
+
+
+def export_reward_model(
+    weights: dict[str, Tensor], score: Tensor, config: ModelConfig, tokenizer: Any, end_id: int, target: Path
+) -> None:
+    """Write a Hugging Face directory that AutoModelForSequenceClassification loads: one label, the reward.
+
+    `weights` of `gathered_weights`, `score` (1, H) of the head. The tokenizer pads with another token than `end_id`.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    causal = restored_model(weights, config)
+    pad = padding_token(tokenizer, end_id)
+    settings = AutoConfig.from_pretrained(
+        local_path(config.source), revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    settings.num_labels = 1
+    settings.pad_token_id = tokenizer.convert_tokens_to_ids(pad)
+    dtype = causal.get_input_embeddings().weight.dtype
+    model: Any = AutoModelForSequenceClassification.from_config(
+        settings, dtype=dtype, trust_remote_code=config.trust_remote_code
+    )
+    model.base_model.load_state_dict(causal.base_model.state_dict())
+    heads = [
+        module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.shape == score.shape
+    ]
+    if len(heads) != 1 or heads[0].bias is not None:
+        raise RuntimeError(f"{type(model).__name__} has no plain scalar head to put the reward's weights into")
+    with torch.no_grad():
+        heads[0].weight.copy_(score)
+    model.save_pretrained(target)
+    previous = tokenizer.pad_token
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(target)
+    tokenizer.pad_token = previous
