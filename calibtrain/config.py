@@ -540,6 +540,23 @@ class RunConfig(Section):
             raise ValueError("training.evaluate_every needs questions: set data.splits.calibration to 128..512")
         return self
 
+    @property
+    def trains_on_pairs(self) -> bool:
+        """Whether the objective compares a chosen with a rejected answer."""
+        return self.objective.name in ("orpo", "reward_model")
+
+    @property
+    def sequences_per_record(self) -> int:
+        """Sequences that a training record puts into a micro-batch."""
+        if self.trains_on_rollouts:
+            return self.rollouts.group_size
+        return 2 if self.trains_on_pairs else 1
+
+    @property
+    def trains_on_rollouts(self) -> bool:
+        """Whether the objective learns from answers that the policy samples while it trains."""
+        return isinstance(self.objective, PolicyGradientConfig)
+
     def resolved(self) -> dict[str, Any]:
         """Plain dict of every value, as written to config.yaml."""
         return self.model_dump(mode="json")

@@ -94,7 +94,7 @@ def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> dict
     stage = training.zero_stage
     accumulated = 4 if stage >= 2 else width
     master = 4 if width == 2 or stage else 0  # ZeRO keeps its flat fp32 copy in fp32 training, too
-    sequences = plan.micro_batch_size * (2 if config.objective.name == "orpo" else 1)
+    sequences = plan.micro_batch_size * config.sequences_per_record
     logits = sequences * config.data.max_length * size.vocabulary * 4
     return {
         "parameters": (

@@ -18,12 +18,12 @@ SHARD_BYTES = 2 * 2**30
 """ZeRO-3 shards are gathered in groups of at most so many bytes."""
 
 
-def gathered_weights(policy: Policy, *, keep: bool) -> dict[str, Tensor]:
-    """Full weights of the policy on the CPU, from any ZeRO stage, on the ranks that `keep` them. Collective."""
+def gathered_weights(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Full weights of a module on the CPU, from any ZeRO stage, on the ranks that `keep` them. Collective."""
     weights: dict[str, Tensor] = {}
     group: list[tuple[str, nn.Parameter]] = []
     size = 0
-    for name, parameter in policy.named_parameters():
+    for name, parameter in module.named_parameters():
         group.append((name, parameter))
         size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
         if size > SHARD_BYTES:

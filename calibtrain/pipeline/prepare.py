@@ -66,14 +66,14 @@ def prepare(config: RunConfig) -> Prepared:
 def needs_rejected(config: RunConfig, prepared: Prepared) -> bool:
     """Whether preferences are trained on and the data holds graded answers but no rejected ones."""
     train = prepared.splits["train"]
-    return config.objective.name == "orpo" and all(record.rejected is None for record in train)
+    return config.trains_on_pairs and all(record.rejected is None for record in train)
 
 
 def add_own_wrong_answers(config: RunConfig, prepared: Prepared, template: Template, sample: Sampler) -> None:
     """Give every training record a rejected answer that the starting model itself produced; cached by content."""
     train = prepared.splits["train"]
     if any(not record.accepted and not record.chosen for record in train):
-        raise UserError("objective orpo: training records need a rejected answer, or accepted answers to find one by")
+        raise UserError("training on pairs: training records need a rejected answer, or accepted answers to find one by")
     parts: list[object] = [
         config.model.source,
         config.model.revision,

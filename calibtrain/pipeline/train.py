@@ -24,10 +24,18 @@ from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
 from calibtrain.losses import build_loss
+from calibtrain.models.attention_mask import block_mask_failure, block_mask_obstacle
 from calibtrain.models.export import check_scale_folds, export_model, gathered_weights
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
-from calibtrain.models.policy import Policy, check_head, takes_block_masks
+from calibtrain.models.policy import Policy, check_head
+from calibtrain.models.reward import (
+    RewardLossModel,
+    ValueLossModel,
+    check_classifier,
+    export_reward_model,
+    padding_token,
+)
 from calibtrain.pipeline.prepare import SAMPLES_PER_QUESTION, Prepared, add_own_wrong_answers, needs_rejected, prepare
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.answering import Answerer
@@ -54,12 +62,15 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     prepared = prepare(config)
     tokenizer = load_tokenizer(config.model)
     template = Template(config.data.template, tokenizer)
+    if config.objective.name == "reward_model":
+        padding_token(tokenizer, template.end_id)  # a mistake is told before any model is loaded
     if needs_rejected(config, prepared):
         _add_rejected(config, prepared, template, world)
     torch.manual_seed(config.seed + world.rank)
     model = build_model(config)
+    layout = row_layout(config, model.policy)
     engine = start_engine(model, config, world)
-    trainer = _trainer(config, prepared, template, engine, world)
+    trainer = _trainer(config, prepared, template, engine, world, layout)
     checkpoint = find_checkpoint(config, world, trainer.data_hash)
     if world.is_main:
         write_provenance(config, prepared, template, trainer, world)
@@ -73,9 +84,9 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     try:
         progress = trainer.fit(progress)
         if last_weights is not None:
-            _export(config, engine, tokenizer, last_weights, 1.0, world)
+            _export(config, engine, template, last_weights, 1.0, world)
         trainer.finish(progress.step)
-        _export(config, engine, tokenizer, target, engine.module.policy.scale, world)
+        _export(config, engine, template, target, engine.module.policy.scale, world)
     except BaseException as caught:
         error = f"{type(caught).__name__}: {caught}"
         raise
@@ -96,10 +107,14 @@ def _show_messages(world: World) -> None:
         root.propagate = False
 
 
-def _export(config: RunConfig, engine: Engine, tokenizer: Any, target: Path, scale: float, world: World) -> None:
+def _export(config: RunConfig, engine: Engine, template: Template, target: Path, scale: float, world: World) -> None:
     weights = gathered_weights(engine.module.policy, keep=world.is_main)
-    if world.is_main:
-        export_model(weights, config.model, tokenizer, target, scale)
+    if isinstance(engine.module, RewardLossModel):
+        score = gathered_weights(engine.module.score, keep=world.is_main)
+        if world.is_main:
+            export_reward_model(weights, score["weight"], config.model, template.tokenizer, template.end_id, target)
+    elif world.is_main:
+        export_model(weights, config.model, template.tokenizer, target, scale)
     barrier()
 
 
@@ -111,6 +126,11 @@ def build_model(config: RunConfig) -> LossModel:
         check_scale_folds(policy.causal_model)
     # A penalty that moves only the logit scale is solved by the answer stream, outside the gradient.
     penalties = [build_loss(penalty) for penalty in config.penalties if penalty.moves == "all"]
+    if config.objective.name == "reward_model":
+        check_classifier(policy.causal_model)
+        return RewardLossModel(policy, build_loss(config.objective), config.seed)
+    if config.objective.name == "ppo":
+        return ValueLossModel(policy, build_loss(config.objective), config.seed)
     return LossModel(policy, build_loss(config.objective), penalties)
 
 
@@ -155,12 +175,19 @@ def git_hash() -> str | None:
         return None
 
 
-def _trainer(config: RunConfig, prepared: Prepared, template: Template, engine: Engine, world: World) -> Trainer:
+def _trainer(
+    config: RunConfig,
+    prepared: Prepared,
+    template: Template,
+    engine: Engine,
+    world: World,
+    layout: dict[str, Any],
+) -> Trainer:
     train = prepared.splits["train"]
     if not train:
         raise UserError("data.splits.train: 0 records to train on")
     drops = prepared.drops
-    examples = encode_records(train, template, config.data.max_length, config.objective.name == "orpo", drops)
+    examples = encode_records(train, template, config.data.max_length, config.trains_on_pairs, drops)
     for line in drops.lines() if world.is_main else []:
         logger.warning("dropped: %s", line)
     plan = batch_plan(config.training, world.size)
@@ -188,15 +215,25 @@ def _trainer(config: RunConfig, prepared: Prepared, template: Template, engine: 
         stream=stream,
         average=average,
         weight_penalties=build_weight_penalties(config, engine, world),
-        shared_prefix=_shares_prefixes(config, engine.module),
+        **layout,
         evaluation_questions=questions,
     )
 
 
-def _shares_prefixes(config: RunConfig, model: LossModel) -> bool:
-    return (
-        config.data.shared_prefix and config.objective.name == "orpo" and takes_block_masks(model.policy.causal_model)
-    )
+def row_layout(config: RunConfig, policy: Policy) -> dict[str, Any]:
+    """What the Trainer does with rows: `packing_tokens` and `shared_prefix`, as the config wants them.
+
+    A model whose attention takes no block masks gets one sequence a row, and a message says so.
+    """
+    shares = config.data.shared_prefix and config.objective.name == "orpo"
+    wanted = {"packing_tokens": config.data.packing_tokens, "shared_prefix": shares}
+    if not any(wanted.values()):
+        return wanted
+    obstacle = block_mask_obstacle(policy.causal_model, config.data.max_length) or block_mask_failure(policy)
+    if obstacle is None:
+        return wanted
+    logger.info("each sequence gets a row and passes its prompt itself: %s", obstacle)
+    return {"packing_tokens": None, "shared_prefix": False}
 
 
 def _add_rejected(config: RunConfig, prepared: Prepared, template: Template, world: World) -> None:

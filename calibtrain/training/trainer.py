@@ -15,7 +15,7 @@ from calibtrain.calibration.metrics import summary
 from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answer import Answer
 from calibtrain.config import RunConfig
-from calibtrain.data.collate import collate
+from calibtrain.data.collate import collate, row_tokens
 from calibtrain.data.encode import Encoded
 from calibtrain.data.loader import epoch_at, rank_micro_batches, step_indices
 from calibtrain.data.records import Record
@@ -54,6 +54,7 @@ class Trainer:
     stream: AnswerStream | None = None
     average: WeightAverage | None = None
     weight_penalties: WeightPenalties | None = None
+    packing_tokens: int | None = None
     shared_prefix: bool = False
     evaluation_questions: Sequence[Record] = ()
 
@@ -148,7 +149,14 @@ class Trainer:
     def _window(self, step: int) -> list[TrainStep]:
         """Micro-batches of this rank in one optimiser step, with every term's count over all ranks and micro-batches."""
         indices = step_indices(step, self.plan.global_batch_size, len(self.examples), self.config.seed)
-        mine = rank_micro_batches(indices, self.world.rank, self.world.size, self.plan.micro_batch_size)
+        lengths = [row_tokens(self.examples[index], self.packing_tokens, self.shared_prefix) for index in indices]
+        mine = rank_micro_batches(
+            indices,
+            lengths,
+            self.world.size,
+            self.plan.micro_batch_size,
+            packed=self.packing_tokens is not None,
+        )[self.world.rank]
         batches = [self._micro_batch(step, number, len(mine), chosen) for number, chosen in enumerate(mine)]
         counts: dict[str, Tensor] = {}
         for one in batches:
@@ -170,8 +178,8 @@ class Trainer:
         batch = collate(
             sequences,
             self.answerer.template.pad_id,
-            self.config.objective.nll_scope,
-            self.config.data.packing_tokens,
+            getattr(self.config.objective, "nll_scope", "completion"),
+            self.packing_tokens,
             shared_prefix=self.shared_prefix,
         )
         return TrainStep(batch.to(self.world.device), {})
