@@ -1,4 +1,4 @@
-"""Sequences as the tensors of one micro-batch, one a row or packed; and prompts as a batch to generate from.
+"""Sequences as the tensors of one micro-batch, one a row or packed.
 
 What a loss reads is the same to the last bit however the rows are laid out: sequences keep the order they came in, and
 only the positions of their targets differ.
@@ -34,7 +34,7 @@ def collate(
     nll_scope=full so are the prompt tokens of CHOSEN sequences after the first. No sequences give one row of padding, so
     that forward still runs. Raises UserError for a sequence longer than packing_tokens.
     """
-    units = _units(encoded) if shared_prefix else [[i] for i in range(len(encoded))]
+    units = _units(encoded, shared_prefix)
     laid_out = [_lay_out([encoded[i] for i in unit], shared_prefix) for unit in units]
     lengths = [len(unit.ids) for unit in laid_out]
     rows = [[u] for u in range(len(units))]
@@ -59,6 +59,7 @@ def collate(
             for i, offsets in zip(units[u], unit.offsets, strict=True):
                 states[i] = [r * width + t + offset for offset in offsets]
             t = end
+    blocked = any(len(row) > 1 for row in rows) or any(len(unit) > 1 for unit in units)
     return Batch(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -68,7 +69,7 @@ def collate(
         pair_ids=torch.tensor(_pair_numbers(encoded), dtype=torch.int64),
         correct=torch.tensor([one.correct for one in encoded], dtype=torch.float32),
         record_ids=torch.tensor([one.record_id for one in encoded], dtype=torch.int64),
-        branch_ids=branch_ids if shared_prefix else None,
+        branch_ids=branch_ids if blocked else None,
         reference_logprob=_reference_logprob(encoded, nll_scope),
     )
 
@@ -82,8 +83,17 @@ class _Unit(NamedTuple):
     offsets: list[list[int]]  # of each sequence: where in the unit its tokens are
 
 
-def _units(encoded: Sequence[Encoded]) -> list[list[int]]:
-    """Runs of neighbours with the same prompt."""
+def row_tokens(sequences: Sequence[Encoded], packing_tokens: int | None, shared_prefix: bool) -> int:
+    """What a record's sequences cost in a micro-batch: the tokens that they add packed, else those of its longest row."""
+    units = _units(sequences, shared_prefix)
+    lengths = [len(_lay_out([sequences[i] for i in unit], shared_prefix).ids) for unit in units]
+    return max(lengths, default=0) if packing_tokens is None else sum(lengths)
+
+
+def _units(encoded: Sequence[Encoded], shared_prefix: bool) -> list[list[int]]:
+    """Runs of neighbours with the same prompt, or each sequence for itself."""
+    if not shared_prefix:
+        return [[i] for i in range(len(encoded))]
     units: list[list[int]] = []
     for i, one in enumerate(encoded):
         start = one.completion_start
@@ -112,9 +122,10 @@ def _lay_out(sequences: Sequence[Encoded], shared_prefix: bool) -> _Unit:
 
 
 def pack_rows(encoded: Sequence[Encoded], packing_tokens: int) -> list[list[int]]:
-    """Indices of the sequences in each row, by first-fit decreasing: at most 11/9 of the fewest rows, plus one.
+    """Indices of the sequences in each row: as few rows as first-fit decreasing needs, filled evenly where that fits.
 
-    Raises UserError for a sequence longer than packing_tokens.
+    First-fit decreasing needs at most 11/9 of the fewest rows, plus one; even rows need the least padding. Raises
+    UserError for a sequence longer than packing_tokens.
     """
     return _pack([len(one.ids) for one in encoded], packing_tokens, [one.record_id for one in encoded])
 
@@ -134,6 +145,18 @@ def _pack(lengths: Sequence[int], packing_tokens: int, record_ids: Sequence[int]
             room.append(packing_tokens)
         rows[r].append(i)
         room[r] -= lengths[i]
+    even = _spread(lengths, len(rows))
+    return min(rows, even, key=lambda layout: max((sum(lengths[i] for i in row) for row in layout), default=0))
+
+
+def _spread(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """The sequences over `count` rows, longest first, each to the emptiest row."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        r = loads.index(min(loads))
+        rows[r].append(i)
+        loads[r] += lengths[i]
     return rows
 
 
@@ -189,24 +212,3 @@ def _pair_numbers(encoded: Sequence[Encoded]) -> list[int]:
         seen[one.pair_id, one.role] += 1
         result.append(numbers.setdefault(key, len(numbers)))
     return result
-
-
-class PromptBatch(NamedTuple):
-    """Left-padded prompts: the last column holds the last token of each."""
-
-    input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T) int64, 0 on padding
-    position_ids: Tensor  # (B, T) int64, 0 at each prompt's first token
-
-
-def prompt_batch(prompts: Sequence[Sequence[int]], pad_id: int) -> PromptBatch:
-    """Prompts to generate from, padded on the left to the longest. Raises UserError for none or an empty one."""
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise UserError("there must be at least one prompt to generate from, and none may be empty")
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for r, prompt in enumerate(prompts):
-        input_ids[r, width - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.int64)
-        attention_mask[r, width - len(prompt) :] = 1
-    return PromptBatch(input_ids, attention_mask, (attention_mask.cumsum(1) - 1).clamp(min=0))

@@ -45,16 +45,46 @@ def epoch_at(step: int, global_batch_size: int, n: int) -> float:
     return step * global_batch_size / n
 
 
-def rank_micro_batches(indices: Sequence[int], rank: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
-    """One rank's micro-batches: contiguous, so that 1 rank x 8 and 2 ranks x 4 run the same micro-batches.
+def rank_micro_batches(
+    indices: Sequence[int], lengths: Sequence[int], world_size: int, micro_batch_size: int, *, packed: bool = False
+) -> list[list[list[int]]]:
+    """The micro-batches of each rank for the records of one step, whose `lengths` (tokens) stand beside them.
 
-    Raises UserError if the global batch is not a whole number of micro-batches on each rank.
+    Padded micro-batches hold records of like length, packed ones like sums of tokens; both are dealt out so that the
+    ranks have as much to do, at each turn and in all, the most first. They do not depend on how many ranks there are,
+    so 1 rank x 8 and 2 ranks x 4 differ only in the order of the sum. Raises UserError if the records are not a whole
+    number of micro-batches on each rank.
     """
     if len(indices) % (world_size * micro_batch_size):
         raise UserError(
             f"training.global_batch_size {len(indices)} is not a multiple of micro_batch_size {micro_batch_size} x "
             f"{world_size} ranks; change one of them"
         )
-    per_rank = len(indices) // world_size
-    mine = indices[rank * per_rank : (rank + 1) * per_rank]
-    return [list(mine[i : i + micro_batch_size]) for i in range(0, per_rank, micro_batch_size)]
+    cut = _cut_even if packed else _cut_alike
+    micro_batches = cut(sorted(range(len(indices)), key=lambda i: (-lengths[i], i)), lengths, micro_batch_size)
+    costs = [(sum if packed else max)(lengths[i] for i in one) for one in micro_batches]
+    order = sorted(range(len(micro_batches)), key=lambda m: (-costs[m], m))
+    ranks: list[list[list[int]]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for start in range(0, len(order), world_size):
+        least_first = sorted(range(world_size), key=lambda rank: (loads[rank], rank))
+        for rank, m in zip(least_first, order[start : start + world_size], strict=True):
+            ranks[rank].append([indices[i] for i in sorted(micro_batches[m])])
+            loads[rank] += costs[m]
+    return ranks
+
+
+def _cut_alike(longest_first: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Neighbours in length: no other cut has less padding."""
+    return [list(longest_first[i : i + size]) for i in range(0, len(longest_first), size)]
+
+
+def _cut_even(longest_first: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Each record to the micro-batch with the fewest tokens that has room."""
+    micro_batches: list[list[int]] = [[] for _ in range(len(longest_first) // size)]
+    tokens = [0] * len(micro_batches)
+    for i in longest_first:
+        m = min((m for m, one in enumerate(micro_batches) if len(one) < size), key=lambda m: (tokens[m], m))
+        micro_batches[m].append(i)
+        tokens[m] += lengths[i]
+    return micro_batches

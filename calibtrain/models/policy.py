@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import Batch
+from calibtrain.models.attention_mask import attention_mask
 from calibtrain.ops import TokenStats, fused_linear_token_stats, token_set_logprobs
 from calibtrain.ops.head import head_of
 
@@ -37,12 +38,10 @@ class Policy(nn.Module):
 
     def hidden_at_targets(self, batch: Batch) -> Tensor:
         """Hidden states that predict the batch's targets. (N, H) in the model's dtype."""
-        output = self.backbone(
-            input_ids=batch.input_ids,
-            attention_mask=attention_mask(batch, self.model),
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
+        mask = attention_mask(batch, self.model)
+        # Without a mask of ours the model counts positions itself; padding on the right is behind every target.
+        blocked = {} if mask is None else {"attention_mask": mask, "position_ids": batch.position_ids}
+        output = self.backbone(input_ids=batch.input_ids, use_cache=False, **blocked)
         return output.last_hidden_state.flatten(0, 1)[batch.target_positions]
 
     def token_stats(self, hidden: Tensor, targets: Tensor) -> TokenStats:
@@ -79,37 +78,6 @@ class Policy(nn.Module):
     def scaled(self, hidden: Tensor) -> Tensor:
         """`hidden` times the calibrated scale, in its dtype."""
         return hidden if self.scale == 1.0 else hidden * self.scale
-
-
-def takes_block_masks(model: Any) -> bool:
-    """Whether attention is plain causal and dense, so that a mask of ours may replace the model's own."""
-    config = model.config
-    kinds = getattr(config, "layer_types", None) or ("full_attention",)
-    plain = not getattr(config, "sliding_window", None) and all(kind == "full_attention" for kind in kinds)
-    return plain and config._attn_implementation in ("sdpa", "eager")
-
-
-def attention_mask(batch: Batch, model: Any) -> Tensor:
-    """Mask of a batch: (R, T) for padded rows; (R, 1, T, T), blocked between sequences, for rows that hold several.
-
-    Raises UserError for packed rows of a model that does not take such masks.
-    """
-    segments, branches = batch.segment_ids, batch.branch_ids
-    if not batch.packed:
-        return (segments > 0).long()
-    if not takes_block_masks(model):
-        raise UserError(
-            f"data.packing_tokens: the attention of {model.config.model_type} ({model.config._attn_implementation}) takes "
-            "no block masks; set it to null"
-        )
-    # Padding attends to itself: a row without any allowed position would be NaN.
-    allowed = segments[:, :, None] == segments[:, None, :]
-    if branches is not None:
-        allowed &= (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
-    allowed &= torch.ones(segments.shape[1:] * 2, dtype=torch.bool, device=segments.device).tril()
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=segments.device)
-    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 @torch.no_grad()

@@ -191,6 +191,7 @@ def make_trainer(config: RunConfig, engine: Engine, template: Template, world: W
         output_dir=Path(),
         data_hash="",
         stream=FixedAnswers(penalty, answerer, records(), 0, config.data.max_length),
+        packing_tokens=config.data.packing_tokens,
         shared_prefix=config.data.shared_prefix and config.objective.name == "orpo",
     )
 

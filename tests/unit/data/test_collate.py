@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibtrain.data.collate import collate, pack_rows, prompt_batch
+from calibtrain.data.collate import collate, pack_rows, row_tokens
 from calibtrain.data.encode import Encoded
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
@@ -131,17 +131,24 @@ def test_a_record_twice_in_a_batch_makes_two_pairs():
 
 
 @given(st.lists(st.integers(1, 20), max_size=20))
-def test_packing_is_first_fit_decreasing(lengths):
+def test_packing_needs_as_few_rows_as_first_fit_decreasing(lengths):
     encoded = [Encoded((1,) * length, 1, CHOSEN, 0) for length in lengths]
     rows = pack_rows(encoded, 20)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    loads = [sum(lengths[i] for i in row) for row in rows]
-    assert all(load <= 20 for load in loads)
-    for r, row in enumerate(rows):  # whatever opens a row fitted into none before it
-        assert all(
-            sum(lengths[i] for i in rows[q] if (-lengths[i], i) < (-lengths[row[0]], row[0])) + lengths[row[0]] > 20
-            for q in range(r)
-        )
+    assert all(sum(lengths[i] for i in row) <= 20 for row in rows)
+    room = []
+    for length in sorted(lengths, reverse=True):
+        fits = next((r for r, free in enumerate(room) if free >= length), None)
+        if fits is None:
+            room.append(20 - length)
+        else:
+            room[fits] -= length
+    assert len(rows) == len(room)
+
+
+def test_rows_are_filled_evenly():
+    encoded = [Encoded((1,) * length, 1, CHOSEN, 0) for length in (10, 10, 5, 5)]
+    assert collate(encoded, PAD, packing_tokens=20, pad_to_multiple=1).input_ids.shape == (2, 15)
 
 
 def test_a_sequence_longer_than_a_row():
@@ -178,11 +185,15 @@ def test_a_causal_model_gives_packed_and_padded_the_same_logprobs():
     torch.testing.assert_close(logprobs(packed), alone, **tolerance)
 
 
-def test_prompt_batch_is_left_padded():
-    batch = prompt_batch([[5, 6, 7], [0, 8]], pad_id=0)
-    assert batch.input_ids.tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 1, 1]]
-    assert batch.position_ids.tolist() == [[0, 1, 2], [0, 0, 1]]
-    for bad in ([], [[1], []]):
-        with pytest.raises(UserError, match="at least one prompt"):
-            prompt_batch(bad, 0)
+@given(encoded=sequences(), packing=st.one_of(st.none(), st.integers(15, 60)), shared=st.booleans())
+def test_rows_that_hold_several_sequences_say_so(encoded, packing, shared):
+    batch = collate(encoded, PAD, packing_tokens=packing, shared_prefix=shared)
+    assert batch.packed == (len(encoded) > batch.input_ids.shape[0])
+
+
+@given(encoded=sequences(), shared=st.booleans())
+def test_row_tokens_are_those_of_the_batch(encoded, shared):
+    padded = collate(encoded, PAD, shared_prefix=shared, pad_to_multiple=1)
+    assert row_tokens(encoded, None, shared) == int((padded.segment_ids > 0).sum(1).max())
+    packed = collate(encoded, PAD, packing_tokens=60, shared_prefix=shared)
+    assert row_tokens(encoded, 60, shared) == int((packed.segment_ids > 0).sum())

@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 
 import pytest
@@ -47,18 +48,67 @@ def test_epoch_at():
     assert epoch_at(25, 8, 400) == 0.5
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
-def test_ranks_and_accumulation_run_the_same_micro_batches(world, accumulation, micro):
-    indices = step_indices(3, world * accumulation * micro, 50, 0)
-    alone = rank_micro_batches(indices, 0, 1, micro)
-    together = [batch for rank in range(world) for batch in rank_micro_batches(indices, rank, world, micro)]
-    assert alone == together
-    assert [i for batch in alone for i in batch] == indices
-    assert {len(batch) for batch in alone} == {micro}
+@st.composite
+def steps(draw):
+    """Records of one step (a record may be there twice) with their lengths, and how to cut them up."""
+    world, accumulation, micro = (draw(st.integers(1, 4)) for _ in range(3))
+    count = world * accumulation * micro
+    indices = draw(st.lists(st.integers(0, 30), min_size=count, max_size=count))
+    return indices, [7 + index * 13 % 40 for index in indices], world, micro
+
+
+@given(steps(), st.booleans())
+def test_each_record_of_a_step_is_in_one_micro_batch(step, packed):
+    indices, lengths, world, micro = step
+    ranks = rank_micro_batches(indices, lengths, world, micro, packed=packed)
+    assert sorted(i for rank in ranks for one in rank for i in one) == sorted(indices)
+    assert {len(one) for rank in ranks for one in rank} == {micro}
+    assert len(ranks) == world
+    assert len({len(rank) for rank in ranks}) == 1
+
+
+@given(steps(), st.booleans())
+def test_the_micro_batches_are_the_same_for_any_number_of_ranks(step, packed):
+    indices, lengths, world, micro = step
+    (alone,) = rank_micro_batches(indices, lengths, 1, micro, packed=packed)
+    together = rank_micro_batches(indices, lengths, world, micro, packed=packed)
+    assert sorted(alone) == sorted(one for rank in together for one in rank)
+
+
+@given(steps())
+def test_padded_micro_batches_have_no_more_padding_than_any_other_cut(step):
+    indices, lengths, world, micro = step
+    width = dict(zip(indices, lengths, strict=True))
+    ranks = rank_micro_batches(indices, lengths, world, micro)
+    found = sum(micro * max(width[i] for i in one) for rank in ranks for one in rank)
+    # The longest record costs a whole micro-batch its width, and so does the longest of those that are left, ...
+    least = sum(micro * length for length in sorted(lengths, reverse=True)[::micro])
+    assert found == least
+
+
+@given(steps(), st.booleans())
+def test_ranks_have_as_much_to_do_at_each_turn_and_in_all(step, packed):
+    indices, lengths, world, micro = step
+    width = dict(zip(indices, lengths, strict=True))
+    cost = [
+        [(sum if packed else max)(width[i] for i in one) for one in rank]
+        for rank in rank_micro_batches(indices, lengths, world, micro, packed=packed)
+    ]
+    turns = list(zip(*cost, strict=True))
+    for now, after in itertools.pairwise(turns):
+        assert min(now) >= max(after)  # so that the ranks wait least for each other
+    totals = [sum(rank) for rank in cost]
+    assert max(totals) - min(totals) <= max(max(turn) - min(turn) for turn in turns)
+
+
+def test_packed_micro_batches_hold_like_sums_of_tokens():
+    lengths = [90, 10, 80, 20, 70, 30, 60, 40]
+    (alone,) = rank_micro_batches(range(8), lengths, 1, 2, packed=True)
+    assert [sum(lengths[i] for i in one) for one in alone] == [100] * 4
 
 
 def test_batch_sizes_that_cannot_be_met():
     with pytest.raises(UserError, match="global_batch_size 8 is not a multiple of micro_batch_size 3 x 2 ranks"):
-        rank_micro_batches(list(range(8)), 0, 2, 3)
+        rank_micro_batches(list(range(8)), [1] * 8, 2, 3)
     with pytest.raises(UserError, match="no record to train on"):
         step_indices(0, 8, 0, 0)

@@ -7,7 +7,6 @@ import torch
 
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
-from calibtrain.errors import UserError
 from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
 from calibtrain.models.policy import Policy
 from tests.tiny import tiny_model
@@ -55,10 +54,3 @@ def test_one_prompt_pass_for_each_pair() -> None:
     assert int((shared.segment_ids > 0).sum()) < int((separate.segment_ids > 0).sum())
     assert shared.targets.equal(separate.targets)
     assert shared.sequence_ids.equal(separate.sequence_ids)
-
-
-def test_a_model_with_a_sliding_window_takes_no_block_mask() -> None:
-    model = tiny_model()
-    model.config.sliding_window = 4
-    with pytest.raises(UserError, match="block masks"):
-        Policy(model).hidden_at_targets(collate(sequences(), 0, shared_prefix=True))

@@ -1,0 +1,429 @@
+"""Whole ORPO steps: calibtrain as its users get it against TRL's ORPOTrainer, on the same tokens, and what hooks add.
+
+    python benchmarks/train_step.py --json benchmarks/results/train_step.json
+
+Every contender lives in a process of its own, with the same number of threads; the parent lets one of them take one
+step at a time, in turn, and waits. A step is the whole loop's: fetching and collating, forward, backward, clipping,
+AdamW, bookkeeping. All take the same 8 pairs a step, minimise the same loss (negative log-likelihood of prompt and
+chosen answer, beta 0.5), compute in bf16; the losses of their first step are in the report, to be compared.
+
+- `calibtrain`: Trainer on DeepSpeed ZeRO-2, bf16 weights and fp32 masters, the default hooks.
+- `calibtrain_responses`: the same with nll_scope=completion, our default and the paper's formula; TRL has no such option.
+- `plain_torch`: the same module and optimiser in a loop without DeepSpeed, trainer and hooks.
+- `trl_*`: ORPOTrainer with its own collator, gradient checkpointing off (it is on by default and slower). `autocast`:
+  fp32 weights, computing in bf16 (`bf16=True`); `bf16`: weights and optimiser states in bf16, without fp32 masters;
+  `_accumulated`: 2 micro-batches of half the pairs. The summary takes the fastest that keeps fp32 masters, as ours does,
+  and in `*_against_any` the fastest of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from _report import print_table, write_json
+
+SHAPES = {"long": (128, 32), "short": (24, 8)}
+"""Tokens of a prompt and of each response."""
+PAIRS, BETA, LEARNING_RATE = 8, 0.5, 1e-6
+EMBEDDED = "embedded:smollm2-135m-instruct"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write machine, versions, rows and summary here")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps of each contender")
+    parser.add_argument("--blocks", type=int, default=15, help="blocks of 5 steps with and without hooks")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--smoke", action="store_true", help="a tiny random model and few steps: does it run")
+    args = parser.parse_args()
+    if args.smoke:
+        args.steps, args.blocks = 2, 2
+    rows: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = _model_directory(Path(folder), args.smoke)
+        for shape in args.shapes:
+            found = measure(args.only, model, shape, args.steps, args.threads)
+            rows += found
+            summary.update(summarize(shape, {row["contender"]: row["pairs_per_second"] for row in found}))
+        hooks = measure_hooks(model, args.shapes[-1], args.blocks, args.threads)
+        rows.append(hooks)
+        summary["hooks_overhead"] = hooks["seconds"] / hooks["seconds_without"] - 1
+    print_table("ORPO steps", [{key: row.get(key, "") for key in rows[0]} for row in rows])
+    print({key: round(value, 4) for key, value in summary.items()})
+    if args.json:
+        write_json(args.json, rows, summary)
+
+
+def summarize(shape: str, speed: dict[str, float]) -> dict[str, float]:
+    """Ratios of pairs per second, for what was measured."""
+    peers = {name: value for name, value in speed.items() if name.startswith("trl_")}
+    with_masters = [value for name, value in peers.items() if name.startswith("trl_autocast")]
+    summary = {}
+    for ours, key in (("calibtrain", f"speedup_{shape}"), ("calibtrain_responses", f"speedup_{shape}_responses")):
+        if ours in speed and with_masters:
+            summary[key] = speed[ours] / max(with_masters)
+        if ours in speed and peers:
+            summary[f"{key}_against_any"] = speed[ours] / max(peers.values())
+    if {"calibtrain", "plain_torch"} <= set(speed):
+        summary[f"deepspeed_share_{shape}"] = 1 - speed["calibtrain"] / speed["plain_torch"]
+    return summary
+
+
+def measure(names: list[str], model: Path, shape: str, steps: int, threads: int) -> list[dict[str, Any]]:
+    """One row a contender: median seconds of a step, and the loss of the first one. One warm-up step each."""
+    workers = {name: Worker(CONTENDERS[name], threads, model, shape) for name in names}
+    try:
+        losses = {name: worker.step()["loss"] for name, worker in workers.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(steps):
+            for name, worker in workers.items():
+                seconds[name].append(worker.step()["seconds"])
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    return [
+        {
+            "shape": shape,
+            "contender": name,
+            "pairs_per_second": PAIRS / statistics.median(seconds[name]),
+            "seconds": statistics.median(seconds[name]),
+            "fastest": min(seconds[name]),
+            "slowest": max(seconds[name]),
+            "first_loss": losses[name],
+        }
+        for name in names
+    ]
+
+
+def measure_hooks(model: Path, shape: str, blocks: int, threads: int) -> dict[str, Any]:
+    """Blocks of steps, one log each, with every hook and without any, in turn, in one process."""
+    worker = Worker(hooks_worker, threads, model, shape)
+    try:
+        worker.step()
+        timed = [worker.step() for _ in range(blocks)]
+    finally:
+        worker.stop()
+    with_hooks, without = (statistics.median(one[key] for one in timed) for key in ("with", "without"))
+    return {
+        "shape": shape, "contender": "hooks", "pairs_per_second": PAIRS / with_hooks, "seconds": with_hooks,
+        "fastest": min(one["with"] for one in timed), "slowest": max(one["with"] for one in timed), "first_loss": "",
+        "seconds_without": without,
+    }  # fmt: skip
+
+
+class Worker:
+    """A contender in a process of its own that takes one step each time it is asked."""
+
+    def __init__(self, target: Callable[[Connection, Path, str], None], threads: int, model: Path, shape: str) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        self.pipe, theirs = get_context("spawn").Pipe()
+        self.process = get_context("spawn").Process(target=target, args=(theirs, model, shape), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.pipe.recv()  # it is ready
+
+    def step(self) -> dict[str, float]:
+        """One step, or block of steps; what the contender says of it."""
+        self.pipe.send("step")
+        return dict(self.pipe.recv())
+
+    def stop(self) -> None:
+        """End the process."""
+        self.process.terminate()
+        self.process.join()
+
+
+def token_ids(shape: str, vocabulary: int, count: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """Prompt, chosen and rejected ids of `count` pairs, the same for every contender."""
+    import torch
+
+    prompt, response = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+    low = vocabulary // 20  # above the special tokens
+    return [
+        tuple(torch.randint(low, vocabulary, (n,), generator=generator).tolist() for n in (prompt, response, response))
+        for _ in range(count)
+    ]  # type: ignore[misc]
+
+
+def trainer_for(model: Path, shape: str, scope: str, hooks: Callable[[Any], list[Any]]) -> Any:
+    """The Trainer as `calibtrain train` makes it, over the shared token ids."""
+    from calibtrain.config import RunConfig
+    from calibtrain.data.encode import Encoded
+    from calibtrain.data.templates import Template
+    from calibtrain.hooks.base import HookList
+    from calibtrain.losses.terms import CHOSEN, REJECTED
+    from calibtrain.models.loading import load_tokenizer
+    from calibtrain.pipeline.train import build_model
+    from calibtrain.training.answering import Answerer
+    from calibtrain.training.deepspeed_config import batch_plan
+    from calibtrain.training.distributed import start_world
+    from calibtrain.training.engine import start_engine
+    from calibtrain.training.trainer import Trainer
+
+    config = RunConfig.model_validate(
+        {
+            "output_dir": tempfile.mkdtemp(dir=model.parent),
+            "model": {"source": str(model)},
+            "data": {"max_length": 512},
+            "objective": {"name": "orpo", "beta": BETA, "nll_scope": scope},
+            "training": {"micro_batch_size": PAIRS, "global_batch_size": PAIRS, "learning_rate": LEARNING_RATE,
+                         "schedule": "constant", "warmup_ratio": 0.0},
+            "tracking": {"mode": "offline"},
+        }
+    )  # fmt: skip
+    world = start_world()
+    module = build_model(config)
+    engine = start_engine(module, config, world)
+    template = Template("plain", load_tokenizer(config.model))
+    vocabulary = module.policy.causal_model.config.vocab_size
+    examples = [
+        tuple(
+            Encoded((*prompt, *answer), len(prompt), role, index, pair_id=index)
+            for role, answer in ((CHOSEN, chosen), (REJECTED, rejected))
+        )
+        for index, (prompt, chosen, rejected) in enumerate(token_ids(shape, vocabulary, PAIRS))
+    ]
+    return Trainer(
+        config=config,
+        engine=engine,
+        examples=examples,
+        origins=[""] * len(examples),
+        plan=batch_plan(config.training, world.size),
+        total_steps=sys.maxsize,
+        world=world,
+        answerer=Answerer(module, template, config.evaluation, world),
+        hooks=HookList(hooks(config)),
+        output_dir=config.output_dir,
+        data_hash="",
+        shared_prefix=True,
+    )
+
+
+def calibtrain_worker(pipe: Connection, model: Path, shape: str, scope: str = "full") -> None:
+    """The Trainer's own loop; a hook at the end of each step reports it and waits for the next."""
+    from calibtrain.hooks.base import Hook
+    from calibtrain.hooks.factory import default_hooks
+    from calibtrain.training.checkpoint import Progress
+
+    class Pace(Hook):
+        name = "pace"
+        loss = float("nan")
+        started = 0.0
+
+        def on_micro_batch(self, record: Any) -> None:
+            sums, counts = record.term_sums, record.term_counts
+            self.loss = sum(float(sums[name] / counts[name]) * (BETA if name != "nll" else 1.0) for name in sums)
+
+        def on_step(self, record: Any) -> None:
+            pipe.send({"seconds": time.perf_counter() - self.started, "loss": self.loss})
+            self.wait()
+
+        def wait(self) -> None:
+            pipe.recv()
+            self.started = time.perf_counter()
+
+    pace = Pace()
+    trainer = trainer_for(model, shape, scope, lambda config: [*default_hooks(config, 0), pace])
+    _start_hooks(trainer)
+    gc.collect()
+    pipe.send("ready")
+    pace.wait()
+    trainer.fit(Progress())
+
+
+def responses_worker(pipe: Connection, model: Path, shape: str) -> None:
+    """Ours with the negative log-likelihood of the chosen response alone."""
+    calibtrain_worker(pipe, model, shape, "completion")
+
+
+def hooks_worker(pipe: Connection, model: Path, shape: str) -> None:
+    """Blocks of `log_every` steps with all hooks and with none."""
+    from calibtrain.hooks.base import HookList
+    from calibtrain.hooks.factory import default_hooks
+    from calibtrain.training.checkpoint import Progress
+
+    trainer = trainer_for(model, shape, "full", lambda config: default_hooks(config, 0))
+    _start_hooks(trainer)
+    lists = {"with": trainer.hooks, "without": HookList([])}
+    progress, size = Progress(), trainer.config.training.log_every
+    pipe.send("ready")
+    turn = 0
+    while pipe.recv():
+        seconds = {}
+        for name in list(lists)[:: 1 if turn % 2 else -1]:
+            started = time.perf_counter()
+            progress = replace(trainer, hooks=lists[name], total_steps=progress.step + size).fit(progress)
+            seconds[name] = (time.perf_counter() - started) / size
+        turn += 1
+        pipe.send(seconds)
+
+
+def _start_hooks(trainer: Any) -> None:
+    from calibtrain.hooks.records import RunRecord
+
+    config = trainer.config
+    trainer.hooks.dispatch("on_start", RunRecord(config.resolved(), config.output_dir, 1000, 0, 0, 1))
+
+
+def plain_worker(pipe: Connection, model: Path, shape: str) -> None:
+    """The same forward and optimiser without DeepSpeed: bf16 weights, fp32 masters, clipping, fused AdamW."""
+    import torch
+
+    from calibtrain.models.loss_model import TrainStep
+    from calibtrain.training.engine import optimizer_groups
+
+    trainer = trainer_for(model, shape, "full", lambda config: [])
+    config, batch = trainer.config, trainer._window(0)[0].batch
+    trainer.engine.deepspeed.destroy()
+    from calibtrain.pipeline.train import build_model
+
+    module = build_model(config).train()
+    groups = optimizer_groups(module, config)
+    weights = [weight for group in groups for weight in group["params"]]
+    masters = [weight.detach().float() for weight in weights]
+    split = len(groups[0]["params"])
+    optimizer = torch.optim.AdamW(
+        [{**groups[0], "params": masters[:split]}, {**groups[1], "params": masters[split:]}], fused=True
+    )
+    divisors = {name: count.float() for name, count in module.counts(batch).items()}
+    pipe.send("ready")
+    while pipe.recv():
+        started = time.perf_counter()
+        loss, _ = module(TrainStep(batch, divisors))
+        loss.backward()
+        for weight, master in zip(weights, masters, strict=True):
+            master.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, config.training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_copy_(weights, masters)
+        pipe.send({"seconds": time.perf_counter() - started, "loss": float(loss)})
+
+
+def trl_worker(pipe: Connection, model: Path, shape: str, dtype: str = "float32", micro_batches: int = 1) -> None:
+    """ORPOTrainer.train(); a callback at the end of each step reports it and waits for the next."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    class Pace(TrainerCallback):
+        started = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            pipe.send("ready")
+            self.wait()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            pipe.send({"seconds": time.perf_counter() - self.started, "loss": _first_loss(trainer)})
+            self.wait()
+
+        def wait(self) -> None:
+            pipe.recv()
+            self.started = time.perf_counter()
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    arguments = ORPOConfig(
+        output_dir=tempfile.mkdtemp(dir=model.parent), beta=BETA, learning_rate=LEARNING_RATE, max_length=512,
+        per_device_train_batch_size=PAIRS // micro_batches, gradient_accumulation_steps=micro_batches,
+        max_steps=1_000_000, lr_scheduler_type="constant", bf16=True, use_cpu=True, gradient_checkpointing=False,
+        optim="adamw_torch_fused", weight_decay=0.0, report_to=[], save_strategy="no", disable_tqdm=True,
+        logging_steps=5,
+    )  # fmt: skip
+    one = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    trainer = ORPOTrainer(
+        model=policy, args=arguments, train_dataset=one, processing_class=tokenizer, callbacks=[Pace()]
+    )
+    # Token ids in place of its tokenizer's, so that both sides see the same.
+    trainer.train_dataset = Dataset.from_list(
+        [_trl_row(*ids) for ids in token_ids(shape, policy.config.vocab_size, PAIRS)]
+    )
+    _keep_losses(trainer)
+    trainer.train()
+
+
+def _trl_row(prompt: list[int], chosen: list[int], rejected: list[int]) -> dict[str, Any]:
+    row: dict[str, Any] = {"prompt": "", "prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        row[f"{name}_input_ids"] = [*prompt, *answer]
+        row[f"{name}_attention_mask"] = [1] * (len(prompt) + len(answer))
+        row[f"{name}_labels"] = [-100] * len(prompt) + answer
+    return row
+
+
+def _keep_losses(trainer: Any) -> None:
+    plain, trainer.seen = trainer.compute_loss, []
+
+    def compute_loss(*args: Any, **options: Any) -> Any:
+        loss = plain(*args, **options)
+        trainer.seen.append(float(loss))
+        return loss
+
+    trainer.compute_loss = compute_loss
+
+
+def _first_loss(trainer: Any) -> float:
+    seen, trainer.seen = trainer.seen, []
+    return statistics.mean(seen)
+
+
+def trl_bf16_worker(pipe: Connection, model: Path, shape: str) -> None:
+    """ORPOTrainer on bf16 weights."""
+    trl_worker(pipe, model, shape, "bfloat16")
+
+
+def trl_accumulated_worker(pipe: Connection, model: Path, shape: str) -> None:
+    """ORPOTrainer with 2 micro-batches a step."""
+    trl_worker(pipe, model, shape, micro_batches=2)
+
+
+def trl_bf16_accumulated_worker(pipe: Connection, model: Path, shape: str) -> None:
+    """ORPOTrainer on bf16 weights with 2 micro-batches a step."""
+    trl_worker(pipe, model, shape, "bfloat16", micro_batches=2)
+
+
+CONTENDERS: dict[str, Callable[[Connection, Path, str], None]] = {
+    "calibtrain": calibtrain_worker,
+    "calibtrain_responses": responses_worker,
+    "plain_torch": plain_worker,
+    "trl_autocast": trl_worker,
+    "trl_autocast_accumulated": trl_accumulated_worker,
+    "trl_bf16": trl_bf16_worker,
+    "trl_bf16_accumulated": trl_bf16_accumulated_worker,
+}
+
+
+def _model_directory(folder: Path, smoke: bool) -> Path:
+    from calibtrain.models.loading import local_path
+
+    target = folder / "model"
+    if not smoke:
+        target.symlink_to(local_path(EMBEDDED))
+        return target
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tests.tiny import write_tiny_model
+
+    return write_tiny_model(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Which positions of a batch see which, in the form that the model's attention takes.
+
+Rows that hold one sequence, padded on the right, need no mask of ours: causal attention never looks at what follows.
+Packed and shared-prefix rows do, and it stands in place of the model's own; a model with a rule of its own that such a
+mask would put out of force (a sliding window, chunks, recurrent layers, ALiBi) is recognised by `block_mask_obstacle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from calibtrain.data.collate import collate
+from calibtrain.data.encode import Encoded
+from calibtrain.errors import UserError
+from calibtrain.losses.terms import CHOSEN, REJECTED, Batch
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+"""Attention implementations of transformers that take a mask as it is handed to them."""
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window", "local_attention")
+"""Where configs keep how far back a token sees, in tokens; a window that no sequence outgrows is no rule."""
+
+
+def visibility(batch: Batch) -> Callable[[Any, Any, Any, Any], Any]:
+    """The rule (row, head, query, key) -> visible: earlier tokens of the same segment, but not of another branch.
+
+    A prompt (branch 0) is seen by all branches of its segment. Padding sees padding: a query without any key is NaN.
+    It is a FlexAttention mask_mod; with index tensors that broadcast against each other it gives the dense mask.
+    """
+    segments, branches = batch.segment_ids, batch.branch_ids
+    if branches is None:
+        branches = torch.zeros_like(segments)
+
+    def visible(row: Any, head: Any, query: Any, key: Any) -> Any:
+        same_segment = segments[row, query] == segments[row, key]
+        same_branch = (branches[row, key] == 0) | (branches[row, query] == branches[row, key])
+        return same_segment & same_branch & (key <= query)
+
+    return visible
+
+
+def attention_mask(batch: Batch, model: Any) -> Tensor | BlockMask | None:
+    """What blocks the sequences of a row from each other; None where each row holds a single sequence.
+
+    (R, 1, T, T) additive in the model's dtype for SDPA and eager attention, a BlockMask for FlexAttention. Raises
+    UserError for rows of several sequences with a model that does not take such masks.
+    """
+    if not batch.packed:
+        return None
+    rows, width = batch.input_ids.shape
+    # The longest sequence is read from the device only where the row itself outgrows a window.
+    obstacle = block_mask_obstacle(model, width) and block_mask_obstacle(model, int(batch.position_ids.max()) + 1)
+    if obstacle:
+        raise UserError(f"{obstacle}: set data.packing_tokens to null and data.shared_prefix to false")
+    visible, device = visibility(batch), batch.input_ids.device
+    if model.config._attn_implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        # Compiled, the blocks are found without ever holding (R, T, T).
+        return create_block_mask(visible, rows, None, width, width, device=device, _compile=device.type == "cuda")
+    row, position = torch.arange(rows, device=device), torch.arange(width, device=device)
+    allowed = visible(row[:, None, None], None, position[:, None], position)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def block_mask_obstacle(model: Any, longest: int) -> str | None:
+    """Why a mask of ours may not replace the model's own for sequences of up to `longest` tokens; None if it may."""
+    config = model.config.get_text_config()
+    name = f"the attention of {config.model_type}"
+    if config._attn_implementation not in IMPLEMENTATIONS:
+        return f"{name} ({config._attn_implementation}) takes no block masks"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"{name} has layers of the kind {', '.join(sorted(kinds))}, which block masks do not reach"
+    for key in WINDOWS:
+        window = getattr(config, key, None)
+        if isinstance(window, int) and 0 < window < longest:
+            return f"{name} has a window ({key}) of {window} tokens, less than the {longest} of the longest sequence"
+    return None
+
+
+@torch.no_grad()
+def block_mask_failure(policy: Any) -> str | None:
+    """Try the mask on a few tokens: what the model gives packed must be what it gives alone. None if it is.
+
+    This finds models whose config does not tell: recurrent layers, ALiBi, positions of their own.
+    """
+    model = policy.causal_model
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    ids = [(7 * i + i * i) % vocabulary for i in range(1, 40)]
+    encoded = [
+        Encoded((*ids[start : start + 5], *ids[end : end + 4]), 5, role, pair, pair)
+        for start, pair in ((0, 0), (10, 1))
+        for role, end in ((CHOSEN, start + 20), (REJECTED, start + 25))
+    ]
+    device = next(policy.parameters()).device
+    was_training = policy.training
+    policy.eval()
+    try:
+        alone, packed = (
+            policy.hidden_at_targets(collate(encoded, 0, packing_tokens=tokens, shared_prefix=bool(tokens)).to(device))
+            for tokens in (None, 64)
+        )
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        return f"{type(model).__name__} takes no block masks ({str(error).splitlines()[0]})"
+    finally:
+        policy.train(was_training)
+    tolerance = 1e-3 if alone.dtype == torch.float32 else 0.1
+    distance = ((packed - alone).float().norm() / alone.float().norm()).item()
+    return None if distance < tolerance else f"{type(model).__name__} does not keep packed sequences apart"
