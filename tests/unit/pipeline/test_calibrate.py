@@ -1,0 +1,84 @@
+"""Every calibrator that a config can name, from graded answers to calibration.json and back."""
+
+import json
+from typing import get_args
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from calibtrain.calibration.scores import TEMPERATURE_GRID, UNSCALED, TokenScores
+from calibtrain.confidence.answer import Answer
+from calibtrain.config import CalibrationConfig, RunConfig
+from calibtrain.errors import UserError
+from calibtrain.pipeline import calibrate
+from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
+
+METHODS = get_args(CalibrationConfig.model_fields["method"].annotation)
+
+
+def measured(n=300, seed=0):
+    rng = np.random.default_rng(seed)
+    z = rng.normal(0, 2.5, (2 * n, 1, 30)) / np.array(TEMPERATURE_GRID)[None, :, None]
+    tokens = -np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1))
+    owner = np.repeat(np.arange(n), 2)
+    table = tokens[::2] + tokens[1::2]
+    right = rng.random(n) < np.exp(table[:, UNSCALED + 2])
+    answers = [
+        Answer(f"q{seed}-{i}", "?", "a", tuple(tokens[2 * i : 2 * i + 2, UNSCALED]), bool(right[i]), ("a",),
+               {"side": "left" if i % 3 else "right"})
+        for i in range(n)
+    ]  # fmt: skip
+    return Measurement(answers, table, TokenScores(tokens, rng.normal(0, 1, (2 * n, 5)), owner))
+
+
+def config_of(method, **abstention):
+    domain = "side" if method == "domain_temperature" else None
+    return RunConfig(calibration={"method": method, "domain": domain}, abstention=abstention)
+
+
+@pytest.fixture
+def output(tmp_path):
+    (tmp_path / "model").mkdir()
+    save_file({"w": np.ones(3)}, tmp_path / "model" / "model.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_to_the_file_and_back(method, output):
+    config = config_of(method, target_hallucination=0.1, groups="side", target_risk=0.4, words="ipcc")
+    hashes = ("t" * 64, calibrate.weights_hash(output / "model"))
+    fitting = measured()
+    if method == "base_alignment":
+        calibrator = calibrate.align(fitting, measured(), *hashes)
+    else:
+        calibrator = calibrate.fit(config, fitting, *hashes)
+    assert calibrator.method == method
+    held_out = measured(seed=1)
+    found = calibrate.certified(config, calibrator, held_out, 0.4, 0.05)
+    calibrate.write_calibration(output / "calibration.json", found, config, {})
+    assert calibrate.read_calibration(output, template_hash="t" * 64) == found
+    content = json.loads((output / "calibration.json").read_text())
+    assert content["words"][0]["name"] == "exceptionally unlikely"
+    assert set(content["groups"]["groups"]) == {"left", "right"}
+    assert content["groups"]["share"] == 0.025
+    assert found.hallucination.n_wrong / 300 <= 0.1
+    write_measurement(held_out, output / "answers" / "test.jsonl")
+    again = read_measurement(output / "answers" / "test.jsonl")
+    assert calibrator.apply(again.scores(config.calibration.domain)) == pytest.approx(
+        calibrator.apply(held_out.scores(config.calibration.domain)), abs=1e-5
+    )
+    with pytest.raises(UserError, match="template"):
+        calibrate.read_calibration(output, template_hash="other")
+
+
+def test_nothing_beyond_the_threshold_is_certified_unless_asked_for():
+    config = config_of("temperature")
+    found = calibrate.certified(config, calibrate.fit(config, measured(), "t", "w"), measured(seed=1), 0.2, 0.05)
+    assert (found.hallucination, found.groups) == (None, None)
+
+
+def test_a_domain_is_named_with_the_method_that_uses_it():
+    for values in ({"method": "domain_temperature"}, {"domain": "side"}):
+        with pytest.raises(ValueError, match="go together"):
+            CalibrationConfig(**values)
