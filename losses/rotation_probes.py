@@ -157,14 +157,15 @@ def _excess_scale(change: Tensor, start: Tensor, exact: bool) -> Tensor:
     return torch.cat([ratios[0].expand(half), ratios[1].expand(count - half)])
 
 
-def polar_probes(weight: Shard, polar: Shard, probes: Tensor, norm: float) -> Sums:
+def polar_probes(drift: Shard, polar: Shard, probes: Tensor, norm: float) -> Sums:
     """Estimate `polar_drift` for out >= in (else give it the transposes). `norm` is |W0|_F^2, `probes` (in, K).
 
     With S = skew(O0^T W), s = S z and c = (I - O0 O0^T) W z: |s|^2 + |c|^2, of gradient (O0 s + 2 c) z^T - (O0 z) s^T.
+    S and c are 0 for W0, so W - W0 stands for W.
     """
     count = probes.shape[1]
-    image, turned = (yield torch.cat([weight.apply(probes), polar.apply(probes)], 1)).split(count, 1)
-    part = torch.cat([polar.apply_transposed(image), weight.apply_transposed(turned)], 1)
+    image, turned = (yield torch.cat([drift.apply(probes), polar.apply(probes)], 1)).split(count, 1)
+    part = torch.cat([polar.apply_transposed(image), drift.apply_transposed(turned)], 1)
     inner, other = (yield part).split(count, 1)
     skew = (inner - other) / 2
     lifted, kept = (yield polar.apply(torch.cat([skew, inner], 1))).split(count, 1)
@@ -229,34 +230,39 @@ def run_together(
 def estimator(
     name: str,
     weight: Shard,
-    reference: Shard,
+    initial: Shard,
     probes: Tensor | None,
     norm: float,
     *,
+    polar: Shard | None = None,
     scale: float | None = 1.0,
     budget: float = 0.0,
 ) -> Sums:
-    """The estimator of the penalty `name` for a piece of W (out, in) and the same piece of W0, or of polar(W0).
+    """The estimator of `name` for a piece of W (out, in) and the same pieces of W0 and, for polar_drift, of polar(W0).
 
     `probes` (size, K) with `probe_size` rows (None for angle_budget); `norm` from `penalty_norm`.
     """
     dtype = weight.flat.dtype
-    if name == "polar_drift":
-        if weight.shape[0] >= weight.shape[1]:
-            return polar_probes(weight, reference, probes, norm)  # type: ignore[arg-type]
-        return turned(polar_probes(weight.T, reference.T, probes, norm))  # type: ignore[arg-type]
-    drift = weight.like(weight.flat - reference.flat.to(dtype))
+    drift = weight.like(weight.flat - initial.flat.to(dtype))
     if name == "angle_budget":
         return angle_budget_step(drift, norm, budget)
-    reference = reference.like(reference.flat.to(dtype))
+    if probes is None:
+        raise ValueError(f"{name} takes probes: sign_probes, or identity_probes to be exact")
+    if name == "polar_drift":
+        if polar is None:
+            raise ValueError("polar_drift takes polar(W0) beside W0")
+        if weight.shape[0] >= weight.shape[1]:
+            return polar_probes(drift, polar, probes, norm)
+        return turned(polar_probes(drift.T, polar.T, probes, norm))
+    initial = initial.like(initial.flat.to(dtype))
     if name == "column_gram_drift":
-        return column_gram_probes(drift, reference, probes, norm, scale)  # type: ignore[arg-type]
+        return column_gram_probes(drift, initial, probes, norm, scale)
     if name == "row_gram_drift":
-        return turned(column_gram_probes(drift.T, reference.T, probes, norm, scale))  # type: ignore[arg-type]
+        return turned(column_gram_probes(drift.T, initial.T, probes, norm, scale))
     if name == "column_stretch":
-        return column_stretch_probes(drift, reference, probes, norm)  # type: ignore[arg-type]
+        return column_stretch_probes(drift, initial, probes, norm)
     if name == "row_stretch":
-        return turned(column_stretch_probes(drift.T, reference.T, probes, norm))  # type: ignore[arg-type]
+        return turned(column_stretch_probes(drift.T, initial.T, probes, norm))
     raise ValueError(f"no weight penalty is called {name!r}; there are {', '.join(NAMES)}")
 
 
@@ -297,20 +303,23 @@ class _RotationEstimate(torch.autograd.Function):
 def rotation_penalty(
     name: str,
     weight: Tensor,
-    reference: Tensor,
+    initial: Tensor,
     probes: Tensor | None,
     norm: float,
     *,
+    polar: Tensor | None = None,
     scale: float | None = 1.0,
     budget: float = 0.0,
 ) -> Tensor:
     """A penalty as a differentiable () tensor for a loss, where W is whole; backward is the hand gradient.
 
-    `weight` (out, in) floating; `reference` W0 (polar(W0) for polar_drift); `probes` (`probe_size`, K) from `sign_probes`
-    or, exactly, `identity_probes`; `norm` from `penalty_norm(name, W0)`.
+    `weight`, `initial` (out, in) floating; `probes` (`probe_size`, K) from `sign_probes` or, exactly, `identity_probes`;
+    `norm` from `penalty_norm(name, W0)`; `polar` from `calibtrain.spectral.polar_factor(W0)`, for polar_drift.
     """
+    first = Shard.whole(initial.contiguous())
+    factor = None if polar is None else Shard.whole(polar.contiguous())
 
     def sums(shard: Shard) -> Sums:
-        return estimator(name, shard, Shard.whole(reference.contiguous()), probes, norm, scale=scale, budget=budget)
+        return estimator(name, shard, first, probes, norm, polar=factor, scale=scale, budget=budget)
 
-    return _RotationEstimate.apply(weight, sums, reference)
+    return _RotationEstimate.apply(weight, sums, initial)

@@ -57,18 +57,19 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class DenseMatrix:
-    """A trained matrix W; `reference` has the elements of W0 (of polar(W0) for polar_drift) that `weight` has of W."""
+    """A trained matrix W; `initial` (and `polar`, for polar_drift) have those elements of W0 (of polar(W0))."""
 
     name: str
     weight: Held
-    reference: Tensor
+    initial: Tensor
     norm: float  # of `penalty_norm`
     squared_norm: float  # |W0|_F^2
+    polar: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoRAMatrix:
-    """W = W0 + scaling * b @ a with trained `a` (r, in) and `b` (out, r); `reference` as in DenseMatrix, by ranges of W0."""
+    """W = W0 + scaling * b @ a, trained `a` (r, in) and `b` (out, r); `reference` is a piece of W0 (or of polar(W0))."""
 
     name: str
     a: Held
@@ -154,7 +155,7 @@ class DecoupledPenalty:
         for one, flat, found in zip(group, flats, estimates, strict=True):
             size = _step_size(reach * one.squared_norm / 2, found.value, found.squared_gradient())
             if self.penalty == "angle_budget":
-                flat.sub_((flat - one.reference.to(flat.dtype)) * (size * found.drift_factor))
+                flat.sub_((flat - one.initial.to(flat.dtype)) * (size * found.drift_factor))
             else:
                 Shard(one.weight.shape, one.weight.start, flat).add_product(found.left, found.right, -size)
             one.weight.write(flat)
@@ -170,8 +171,17 @@ class DecoupledPenalty:
                 probes = sign_probes(size, self.probes, generator, flat.dtype).to(flat.device)
         begin, end = self._share(one.weight, flat)
         piece = Shard(one.weight.shape, one.weight.start + begin, flat[begin:end])
-        reference = piece.like(one.reference[begin:end])
-        return estimator(self.penalty, piece, reference, probes, one.norm, scale=self.scale, budget=self.budget)
+        polar = None if one.polar is None else piece.like(one.polar[begin:end])
+        return estimator(
+            self.penalty,
+            piece,
+            piece.like(one.initial[begin:end]),
+            probes,
+            one.norm,
+            polar=polar,
+            scale=self.scale,
+            budget=self.budget,
+        )
 
     def _step_lora(self, group: Sequence[LoRAMatrix], reach: float) -> list[Tensor]:
         sums = [

@@ -1,7 +1,7 @@
-"""Weight penalties in a DeepSpeed run: where the fp32 masters of each matrix lie, and a step on them before the optimiser's.
+"""Weight penalties in a DeepSpeed run: where the fp32 masters of each matrix lie, and a step on them before the optimiser.
 
-The masters are whole on every rank (ZeRO-0), contiguous pieces of each matrix (ZeRO-1 and 2), or its ZeRO-3 shards; nothing is
-ever gathered while training. The step hangs on the optimiser that DeepSpeed wraps, which runs only when gradients were
+The masters are whole on every rank (ZeRO-0), contiguous pieces of each matrix (ZeRO-1 and 2) or its ZeRO-3 shards; nothing
+is gathered while training. The step hangs on the optimiser that DeepSpeed wraps, which runs only when gradients were
 finite and before it copies masters into weights: a skipped step skips the penalty, and the weights follow at no cost.
 """
 
@@ -110,9 +110,7 @@ def _targets(layers: Sequence[tuple[str, nn.Module]], penalty: WeightPenaltyConf
     return chosen
 
 
-def _matrix(
-    name: str, layer: Any, penalty: str, engine: Engine, world: World, number: int
-) -> DenseMatrix | LoRAMatrix:
+def _matrix(name: str, layer: Any, penalty: str, engine: Engine, world: World, number: int) -> DenseMatrix | LoRAMatrix:
     base = getattr(layer, "base_layer", layer).weight
     if base.requires_grad:
         held = held_master(base, engine.stage, world)
@@ -123,19 +121,20 @@ def _matrix(
     whole = _gather(shape, own, start, held is not None and held.replicated, world)
     norm, squared_norm = penalty_norm(penalty, whole), float(whole.square().sum())
     # In the model's dtype, in which the run began: exact, and half the memory of fp32.
-    reference = own.to(base.dtype, copy=True)
+    initial, polar = own.to(base.dtype, copy=True), None
     if penalty == "polar_drift":
-        polar = polar_factor(whole) if number % world.size == world.rank else torch.empty_like(whole)
+        factor = polar_factor(whole) if number % world.size == world.rank else torch.empty_like(whole)
         if world.size > 1:
-            moved = polar.to(world.device)
+            moved = factor.to(world.device)
             dist.broadcast(moved, number % world.size)
-            polar = moved.to(polar.device)
-        reference = polar.reshape(-1)[start : start + own.numel()].clone()
+            factor = moved.to(factor.device)
+        polar = factor.reshape(-1)[start : start + own.numel()].clone()
     if held is not None:
-        return DenseMatrix(name, held, reference, norm, squared_norm)
+        return DenseMatrix(name, held, initial, norm, squared_norm, polar)
     adapters = [getattr(layer, key)["default"].weight for key in ("lora_A", "lora_B")]
     a, b = (held_master(one, engine.stage, world) for one in adapters)
-    return LoRAMatrix(name, a, b, Shard(shape, start, reference), layer.scaling["default"], norm, squared_norm)
+    reference = Shard(shape, start, initial if polar is None else polar)
+    return LoRAMatrix(name, a, b, reference, layer.scaling["default"], norm, squared_norm)
 
 
 def _gather(shape: tuple[int, int], own: Tensor, start: int, replicated: bool, world: World) -> Tensor:
@@ -160,7 +159,7 @@ def held_master(parameter: nn.Parameter, stage: int, world: World) -> Held:
     def read() -> Tensor:
         # Looked up at each step: DeepSpeed links its fragments anew when it loads a checkpoint.
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        return empty if mapping is None else mapping.get_hp_fragment().view(-1)
+        return empty if mapping is None else mapping.get_hp_fragment().detach().view(-1)
 
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     return Held(shape, 0 if mapping is None else int(mapping.lp_fragment_address.start), read)
@@ -173,7 +172,7 @@ def _sharded_master(parameter: Any, shape: tuple[int, int]) -> Held:
     padded: list[Tensor] = []
 
     def read() -> Tensor:
-        padded[:] = [safe_get_local_fp32_param(parameter).view(-1)]  # the last shard may end in padding
+        padded[:] = [safe_get_local_fp32_param(parameter).detach().view(-1)]  # the last shard may end in padding
         return padded[0][:size]
 
     def write(flat: Tensor) -> None:

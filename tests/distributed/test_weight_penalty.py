@@ -1,0 +1,167 @@
+"""Weight penalties on ZeRO shards: gradients of the whole matrices without gathering them, and exact resume."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from calibtrain.losses.rotation_lora import lora_sums
+from calibtrain.losses.rotation_probes import (
+    NAMES,
+    Shard,
+    estimator,
+    penalty_norm,
+    probe_size,
+    run_together,
+    sign_probes,
+)
+from calibtrain.spectral.polar import polar_factor
+from tests.distributed.jobs import trained, write_job
+from tests.distributed.ranks import run, torchrun
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+PROBES = 4
+CASES = {
+    "stage0": {"training": {"zero_stage": 0}},
+    "stage1": {"training": {"zero_stage": 1}},
+    "stage2": {"training": {"zero_stage": 2}},
+    "stage3": {"training": {"zero_stage": 3}},
+    "bf16": {"training": {"zero_stage": 2}, "model": {"dtype": "bf16"}},
+    "offload": {"training": {"zero_stage": 3, "offload_optimizer": True}},
+    "lora1": {"training": {"zero_stage": 1}, "model": {"lora": {"r": 3}}},
+    "lora3": {"training": {"zero_stage": 3}, "model": {"lora": {"r": 3}}},
+}
+
+
+def penalties(**settings):
+    every = {"probes": PROBES, "target_modules": ["q_proj", "k_proj", "down_proj"], "layer_fraction": 1.0, **settings}
+    return [{"name": name, **every} for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    for name, sections in CASES.items():
+        write_job(folder, name, **sections, penalties=[], weight_penalties=penalties())
+    script = __file__.replace("test_weight_penalty", "penalty_cases")
+    ended = run(torchrun(2, script, str(folder)), folder)
+    assert ended.code == 0, ended.output[-6000:]
+    start = load_file(folder / "tiny" / "model.safetensors")
+    return {name: torch.load(folder / f"{name}-2.pt", weights_only=True) for name in CASES}, start
+
+
+def base_weight(start, key, dtype=torch.float32):
+    name = key.split(" ")[1].removeprefix("model.").removeprefix("base_model.model.")
+    (found,) = [value for other, value in start.items() if other == f"{name}.weight"]
+    return found.to(dtype).double()
+
+
+def distance(found, expected):
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if not name.startswith("lora")])
+def test_sharded_gradient_is_the_dense_one(results, case):
+    found, start = results[0][case], results[1]
+    assert len(found) == len(NAMES) * 6
+    for key, one in found.items():
+        penalty = key.split(" ")[0]
+        w0 = base_weight(start, key, torch.bfloat16 if case == "bf16" else torch.float32)
+        assert torch.equal(one["before"][0].double(), w0), key
+        weight = one["moved"][0].double()
+        size = probe_size(penalty, tuple(weight.shape))
+        probes = None if penalty == "angle_budget" else sign_probes(size, PROBES, torch.Generator().manual_seed(3))
+        polar = polar_factor(w0.float()).double() if penalty == "polar_drift" else None
+        sums = estimator(
+            penalty,
+            Shard.whole(weight),
+            Shard.whole(w0),
+            None if probes is None else probes.double(),
+            penalty_norm(penalty, w0),
+            polar=None if polar is None else Shard.whole(polar),
+        )
+        (expected,) = run_together([sums])
+        gradient = expected.left @ expected.right.mT + expected.drift_factor * (weight - w0)
+        assert distance(one["gradients"][0], gradient) < 1e-6, key
+        assert float(one["value"]) == pytest.approx(float(expected.value), rel=1e-6)
+
+
+@pytest.mark.parametrize("case", ["lora1", "lora3"])
+def test_lora_gradient_on_shards_is_the_dense_one(results, case):
+    found, start = results[0][case], results[1]
+    assert len(found) == len(NAMES) * 6
+    for key, one in found.items():
+        penalty, w0 = key.split(" ")[0], base_weight(start, key)
+        a, b = (part.double() for part in one["moved"])
+        reference = Shard.whole(polar_factor(w0.float()).double() if penalty == "polar_drift" else w0)
+        sums = lora_sums(penalty, a, b, reference, 32.0 / 3, penalty_norm(penalty, w0))
+        ((value, *gradients),) = run_together([sums])
+        assert float(one["value"]) == pytest.approx(float(value), rel=1e-5)
+        for part, expected in zip(one["gradients"], gradients, strict=True):
+            assert distance(part, expected) < 2e-6, key
+
+
+RESUMED = {
+    0: {},
+    1: {"model": {"dtype": "bf16"}},
+    2: {"model": {"lora": {"r": 2}}},
+    3: {},
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """Whole runs of 6 steps, the same from their checkpoint at step 4, and without penalties."""
+    folder = tmp_path_factory.mktemp("resume")
+    held = penalties(layer_fraction=0.5, weight=300.0)
+    configs = {"whole": [], "resumed": [], "free": []}
+    for stage, sections in RESUMED.items():
+        rest = {"training": {"zero_stage": stage, "keep_checkpoints": 9}, "penalties": [], **sections}
+        for kind, found in configs.items():
+            sections = {**rest, "weight_penalties": [] if kind == "free" else held}
+            if kind == "resumed":
+                from_step = folder / f"whole{stage}" / "checkpoints" / "step-0000004"
+                sections["training"] = {**rest["training"], "resume": str(from_step)}
+            found.append(write_job(folder, f"{kind}{stage}", **sections))
+    for kind, found in configs.items():
+        ended = run(trained(2, *found), folder, 400)
+        assert ended.code == 0, (kind, ended.output[-6000:])
+    return folder
+
+
+@pytest.mark.parametrize("stage", RESUMED)
+def test_resumed_run_is_bit_exact(resumed, stage):
+    weights = {
+        kind: load_file(resumed / f"{kind}{stage}" / "model" / "model.safetensors")
+        for kind in ("whole", "resumed", "free")
+    }
+    assert weights["whole"].keys() == weights["resumed"].keys()
+    assert all(weights["whole"][name].equal(weights["resumed"][name]) for name in weights["whole"])
+    assert any(not weights["whole"][name].equal(weights["free"][name]) for name in weights["whole"])
+    lines = {
+        kind: [json.loads(line) for line in (resumed / f"{kind}{stage}" / "metrics.jsonl").read_text().splitlines()]
+        for kind in weights
+    }
+    logged = {
+        kind: {
+            line["step"]: {key: value for key, value in line.items() if "weight_penalty" in key}
+            for line in found
+            if line["event"] == "log"
+        }
+        for kind, found in lines.items()
+    }
+    assert set(logged["whole"][6]) == {f"train/weight_penalty/{name}" for name in NAMES}
+    assert all(logged["whole"][step] == logged["resumed"][step] for step in (5, 6))
+    assert not any(logged["free"].values())
+
+
+def test_wrong_layer_name_is_refused(tmp_path):
+    config = write_job(
+        tmp_path, penalties=[], weight_penalties=[{"name": "row_stretch", "target_modules": ["nowhere"]}]
+    )
+    ended = run([sys.executable, "-m", "calibtrain.launchers.train", str(config)], tmp_path)
+    assert ended.code == 2, ended.output[-3000:]
+    assert "weight_penalties.row_stretch.target_modules" in ended.output
