@@ -9,22 +9,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Risk = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+from calibtrain.config_base import BelowOne, Count, Fraction, Positive, Risk, Section, Weight
+from calibtrain.config_losses import (
+    AnswerScoreConfig,
+    GRPOConfig,
+    NLLScope,
+    Objective,
+    ORPOConfig,
+    OwnAnswersConfig,
+    Penalty,
+    PolicyGradientConfig,
+    PPOConfig,
+    RewardModelConfig,
+    RLOOConfig,
+    RolloutsConfig,
+    SFTConfig,
+    WeightPenaltyConfig,
+)
 
-
-class Section(BaseModel):
-    """Base of every node of the tree: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
-    )
+__all__ = [
+    "AnswerScoreConfig",
+    "GRPOConfig",
+    "ORPOConfig",
+    "OwnAnswersConfig",
+    "PPOConfig",
+    "PolicyGradientConfig",
+    "RLOOConfig",
+    "RewardModelConfig",
+    "RolloutsConfig",
+    "RunConfig",
+    "SFTConfig",
+    "WeightPenaltyConfig",
+]
 
 
 class LoRAConfig(Section):
@@ -106,7 +124,7 @@ class FileSource(Section):
     kind: Literal["file"]
     path: Path
     """In a YAML file, relative to that file; on the command line, to the working directory."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
     """Maps our field (prompt, completion, chosen, rejected, messages, question, answers) to the file's column."""
 
 
@@ -126,7 +144,7 @@ class HubSource(Section):
     """Read rows over the network as they are needed, without downloading the whole set."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many rows are read; required when streaming."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
     """Maps our field (prompt, completion, chosen, rejected, messages, question, answers) to the data set's column."""
 
     @model_validator(mode="after")
@@ -181,171 +199,6 @@ class DataConfig(Section):
                 f"packing_tokens: {self.packing_tokens} is less than max_length: {self.max_length}; "
                 "a packed row must hold the longest sequence"
             )
-        return self
-
-
-class SFTConfig(Section):
-    """Cross-entropy on completion tokens (or on prompt and completion with nll_scope=full)."""
-
-    name: Literal["sft"] = "sft"
-    nll_scope: Literal["completion", "full"] = "completion"
-    """`completion`: cross-entropy of the completion's tokens; `full`: of the prompt's as well."""
-    nll_norm: Literal["token", "sequence"] = "token"
-    """`token`: mean over all tokens of the step; `sequence`: mean over sequences of their token means."""
-
-
-class ORPOConfig(Section):
-    """Odds-ratio preference optimisation (Hong, Lee, Thorne 2024, arXiv 2403.07691)."""
-
-    name: Literal["orpo"] = "orpo"
-    beta: Weight = 0.5
-    """Weight of the odds-ratio term, the paper's lambda."""
-    nll_scope: Literal["completion", "full"] = "completion"
-    """`completion`: cross-entropy of the completion's tokens; `full`: of the prompt's as well."""
-    nll_norm: Literal["token", "sequence"] = "token"
-    """`token`: mean over all tokens of the step; `sequence`: mean over sequences of their token means."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the preferences taken to be wrong; above 0 it bounds how far the pairs are driven apart."""
-    odds_ratio_cap: Positive | None = None
-    """A pair whose log odds ratio is above this is left alone; null is the paper's form."""
-
-
-class RewardModelConfig(Section):
-    """Reward model with a scalar head, from preference pairs (Bradley, Terry 1952)."""
-
-    name: Literal["reward_model"] = "reward_model"
-    margin: Weight = 0.0
-    """By how much the chosen answer's reward should exceed the rejected one's."""
-    centering: Weight = 0.01
-    """Weight of (r_chosen + r_rejected)^2 (arXiv 2312.09244), which fixes the offset that preferences leave open."""
-
-
-class RolloutsConfig(Section):
-    """How the policy answers the training questions, and what its answers earn (docs/losses.md)."""
-
-    group_size: Annotated[int, Field(ge=2)] = 8
-    """Answers sampled to each question, at temperature 1; they are one another's baseline."""
-    steps_per_round: Count = 1
-    """Optimiser steps that share one round of sampling; above 1 the later ones are off-policy, and clipping acts."""
-    reward: Literal["accuracy", "brier", "log", "ternary"] = "brier"
-    """`accuracy`: 1 if right; `brier`, `log`: that and a proper score of the confidence; `ternary`: 1 if right, 0 for an
-    abstention, and a wrong answer costs so much that answering pays below abstention.target_risk alone."""
-    confidence: Literal["likelihood", "stated"] = "likelihood"
-    """Where the confidence comes from: the probability of the whole answer, or "Confidence: 80%" behind it."""
-    accuracy_weight: Weight = 1.0
-    """Of being right, in `brier` and `log`; too small a weight beside score_weight would pay for being wrong: an error."""
-    score_weight: Weight = 1.0
-    """Of the confidence's score."""
-    decoupled: bool = True
-    """With `stated`: the answer's words get the credit of being right, the confidence's words that of the score."""
-    target_mixing: Fraction = 0.5
-    """With `decoupled`: share of the other samples' mean grade in what the confidence is scored against."""
-    format_penalty: float | None = None
-    """Reward of an answer that states no confidence; below the worst proper score. null: half a score_weight below it."""
-    abstentions: tuple[str, ...] = ("I don't know",)
-    """What counts as abstaining, in `ternary`, compared as evaluation.grading compares answers."""
-
-
-class PolicyGradientConfig(Section):
-    """What the on-policy objectives share."""
-
-    clip_low: BelowOne = 0.2
-    """The probability ratio to the policy that sampled counts down to 1 - clip_low ..."""
-    clip_high: Positive = 0.2
-    """... and up to 1 + clip_high."""
-    beta: Weight = 0.0
-    """Weight of the KL divergence from the starting model; above 0 it is kept, or LoRA's adapters are switched off."""
-
-
-class GRPOConfig(PolicyGradientConfig):
-    """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300)."""
-
-    name: Literal["grpo"] = "grpo"
-    norm: Literal["sequence", "token", "constant"] = "sequence"
-    """What a sum over tokens is divided by: `sequence` as published, `token` as DAPO, `constant` as Dr. GRPO."""
-    length: int | None = Field(default=None, ge=1)
-    """The constant of `norm: constant`: the most tokens an answer may have, as in evaluation.max_new_tokens."""
-    kl: Literal["k2", "k3", "k3+"] = "k3+"
-    """Estimator of the KL in the loss: `k3` as published; `k3+` is right in value and gradient."""
-    scale_advantages: Literal["group", "batch", "none"] = "none"
-    """Standard deviation that advantages are divided by: `group` as published; it blurs what a proper score asks for."""
-
-    @model_validator(mode="after")
-    def _constant_needs_length(self) -> GRPOConfig:
-        if self.norm == "constant" and self.length is None:
-            raise ValueError("norm: constant needs `length`, e.g. the value of evaluation.max_new_tokens")
-        return self
-
-
-class RLOOConfig(PolicyGradientConfig):
-    """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740); the KL is in the reward."""
-
-    name: Literal["rloo"] = "rloo"
-
-
-class PPOConfig(PolicyGradientConfig):
-    """Proximal policy optimisation with a value head (Schulman et al. 2017, arXiv 1707.06347); the KL is in the reward."""
-
-    name: Literal["ppo"] = "ppo"
-    value_clip: Positive = 0.2
-    """How far a value may move from the one at sampling before its loss stops to fall."""
-    value_weight: Weight = 0.1
-    """Weight of the value head's loss."""
-    gamma: Fraction = 1.0
-    """Discount of later rewards, per token."""
-    lam: Fraction = 0.95
-    """Decay of generalised advantage estimation (arXiv 1506.02438)."""
-
-
-Objective = Annotated[
-    SFTConfig | ORPOConfig | RewardModelConfig | GRPOConfig | RLOOConfig | PPOConfig, Field(discriminator="name")
-]
-
-
-class AnswerScoreConfig(Section):
-    """Proper score of the likelihood of the model's own graded answers, as a penalty (docs/calibration-term.md)."""
-
-    name: Literal["answer_score"] = "answer_score"
-    moves: Literal["scale", "all"] = "scale"
-    """`scale`: the score is minimised exactly, over the logit scale alone, which cannot memorise the questions; `all`:
-    its gradient enters the loss and moves every trained weight."""
-    score: Literal["log", "brier"] = "log"
-    """`log`: binary cross-entropy of the answer's likelihood against right or wrong; `brier`: squared error."""
-    refresh_every: Count = 50
-    """Optimiser steps between two rounds of answering; with `scale` there is one more after the last step."""
-    questions_per_refresh: Count = 512
-    """Questions answered in one round, at most the calibration split."""
-    weight: Weight = 1.0
-    """Of the term in the loss, with `all`."""
-    answers_per_step: Count = 16
-    """Graded answers that enter one optimiser step over all ranks, with `all`."""
-
-
-class WeightPenaltyConfig(Section):
-    """A penalty on how linear layers change: a decoupled step on shards before the optimiser's (docs/forgetting.md)."""
-
-    name: Literal["row_gram_drift", "column_gram_drift", "polar_drift", "row_stretch", "column_stretch", "angle_budget"]
-    """What it forgives: `row_gram_drift` W0 R; `column_gram_drift` L W0; `polar_drift` a shared rotation of both singular
-    bases and any stretch; `row_stretch` and `column_stretch` infinitesimal rotations; `angle_budget` a ball around W0."""
-    weight: Weight = 100.0
-    """In the unit of weight_decay: `angle_budget` with budget 0 decays weights towards where they started."""
-    scale: Literal["fixed", "free"] = "fixed"
-    """Of the Gram drifts: `free` also forgives a common factor of all singular values."""
-    budget: Weight = 0.0
-    """Of angle_budget: relative distance |W - W0| / |W0| without cost."""
-    probes: int | None = Field(default=8, ge=2)
-    """Random vectors per matrix and step that estimate the penalty; null computes it exactly, which costs far more."""
-    layer_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Share of the matrices that each step takes, at random, with a weight that makes up for it."""
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of the linear layers it holds for, or all of them but the head."""
-
-    @model_validator(mode="after")
-    def _options_of_its_kind(self) -> WeightPenaltyConfig:
-        if self.scale == "free" and not self.name.endswith("gram_drift"):
-            raise ValueError(f"scale: free belongs to the Gram drifts, not to {self.name}")
-        if self.budget and self.name != "angle_budget":
-            raise ValueError(f"budget belongs to angle_budget, not to {self.name}")
         return self
 
 
@@ -500,7 +353,7 @@ class RunConfig(Section):
     """What training minimises."""
     rollouts: RolloutsConfig = RolloutsConfig()
     """Sampling and reward of the objectives grpo, rloo and ppo."""
-    penalties: tuple[AnswerScoreConfig, ...] = ()
+    penalties: tuple[Penalty, ...] = ()
     """Added to the objective with their weights."""
     weight_penalties: tuple[WeightPenaltyConfig, ...] = ()
     """Hold the weights near those that training started from."""
@@ -524,7 +377,7 @@ class RunConfig(Section):
             )
         if problem := _unfit_for_objective(self):
             raise ValueError(problem)
-        names = [penalty.name for penalty in self.penalties]
+        names = [getattr(penalty, "loss", penalty.name) for penalty in self.penalties]
         if len(set(names)) != len(names):
             raise ValueError(f"penalties: each may appear once, got {names}")
         held = [penalty.name for penalty in self.weight_penalties]
@@ -534,8 +387,8 @@ class RunConfig(Section):
             raise ValueError("weight_penalties act on weights or LoRA; model.adapter is a constraint already")
         if self.model.lora is not None and any(penalty.scale == "free" for penalty in self.weight_penalties):
             raise ValueError("weight_penalties: scale: free has no closed form under model.lora; take scale: fixed")
-        if self.penalties and self.data.splits.calibration == 0:
-            raise ValueError("penalties.answer_score needs questions: set data.splits.calibration to 128..512")
+        if problem := _unfit_answers(self):
+            raise ValueError(problem)
         if self.training.evaluate_every and self.data.splits.calibration == 0:
             raise ValueError("training.evaluate_every needs questions: set data.splits.calibration to 128..512")
         return self
@@ -543,7 +396,22 @@ class RunConfig(Section):
     @property
     def trains_on_pairs(self) -> bool:
         """Whether the objective compares a chosen with a rejected answer."""
-        return self.objective.name in ("orpo", "reward_model")
+        return self.objective.name in ("orpo", "reward_model") or getattr(self.objective, "data", "") == "pairs"
+
+    @property
+    def nll_scope(self) -> NLLScope:
+        """Whether prompt tokens are targets as well."""
+        return getattr(self.objective, "nll_scope", "completion")
+
+    @property
+    def penalties_in_loss(self) -> list[Penalty]:
+        """The penalties whose gradient trains the weights: all but the one that is solved for the logit scale."""
+        return [penalty for penalty in self.penalties if getattr(penalty, "moves", "all") == "all"]
+
+    @property
+    def penalties_on_answers(self) -> list[Penalty]:
+        """The penalties for which the model answers questions while it trains."""
+        return [penalty for penalty in self.penalties if isinstance(penalty, OwnAnswersConfig)]
 
     @property
     def sequences_per_record(self) -> int:
@@ -560,6 +428,18 @@ class RunConfig(Section):
     def resolved(self) -> dict[str, Any]:
         """Plain dict of every value, as written to config.yaml."""
         return self.model_dump(mode="json")
+
+
+def _unfit_answers(config: RunConfig) -> str | None:
+    """What penalties on own answers cannot do without."""
+    answering = config.penalties_on_answers
+    if answering and config.data.splits.calibration == 0:
+        return f"penalties.{answering[0].name} needs questions: set data.splits.calibration to 128..512"
+    for key in OwnAnswersConfig.model_fields:
+        values = {penalty.name: getattr(penalty, key) for penalty in answering}
+        if len(set(values.values())) > 1:
+            return f"penalties share one stream of answers, so {key} must be the same in each, got {values}"
+    return None
 
 
 def _unfit_for_objective(config: RunConfig) -> str | None:
