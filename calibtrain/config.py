@@ -460,4 +460,6 @@ def _unfit_for_objective(config: RunConfig) -> str | None:
             )
         if config.rollouts.confidence == "stated" and config.rollouts.reward not in ("brier", "log"):
             return f"rollouts.confidence: stated is scored by reward: brier or log, not {config.rollouts.reward}"
+        if config.rollouts.confidence == "stated" and config.rollouts.decoupled and name != "grpo":
+            return f"rollouts.decoupled needs credit for each word, which {name} has not: set it to false"
     return None

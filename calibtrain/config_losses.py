@@ -134,11 +134,11 @@ class RolloutsConfig(Section):
     score_weight: Weight = 1.0
     """Of the confidence's score."""
     decoupled: bool = True
-    """With `stated`: the answer's words get the credit of being right, the confidence's words that of the score."""
+    """With `stated` and grpo: the answer's words get the credit of being right, the confidence's words that of the score."""
     target_mixing: Fraction = 0.5
     """With `decoupled`: share of the other samples' mean grade in what the confidence is scored against."""
     format_penalty: float | None = None
-    """Reward of an answer that states no confidence; below the worst proper score. null: half a score_weight below it."""
+    """What an answer that states no confidence earns; below the worst proper score. null: one half below it."""
     abstentions: tuple[str, ...] = ("I don't know",)
     """What counts as abstaining, in `ternary`, compared as evaluation.grading compares answers."""
 

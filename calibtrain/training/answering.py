@@ -51,7 +51,7 @@ class Answerer:
                 self.settings,
                 shots=shots,
                 device=self.world.device,
-                all_done=self._all_done if self.lockstep else bool,
+                all_done=self.all_done if self.lockstep else bool,
                 share_prefix=not self.lockstep,
                 on_batch=on_batch,
             )
@@ -59,7 +59,8 @@ class Answerer:
             self.module.train(was_training)
         return gather_answered(take(answered, len(mine)), self.world)
 
-    def _all_done(self, done: bool) -> bool:
+    def all_done(self, done: bool) -> bool:
+        """Whether every rank is done. Collective."""
         return all_agree(done, self.world.device)
 
 

@@ -1,0 +1,193 @@
+"""On-policy data: the policy answers training questions itself, and its graded answers become the loop's examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibtrain.confidence.generation import Generation, generate
+from calibtrain.confidence.stated import read_statement, statement_tokens
+from calibtrain.config import PolicyGradientConfig, PPOConfig, RunConfig
+from calibtrain.data.collate import collate
+from calibtrain.data.encode import Encoded, cut_left
+from calibtrain.data.grading import grade
+from calibtrain.data.loader import step_indices
+from calibtrain.data.records import Record, unit_hash
+from calibtrain.errors import UserError
+from calibtrain.losses.terms import ANSWER, Batch
+from calibtrain.models.loss_model import LogprobStep, LossModel
+from calibtrain.training.answering import Answerer
+from calibtrain.training.deepspeed_config import BatchPlan
+from calibtrain.training.distributed import gather_lists, shard
+from calibtrain.training.rollout_credit import Credit, Sample, check_rewards, credit
+
+
+class Rollouts(Sequence[tuple[Encoded, ...]]):
+    """Item i: the group of answers that the policy gave to question i in the present round, for the loop to train on.
+
+    Which questions a round asks and what it draws are pure functions of (seed, step, ranks) and the weights; a round that
+    spans several steps is kept in checkpoints, so that a resume continues bit for bit. `reference` is a frozen copy of the
+    starting model for the KL; None switches LoRA's adapters off instead.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        answerer: Answerer,
+        questions: Sequence[Record],
+        plan: BatchPlan,
+        reference: LossModel | None = None,
+    ) -> None:
+        objective = config.objective
+        assert isinstance(objective, PolicyGradientConfig)
+        check_rewards(config)
+        if any(not record.accepted for record in questions):
+            raise UserError(f"objective.name: {objective.name} grades what it samples: training questions need answers")
+        self.config, self.answerer, self.questions, self.plan = config, answerer, list(questions), plan
+        self.reference = reference
+        self.needs_reference = objective.beta > 0
+        self.needs_values = isinstance(objective, PPOConfig)
+        self.off_policy = config.rollouts.steps_per_round > 1
+        self.samples: list[Sample] = []
+        self.metrics: dict[str, float] = {}
+        self._groups: dict[int, list[int]] = {}  # question -> its samples
+        self._credit: list[Credit] = []
+        room = config.data.max_length - config.evaluation.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"evaluation.max_new_tokens: {config.evaluation.max_new_tokens} leaves no room for a question in "
+                f"data.max_length: {config.data.max_length}"
+            )
+        bos = answerer.template.tokenizer.bos_token_id
+        self._prompts = [tuple(cut_left(answerer.template.prompt_ids(one), room, bos)) for one in self.questions]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> tuple[Encoded, ...]:  # type: ignore[override]
+        return tuple(self._encoded(self.samples[i]) for i in self._groups[index])
+
+    def before_step(self, step: int) -> None:
+        """Sample, grade and credit the answers of the coming steps where a round begins at `step` (from 0). Collective."""
+        span = self.config.rollouts.steps_per_round
+        if step % span:
+            return
+        total = self.plan.global_batch_size
+        asked = [i for k in range(span) for i in step_indices(step + k, total, len(self), self.config.seed)]
+        model = self.answerer.module
+        was_training, scale = model.training, model.policy.scale
+        model.eval()
+        model.policy.scale = 1.0  # the policy that is trained, not the one that is asked for its confidence
+        try:
+            mine = self._measured(self._sampled(shard(asked, self.answerer.world), step))
+        finally:
+            model.train(was_training)
+            model.policy.scale = scale
+        self._take(gather_lists(mine))
+
+    def fill(self, batch: Batch, indices: Sequence[int]) -> Batch:
+        """The collated batch of the questions at `indices` with what its objective reads of each token."""
+        chosen = [i for index in indices for i in self._groups[index]]
+        samples = [self.samples[i] for i in chosen]
+
+        def flat(parts: Sequence[Sequence[float]]) -> Tensor:
+            return torch.tensor([value for part in parts for value in part], dtype=torch.float32)
+
+        return replace(
+            batch,
+            advantages=flat([self._credit[i].advantages for i in chosen]),
+            old_logprob=flat([one.logprobs for one in samples]) if self.off_policy else None,
+            reference_logprob=flat([one.reference for one in samples]) if self.needs_reference else None,
+            old_values=flat([one.values for one in samples]) if self.needs_values else None,
+            returns=flat([self._credit[i].returns for i in chosen]) if self.needs_values else None,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values of the present round; nothing where each step has its own, which the next one draws anew."""
+        return {"samples": [asdict(one) for one in self.samples] if self.off_policy else []}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the round of a checkpoint."""
+        saved: list[dict[str, Any]] = state["samples"]
+        samples = [Sample(**{key: tuple(x) if isinstance(x, list) else x for key, x in one.items()}) for one in saved]
+        if samples:
+            self._take(samples)
+
+    def _take(self, samples: list[Sample]) -> None:
+        """Make these the present round. A question that is asked twice in it keeps the answers of its last turn."""
+        size = self.config.rollouts.group_size
+        groups = [i // size for i in range(len(samples))]
+        self.samples = samples
+        self._groups = {
+            samples[start].question: list(range(start, start + size)) for start in range(0, len(samples), size)
+        }
+        self._credit, self.metrics = credit(samples, groups, self.config)
+
+    def _sampled(self, asked: Sequence[int], step: int) -> list[Sample]:
+        answerer, evaluation = self.answerer, self.config.evaluation
+        lockstep = answerer.lockstep
+        groups = generate(
+            answerer.module,
+            [self._prompts[i] for i in asked],
+            stop_ids=answerer.template.stop_ids,
+            pad_id=answerer.template.pad_id,
+            max_new_tokens=evaluation.max_new_tokens,
+            batch_size=max(1, evaluation.batch_size // self.config.rollouts.group_size),
+            samples=self.config.rollouts.group_size,
+            seed=int(unit_hash("rollouts", self.config.seed, step, answerer.world.rank) * 2**53),
+            device=answerer.world.device,
+            all_done=answerer.all_done if lockstep else bool,
+            share_prefix=not lockstep,
+        )
+        return [self._sample(i, one) for i, group in zip(asked, groups, strict=True) for one in group]
+
+    def _sample(self, index: int, generation: Generation) -> Sample:
+        template, rollouts = self.answerer.template, self.config.rollouts
+        method, accepted = self.config.evaluation.grading, self.questions[index].accepted
+        text = template.decode_answer(generation.tokens)
+        confidence, stated = math.exp(min(0.0, math.fsum(generation.logprobs))), tuple[bool, ...]()
+        if rollouts.confidence == "stated":
+            statement = read_statement(text)
+            text, confidence = statement.answer, math.nan if statement.confidence is None else statement.confidence
+            stated = statement_tokens(generation.tokens, template.decode_answer)
+        return Sample(
+            question=index,
+            tokens=generation.tokens,
+            correct=float(grade(text, accepted, method)),
+            confidence=confidence,
+            abstained=rollouts.reward == "ternary" and grade(text, rollouts.abstentions, method),
+            stated=stated,
+        )
+
+    def _measured(self, samples: list[Sample]) -> list[Sample]:
+        """The samples with the log-probs and values that credit and later steps need, in as many passes on each rank."""
+        if not (self.needs_reference or self.needs_values or self.off_policy):
+            return samples
+        size = self.plan.micro_batch_size * self.config.rollouts.group_size
+        found: list[Sample] = []
+        for start in range(0, len(samples), size):
+            part = samples[start : start + size]
+            batch = collate([self._encoded(one) for one in part], self.answerer.template.pad_id)
+            batch = batch.to(self.answerer.world.device)
+            lengths = [len(one.tokens) for one in part]
+            logprobs, values = self.answerer.module(LogprobStep(batch))
+            changes = {"logprobs": logprobs, "values": values if self.needs_values else None}
+            if self.needs_reference:
+                model = self.answerer.module if self.reference is None else self.reference
+                changes["reference"] = model(LogprobStep(batch, base=self.reference is None))[0]
+            rows: dict[str, list[Any]] = {
+                name: [tuple(row.tolist()) for row in tensor.cpu().split(lengths)]
+                for name, tensor in changes.items()
+                if tensor is not None
+            }
+            found += [replace(one, **{name: row[i] for name, row in rows.items()}) for i, one in enumerate(part)]
+        return found
+
+    def _encoded(self, sample: Sample) -> Encoded:
+        prompt = self._prompts[sample.question]
+        return Encoded((*prompt, *sample.tokens), len(prompt), ANSWER, sample.question, correct=sample.correct)
