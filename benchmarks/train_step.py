@@ -312,7 +312,8 @@ def plain_worker(pipe: Connection, model: Path, shape: str) -> None:
         torch.nn.utils.clip_grad_norm_(masters, config.training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        torch._foreach_copy_(weights, masters)
+        with torch.no_grad():
+            torch._foreach_copy_(weights, masters)
         pipe.send({"seconds": time.perf_counter() - started, "loss": float(loss)})
 
 

@@ -94,8 +94,8 @@ class ModelConfig(Section):
     """Of the weights in the forward and backward pass; the optimizer always holds fp32 masters."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers; flash_attention_2 keeps packing and shared prompts off."""
     lora: LoRAConfig | None = None
     """Train low-rank adapters only; null trains every weight."""
     adapter: Adapter | None = None

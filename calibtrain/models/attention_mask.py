@@ -17,11 +17,12 @@ from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import CHOSEN, REJECTED, Batch
+from calibtrain.models import cpu_attention
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", cpu_attention.NAME)
 """Attention implementations of transformers that take a mask as it is handed to them."""
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window", "local_attention")
 """Where configs keep how far back a token sees, in tokens; a window that no sequence outgrows is no rule."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -13,7 +14,10 @@ import torch
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
+from calibtrain.models import cpu_attention
 from calibtrain.spectral.shared_rotation import add_shared_rotations
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -63,7 +67,7 @@ def load_model(config: ModelConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = _from_pretrained(
-        AutoModelForCausalLM, config, dtype=DTYPES[config.dtype], attn_implementation=config.attention
+        AutoModelForCausalLM, config, dtype=DTYPES[config.dtype], attn_implementation=attention_implementation(config)
     )
     model.config.use_cache = False
     if config.gradient_checkpointing:
@@ -73,6 +77,19 @@ def load_model(config: ModelConfig) -> Any:
     if config.adapter is not None:
         model = add_adapter(model, config)
     return model
+
+
+def attention_implementation(config: ModelConfig) -> str:
+    """The config's attention, as transformers knows it, on this machine.
+
+    FlexAttention trains on GPUs only: elsewhere it is SDPA, which takes the same masks. In bf16 on a CPU SDPA's backward
+    pass is slow on short rows, and ours takes its place there.
+    """
+    if torch.cuda.is_available() or config.attention not in ("sdpa", "flex_attention"):
+        return config.attention
+    if config.attention == "flex_attention":
+        logger.info("model.attention: flex_attention needs a GPU to train; this run takes sdpa")
+    return cpu_attention.register() if config.dtype == "bf16" else "sdpa"
 
 
 def add_lora(model: Any, config: ModelConfig) -> Any:
