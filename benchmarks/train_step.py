@@ -2,10 +2,11 @@
 
     python benchmarks/train_step.py --json benchmarks/results/train_step.json
 
-Every contender lives in a process of its own, with the same number of threads; the parent lets one of them take one
-step at a time, in turn, and waits. A step is the whole loop's: fetching and collating, forward, backward, clipping,
-AdamW, bookkeeping. All take the same 8 pairs a step, minimise the same loss (negative log-likelihood of prompt and
-chosen answer, beta 0.5), compute in bf16; the losses of their first step are in the report, to be compared.
+Each contender meets calibtrain in turn. Both live in processes of their own, with the same number of threads and the
+same settings of the allocator; the parent lets one of them take one step at a time, alternating, and waits. A step is
+the whole loop's: fetching and collating, forward, backward, clipping, AdamW, bookkeeping. All take the same 8 pairs a
+step, minimise the same loss (negative log-likelihood of prompt and chosen answer, beta 0.5), compute in bf16; the
+losses of their first step are in the report, to be compared.
 
 - `calibtrain`: Trainer on DeepSpeed ZeRO-2, bf16 weights and fp32 masters, the default hooks.
 - `calibtrain_responses`: the same with nll_scope=completion, our default and the paper's formula; TRL has no such option.
@@ -34,6 +35,8 @@ from typing import Any
 
 from _report import print_table, write_json
 
+from calibtrain.launchers.local import local_environment
+
 SHAPES = {"long": (128, 32), "short": (24, 8)}
 """Tokens of a prompt and of each response."""
 PAIRS, BETA, LEARNING_RATE = 8, 0.5, 1e-6
@@ -43,7 +46,7 @@ EMBEDDED = "embedded:smollm2-135m-instruct"
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write machine, versions, rows and summary here")
-    parser.add_argument("--steps", type=int, default=9, help="timed steps of each contender")
+    parser.add_argument("--steps", type=int, default=7, help="timed steps of each contender")
     parser.add_argument("--blocks", type=int, default=15, help="blocks of 5 steps with and without hooks")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
@@ -57,9 +60,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = _model_directory(Path(folder), args.smoke)
         for shape in args.shapes:
-            found = measure(args.only, model, shape, args.steps, args.threads)
-            rows += found
-            summary.update(summarize(shape, {row["contender"]: row["pairs_per_second"] for row in found}))
+            ratios = {}
+            for name in args.only:
+                found = measure(["calibtrain", name], model, shape, args.steps, args.threads)
+                rows += found
+                ratios[name] = found[0]["pairs_per_second"] / found[1]["pairs_per_second"]
+            summary.update(summarize(shape, ratios))
         hooks = measure_hooks(model, args.shapes[-1], args.blocks, args.threads)
         rows.append(hooks)
         summary["hooks_overhead"] = hooks["seconds"] / hooks["seconds_without"] - 1
@@ -69,24 +75,25 @@ def main() -> None:
         write_json(args.json, rows, summary)
 
 
-def summarize(shape: str, speed: dict[str, float]) -> dict[str, float]:
-    """Ratios of pairs per second, for what was measured."""
-    peers = {name: value for name, value in speed.items() if name.startswith("trl_")}
-    with_masters = [value for name, value in peers.items() if name.startswith("trl_autocast")]
+def summarize(shape: str, ratios: dict[str, float]) -> dict[str, float]:
+    """Speedups from how many times as many pairs a second calibtrain takes as each contender beside it."""
+    any_peer = [ratio for name, ratio in ratios.items() if name.startswith("trl_")]
+    with_masters = [ratio for name, ratio in ratios.items() if name.startswith("trl_autocast")]
     summary = {}
-    for ours, key in (("calibtrain", f"speedup_{shape}"), ("calibtrain_responses", f"speedup_{shape}_responses")):
-        if ours in speed and with_masters:
-            summary[key] = speed[ours] / max(with_masters)
-        if ours in speed and peers:
-            summary[f"{key}_against_any"] = speed[ours] / max(peers.values())
-    if {"calibtrain", "plain_torch"} <= set(speed):
-        summary[f"deepspeed_share_{shape}"] = 1 - speed["calibtrain"] / speed["plain_torch"]
+    for key, peers in ((f"speedup_{shape}", with_masters), (f"speedup_{shape}_against_any", any_peer)):
+        if peers:
+            summary[key] = min(peers)
+        if peers and "calibtrain_responses" in ratios:
+            summary[f"{key}_responses"] = min(peers) / ratios["calibtrain_responses"]
+    if "plain_torch" in ratios:
+        summary[f"deepspeed_share_{shape}"] = 1 - ratios["plain_torch"]
     return summary
 
 
 def measure(names: list[str], model: Path, shape: str, steps: int, threads: int) -> list[dict[str, Any]]:
     """One row a contender: median seconds of a step, and the loss of the first one. One warm-up step each."""
-    workers = {name: Worker(CONTENDERS[name], threads, model, shape) for name in names}
+    targets = {"calibtrain": calibtrain_worker, **CONTENDERS}
+    workers = {name: Worker(targets[name], threads, model, shape) for name in names}
     try:
         losses = {name: worker.step()["loss"] for name, worker in workers.items()}
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -130,7 +137,8 @@ class Worker:
     """A contender in a process of its own that takes one step each time it is asked."""
 
     def __init__(self, target: Callable[[Connection, Path, str], None], threads: int, model: Path, shape: str) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        # What `calibtrain train` sets on a CPU, for the peer too: large buffers stay on the heap.
+        os.environ.update(local_environment({"OMP_NUM_THREADS": str(threads)}, num_processes=1, gpus=0))
         self.pipe, theirs = get_context("spawn").Pipe()
         self.process = get_context("spawn").Process(target=target, args=(theirs, model, shape), daemon=True)
         self.process.start()
@@ -403,7 +411,6 @@ def trl_bf16_accumulated_worker(pipe: Connection, model: Path, shape: str) -> No
 
 
 CONTENDERS: dict[str, Callable[[Connection, Path, str], None]] = {
-    "calibtrain": calibtrain_worker,
     "calibtrain_responses": responses_worker,
     "plain_torch": plain_worker,
     "trl_autocast": trl_worker,
