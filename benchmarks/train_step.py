@@ -322,7 +322,7 @@ def plain_worker(pipe: Connection, model: Path, shape: str) -> None:
         optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_copy_(weights, masters)
-        pipe.send({"seconds": time.perf_counter() - started, "loss": float(loss)})
+        pipe.send({"seconds": time.perf_counter() - started, "loss": float(loss.detach())})
 
 
 def trl_worker(pipe: Connection, model: Path, shape: str, dtype: str = "float32", micro_batches: int = 1) -> None:
@@ -384,7 +384,7 @@ def _keep_losses(trainer: Any) -> None:
 
     def compute_loss(*args: Any, **options: Any) -> Any:
         loss = plain(*args, **options)
-        trainer.seen.append(float(loss))
+        trainer.seen.append(float(loss.detach()))
         return loss
 
     trainer.compute_loss = compute_loss
