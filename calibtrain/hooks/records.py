@@ -56,6 +56,7 @@ class StepRecord:
     tokens: int  # input tokens of this rank in the step
     logit_scale: float | None  # of the calibration term, when it has one
     weight_penalties: Mapping[str, float] = field(default_factory=dict)  # estimates, before the step
+    rollouts: Mapping[str, float] = field(default_factory=dict)  # means over the round that the step learned from
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ class TrainingHook(Hook):
         self._steps += torch.tensor([record.tokens, record.seconds, 1, record.skipped], dtype=torch.float64)
         values = {key: getattr(record, field) for field, key in STEP_FIELDS.items()}
         values |= {f"train/weight_penalty/{name}": value for name, value in record.weight_penalties.items()}
+        values |= {f"train/rollouts/{name}": value for name, value in record.rollouts.items()}
         self._last = {key: float(value) for key, value in values.items() if value is not None}
 
     def sums(self) -> dict[str, Tensor]:

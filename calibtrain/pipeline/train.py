@@ -15,7 +15,7 @@ import torch
 from calibtrain.confidence.likelihood import sample_answers
 from calibtrain.config import RunConfig
 from calibtrain.config_file import dump_config
-from calibtrain.data.encode import encode_records
+from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.loader import total_steps
 from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
@@ -41,9 +41,10 @@ from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.answering import Answerer
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
-from calibtrain.training.deepspeed_config import batch_plan, deepspeed_dict
+from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.distributed import World, barrier, gather_lists, shard, start_world
 from calibtrain.training.engine import Engine, start_engine
+from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.trainer import Trainer
 from calibtrain.training.weight_penalty import build_weight_penalties
 
@@ -76,7 +77,9 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         write_provenance(config, prepared, template, trainer, world)
     progress = Progress()
     if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, engine, trainer.stream, trainer.average, trainer.hooks, world)
+        progress = load_checkpoint(
+            checkpoint, engine, trainer.stream, trainer.average, trainer.hooks, world, trainer.rollouts
+        )
     record = RunRecord(config.resolved(), config.output_dir, trainer.total_steps, progress.step, world.rank, world.size)
     trainer.hooks.dispatch("on_start", record)
     target = config.output_dir / "model"
@@ -187,12 +190,17 @@ def _trainer(
     if not train:
         raise UserError("data.splits.train: 0 records to train on")
     drops = prepared.drops
-    examples = encode_records(train, template, config.data.max_length, config.trains_on_pairs, drops)
+    plan = batch_plan(config.training, world.size)
+    answerer = Answerer(engine.module, template, config.evaluation, world, lockstep=engine.stage == 3)
+    rollouts = _rollouts(config, train, answerer, plan) if config.trains_on_rollouts else None
+    examples: Sequence[tuple[Encoded, ...]]
+    if rollouts is not None:
+        examples = rollouts
+    else:
+        examples = encode_records(train, template, config.data.max_length, config.trains_on_pairs, drops)
     for line in drops.lines() if world.is_main else []:
         logger.warning("dropped: %s", line)
-    plan = batch_plan(config.training, world.size)
     steps = config.training.max_steps or total_steps(len(examples), config.training.epochs, plan.global_batch_size)
-    answerer = Answerer(engine.module, template, config.evaluation, world, lockstep=engine.stage == 3)
     questions = prepared.splits["calibration"]
     stream = None
     if config.penalties:
@@ -217,7 +225,16 @@ def _trainer(
         weight_penalties=build_weight_penalties(config, engine, world),
         **layout,
         evaluation_questions=questions,
+        rollouts=rollouts,
     )
+
+
+def _rollouts(config: RunConfig, train: Sequence[Record], answerer: Answerer, plan: BatchPlan) -> Rollouts:
+    reference = None
+    if config.objective.beta > 0 and config.model.lora is None:  # type: ignore[union-attr]
+        start = config.model.model_copy(update={"adapter": None, "gradient_checkpointing": False})
+        reference = LossModel(Policy(load_model(start))).to(answerer.world.device).eval().requires_grad_(False)
+    return Rollouts(config, answerer, train, plan, reference)
 
 
 def row_layout(config: RunConfig, policy: Policy) -> dict[str, Any]:
@@ -225,7 +242,7 @@ def row_layout(config: RunConfig, policy: Policy) -> dict[str, Any]:
 
     A model whose attention takes no block masks gets one sequence a row, and a message says so.
     """
-    shares = config.data.shared_prefix and config.objective.name == "orpo"
+    shares = config.data.shared_prefix and (config.objective.name == "orpo" or config.trains_on_rollouts)
     wanted = {"packing_tokens": config.data.packing_tokens, "shared_prefix": shares}
     if not any(wanted.values()):
         return wanted

@@ -25,6 +25,7 @@ from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.distributed import World, all_agree, barrier
 from calibtrain.training.engine import Engine
+from calibtrain.training.rollouts import Rollouts
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def save_checkpoint(
     config: RunConfig,
     data_hash: str,
     world: World,
+    rollouts: Rollouts | None = None,
 ) -> Path | None:
     """Write `directory`/step-N and drop the oldest beyond keep_checkpoints. Collective.
 
@@ -76,7 +78,7 @@ def save_checkpoint(
     error = _write_engine(engine, partial)
     if error is None:
         try:
-            _write_rank_state(partial, engine, stream, hooks, world)
+            _write_rank_state(partial, engine, stream, hooks, world, rollouts)
             if world.is_main:
                 if average is not None:
                     save_file(average.tensors(), partial / "average.safetensors")
@@ -151,6 +153,7 @@ def load_checkpoint(
     average: WeightAverage | None,
     hooks: HookList,
     world: World,
+    rollouts: Rollouts | None = None,
 ) -> Progress:
     """Restore everything from a checkpoint that `find_checkpoint` accepted; the last thing before the loop. Collective."""
     engine.deepspeed.load_checkpoint(str(path), tag="engine")
@@ -158,6 +161,8 @@ def load_checkpoint(
     state = json.loads((path / f"rank{world.rank}.json").read_text(encoding="utf-8"))
     if stream is not None:
         stream.load_state_dict(state["stream"])
+    if rollouts is not None:
+        rollouts.load_state_dict(state["rollouts"])
     if average is not None:
         average.load(load_file(path / "average.safetensors"))
     hooks.load_state_dict(_with_tensors(state["hooks"], tensors))
@@ -205,7 +210,12 @@ def _write_engine(engine: Engine, partial: Path) -> OSError | None:
 
 
 def _write_rank_state(
-    partial: Path, engine: Engine, stream: AnswerStream | None, hooks: HookList, world: World
+    partial: Path,
+    engine: Engine,
+    stream: AnswerStream | None,
+    hooks: HookList,
+    world: World,
+    rollouts: Rollouts | None,
 ) -> None:
     tensors = {"rng/cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
@@ -216,9 +226,10 @@ def _write_rank_state(
         {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()},
         partial / f"rank{world.rank}.safetensors",
     )
-    _write_json(
-        partial / f"rank{world.rank}.json", {"hooks": plain, "stream": None if stream is None else stream.state_dict()}
-    )
+    state = {
+        name: None if one is None else one.state_dict() for name, one in (("stream", stream), ("rollouts", rollouts))
+    }
+    _write_json(partial / f"rank{world.rank}.json", {"hooks": plain, **state})
 
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

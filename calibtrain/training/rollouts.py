@@ -114,9 +114,9 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the round of a checkpoint."""
         saved: list[dict[str, Any]] = state["samples"]
-        samples = [Sample(**{key: tuple(x) if isinstance(x, list) else x for key, x in one.items()}) for one in saved]
-        if samples:
-            self._take(samples)
+        if saved:
+            lists_as_tuples = ({key: tuple(x) if isinstance(x, list) else x for key, x in one.items()} for one in saved)
+            self._take([Sample(**one) for one in lists_as_tuples])
 
     def _take(self, samples: list[Sample]) -> None:
         """Make these the present round. A question that is asked twice in it keeps the answers of its last turn."""

@@ -31,6 +31,7 @@ from calibtrain.training.checkpoint import Progress, save_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.distributed import World, gather_lists, sum_over_ranks
 from calibtrain.training.engine import Engine
+from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.weight_penalty import WeightPenalties
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Trainer:
     packing_tokens: int | None = None
     shared_prefix: bool = False
     evaluation_questions: Sequence[Record] = ()
+    rollouts: Rollouts | None = None  # then these are the examples
 
     def fit(self, progress: Progress) -> Progress:
         """Train from `progress` to the last step. Raises UserError after too many steps with non-finite gradients."""
@@ -66,6 +68,8 @@ class Trainer:
             started = time.perf_counter()
             if self.stream is not None:
                 self.stream.before_step(step)
+            if self.rollouts is not None:
+                self.rollouts.before_step(step)
             window = self._window(step)
             learning_rate = self.engine.set_learning_rate(step, self.total_steps, training)
             outputs = []
@@ -94,6 +98,7 @@ class Trainer:
                     tokens=sum(int((one.batch.segment_ids > 0).sum()) for one in window),
                     logit_scale=None if self.stream is None else self.engine.module.policy.scale,
                     weight_penalties={} if self.weight_penalties is None else self.weight_penalties.values(),
+                    rollouts={} if self.rollouts is None else self.rollouts.metrics,
                 ),
             )
             if self.average is not None:
@@ -142,6 +147,7 @@ class Trainer:
                 self.config,
                 self.data_hash,
                 self.world,
+                self.rollouts,
             )
             if path is not None:
                 self.hooks.dispatch("on_checkpoint", CheckpointRecord(step, path))
@@ -182,6 +188,8 @@ class Trainer:
             self.packing_tokens,
             shared_prefix=self.shared_prefix,
         )
+        if self.rollouts is not None:
+            batch = self.rollouts.fill(batch, indices)
         return TrainStep(batch.to(self.world.device), {})
 
     def _report_skip(self, progress: Progress, outputs: Sequence[StepStatistics]) -> None:
