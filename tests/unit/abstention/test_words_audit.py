@@ -65,8 +65,10 @@ def test_a_steady_word_is_within_its_margin(p, previous, other):
 
 def test_only_calibrated_values_are_spoken():
     rng = np.random.default_rng(0)
-    q = rng.random(2000)
-    calibrator = fit_calibrator("histogram", q, rng.random(2000) < q / 2, template_hash="t", weights_hash="w", replicates=0)
+    q = rng.random(20_000)
+    calibrator = fit_calibrator(
+        "histogram", q, rng.random(20_000) < q / 2, template_hash="t", weights_hash="w", replicates=0
+    )
     said = speak(calibrator, [0.97])[0]
     assert said.word == "roughly even chance"  # and not "almost certain"
     assert said.percent in said.sentence
