@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--only", help="comma-separated methods; plain is always among them")
+    parser.add_argument("--collect", action="store_true", help="train nothing: report what --work holds so far")
     parser.add_argument("--smoke", action="store_true", help="two steps, eight questions, one strength, one seed")
     parser.add_argument("--override", action="append", default=[], help="changes to the config of every run")
     arguments = parser.parse_args()
@@ -89,12 +90,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
         strengths = {name: list(METHODS[name])[: 1 if arguments.smoke else None] for name in methods}
-        train_all(
-            work, [("raw", "", 0), *((m, s, 0) for m in methods for s in strengths[m])], arguments.jobs, overrides
-        )
+        seeds = list(range(1 if arguments.smoke else arguments.seeds))
+        if arguments.collect:
+            strengths = {m: [s for s in found if is_measured(work, m, s, 0)] for m, found in strengths.items()}
+            methods = [name for name in methods if strengths[name]]
+        else:
+            first = [("raw", "", 0), *((m, s, 0) for m in methods for s in strengths[m])]
+            train_all(work, first, arguments.jobs, overrides)
         chosen = {name: choose(work, name, strengths[name]) for name in methods}
-        seeds = range(1 if arguments.smoke else arguments.seeds)
-        train_all(work, [(m, chosen[m], seed) for seed in seeds for m in methods], arguments.jobs, overrides)
+        if arguments.collect:
+            seeds = [seed for seed in seeds if all(is_measured(work, m, chosen[m], seed) for m in methods)]
+        else:
+            train_all(work, [(m, chosen[m], seed) for seed in seeds for m in methods], arguments.jobs, overrides)
         sweep = [sweep_row(work, name, one, chosen[name]) for name in methods for one in strengths[name]]
         rows = [row(work, name, chosen[name], seeds) for name in methods]
     print_table("every strength, one seed", sweep)
@@ -116,9 +123,14 @@ def label(method: str, strength: str, seed: int) -> str:
     return "-".join([method.replace(" ", "_"), strength, str(seed)]) if strength else method
 
 
+def is_measured(work: Path, method: str, strength: str, seed: int) -> bool:
+    """Whether a run's measurements are there."""
+    return (work / f"{label(method, strength, seed)}.json").is_file()
+
+
 def train_all(work: Path, jobs: Sequence[tuple[str, str, int]], at_once: int, overrides: list[str]) -> None:
     """Run the jobs that are not measured yet."""
-    missing = [job for job in dict.fromkeys(jobs) if not (work / f"{label(*job)}.json").is_file()]
+    missing = [job for job in dict.fromkeys(jobs) if not is_measured(work, *job)]
     with multiprocessing.get_context("spawn").Pool(at_once, maxtasksperchild=1) as pool:
         for done in pool.imap_unordered(start, [(str(work), *job, overrides) for job in missing]):
             print(f"measured: {done}", flush=True)
@@ -278,6 +290,7 @@ def row(work: Path, method: str, strength: str, seeds: Sequence[int]) -> dict[st
         "strength": strength,
         "matched": matched(work, method, strength)[0],
         "accuracy": float(np.mean([one["test"].mean() for one in runs])),
+        "seeds": len(runs),
         "accuracy_raw": float(raw["test"].mean()),
         "forgetting": float(np.mean(lost)),
         "forgetting_sd": float(np.std(lost, ddof=1)) if len(lost) > 1 else float("nan"),

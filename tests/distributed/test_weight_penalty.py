@@ -105,22 +105,26 @@ def test_lora_gradient_on_shards_is_the_dense_one(results, case):
 
 
 RESUMED = {
-    0: {},
     1: {"model": {"dtype": "bf16"}},
     2: {"model": {"lora": {"r": 2}}},
     3: {},
 }
 
 
+FREE = 3  # the stage that also runs without penalties
+
+
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """Whole runs of 6 steps, the same from their checkpoint at step 4, and without penalties."""
+    """Whole runs of 6 steps, the same from their checkpoint at step 4, and one without penalties."""
     folder = tmp_path_factory.mktemp("resume")
     held = penalties(layer_fraction=0.5, weight=300.0)
     configs = {"whole": [], "resumed": [], "free": []}
     for stage, sections in RESUMED.items():
         rest = {"training": {"zero_stage": stage, "keep_checkpoints": 9}, "penalties": [], **sections}
         for kind, found in configs.items():
+            if kind == "free" and stage != FREE:
+                continue
             sections = {**rest, "weight_penalties": [] if kind == "free" else held}
             if kind == "resumed":
                 from_step = folder / f"whole{stage}" / "checkpoints" / "step-0000004"
@@ -132,30 +136,34 @@ def resumed(tmp_path_factory):
     return folder
 
 
+def weights_and_log(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = {
+        line["step"]: {key: value for key, value in line.items() if "weight_penalty" in key}
+        for line in lines
+        if line["event"] == "log"
+    }
+    return load_file(folder / "model" / "model.safetensors"), logged
+
+
 @pytest.mark.parametrize("stage", RESUMED)
 def test_resumed_run_is_bit_exact(resumed, stage):
-    weights = {
-        kind: load_file(resumed / f"{kind}{stage}" / "model" / "model.safetensors")
-        for kind in ("whole", "resumed", "free")
-    }
-    assert weights["whole"].keys() == weights["resumed"].keys()
-    assert all(weights["whole"][name].equal(weights["resumed"][name]) for name in weights["whole"])
-    assert any(not weights["whole"][name].equal(weights["free"][name]) for name in weights["whole"])
-    lines = {
-        kind: [json.loads(line) for line in (resumed / f"{kind}{stage}" / "metrics.jsonl").read_text().splitlines()]
-        for kind in weights
-    }
-    logged = {
-        kind: {
-            line["step"]: {key: value for key, value in line.items() if "weight_penalty" in key}
-            for line in found
-            if line["event"] == "log"
-        }
-        for kind, found in lines.items()
-    }
-    assert set(logged["whole"][6]) == {f"train/weight_penalty/{name}" for name in NAMES}
-    assert all(logged["whole"][step] == logged["resumed"][step] for step in (5, 6))
-    assert not any(logged["free"].values())
+    whole, logged = weights_and_log(resumed / f"whole{stage}")
+    again, logged_again = weights_and_log(resumed / f"resumed{stage}")
+    assert whole.keys() == again.keys()
+    assert all(whole[name].equal(again[name]) for name in whole)
+    assert set(logged[6]) == {f"train/weight_penalty/{name}" for name in NAMES}
+    assert all(logged[step] == logged_again[step] for step in (5, 6))
+
+
+def test_penalties_change_the_weights_they_name_and_hold_them(resumed):
+    held, _ = weights_and_log(resumed / f"whole{FREE}")
+    free, logged = weights_and_log(resumed / f"free{FREE}")
+    start = load_file(resumed / "tiny" / "model.safetensors")
+    assert not any(logged.values())
+    for name in held:
+        if any(one in name for one in ("q_proj", "k_proj", "down_proj")):
+            assert (held[name] - start[name]).norm() < (free[name] - start[name]).norm(), name
 
 
 def test_wrong_layer_name_is_refused(tmp_path):
