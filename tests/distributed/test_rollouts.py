@@ -1,0 +1,102 @@
+"""Reinforcement learning and reward models on two ranks, at every ZeRO stage: runs resume bit for bit, also inside a round,
+and what is exported loads."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.distributed.jobs import metrics, trained, write_job
+from tests.distributed.ranks import run
+from tests.tiny import tiny_tokenizer
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+BETA = 0.05
+JOBS = {  # objective, rollouts, training, model
+    "rloo0": ({"name": "rloo", "beta": BETA}, {"group_size": 4, "steps_per_round": 2}, {"zero_stage": 0}, {}),
+    "grpo1": ({"name": "grpo"}, {"group_size": 4}, {"zero_stage": 1}, {"lora": {"r": 2, "dropout": 0.2}}),
+    "ppo2": ({"name": "ppo", "beta": BETA}, {"group_size": 2, "steps_per_round": 2}, {"zero_stage": 2}, {}),
+    "grpo3": ({"name": "grpo", "norm": "token", "beta": BETA}, {"group_size": 4, "steps_per_round": 2}, {"zero_stage": 3},
+              {"lora": {"r": 2}}),
+    "ppo3": ({"name": "ppo"}, {"group_size": 2}, {"zero_stage": 3}, {}),
+    "reward3": ({"name": "reward_model"}, {}, {"zero_stage": 3}, {}),
+}  # fmt: skip
+
+
+def job(folder, name):
+    """A run whose checkpoint at step 3 lies inside a round of two steps; half of all one-token answers are right."""
+    objective, rollouts, training, model = JOBS[name]
+    path = write_job(folder, name, penalties=[], training={"checkpoint_every": 3, "keep_checkpoints": 9, **training})
+    config = yaml.safe_load(path.read_text())
+    config["model"].update(model)
+    config["evaluation"]["max_new_tokens"] = 1
+    config.update(objective=objective, rollouts={"reward": "accuracy", **rollouts})
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rollouts")
+    paths = [job(folder, name) for name in JOBS]
+    tokenizer = tiny_tokenizer()
+    texts = [tokenizer.decode([token]).strip() for token in range(4, len(tokenizer), 2)]
+    rows = [{"question": f"What is {i}?", "answers": [text for text in texts if text]} for i in range(200)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = run(trained(2, *paths), folder, 500)
+    assert ended.code == 0, ended.output[-6000:]
+    whole = {}
+    for name in JOBS:
+        output = folder / name
+        whole[name] = (metrics(output), weights(output))
+        shutil.rmtree(output / "model")
+        shutil.rmtree(output / "checkpoints" / "step-0000006")
+    ended = run([*trained(2, *paths), "training.resume=auto"], folder, 500)
+    assert ended.code == 0, ended.output[-6000:]
+    return folder, whole
+
+
+def weights(output):
+    return load_file(output / "model" / "model.safetensors")
+
+
+def logs(lines):
+    return {line["step"]: line for line in lines if line["event"] == "log"}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_resumed_run_is_the_whole_one_bit_for_bit(runs, name):
+    folder, whole = runs
+    lines, expected = whole[name]
+    found = weights(folder / name)
+    assert found.keys() == expected.keys()
+    assert all(found[key].equal(expected[key]) for key in expected)
+    again = logs(metrics(folder / name))
+    assert {step: again[step] for step in (4, 5, 6)} == {step: logs(lines)[step] for step in (4, 5, 6)}
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if name != "reward3"])
+def test_rollouts_are_logged_and_learned_from(runs, name):
+    _, whole = runs
+    lines = logs(whole[name][0])
+    assert all(0 < lines[step]["train/rollouts/correct"] < 1 for step in lines)
+    assert any(line["train/grad_norm"] > 1e-4 for line in lines.values())
+    if JOBS[name][1].get("steps_per_round") == 2:
+        first, second, third = (lines[step]["train/rollouts/reward"] for step in (1, 2, 3))
+        assert first == second
+        assert second != third
+
+
+def test_exported_reward_model_loads(runs):
+    from transformers import AutoModelForSequenceClassification
+
+    folder, whole = runs
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward3" / "model")
+    assert model.config.num_labels == 1
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 1)
+    lines = logs(whole["reward3"][0])
+    assert lines[6]["train/loss/preference"] < lines[1]["train/loss/preference"]

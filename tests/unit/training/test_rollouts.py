@@ -1,0 +1,266 @@
+"""Rollouts: what sampled answers earn, which token is credited, and a policy that learns from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from calibtrain.config import RunConfig
+from calibtrain.data.collate import collate
+from calibtrain.data.records import Message, Record
+from calibtrain.data.templates import Template
+from calibtrain.errors import UserError
+from calibtrain.losses import build_loss
+from calibtrain.losses.terms import mean_loss
+from calibtrain.models.loss_model import LogprobStep, LossModel, TrainStep
+from calibtrain.models.policy import Policy
+from calibtrain.models.reward import ValueLossModel
+from calibtrain.training.answering import Answerer
+from calibtrain.training.deepspeed_config import BatchPlan
+from calibtrain.training.distributed import World
+from calibtrain.training.rollout_credit import Sample, check_rewards, credit
+from calibtrain.training.rollouts import Rollouts
+from tests.tiny import tiny_model, tiny_tokenizer
+
+WORLD = World(0, 1, 0, torch.device("cpu"))
+
+
+def config(objective="grpo", training=None, **sections):
+    options = {"name": objective} if isinstance(objective, str) else objective
+    return RunConfig.model_validate(
+        {
+            "model": {"dtype": "fp32"},
+            "data": {"max_length": 64},
+            "objective": options,
+            "evaluation": {"max_new_tokens": 3},
+            "training": {"micro_batch_size": 2, "global_batch_size": 4, **(training or {})},
+            **sections,
+        }
+    )
+
+
+def samples(*rows):
+    """(question, tokens, correct, confidence) each."""
+    return [Sample(q, tuple(range(n)), float(c), conf, stated=(False,) * (n - 1) + (True,)) for q, n, c, conf in rows]
+
+
+FOUR = samples((0, 2, 1, 0.9), (0, 3, 0, 0.6), (0, 1, 0, 0.1), (0, 2, 1, 0.5))
+GROUP = [0, 0, 0, 0]
+
+
+def brier(correct, confidence):
+    return correct - (confidence - correct) ** 2
+
+
+def test_grpo_credit_is_the_reward_less_its_groups_mean():
+    found, means = credit(FOUR, GROUP, config(rollouts={"group_size": 4}))
+    rewards = [brier(one.correct, one.confidence) for one in FOUR]
+    mean = sum(rewards) / 4
+    for one, reward, parts in zip(FOUR, rewards, found, strict=True):
+        assert parts.advantages == pytest.approx([reward - mean] * len(one.tokens))
+    assert means["reward"] == pytest.approx(mean)
+    assert means["correct"] == 0.5
+    assert means["tokens"] == 2.0
+
+
+def test_rloo_pays_for_the_kl_in_the_reward():
+    given = [replace(one, logprobs=(-1.0,) * len(one.tokens), reference=(-1.5,) * len(one.tokens)) for one in FOUR]
+    objective = {"name": "rloo", "beta": 0.2}
+    found, means = credit(given, GROUP, config(objective, rollouts={"reward": "accuracy"}))
+    rewards = [one.correct - 0.2 * 0.5 * len(one.tokens) for one in given]
+    for one, reward, parts in zip(given, rewards, found, strict=True):
+        assert parts.advantages == pytest.approx([reward - (sum(rewards) - reward) / 3] * len(one.tokens))
+    assert means["kl"] == pytest.approx(0.5 * 2)
+
+
+def test_ppo_credits_tokens_through_its_values():
+    given = [
+        replace(
+            one,
+            values=(0.25,) * len(one.tokens),
+            logprobs=(-1.0,) * len(one.tokens),
+            reference=(-1.5,) * len(one.tokens),
+        )
+        for one in FOUR
+    ]
+    objective = {"name": "ppo", "beta": 0.1, "lam": 1.0}
+    found, _ = credit(given, GROUP, config(objective, rollouts={"reward": "accuracy"}))
+    for one, parts in zip(given, found, strict=True):
+        n = len(one.tokens)
+        assert parts.returns == pytest.approx([one.correct - 0.05 * (n - t) for t in range(n)])
+    flat = torch.tensor([a for parts in found for a in parts.advantages])
+    assert flat.mean().item() == pytest.approx(0.0, abs=1e-6)
+    assert flat.std().item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_stated_confidence_has_its_own_credit_and_silence_the_least():
+    rows = samples((0, 2, 1, 0.9), (0, 3, 0, 0.9), (0, 2, 1, math.nan), (0, 2, 0, 0.1))
+    rollouts = {"confidence": "stated", "target_mixing": 0.0}
+    found, means = credit(rows, GROUP, config(rollouts=rollouts))
+    answers = [parts.advantages[0] for parts in found]
+    assert answers == pytest.approx([0.5, -0.5, 0.5, -0.5])
+    confidences = [parts.advantages[-1] for parts in found]
+    scores = [-0.01, -0.81, -1.5, -0.01]
+    assert confidences == pytest.approx([s - sum(scores) / 4 for s in scores])
+    assert means["confidence_missing"] == 0.25
+    together, _ = credit(rows, GROUP, config(rollouts={**rollouts, "decoupled": False}))
+    assert min(range(4), key=lambda i: together[i].advantages[0]) == 2
+
+
+def test_ternary_reward_prices_wrong_answers_by_the_target_risk():
+    rows = samples((0, 1, 1, 0.5), (0, 1, 0, 0.5), (0, 1, 0, 0.5))
+    rows[2] = replace(rows[2], abstained=True)
+    _, means = credit(rows, [0, 0, 0], config(rollouts={"reward": "ternary"}, abstention={"target_risk": 0.25}))
+    assert means["reward"] == pytest.approx((1 - 3 + 0) / 3)
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "message"),
+    [
+        ({"score_weight": 2.0}, "accuracy_weight"),
+        ({"reward": "log"}, r"at least 6\.907"),
+        ({"confidence": "stated", "format_penalty": -0.5}, "format penalty"),
+    ],
+)
+def test_rewards_that_teach_something_else_are_errors(rollouts, message):
+    with pytest.raises(UserError, match=message):
+        check_rewards(config(rollouts=rollouts))
+
+
+@pytest.mark.parametrize(
+    "rollouts", [{}, {"reward": "log", "accuracy_weight": 7.0}, {"confidence": "stated", "score_weight": 9.0}]
+)
+def test_rewards_that_are_honest_are_not(rollouts):
+    check_rewards(config(rollouts=rollouts))
+
+
+def test_configs_that_do_not_fit_are_refused():
+    for changes, message in (
+        ({"objective": "rloo", "rollouts": {"confidence": "stated"}}, "decoupled"),
+        ({"rollouts": {"confidence": "stated", "reward": "accuracy"}}, "stated is scored"),
+        ({"penalties": [{"name": "answer_score", "moves": "all"}]}, "its own answers"),
+        ({"objective": {"name": "grpo", "norm": "constant"}}, "length"),
+        ({"objective": "reward_model", "penalties": [{"name": "answer_score"}]}, "scalar head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(**changes)
+
+
+# A whole policy
+
+
+QUESTIONS = [Record(prompt=(Message("user", f"What is {i}?"),), accepted=(f"{i}",), origin=f"r{i}") for i in range(4)]
+
+
+def rollouts_of(run, module_class=LossModel, questions=QUESTIONS, reference=None, seed=0):
+    torch.manual_seed(seed)
+    template = Template("plain", tiny_tokenizer())
+    model = module_class(Policy(tiny_model(len(template.tokenizer), seed=seed)), build_loss(run.objective))
+    answerer = Answerer(model, template, run.evaluation, WORLD)
+    plan = BatchPlan(run.training.micro_batch_size, 2, 1)
+    return Rollouts(run, answerer, questions, plan, reference), model
+
+
+def batch_of(rollouts, indices=(0, 1, 2, 3), shared=False):
+    sequences = [sequence for index in indices for sequence in rollouts[index]]
+    return rollouts.fill(collate(sequences, rollouts.answerer.template.pad_id, shared_prefix=shared), indices)
+
+
+def test_a_round_is_a_function_of_seed_and_step():
+    run = config(rollouts={"group_size": 3})
+    (first, _), (second, _) = rollouts_of(run), rollouts_of(run)
+    first.before_step(5)
+    second.before_step(2)
+    second.before_step(5)
+    assert first.samples == second.samples
+    second.before_step(6)
+    assert first.samples != second.samples
+    assert {len(first[index]) for index in range(4)} == {3}
+    assert len(first) == 4
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("objective", ["grpo", "rloo", "ppo"])
+def test_batches_hold_each_tokens_own_numbers(objective, shared):
+    """Old log-probs are the policy's, so that every ratio is 1 until it moves; the reference's are the reference's."""
+    run = config({"name": objective, "beta": 0.1}, rollouts={"group_size": 3, "steps_per_round": 2})
+    reference = LossModel(Policy(tiny_model(400, seed=9))).eval()
+    rollouts, model = rollouts_of(run, ValueLossModel if objective == "ppo" else LossModel, reference=reference)
+    rollouts.before_step(0)
+    batch = batch_of(rollouts, (2, 0), shared)
+    model.eval()
+    logprob, values = model(LogprobStep(batch))
+    torch.testing.assert_close(batch.old_logprob, logprob, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batch.reference_logprob, reference(LogprobStep(batch))[0], rtol=1e-4, atol=1e-5)
+    assert batch.advantages.shape == logprob.shape
+    if objective == "ppo":
+        torch.testing.assert_close(batch.old_values, values, rtol=1e-4, atol=1e-5)
+        assert batch.returns.shape == values.shape
+    before = rollouts.samples
+    rollouts.before_step(1)  # the second step of the round
+    assert rollouts.samples is before
+    rollouts.before_step(2)
+    assert rollouts.samples is not before
+
+
+def test_a_round_survives_a_checkpoint():
+    import json
+
+    run = config("ppo", rollouts={"group_size": 2, "steps_per_round": 3})
+    rollouts, _ = rollouts_of(run, ValueLossModel)
+    rollouts.before_step(0)
+    other, _ = rollouts_of(run, ValueLossModel)
+    other.load_state_dict(json.loads(json.dumps(rollouts.state_dict())))
+    for name in ("advantages", "old_logprob", "old_values", "returns", "targets"):
+        assert getattr(batch_of(other), name).equal(getattr(batch_of(rollouts), name))
+    assert other.metrics == rollouts.metrics
+    fresh, _ = rollouts_of(config(rollouts={"group_size": 2}))
+    fresh.before_step(0)
+    assert fresh.state_dict() == {"samples": []}  # the next step draws its own
+
+
+def test_sampling_leaves_the_model_as_it_was():
+    run = config(rollouts={"group_size": 2})
+    rollouts, model = rollouts_of(run)
+    model.train()
+    model.policy.scale = 0.5
+    rollouts.before_step(0)
+    assert model.training
+    assert model.policy.scale == 0.5
+    plain, other = rollouts_of(run)
+    other.policy.scale = 1.0
+    plain.before_step(0)
+    assert plain.samples == rollouts.samples  # drawn from the policy that is trained, not from the scaled one
+
+
+def test_questions_without_answers_and_without_room_are_errors():
+    bare = [Record(prompt=(Message("user", "Why?"),), chosen="Because")]
+    with pytest.raises(UserError, match="training questions need answers"):
+        rollouts_of(config(), questions=bare)
+    with pytest.raises(UserError, match="leaves no room"):
+        rollouts_of(config(data={"max_length": 3}))
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo", "ppo"])
+def test_a_policy_learns_what_is_rewarded(objective, monkeypatch):
+    """Answers of even length count as right: half of them at first, nearly all after 60 steps of the trainer's loop."""
+    run = config(objective, rollouts={"group_size": 8, "reward": "accuracy"}, evaluation={"max_new_tokens": 4})
+    monkeypatch.setattr("calibtrain.training.rollouts.grade", lambda text, accepted, method: len(text) % 2 == 0)
+    rollouts, model = rollouts_of(run, ValueLossModel if objective == "ppo" else LossModel)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    correct = []
+    for step in range(60):
+        rollouts.before_step(step)
+        correct.append(rollouts.metrics["correct"])
+        batch = batch_of(rollouts)
+        divisors = {name: count.float() for name, count in model.counts(batch).items()}
+        loss, output = model(TrainStep(batch, divisors))
+        torch.testing.assert_close(loss.detach(), mean_loss(output.terms))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert sum(correct[:10]) / 10 < 0.65
+    assert sum(correct[-10:]) / 10 > 0.85
