@@ -27,6 +27,8 @@ peers: $(VENV)/.peers
 
 $(VENV)/.peers: $(STAMP)
 	$(BIN)/python -m pip install -c constraints.txt torchmetrics relplot trl netcal mapie lightning
+	# Its losses are one file; the rest of it wants torchvision.
+	$(BIN)/python -m pip install -c constraints.txt --no-deps torch-uncertainty
 	touch $@
 
 test-all: peers
