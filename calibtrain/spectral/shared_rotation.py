@@ -43,6 +43,8 @@ class SharedRotationLinear(nn.Module):
         self.skew = nn.Parameter(weight.new_zeros(rank * (rank - 1) // 2))
         self.log_scale = nn.Parameter(weight.new_zeros(1))
         rows, columns = torch.tril_indices(rank, rank, -1).unbind()
+        self.rows: Tensor
+        self.columns: Tensor
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
 

@@ -56,7 +56,7 @@ def build_weight_penalties(config: RunConfig, engine: Engine, world: World) -> W
     if not config.weight_penalties:
         return None
     layers = _lora_layers(engine.module) if config.model.lora is not None else _linear_layers(engine.module)
-    penalties = {}
+    penalties: dict[str, DecoupledPenalty] = {}
     for number, penalty in enumerate(config.weight_penalties):
         chosen = _targets(layers, penalty)
         matrices = [_matrix(name, layer, penalty.name, engine, world, i) for i, (name, layer) in enumerate(chosen)]
