@@ -141,7 +141,7 @@ CATALOG = (
         equation="eq. 4 of 1708.02002; FLSD-53 of 2002.09437",
         cost="none: reads TokenStats",
         compared_with="torch-uncertainty 0.13.0; the authors' loop for the exponent",
-        largest_deviation="1e-12 (value and gradient, float64)",
+        largest_deviation="1e-11 (value and gradient, float64)",
         differs=(
             "The exponent is chosen with torch.where; the authors loop over samples with .item(), and sum by default. "
             "(1 - p)^gamma is taken through log(1 - p), so that gamma < 1 has no NaN gradient at p = 1."
@@ -155,7 +155,7 @@ CATALOG = (
         equation="q' = (1 - eps) [v = y] + eps/K [v in S]",
         cost="K + 1 dot products a target token",
         compared_with="torch.nn.functional.cross_entropy with soft targets",
-        largest_deviation="1e-12 (value and gradient, float64)",
+        largest_deviation="1e-11 (value and gradient, float64)",
         differs="Smooths over the tokens that can answer, not over the whole vocabulary.",
     ),
     LossEntry(
@@ -166,7 +166,7 @@ CATALOG = (
         equation="-beta H(p)",
         cost="none: reads TokenStats",
         compared_with="torch-uncertainty 0.13.0 with eps = 0",
-        largest_deviation="1e-12 (value and gradient, float64)",
+        largest_deviation="1e-7 (theirs has a float32 constant); 1e-11 to the formula (value and gradient, float64)",
         differs="Without the constant log V, and without torch-uncertainty's eps inside the logarithm, which biases it.",
     ),
 )

@@ -64,8 +64,8 @@ CATALOG = (
         paper="Zhang et al. 2024, arXiv 2311.09677",
         equation="NLL of answers and refusals",
         cost="none: reads TokenStats; a round of answering whenever the labels are made anew",
-        compared_with="float64 formula",
-        largest_deviation="1e-12 (value and gradient, float64)",
+        compared_with="its formula",
+        largest_deviation="1e-7 (value, float64)",
         differs=(
             "Labels come from whole graded answers, not from the gold text being a substring of the output ('Niger' in "
             "'Nigeria'), and are made anew as the model learns. The question is not learnt, only what is said. Known "
