@@ -5,8 +5,8 @@
 
 Each split draws n graded answers from a pool, certifies a threshold on them and asks for the true risk of answering
 above it: the share of wrong answers above the threshold in the pool, which is the population the split was drawn from
-(with replacement). A split without a certificate violates nothing, but is counted. `violation_rate` is the worst over
-pools.
+(with replacement). A split without a certificate violates nothing, but is counted. The same for the hallucination rate,
+wrong answers among all questions, controlled with probability 1 - delta. `violation_rate` is the worst over all rows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from _report import print_table, write_json
 from numpy.typing import NDArray
 
 from calibtrain.abstention.certificate import certify
+from calibtrain.abstention.hallucination import control_hallucinations
 from calibtrain.calibration.intervals import clopper_pearson
 from calibtrain.errors import UserError
 
@@ -51,6 +52,8 @@ def synthetic_pools(target_risk: float, rng: np.random.Generator) -> dict[str, P
         "most confident are worst": pool(uniform, lambda q: q * 2 * target_risk),
         "cliff": pool(uniform, lambda q: np.where(q > 0.7, target_risk / 2, 0.9)),
         "waves about the target": pool(uniform, lambda q: target_risk * (1 + 0.9 * np.sin(12 * q))),
+        "comb about the target": pool(uniform, lambda q: np.where((q * 50).astype(int) % 2, 2 * target_risk, 0.02)),
+        "one confidence for all": pool(np.full(POOL_SIZE, 0.7), lambda q: np.full_like(q, just_above)),
     }
 
 
@@ -93,6 +96,7 @@ def measure(name: str, pool: Pool, n: int, splits: int, target_risk: float, delt
         above_target += true_risk > target_risk
     low, high = clopper_pearson(int(above_bound), splits)
     return {
+        "claim": "selective risk",
         "pool": name,
         "n": n,
         "target_risk": target_risk,
@@ -106,11 +110,44 @@ def measure(name: str, pool: Pool, n: int, splits: int, target_risk: float, delt
     }
 
 
+def measure_hallucinations(
+    name: str, pool: Pool, n: int, splits: int, target_rate: float, delta: float, seed: int
+) -> dict[str, Any]:
+    """As `measure`, of the share of all questions that are answered wrongly."""
+    rng = np.random.default_rng(seed)
+    confidence, correct = pool
+    wrong = np.sort(confidence[~correct])
+    above, certified, coverage = 0, 0, []
+    for _ in range(splits):
+        drawn = rng.integers(0, len(confidence), n)
+        found = control_hallucinations(confidence[drawn], correct[drawn], target_rate, delta)
+        coverage.append(found.coverage if found else 0.0)
+        if found is None:
+            continue
+        certified += 1
+        true_rate = (len(wrong) - int(np.searchsorted(wrong, found.threshold))) / len(confidence)
+        above += true_rate > target_rate
+    low, high = clopper_pearson(above, splits)
+    return {
+        "claim": "hallucination rate",
+        "pool": name,
+        "n": n,
+        "target_risk": target_rate,
+        "splits": splits,
+        "certified": certified / splits,
+        "coverage": float(np.mean(coverage)),
+        "above_target": above / splits,
+        "violation_rate": above / splits,
+        "violation_low": low,
+        "violation_high": high,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write machine, versions, rows and summary here")
     parser.add_argument("--answers", type=Path, help="JSONL of graded answers, used as one more pool")
-    parser.add_argument("--n", type=int, default=1000, help="graded answers in a split")
+    parser.add_argument("--n", type=int, nargs="+", default=[59, 300, 1000], help="graded answers in a split")
     parser.add_argument("--splits", type=int, default=2000, help="splits per pool; 200 leave 3 points of noise")
     parser.add_argument("--target-risk", type=float, nargs="+", default=[0.1, 0.2])
     parser.add_argument("--delta", type=float, default=0.05)
@@ -123,7 +160,10 @@ def main() -> None:
         if args.answers:
             pools[f"answers of {args.answers.name}"] = read_answers(args.answers)
         rows += [
-            measure(name, pool, args.n, args.splits, target_risk, args.delta, args.seed) for name, pool in pools.items()
+            claim(name, pool, n, args.splits, target_risk, args.delta, args.seed)
+            for claim in (measure, measure_hallucinations)
+            for n in args.n
+            for name, pool in pools.items()
         ]
     worst = max(rows, key=lambda row: row["violation_rate"])
     summary = {
@@ -131,6 +171,8 @@ def main() -> None:
         "violation_low": worst["violation_low"],
         "violation_high": worst["violation_high"],
         "worst_pool": worst["pool"],
+        "worst_claim": worst["claim"],
+        "worst_n": worst["n"],
         "above_target": max(row["above_target"] for row in rows),
         "delta": args.delta,
     }

@@ -15,9 +15,10 @@ independent draws from the population above t, so their errors are binomial with
 exact, whatever the distribution, ties included. Over the sequence, let tau be where selective risk passes r as
 coverage grows. Given how many answers lie above tau, the first tested set that reaches below tau holds binomial(r)
 errors from above tau and errors from below at a mean rate over r, in all stochastically at least binomial(k, r): the
-first true H_j is rejected with probability at most delta. This needs selective risk to pass r only once; for
-confidences that may rank so badly that it passes several times, give `thresholds` fixed beforehand (from other data):
-then the guarantee holds for any distribution.
+first true H_j is rejected with probability at most delta. This needs selective risk to pass r only once. Where it passes
+several times (the confidences rank badly) the first true H_j itself depends on the draw and the argument has a gap:
+simulations with waves and combs about r keep to delta (tests/numerics/test_guarantees.py), but are no proof. With
+`thresholds` fixed beforehand, from other data, the guarantee holds for any distribution.
 
 What nothing here can mend: answers that were used for training, for the temperature or for choosing the model, and
 questions in use that are not like those graded.
