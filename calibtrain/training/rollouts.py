@@ -115,8 +115,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         """Take up the round of a checkpoint."""
         saved: list[dict[str, Any]] = state["samples"]
         if saved:
-            lists_as_tuples = ({key: tuple(x) if isinstance(x, list) else x for key, x in one.items()} for one in saved)
-            self._take([Sample(**one) for one in lists_as_tuples])
+            self._take([_loaded(one) for one in saved])
 
     def _take(self, samples: list[Sample]) -> None:
         """Make these the present round. A question that is asked twice in it keeps the answers of its last turn."""
@@ -191,3 +190,9 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
     def _encoded(self, sample: Sample) -> Encoded:
         prompt = self._prompts[sample.question]
         return Encoded((*prompt, *sample.tokens), len(prompt), ANSWER, sample.question, correct=sample.correct)
+
+
+def _loaded(saved: dict[str, Any]) -> Sample:
+    """A sample from JSON, which knows no tuples."""
+    fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in saved.items()}
+    return Sample(**fields)
