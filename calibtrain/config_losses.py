@@ -216,6 +216,7 @@ class OwnAnswersConfig(Section):
     All such penalties of a run share one stream of answers, so these keys must be the same in each.
     """
 
+    name: str
     refresh_every: Count = 50
     """Optimiser steps between two rounds of answering."""
     questions_per_refresh: Count = 512

@@ -40,8 +40,9 @@ class CalibrationMeter:
     def update(self, stats: TokenStats, batch: Batch) -> None:
         """Take one micro-batch's statistics, detached; does not wait for the device."""
         self.micro_batches += 1
+        detached = TokenStats(*(value.detach() for value in stats))
         record = MicroBatchRecord(
-            *(value.detach() for value in stats),
+            *detached,
             sequence_ids=batch.sequence_ids,
             is_completion=batch.is_completion,
             roles=batch.roles,

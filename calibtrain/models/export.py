@@ -48,6 +48,7 @@ def restored_model(weights: dict[str, Tensor], config: ModelConfig) -> Any:
     if config.adapter is not None:  # merged in fp32: bf16 products of nearly the identity would lose the rotation
         model = add_adapter(model.float(), config, find_bases=False)
     policy = Policy(model)
+    _make_room(policy, weights)
     # A tied head appears once among parameters, under the embedding's name.
     missing, unexpected = policy.load_state_dict(weights, strict=False)
     tied = {name for name, _ in policy.named_parameters(remove_duplicate=False)} - {
@@ -63,6 +64,14 @@ def restored_model(weights: dict[str, Tensor], config: ModelConfig) -> Any:
         turned = config.adapter.kind == "shared_rotation"
         model = (merge_shared_rotations(model) if turned else model.merge_and_unload()).to(DTYPES[config.dtype])
     return model
+
+
+def _make_room(policy: Policy, weights: dict[str, Tensor]) -> None:
+    """As many embeddings as the trained model has: it may have got tokens that its source did not have."""
+    own = policy.causal_model.get_input_embeddings().weight
+    name = next(name for name, parameter in policy.named_parameters() if parameter is own)
+    if name in weights and weights[name].shape[0] != own.shape[0]:
+        policy.causal_model.resize_token_embeddings(weights[name].shape[0], mean_resizing=False)
 
 
 def export_model(

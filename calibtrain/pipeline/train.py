@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from calibtrain.confidence.likelihood import sample_answers
-from calibtrain.config import RunConfig
+from calibtrain.config import RefusalConfig, RunConfig
 from calibtrain.config_file import dump_config
 from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.loader import total_steps
@@ -23,12 +23,12 @@ from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
-from calibtrain.losses import build_loss
 from calibtrain.models.attention_mask import block_mask_failure, block_mask_obstacle
 from calibtrain.models.export import check_scale_folds, export_model, gathered_weights
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy, check_head
+from calibtrain.models.reference import with_reference_logprobs
 from calibtrain.models.reward import (
     RewardLossModel,
     ValueLossModel,
@@ -44,6 +44,8 @@ from calibtrain.training.checkpoint import Progress, find_checkpoint, load_check
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.distributed import World, barrier, gather_lists, shard, start_world
 from calibtrain.training.engine import Engine, start_engine
+from calibtrain.training.losses import build_losses
+from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.trainer import Trainer
 from calibtrain.training.weight_penalty import build_weight_penalties
@@ -68,10 +70,11 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     if needs_rejected(config, prepared):
         _add_rejected(config, prepared, template, world)
     torch.manual_seed(config.seed + world.rank)
-    model = build_model(config)
+    model = build_model(config, template)
+    examples = training_examples(config, prepared, template, model, world)
     layout = row_layout(config, model.policy)
     engine = start_engine(model, config, world)
-    trainer = _trainer(config, prepared, template, engine, world, layout)
+    trainer = _trainer(config, prepared, template, engine, world, layout, examples)
     checkpoint = find_checkpoint(config, world, trainer.data_hash)
     if world.is_main:
         write_provenance(config, prepared, template, trainer, world)
@@ -121,20 +124,47 @@ def _export(config: RunConfig, engine: Engine, template: Template, target: Path,
     barrier()
 
 
-def build_model(config: RunConfig) -> LossModel:
-    """The module that DeepSpeed wraps. Raises UserError when the model's head is not supported."""
+def build_model(config: RunConfig, template: Template | None = None) -> LossModel:
+    """The module that DeepSpeed wraps; a token that its losses need is added to the model and the template's tokenizer.
+
+    Raises UserError when the model's head is not supported, or a loss cannot be built.
+    """
     policy = Policy(load_model(config.model))
     check_head(policy)
-    if any(penalty.moves == "scale" for penalty in config.penalties):
-        check_scale_folds(policy.causal_model)
     # A penalty that moves only the logit scale is solved by the answer stream, outside the gradient.
-    penalties = [build_loss(penalty) for penalty in config.penalties if penalty.moves == "all"]
+    if len(config.penalties_in_loss) < len(config.penalties):
+        check_scale_folds(policy.causal_model)
+    if template is None:
+        template = Template(config.data.template, load_tokenizer(config.model))
+    objective, penalties = build_losses(config, template, policy.causal_model)
     if config.objective.name == "reward_model":
         check_classifier(policy.causal_model)
-        return RewardLossModel(policy, build_loss(config.objective), config.seed)
+        return RewardLossModel(policy, objective, config.seed)
     if config.objective.name == "ppo":
-        return ValueLossModel(policy, build_loss(config.objective), config.seed)
-    return LossModel(policy, build_loss(config.objective), penalties)
+        return ValueLossModel(policy, objective, config.seed)
+    return LossModel(policy, objective, penalties)
+
+
+def training_examples(
+    config: RunConfig, prepared: Prepared, template: Template, model: LossModel, world: World
+) -> list[tuple[Encoded, ...]]:
+    """The training records as sequences; where divergence_anchor asks for it, with the starting model's log-probs.
+
+    Empty where the loop makes its own. Call it before the engine takes the model apart. Collective.
+    """
+    if config.trains_on_rollouts or config.objective.name == "refusal":
+        return []
+    train = prepared.splits["train"]
+    if not train:
+        raise UserError("data.splits.train: 0 records to train on")
+    examples = encode_records(train, template, config.data.max_length, config.trains_on_pairs, prepared.drops)
+    if all(penalty.name != "divergence_anchor" for penalty in config.penalties):
+        return examples
+    mine = shard(examples, world)
+    model.to(world.device)
+    known = with_reference_logprobs(model.policy, [one for group in mine for one in group], template.pad_id)
+    place = iter(known)
+    return gather_lists([tuple(next(place) for _ in group) for group in mine])
 
 
 def write_provenance(config: RunConfig, prepared: Prepared, template: Template, trainer: Trainer, world: World) -> None:
@@ -185,6 +215,7 @@ def _trainer(
     engine: Engine,
     world: World,
     layout: dict[str, Any],
+    examples: Sequence[tuple[Encoded, ...]],
 ) -> Trainer:
     train = prepared.splits["train"]
     if not train:
@@ -192,19 +223,18 @@ def _trainer(
     drops = prepared.drops
     plan = batch_plan(config.training, world.size)
     answerer = Answerer(engine.module, template, config.evaluation, world, lockstep=engine.stage == 3)
-    rollouts = _rollouts(config, train, answerer, plan) if config.trains_on_rollouts else None
-    examples: Sequence[tuple[Encoded, ...]]
-    if rollouts is not None:
-        examples = rollouts
-    else:
-        examples = encode_records(train, template, config.data.max_length, config.trains_on_pairs, drops)
+    rollouts: Rollouts | RefusalExamples | None = None
+    if config.trains_on_rollouts:
+        examples = rollouts = _rollouts(config, train, answerer, plan)
+    elif isinstance(config.objective, RefusalConfig):
+        examples = rollouts = RefusalExamples(config.objective, answerer, train, config.data.max_length)
     for line in drops.lines() if world.is_main else []:
         logger.warning("dropped: %s", line)
     steps = config.training.max_steps or total_steps(len(examples), config.training.epochs, plan.global_batch_size)
     questions = prepared.splits["calibration"]
     stream = None
-    if config.penalties:
-        stream = AnswerStream(config.penalties[0], answerer, questions, config.seed, config.data.max_length)
+    if config.penalties_on_answers:
+        stream = AnswerStream(config.penalties_on_answers, answerer, questions, config.seed, config.data.max_length)
     average = None
     if config.training.average_last:
         average = WeightAverage(engine.module.policy, config.training.average_last, steps)

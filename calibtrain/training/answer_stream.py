@@ -1,18 +1,20 @@
-"""The stream of the model's own graded answers that feeds the calibration term (docs/calibration-term.md)."""
+"""The stream of the model's own graded answers that feeds the calibration terms (docs/calibration-term.md)."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from calibtrain.calibration.temperature import optimal_temperature
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.likelihood import Answered, logprob_table
-from calibtrain.config import AnswerScoreConfig
+from calibtrain.config import AnswerScoreConfig, OwnAnswersConfig
 from calibtrain.data.encode import Encoded, encode_answer
+from calibtrain.data.queries import confidence_queries, correctness_queries
 from calibtrain.data.records import Record
 from calibtrain.training.answering import Answerer
 from calibtrain.training.distributed import World, gather_rows, shard
@@ -22,17 +24,28 @@ TEMPERATURES = tuple(2.0 ** (step / 3) for step in range(-6, 7))
 
 
 class AnswerStream:
-    """Asks the calibration set every `refresh_every` steps and does with the graded answers what the term's config says.
+    """Asks the calibration set every `refresh_every` steps and gives the graded answers to the penalties that read them.
 
-    `moves: scale` solves for the logit scale after a round; `moves: all` hands each micro-batch its share of the answers.
-    Which questions are asked and which answers enter a step are pure functions of (seed, step); the last answers and the
-    scale are the only state, kept in checkpoints so that a resume continues bit for bit.
+    answer_score with `moves: scale` has the logit scale solved for after a round; the others get each micro-batch's share
+    of the answers, as ANSWER sequences or as the QUERY sequences that ask about them. For calibration_aware every second
+    question is held out: its answers never enter the loss. Which questions are asked and which answers enter a step are
+    pure functions of (seed, step); the last answers and the scale are the only state, kept in checkpoints so that a resume
+    continues bit for bit.
     """
 
     def __init__(
-        self, config: AnswerScoreConfig, answerer: Answerer, questions: Sequence[Record], seed: int, max_length: int
+        self,
+        penalties: Sequence[OwnAnswersConfig],
+        answerer: Answerer,
+        questions: Sequence[Record],
+        seed: int,
+        max_length: int,
     ) -> None:
-        self.config = config
+        self.config = penalties[0]  # what they have in common
+        self.scale: AnswerScoreConfig | None = next(
+            (one for one in penalties if isinstance(one, AnswerScoreConfig) and one.moves == "scale"), None
+        )
+        self.in_loss: dict[str, Any] = {one.name: one for one in penalties if one is not self.scale}  # type: ignore[attr-defined]
         self.answerer = answerer
         self.questions = list(questions)
         self.seed = seed
@@ -40,47 +53,39 @@ class AnswerStream:
         self.asked: list[int] = []
         self.texts: list[str] = []
         self.correct: list[bool] = []
+        order = _order(len(self.questions), f"questions {seed}")
+        self.held_out = set(order[1::2]) if "calibration_aware" in self.in_loss else set()
 
     def before_step(self, step: int) -> None:
         """Answer anew before step `step` (from 0) when a term in the loss is due. Collective."""
-        if self.config.moves == "all" and step % self.config.refresh_every == 0:
+        if self.in_loss and step % self.config.refresh_every == 0:
             self._ask(step // self.config.refresh_every)
 
     def is_due(self, step: int) -> bool:
         """Whether the scale is to be solved for after `step` finished steps."""
-        return self.config.moves == "scale" and step % self.config.refresh_every == 0
+        return self.scale is not None and step % self.config.refresh_every == 0
 
     def round(self, step: int) -> list[Answer] | None:
         """Answer, solve for the logit scale and return the answers at it; None when no scale is asked for. Collective."""
-        if self.config.moves != "scale":
+        if self.scale is None:
             return None
         policy = self.answerer.module.policy
         policy.scale = 1.0
         answered = self._ask(-(-step // self.config.refresh_every) - 1)
         table = self._table(answered)
-        temperature = optimal_temperature(table.numpy(), self.correct, TEMPERATURES, score=self.config.score)
+        temperature = optimal_temperature(table.numpy(), self.correct, TEMPERATURES, score=self.scale.score)
         policy.scale = 1.0 / temperature
         return self._rescored(answered)
 
     def share(self, step: int, micro_batch: int, micro_batches: int, world: World) -> list[Encoded]:
-        """Answers of one micro-batch, as token sequences; all ranks' shares make up the step's answers."""
-        count = min(self.config.answers_per_step, len(self.asked))
-        order = _order(len(self.asked), f"answers {self.seed} {step}")[:count]
+        """Sequences of one micro-batch's answers; all ranks' shares make up the step's answers."""
+        free = [i for i, question in enumerate(self.asked) if question not in self.held_out]
+        count = min(self.config.answers_per_step, len(free))
+        order = [free[i] for i in _order(len(free), f"answers {self.seed} {step}")[:count]]
         parts = world.size * micro_batches
         index = world.rank * micro_batches + micro_batch
         chosen = order[index * count // parts : (index + 1) * count // parts]
-        encoded = [
-            encode_answer(
-                self.questions[self.asked[i]],
-                self.texts[i],
-                self.correct[i],
-                self.answerer.template,
-                self.max_length,
-                self.asked[i],
-            )
-            for i in chosen
-        ]
-        return [one for one in encoded if one is not None]
+        return [sequence for i in chosen for sequence in self._sequences(i)]
 
     def state_dict(self) -> dict[str, object]:
         """JSON values of the last round, for a checkpoint."""
@@ -100,7 +105,31 @@ class AnswerStream:
         answered = self.answerer([self.questions[i] for i in self.asked])
         self.texts = [answer.text for answer in answered.answers]
         self.correct = [bool(answer.correct) for answer in answered.answers]
+        self._fit(answered)
         return answered
+
+    def _fit(self, answered: Answered) -> None:
+        """Tell calibration_aware what the held-out answers were worth."""
+        held = [i for i, question in enumerate(self.asked) if question in self.held_out]
+        confidence = torch.tensor([answered.answers[i].confidence for i in held], dtype=torch.float64)
+        correct = torch.tensor([self.correct[i] for i in held], dtype=torch.float64)
+        for penalty in self.answerer.module.penalties if held else ():
+            if hasattr(penalty, "fit"):
+                penalty.fit(confidence, correct)
+
+    def _sequences(self, i: int) -> list[Encoded]:
+        """What the penalties read of the i-th answer; nothing where max_length leaves no room."""
+        record, text, correct, place = self.questions[self.asked[i]], self.texts[i], self.correct[i], self.asked[i]
+        template, room = self.answerer.template, self.max_length
+        found: list[Encoded] = []
+        if self.in_loss.keys() - {"correctness_query", "tokenized_brier"}:
+            answer = encode_answer(record, text, correct, template, room, place)
+            found += [] if answer is None else [answer]
+        if asked := self.in_loss.get("correctness_query"):
+            found += correctness_queries([record], [text], [correct], template, room, asked.choices)
+        if asked := self.in_loss.get("tokenized_brier"):
+            found += confidence_queries([record], [text], [correct], template, room, asked.levels)
+        return [replace(one, record_id=place) for one in found]
 
     def _table(self, answered: Answered) -> torch.Tensor:
         """Log-prob of every answer at each temperature, each rank scoring its share. (answers, temperatures) float64."""

@@ -25,6 +25,7 @@ from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.distributed import World, all_agree, barrier
 from calibtrain.training.engine import Engine
+from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def save_checkpoint(
     config: RunConfig,
     data_hash: str,
     world: World,
-    rollouts: Rollouts | None = None,
+    rollouts: Rollouts | RefusalExamples | None = None,
 ) -> Path | None:
     """Write `directory`/step-N and drop the oldest beyond keep_checkpoints. Collective.
 
@@ -153,7 +154,7 @@ def load_checkpoint(
     average: WeightAverage | None,
     hooks: HookList,
     world: World,
-    rollouts: Rollouts | None = None,
+    rollouts: Rollouts | RefusalExamples | None = None,
 ) -> Progress:
     """Restore everything from a checkpoint that `find_checkpoint` accepted; the last thing before the loop. Collective."""
     engine.deepspeed.load_checkpoint(str(path), tag="engine")
@@ -215,7 +216,7 @@ def _write_rank_state(
     stream: AnswerStream | None,
     hooks: HookList,
     world: World,
-    rollouts: Rollouts | None,
+    rollouts: Rollouts | RefusalExamples | None,
 ) -> None:
     tensors = {"rng/cpu": torch.get_rng_state()}
     if world.device.type == "cuda":

@@ -22,7 +22,7 @@ from calibtrain.data.records import Record
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.records import CheckpointRecord, EvaluationRecord, MicroBatchRecord, StepRecord
-from calibtrain.losses.terms import Batch
+from calibtrain.losses.terms import ANSWER, QUERY, Batch
 from calibtrain.models.loss_model import StepStatistics, TrainStep
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.answering import Answerer
@@ -31,6 +31,7 @@ from calibtrain.training.checkpoint import Progress, save_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.distributed import World, gather_lists, sum_over_ranks
 from calibtrain.training.engine import Engine
+from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.weight_penalty import WeightPenalties
 
@@ -58,7 +59,7 @@ class Trainer:
     packing_tokens: int | None = None
     shared_prefix: bool = False
     evaluation_questions: Sequence[Record] = ()
-    rollouts: Rollouts | None = None  # then these are the examples
+    rollouts: Rollouts | RefusalExamples | None = None  # then these are the examples
 
     def fit(self, progress: Progress) -> Progress:
         """Train from `progress` to the last step. Raises UserError after too many steps with non-finite gradients."""
@@ -179,12 +180,12 @@ class Trainer:
 
     def _micro_batch(self, step: int, number: int, count: int, indices: Sequence[int]) -> TrainStep:
         sequences = [sequence for index in indices for sequence in self.examples[index]]
-        if self.stream is not None and self.stream.config.moves == "all":
+        if self.stream is not None and self.stream.in_loss:
             sequences += self.stream.share(step, number, count, self.world)
         batch = collate(
             sequences,
             self.answerer.template.pad_id,
-            getattr(self.config.objective, "nll_scope", "completion"),
+            self.config.nll_scope,
             self.packing_tokens,
             shared_prefix=self.shared_prefix,
         )
@@ -205,7 +206,11 @@ class Trainer:
             )
 
     def _origin(self, batch: Batch, sequence: int) -> str:
-        return self.origins[int(batch.record_ids[sequence])]
+        index = int(batch.record_ids[sequence])
+        if self.stream is not None and self.stream.in_loss and int(batch.roles[sequence]) in (ANSWER, QUERY):
+            question = self.stream.questions[index]
+            return question.origin or question.question
+        return self.origins[index]
 
 
 def _non_finite(output: StepStatistics) -> list[int]:

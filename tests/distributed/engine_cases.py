@@ -38,8 +38,12 @@ def begin(config: RunConfig, world: World) -> tuple[Trainer, Prepared]:
     prepared = prepare(config)
     template = Template(config.data.template, load_tokenizer(config.model))
     torch.manual_seed(config.seed + world.rank)
-    engine = start_engine(pipeline.build_model(config), config, world)
-    return replace(pipeline._trainer(config, prepared, template, engine, world), output_dir=config.output_dir), prepared
+    model = pipeline.build_model(config, template)
+    examples = pipeline.training_examples(config, prepared, template, model, world)
+    layout = pipeline.row_layout(config, model.policy)
+    engine = start_engine(model, config, world)
+    trainer = pipeline._trainer(config, prepared, template, engine, world, layout, examples)
+    return replace(trainer, output_dir=config.output_dir), prepared
 
 
 def answered(trainer: Trainer, world: World) -> dict[str, Any]:

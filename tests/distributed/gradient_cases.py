@@ -190,7 +190,7 @@ def make_trainer(config: RunConfig, engine: Engine, template: Template, world: W
         hooks=HookList([]),
         output_dir=Path(),
         data_hash="",
-        stream=FixedAnswers(penalty, answerer, records(), 0, config.data.max_length),
+        stream=FixedAnswers([penalty], answerer, records(), 0, config.data.max_length),
         packing_tokens=config.data.packing_tokens,
         shared_prefix=config.data.shared_prefix and config.objective.name == "orpo",
     )

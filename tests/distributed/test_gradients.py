@@ -88,7 +88,7 @@ def dense_loss(model, config, family):
 
 
 def answer_score(model, config, template):
-    stream = FixedAnswers(config.penalties[0], None, records(), 0, config.data.max_length)
+    stream = FixedAnswers(config.penalties, None, records(), 0, config.data.max_length)
     stream._ask(0)
     scores = []
     for i in range(ANSWERS):

@@ -10,10 +10,11 @@ from calibtrain.calibration.state import state_of
 from calibtrain.config import RunConfig
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.calibration import CalibrationHook
-from calibtrain.hooks.factory import default_hooks, term_names
+from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import MicroBatchRecord, StepRecord
 from calibtrain.hooks.training import TrainingHook
 from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
+from calibtrain.training.losses import term_names
 
 
 def micro_batch(seed=0):
@@ -91,8 +92,9 @@ def test_training_hook_means_and_resume():
 
 
 def test_default_hooks_by_rank_and_term_names():
-    config = RunConfig(penalties=[{"moves": "all"}])
+    config = RunConfig(penalties=[{"name": "answer_score", "moves": "all"}])
     assert term_names(config) == ["answer_score", "nll", "odds_ratio"]
-    assert term_names(RunConfig(penalties=[{"moves": "scale"}])) == ["nll", "odds_ratio"]  # not in the loss
+    solved_for = RunConfig(penalties=[{"name": "answer_score", "moves": "scale"}])
+    assert term_names(solved_for) == ["nll", "odds_ratio"]  # not in the loss
     assert [hook.name for hook in default_hooks(config, 0)] == ["training", "calibration", "jsonl", "progress", "wandb"]
     assert [hook.name for hook in default_hooks(config, 3)] == ["training", "calibration"]

@@ -24,7 +24,7 @@ class Asked:
 
 def stream(answers_per_step, seed=0):
     config = AnswerScoreConfig(moves="all", answers_per_step=answers_per_step)
-    made = AnswerStream(config, Asked(), QUESTIONS, seed, 64)
+    made = AnswerStream([config], Asked(), QUESTIONS, seed, 64)
     made.asked = list(range(20, 0, -1))
     made.texts = [f"about {i}" for i in made.asked]
     made.correct = [i % 3 == 0 for i in made.asked]
