@@ -78,10 +78,11 @@ class Shard:
         result = vectors.new_zeros(self.shape[1 if turned else 0], vectors.shape[1])
         for row, column, view in self.pieces():
             rows, columns = slice(row, row + view.shape[0]), slice(column, column + view.shape[1])
+            # The few vectors stand on the left: CPU libraries are several times slower the other way round.
             if turned:
-                result[columns] += view.mT.to(vectors.dtype) @ vectors[rows]
+                result[columns] += (vectors[rows].mT @ view.to(vectors.dtype)).mT
             else:
-                result[rows] += view.to(vectors.dtype) @ vectors[columns]
+                result[rows] += (vectors[columns].mT @ view.to(vectors.dtype).mT).mT
         return result
 
     def add_product(self, left: Tensor, right: Tensor, factor: float | Tensor) -> None:
