@@ -361,7 +361,7 @@ class WeightPenaltyConfig(Section):
     """Of angle_budget: relative distance |W - W0| / |W0| without cost."""
     probes: int | None = Field(default=8, ge=2)
     """Random vectors per matrix and step that estimate the penalty; null computes it exactly, which costs far more."""
-    layer_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    layer_fraction: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Share of the matrices that each step takes, at random, with a weight that makes up for it."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers it holds for, or all of them but the head."""
