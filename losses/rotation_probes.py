@@ -243,8 +243,8 @@ def estimator(
 
     `probes` (size, K) with `probe_size` rows (None for angle_budget); `norm` from `penalty_norm`.
     """
-    dtype = weight.flat.dtype
-    drift = weight.like(weight.flat - initial.flat.to(dtype))
+    initial = initial.like(initial.flat.to(weight.flat.dtype))
+    drift = weight.like(weight.flat - initial.flat)
     if name == "angle_budget":
         return angle_budget_step(drift, norm, budget)
     if probes is None:
@@ -255,7 +255,6 @@ def estimator(
         if weight.shape[0] >= weight.shape[1]:
             return polar_probes(drift, polar, probes, norm)
         return turned(polar_probes(drift.T, polar.T, probes, norm))
-    initial = initial.like(initial.flat.to(dtype))
     if name == "column_gram_drift":
         return column_gram_probes(drift, initial, probes, norm, scale)
     if name == "row_gram_drift":
