@@ -18,7 +18,7 @@ setup(
     packages=[*find_packages(include=["calibtrain", "calibtrain.*"]), *MAPPED],
     package_dir={"calibtrain": "calibtrain", **MAPPED},
     package_data={
-        "calibtrain": ["py.typed", "pipeline/templates/*"],
+        "calibtrain": ["py.typed", "ops/*.cpp", "pipeline/templates/*"],
         "calibtrain.configs": ["*.yaml", "deepspeed/*.json"],
     },
     install_requires=[

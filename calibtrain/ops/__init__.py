@@ -2,6 +2,13 @@
 
 from calibtrain.ops.stable import log1mexp
 from calibtrain.ops.token_set import token_set_logprobs
-from calibtrain.ops.token_stats import TokenStats, answer_logprobs_at, fused_linear_token_stats
+from calibtrain.ops.token_stats import TokenStats, answer_logprobs_at, fused_linear_token_stats, linear_logprobs
 
-__all__ = ["TokenStats", "answer_logprobs_at", "fused_linear_token_stats", "log1mexp", "token_set_logprobs"]
+__all__ = [
+    "TokenStats",
+    "answer_logprobs_at",
+    "fused_linear_token_stats",
+    "linear_logprobs",
+    "log1mexp",
+    "token_set_logprobs",
+]

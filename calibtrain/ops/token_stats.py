@@ -1,10 +1,9 @@
 """Statistics of a language model's next-token distribution at N target tokens, without holding the (N, V) logits.
 
 The matrix products run in the input dtype, as a model's own head does; everything after them runs in float32 (float64
-for float64 inputs). A chunk of tokens is processed at a time, forward and backward, and the backward pass computes each
-chunk's logits once more instead of keeping them.
+for float64 inputs). `linear_blocks` walks over the vocabulary, `dispatch` says which implementation does it.
 
-Letters: N tokens, H hidden size, V vocabulary, K temperatures, n tokens of one chunk.
+Letters: N tokens, H hidden size, V vocabulary, K temperatures.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from calibtrain.errors import UserError
-
-CHUNK_LOGITS = 2**23
-"""Logits held at once (elements; 32 MiB in float32, what glibc still reuses, beside two buffers of that size)."""
+from calibtrain.ops import linear_blocks
+from calibtrain.ops.dispatch import ops_path, triton_kernels
+from calibtrain.ops.head import Head
+from calibtrain.ops.linear_blocks import compute_dtype
 
 
 class TokenStats(NamedTuple):
@@ -43,7 +43,7 @@ def fused_linear_token_stats(
 
     Differentiable once in hidden, weight and bias, exactly, for any upstream gradients of logprob, entropy and sum_p2.
     `logprob` keeps its relative precision as the target's probability rounds to 1. A row with a non-finite logit
-    is NaN.
+    is NaN. Where no gradient is asked for, none is prepared.
 
     Args:
         hidden: (N, H) floating, N may be 0.
@@ -57,10 +57,48 @@ def fused_linear_token_stats(
         UserError: shapes, dtypes or devices do not fit, or a target is outside [0, V).
     """
     _check_inputs(hidden, weight, targets, bias, softcap)
-    logprob, entropy, sum_p2, confidence, correct, _, _ = torch.ops.calibtrain.linear_token_stats(
-        hidden, weight, targets, bias, softcap, logit_scale
+    path = ops_path(hidden)
+    if path == "reference":
+        from calibtrain.ops.reference import reference_token_stats
+
+        _check_targets(targets, weight.shape[0])
+        dtype = compute_dtype(hidden)
+        return reference_token_stats(
+            hidden.to(dtype),
+            weight.to(dtype),
+            targets,
+            bias=None if bias is None else bias.to(dtype),
+            softcap=softcap,
+            logit_scale=logit_scale,
+        )
+    differentiable = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
-    return TokenStats(logprob, entropy, sum_p2, confidence, correct)
+    keep = differentiable and path != "triton"
+    results = torch.ops.calibtrain.linear_token_stats(
+        hidden, weight, targets, bias, softcap, logit_scale, keep, keep and weight.requires_grad
+    )
+    return TokenStats(*results[:5])
+
+
+@torch.no_grad()
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Log-prob of each target, (N,), no gradient: for evaluation, reference models and rollouts.
+
+    One matrix product and one pass over a block of logits at a time; the arguments, the precision and the errors are
+    those of `fused_linear_token_stats`.
+    """
+    return fused_linear_token_stats(
+        hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale
+    ).logprob
 
 
 @torch.no_grad()
@@ -77,34 +115,17 @@ def answer_logprobs_at(
     """Log-prob of each target at each temperature: log p_T(y) = z_y / T - logsumexp(z / T). (N, K), no gradient.
 
     `temperatures` is (K,) and positive; the other arguments, the precision and the errors are those of
-    `fused_linear_token_stats`.
+    `fused_linear_token_stats`. One matrix product for all temperatures.
     """
     _check_inputs(hidden, weight, targets, bias, softcap)
     _check_targets(targets, weight.shape[0])
     scales = [1.0 / float(t) if t > 0 else float("nan") for t in temperatures.tolist()]
     if any(scale != scale for scale in scales):
         raise UserError(f"temperatures must be positive, got {temperatures.tolist()}")
-    result = hidden.new_empty((hidden.shape[0], len(scales)), dtype=_compute_dtype(hidden))
-    for rows in _chunks(hidden.shape[0], weight.shape[0]):
-        z = _logits(hidden[rows], weight, bias, softcap, logit_scale)
-        peak, top = z.max(dim=1, keepdim=True)
-        z -= peak
-        target_z = z.gather(1, targets[rows, None])[:, 0]
-        buffer = torch.empty_like(z)
-        for k, scale in enumerate(scales):
-            torch.mul(z, scale, out=buffer)
-            rest = buffer.exp_().scatter_(1, top, 0.0).sum(dim=1)
-            result[rows, k] = target_z * scale - rest.log1p()
-    return result
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def _chunks(num_tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_LOGITS // vocabulary)
-    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+    # softcap * tanh(u / softcap) / T is a head with scale / T and softcap / T.
+    heads = [Head(logit_scale * scale, None if softcap is None else softcap * scale) for scale in scales]
+    logprobs = linear_blocks.logprobs(hidden, weight, targets, bias, heads, ops_path(hidden))
+    return logprobs.to(compute_dtype(hidden))
 
 
 def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None) -> None:
@@ -133,66 +154,58 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
         )
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
-    """(n, V) logits in the compute dtype, in a buffer of their own."""
-    z = (hidden @ weight.t()).to(_compute_dtype(hidden))
-    if bias is not None:
-        z += bias
-    if logit_scale != 1.0:
-        z *= logit_scale
-    if softcap is not None:
-        low, high = torch.aminmax(z, dim=1, keepdim=True)
-        z.div_(softcap).tanh_().mul_(softcap)
-        z += (high - low) * 0.0  # tanh would hide an infinite logit: make its row NaN
-    return z
-
-
 @torch.library.custom_op(
     "calibtrain::linear_token_stats",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float? softcap, float logit_scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float? softcap, float logit_scale, bool keep,"
+    " bool for_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    keep: bool,
+    for_weight: bool,
 ) -> tuple[Tensor, ...]:
-    """The fields of TokenStats, then for the backward the largest logit and log(sum_v exp(z_v - largest)), (N,)."""
+    """The fields of TokenStats; the largest logit and log(sum_v exp(z_v - largest)); the two places of kept logits."""
     _check_targets(targets, weight.shape[0])
-    outputs = _allocate(hidden)
-    logprob, entropy, sum_p2, confidence, correct, peak, log_normalizer = outputs
-    for rows in _chunks(hidden.shape[0], weight.shape[0]):
-        z = _logits(hidden[rows], weight, bias, softcap, logit_scale)
-        chunk_peak, top = z.max(dim=1, keepdim=True)
-        z -= chunk_peak
-        target_z = z.gather(1, targets[rows, None])[:, 0]
-        # The largest term is exactly 1: without it, log1p keeps what a sum near 1 would round away.
-        e = z.exp().scatter_(1, top, 0.0)
-        rest = e.sum(dim=1)
-        normalizer, log_normalizer[rows], peak[rows] = 1.0 + rest, rest.log1p(), chunk_peak[:, 0]
-        entropy[rows] = log_normalizer[rows] - z.mul_(e).sum(dim=1) / normalizer
-        sum_p2[rows] = (1.0 + e.square_().sum(dim=1)) / normalizer.square()
-        confidence[rows] = normalizer.reciprocal()
-        logprob[rows] = target_z - log_normalizer[rows]
-        correct[rows] = top[:, 0] == targets[rows]
-    poison = entropy * 0.0  # NaN where any logit of the row is not finite
-    for output in (logprob, sum_p2, confidence):
-        output += poison
-    return outputs
+    path = ops_path(hidden)
+    in_gradient, beside = (hidden.new_empty(size) for size in linear_blocks.kept_sizes(weight, keep, for_weight))
+    if path == "triton":
+        results = triton_kernels().forward(hidden, weight, targets, bias, softcap, logit_scale)
+    else:
+        blocks = linear_blocks.plan_blocks(hidden, weight, in_gradient, beside)
+        results = linear_blocks.forward(hidden, weight, targets, bias, Head(logit_scale, softcap), path, blocks)
+    return *results, in_gradient, beside
 
 
 @_forward.register_fake
-def _allocate(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    dtype, size = _compute_dtype(hidden), hidden.shape[0]
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    keep: bool,
+    for_weight: bool,
+) -> tuple[Tensor, ...]:
+    dtype, size = compute_dtype(hidden), hidden.shape[0]
     dtypes = (dtype, dtype, dtype, dtype, torch.bool, dtype, dtype)
-    return tuple(hidden.new_empty((size,), dtype=output) for output in dtypes)
+    kept = linear_blocks.kept_sizes(weight, keep, for_weight)
+    return *(hidden.new_empty((size,), dtype=output) for output in dtypes), *(hidden.new_empty(one) for one in kept)
 
 
 @torch.library.custom_op(
     "calibtrain::linear_token_stats_backward",
-    mutates_args=(),
+    mutates_args=("in_gradient", "beside"),
     schema="(Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_sum_p2, Tensor hidden, Tensor weight,"
-    " Tensor targets, Tensor? bias, float? softcap, float logit_scale, Tensor entropy, Tensor sum_p2, Tensor peak,"
-    " Tensor log_normalizer, bool[] needed) -> (Tensor, Tensor, Tensor)",
+    " Tensor targets, Tensor? bias, float? softcap, float logit_scale, Tensor logprob, Tensor entropy, Tensor sum_p2,"
+    " Tensor peak, Tensor log_normalizer, Tensor(a!) in_gradient, Tensor(b!) beside, bool has_kept, bool[] needed)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 def _backward(
     grad_logprob: Tensor | None,
@@ -204,87 +217,35 @@ def _backward(
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
+    logprob: Tensor,
     entropy: Tensor,
     sum_p2: Tensor,
     peak: Tensor,
     log_normalizer: Tensor,
+    in_gradient: Tensor,
+    beside: Tensor,
+    has_kept: bool,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias where `needed`; an empty tensor stands for each of the others."""
-    upstream = (grad_logprob, grad_entropy, grad_sum_p2)
-    need_hidden, need_weight, need_bias = needed
-    dtype = _compute_dtype(hidden)
-    chunks = _chunks(hidden.shape[0], weight.shape[0])
-    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
-    # Over several chunks bf16 would lose small contributions to a large running sum.
-    accumulate = need_weight and len(chunks) != 1
-    grad_weight = weight.new_zeros(weight.shape if accumulate else 0, dtype=dtype)
-    grad_bias = hidden.new_zeros(weight.shape[0] if need_bias else 0, dtype=dtype)
-    for rows in chunks:
-        z = _logits(hidden[rows], weight, bias, softcap, logit_scale)
-        slope = None if softcap is None else (z / softcap).square_().neg_().add_(1.0)  # of softcap * tanh(u / softcap)
-        logp = z.sub_(peak[rows, None]).sub_(log_normalizer[rows, None])
-        chunk_upstream = [None if grad is None else grad[rows].to(dtype) for grad in upstream]
-        grad_z = _grad_logits(logp, targets[rows], entropy[rows], sum_p2[rows], *chunk_upstream)
-        if slope is not None:
-            grad_z *= slope
-        if logit_scale != 1.0:
-            grad_z *= logit_scale
-        if need_bias:
-            grad_bias += grad_z.sum(dim=0)
-        grad_z = grad_z.to(hidden.dtype)
-        if need_hidden:
-            torch.mm(grad_z, weight, out=grad_hidden[rows])
-        if accumulate:
-            _add_product(grad_weight, grad_z, hidden[rows])
-        elif need_weight:
-            grad_weight = grad_z.t() @ hidden
-    bias_dtype = dtype if bias is None else bias.dtype
-    return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
+    """Gradients of hidden, weight and bias where `needed`; an empty tensor stands for each of the others.
 
-
-def _add_product(total: Tensor, grad_z: Tensor, hidden: Tensor) -> None:
-    """Add grad_z.T @ hidden to `total` (V, H), a block of rows at a time: the product and its cast stay small."""
-    block = max(1, CHUNK_LOGITS // 2 // hidden.shape[1])
-    for rows, columns in zip(total.split(block), grad_z.split(block, dim=1), strict=True):
-        rows += columns.t() @ hidden
-
-
-def _grad_logits(
-    logp: Tensor,
-    targets: Tensor,
-    entropy: Tensor,
-    sum_p2: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_sum_p2: Tensor | None,
-) -> Tensor:
-    """Gradient of the logits of one chunk, (n, V); overwrites `logp` (n, V). The other arguments are (n,).
-
-    d logprob / dz_v = [v = y] - p_v, d entropy / dz_v = -p_v (log p_v + entropy) and
-    d sum_p2 / dz_v = 2 p_v (p_v - sum_p2).
+    Where `in_gradient` is not empty, it takes the weight's gradient, and the second result is empty.
     """
-    p = logp.exp()
-    column = targets[:, None]
-    target_logp = logp.gather(1, column)[:, 0]
-    # p_v times what the logprob contributes everywhere (constant), plus what the others do (also at the target).
-    others = torch.zeros_like(target_logp)
-    factor = None
-    if grad_entropy is not None:
-        others = others - grad_entropy * (target_logp + entropy)
-        factor = logp.add_(entropy[:, None]).mul_(-grad_entropy[:, None])
-    if grad_sum_p2 is not None:
-        others = others + 2.0 * grad_sum_p2 * (target_logp.exp() - sum_p2)
-        gap = (p - sum_p2[:, None]).mul_(2.0 * grad_sum_p2[:, None])
-        factor = gap if factor is None else factor.add_(gap)
-    at_target = target_logp.exp() * others
-    if grad_logprob is not None:
-        # 1 - p_y by expm1: it must not vanish before p_y is exactly 1, since 1 / (1 - p_y) can follow upstream.
-        at_target = at_target - grad_logprob * target_logp.expm1()
-        factor = -grad_logprob[:, None] if factor is None else factor.sub_(grad_logprob[:, None])
-    if factor is None:
-        return p.zero_()
-    return p.mul_(factor).scatter_(1, column, at_target[:, None])
+    upstream = (grad_logprob, grad_entropy, grad_sum_p2)
+    path = ops_path(hidden)
+    if path == "triton":
+        return triton_kernels().backward(
+            *upstream, hidden, weight, targets, bias, softcap, logit_scale, logprob, entropy, sum_p2, peak,
+            log_normalizer, needed,
+        )  # fmt: skip
+    head, blocks = Head(logit_scale, softcap), linear_blocks.plan_blocks(hidden, weight, in_gradient, beside)
+    coefficients = torch.stack([peak, log_normalizer, *_coefficients(*upstream, logprob, entropy, sum_p2)])
+    fresh = weight.new_empty(weight.shape if needed[1] and in_gradient.numel() == 0 else 0)
+    grad_weight = None if not needed[1] else fresh if in_gradient.numel() == 0 else in_gradient
+    grad_hidden, grad_bias = linear_blocks.backward(
+        hidden, weight, targets, bias, head, path, blocks, has_kept, coefficients, grad_weight, needed
+    )
+    return grad_hidden, fresh, grad_bias if bias is None else grad_bias.to(bias.dtype)
 
 
 @_backward.register_fake
@@ -298,37 +259,72 @@ def _backward_fake(
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
+    logprob: Tensor,
     entropy: Tensor,
     sum_p2: Tensor,
     peak: Tensor,
     log_normalizer: Tensor,
+    in_gradient: Tensor,
+    beside: Tensor,
+    has_kept: bool,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    bias_dtype = _compute_dtype(hidden) if bias is None else bias.dtype
+    bias_dtype = compute_dtype(hidden) if bias is None else bias.dtype
     return (
         hidden.new_empty(hidden.shape if needed[0] else 0),
-        weight.new_empty(weight.shape if needed[1] else 0),
+        weight.new_empty(weight.shape if needed[1] and in_gradient.numel() == 0 else 0),
         hidden.new_empty(weight.shape[0] if needed[2] else 0, dtype=bias_dtype),
     )
 
 
+def _coefficients(
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_sum_p2: Tensor | None,
+    logprob: Tensor,
+    entropy: Tensor,
+    sum_p2: Tensor,
+) -> tuple[Tensor, ...]:
+    """(a, b, c, at_target), (N,) each: the gradient in z_v is p_v (a + b log p_v + c p_v), and at_target for v = y.
+
+    From d logprob / dz_v = [v = y] - p_v, d entropy / dz_v = -p_v (log p_v + entropy) and
+    d sum_p2 / dz_v = 2 p_v (p_v - sum_p2).
+    """
+    upstream = (grad_logprob, grad_entropy, grad_sum_p2)
+    of_logprob, of_entropy, of_sum = (
+        torch.zeros_like(logprob) if grad is None else grad.to(logprob.dtype) for grad in upstream
+    )
+    p = logprob.exp()
+    # 1 - p_y by expm1: it must not vanish before p_y is exactly 1, since 1 / (1 - p_y) can follow upstream.
+    at_target = p * (2.0 * of_sum * (p - sum_p2) - of_entropy * (logprob + entropy)) - of_logprob * logprob.expm1()
+    everywhere = -of_logprob - of_entropy * entropy - 2.0 * of_sum * sum_p2
+    return everywhere, -of_entropy, 2.0 * of_sum, at_target
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, bias, ctx.softcap, ctx.logit_scale = inputs
-    _, entropy, sum_p2, confidence, correct, peak, log_normalizer = output
-    ctx.mark_non_differentiable(confidence, correct, peak, log_normalizer)
+    hidden, weight, targets, bias, ctx.softcap, ctx.logit_scale, keep, _ = inputs
+    logprob, entropy, sum_p2, confidence, correct, peak, log_normalizer, *kept = output
+    ctx.kept = kept if keep else None
+    ctx.mark_non_differentiable(confidence, correct, peak, log_normalizer, *kept)
     ctx.set_materialize_grads(False)  # an unused statistic costs nothing in the backward pass
-    ctx.save_for_backward(hidden, weight, targets, bias, entropy, sum_p2, peak, log_normalizer)
+    ctx.save_for_backward(hidden, weight, targets, bias, logprob, entropy, sum_p2, peak, log_normalizer)
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     hidden, weight, targets, bias, *saved = ctx.saved_tensors
-    need_hidden, need_weight, _, need_bias, _, _ = ctx.needs_input_grad
+    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     needed = [need_hidden, need_weight, need_bias]
-    gradients = torch.ops.calibtrain.linear_token_stats_backward(
-        *grads[:3], hidden, weight, targets, bias, ctx.softcap, ctx.logit_scale, *saved, needed
+    # Kept logits serve once, and their memory leaves with the weight's gradient; a second backward finds none.
+    has_kept = ctx.kept is not None
+    kept, ctx.kept = ctx.kept or [hidden.new_empty(0), hidden.new_empty(0)], None
+    grad_hidden, grad_weight, grad_bias = torch.ops.calibtrain.linear_token_stats_backward(
+        *grads[:3], hidden, weight, targets, bias, ctx.softcap, ctx.logit_scale, *saved, *kept, has_kept, needed
     )
-    grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(gradients, needed, strict=True))
-    return grad_hidden, grad_weight, None, grad_bias, None, None
+    if kept[0].numel():
+        grad_weight = kept[0]
+    gradients = (g if need else None for g, need in zip((grad_hidden, grad_weight, grad_bias), needed, strict=True))
+    grad_hidden, grad_weight, grad_bias = gradients
+    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibtrain.errors import UserError
-from calibtrain.ops import answer_logprobs_at, fused_linear_token_stats, token_stats
+from calibtrain.ops import answer_logprobs_at, block_torch, fused_linear_token_stats, linear_blocks, linear_logprobs
 from calibtrain.ops.reference import reference_logits, reference_token_stats
 
 VOCABULARY, HIDDEN = 33, 6
@@ -21,8 +21,11 @@ FLAGS = [
 
 
 @pytest.fixture(autouse=True)
-def seven_tokens_a_chunk(monkeypatch):
-    monkeypatch.setattr(token_stats, "CHUNK_LOGITS", 7 * VOCABULARY)
+def small_blocks(monkeypatch):
+    """Several blocks of the vocabulary, the last one narrower: some kept in the gradient, some beside it, some neither."""
+    monkeypatch.setattr(linear_blocks, "LEAST_WIDTH", 5)
+    monkeypatch.setattr(linear_blocks, "BLOCK_LOGITS", 1)
+    monkeypatch.setattr(block_torch, "SLICE_LOGITS", 20)
 
 
 def make_inputs(size, dtype=torch.float64, vocabulary=VOCABULARY, hidden=HIDDEN):
@@ -56,9 +59,11 @@ def test_float64_equals_reference(size, with_bias, softcap, scale):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("path", ["cpp", "torch"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize(("with_bias", "softcap", "scale"), FLAGS)
-def test_low_precision_near_reference(dtype, tolerance, with_bias, softcap, scale):
+def test_low_precision_near_reference(dtype, tolerance, with_bias, softcap, scale, path, monkeypatch):
+    monkeypatch.setenv("CALIBTRAIN_OPS", path)
     h, w, b, targets = make_inputs(65, dtype)
     leaves = [h, w, b] if with_bias else [h, w]
     actual = fused_linear_token_stats(h, w, targets, bias=leaves[2] if with_bias else None, softcap=softcap,
@@ -91,18 +96,28 @@ def test_gradcheck_and_opcheck(with_bias, softcap, scale):
         return result[:3]
 
     assert torch.autograd.gradcheck(stats, (h, w, b) if with_bias else (h, w))
-    arguments = (h, w, targets, bias, softcap, scale)
-    torch.library.opcheck(torch.ops.calibtrain.linear_token_stats, arguments)
-    outputs = torch.ops.calibtrain.linear_token_stats(
-        *(x.detach() if x is h or x is w or x is b else x for x in arguments)
-    )
-    ones = torch.ones(9, dtype=torch.float64)
-    for grads, needed in (((ones, ones, ones), [True, True, with_bias]), ((ones, None, None), [True, False, False])):
-        torch.library.opcheck(
-            torch.ops.calibtrain.linear_token_stats_backward,
-            (*grads, h.detach(), w.detach(), targets, None if bias is None else bias.detach(), softcap, scale,
-             outputs[1], outputs[2], outputs[5], outputs[6], needed),
-        )  # fmt: skip
+    for keep, for_weight in ((True, True), (True, False), (False, False)):
+        arguments = (h, w, targets, bias, softcap, scale, keep, for_weight)
+        # With its results in the user's hands, opcheck would have the backward change an output of a compiled graph: kept
+        # logits never are one, as test_compiles_without_graph_breaks shows.
+        checks = (
+            ("test_schema", "test_autograd_registration", "test_faketensor")
+            if keep
+            else ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        )
+        torch.library.opcheck(torch.ops.calibtrain.linear_token_stats, arguments, test_utils=checks)
+        with torch.no_grad():
+            outputs = torch.ops.calibtrain.linear_token_stats(*arguments)
+        ones = torch.ones(9, dtype=torch.float64)
+        for grads, needed in (
+            ((ones, ones, ones), [True, True, with_bias]),
+            ((ones, None, None), [True, False, False]),
+        ):
+            torch.library.opcheck(
+                torch.ops.calibtrain.linear_token_stats_backward,
+                (*grads, h.detach(), w.detach(), targets, None if bias is None else bias.detach(), softcap, scale,
+                 *outputs[:3], *outputs[5:], keep, needed),
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
@@ -161,24 +176,84 @@ def test_log_odds_survive_a_probability_that_rounds_to_one(gap):
     torch.testing.assert_close(h.grad.item(), gap if gap < 43 else 0.0, rtol=1e-4, atol=1e-6)
 
 
-def test_chunk_size_changes_nothing_but_rounding(monkeypatch):
-    h, w, b, targets = make_inputs(65, torch.float32)
+@pytest.mark.parametrize("path", ["cpp", "torch"])
+def test_number_of_blocks_changes_nothing_but_rounding(monkeypatch, path):
+    monkeypatch.setenv("CALIBTRAIN_OPS", path)
+    h, w, b, targets = make_inputs(65, torch.float32, vocabulary=300)
     exact = [leaf.detach().double().requires_grad_() for leaf in (h, w, b)]
     expected = torch.autograd.grad(upstream(reference_token_stats(*exact[:2], targets, bias=exact[2])), exact)
-    for tokens in (1, 3, 16, 64, 65, 1000):
-        monkeypatch.setattr(token_stats, "CHUNK_LOGITS", tokens * VOCABULARY)
+    for width in (1, 3, 16, 64, 299, 300, 1000):
+        monkeypatch.setattr(linear_blocks, "LEAST_WIDTH", width)
         actual = torch.autograd.grad(upstream(fused_linear_token_stats(h, w, targets, bias=b)), (h, w, b))
         for a, e in zip(actual, expected, strict=True):
             assert (a.double() - e).norm() <= 1e-6 * e.norm()
 
 
-def test_weight_gradient_is_summed_in_float32_for_bfloat16(monkeypatch):
-    """4096 equal contributions, one a chunk: a bfloat16 running sum would stop growing after 256 of them."""
-    monkeypatch.setattr(token_stats, "CHUNK_LOGITS", 1)
-    h = torch.ones(4096, 1, dtype=torch.bfloat16)
-    w = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    fused_linear_token_stats(h, w, torch.zeros(4096, dtype=torch.long)).logprob.sum().backward()
-    torch.testing.assert_close(w.grad.float(), torch.tensor([[2048.0], [-2048.0]]))
+def test_hidden_gradient_is_summed_in_float32_for_bfloat16(monkeypatch):
+    """4096 equal contributions, one a block: a bfloat16 running sum would stop growing after 256 of them."""
+    monkeypatch.setattr(linear_blocks, "LEAST_WIDTH", 1)
+    w = torch.ones(4096, 1, dtype=torch.bfloat16)
+    h = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    fused_linear_token_stats(h, w, torch.zeros(1, dtype=torch.long)).logprob.sum().backward()
+    assert abs(h.grad.item()) < 1e-2  # 1 - 1/4096 against 4095 times 1/4096
+    w[2048:] = 2.0
+    h.grad = None
+    fused_linear_token_stats(h, w, torch.zeros(1, dtype=torch.long)).logprob.sum().backward()
+    torch.testing.assert_close(h.grad.item(), -0.5, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(("tokens", "hidden_size", "products"), [(6, 16, 3.0), (40, 16, 3.41), (400, 2, 3.97)])
+def test_kept_logits_save_the_fourth_product(tokens, hidden_size, products, monkeypatch):
+    """Few tokens for the hidden size: all logits wait in the weight's gradient and beside it. Many: few of them do."""
+    h, w, _, targets = make_inputs(tokens, torch.float32, 500, hidden_size)
+
+    flops, mm = [], torch.mm
+
+    def counting(left, right, **options):
+        flops.append(left.shape[0] * left.shape[1] * right.shape[1])
+        return mm(left, right, **options)
+
+    monkeypatch.setattr(torch, "mm", counting)
+    fused_linear_token_stats(h, w, targets).logprob.sum().backward()
+    gradient_of_hidden = 1  # addmm_ in float32
+    assert sum(flops) / (tokens * hidden_size * 500) + gradient_of_hidden == pytest.approx(products, abs=0.03)
+
+
+def test_a_second_backward_computes_again_what_the_first_used_up():
+    h, w, _, targets = make_inputs(10, torch.float32)
+    loss = upstream(fused_linear_token_stats(h, w, targets))
+    first = torch.autograd.grad(loss, (h, w), retain_graph=True)
+    again = torch.autograd.grad(loss, (h, w))
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert first[1].data_ptr() != again[1].data_ptr()
+
+
+@pytest.mark.parametrize("path", ["cpp", "torch"])
+@pytest.mark.parametrize("tokens", [0, 1, 9, 65])
+def test_every_byte_of_a_result_is_written(tokens, path, monkeypatch):
+    """New memory holds NaN: none of it may come out."""
+    monkeypatch.setenv("CALIBTRAIN_OPS", path)
+    h, w, b, targets = make_inputs(tokens, torch.float32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        stats = fused_linear_token_stats(h, w, targets, bias=b)
+        gradients = torch.autograd.grad(upstream(stats), (h, w, b))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for tensor in (*stats[:4], *gradients):
+        assert tensor.isfinite().all()
+
+
+def test_logprobs_alone_prepare_no_gradient():
+    h, w, b, targets = make_inputs(9, torch.bfloat16)
+    logprob = linear_logprobs(h, w, targets, bias=b, softcap=3.0)
+    torch.testing.assert_close(logprob, fused_linear_token_stats(h, w, targets, bias=b, softcap=3.0).logprob.detach())
+    assert not logprob.requires_grad
+    with LargestTensor() as spy:
+        linear_logprobs(h, w, targets)
+    assert spy.largest < w.numel()
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -211,7 +286,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_logits_are_never_held(monkeypatch):
     size, vocabulary, budget = 200, 500, 5000
-    monkeypatch.setattr(token_stats, "CHUNK_LOGITS", budget)
+    monkeypatch.setattr(linear_blocks, "LEAST_WIDTH", budget // size)
     h, w, _, targets = make_inputs(size, torch.float32, vocabulary, 4)
     temperatures = torch.tensor([0.5, 1.0, 2.0])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -229,14 +304,16 @@ def _allocations(profile):
     return [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
 
 
-def test_compiles_without_graph_breaks():
-    h, w, b, targets = make_inputs(9)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiles_without_graph_breaks(dtype, dynamic):
+    h, w, b, targets = make_inputs(9, dtype)
 
     def loss(h, w, b):
         stats = fused_linear_token_stats(h, w, targets, bias=b, softcap=3.0)
         return (stats.logprob - 2.0 * stats.entropy + stats.sum_p2.square()).sum()
 
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for a, e in zip(
         torch.autograd.grad(compiled(h, w, b), (h, w, b)), torch.autograd.grad(loss(h, w, b), (h, w, b)), strict=True
     ):
