@@ -146,6 +146,14 @@ def doctor() -> None:
 
 
 @app.command()
+def losses() -> None:
+    """List every loss with its paper, its config keys and its cost."""
+    from calibtrain.loss_list import show
+
+    show()
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from calibtrain import __version__

@@ -13,12 +13,18 @@ from tests.distributed.ranks import environment, run
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 STAGES = (0, 1, 2, 3)
-EXTRA = {  # what else must be restored: dropout's random numbers, bf16's fp32 masters, averages, the term's answers
+ANSWERS = {"refresh_every": 4, "answers_per_step": 4, "questions_per_refresh": 6}
+EXTRA = {  # what else must be restored: dropout's random numbers, bf16's fp32 masters, averages, and what losses keep
     0: {},
     1: {"model": {"lora": {"r": 2, "dropout": 0.3}}},
-    2: {"model": {"dtype": "bf16"}, "training": {"average_last": 0.7}},
-    3: {"penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 4, "answers_per_step": 4}]},
+    2: {
+        "model": {"dtype": "bf16"},
+        "training": {"average_last": 0.7},
+        "objective": {"name": "refusal", "relabel_every": 4},
+    },
+    3: {"penalties": [{"name": name, **ANSWERS} for name in ("mmce", "calibration_aware", "correctness_query")]},
 }
+EXTRA[3]["penalties"][2]["choices"] = ["In", "of"]  # single tokens of the tiny tokenizer
 KILL_AFTER = random.Random(20260101)  # seeded: the steps are the same in every run of the suite
 
 

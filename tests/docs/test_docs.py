@@ -74,8 +74,27 @@ def test_relative_links_lead_somewhere():
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-def test_the_configuration_page_is_not_stale(tmp_path):
-    made = tmp_path / "configuration.md"
-    subprocess.run([sys.executable, str(ROOT / "docs" / "configuration.py"), str(made)], check=True, timeout=60)
-    stale = "stale: run `python docs/configuration.py`"
-    assert made.read_text("utf-8") == (ROOT / "docs" / "configuration.md").read_text("utf-8"), stale
+@pytest.mark.parametrize("name", ["configuration", "losses"])
+def test_pages_made_from_the_code_are_not_stale(name, tmp_path):
+    made = tmp_path / "page.md"
+    subprocess.run([sys.executable, str(ROOT / "docs" / f"{name}.py"), str(made)], check=True, timeout=60)
+    assert made.read_text("utf-8") == (ROOT / "docs" / f"{name}.md").read_text("utf-8"), (
+        f"stale: run `python docs/{name}.py`"
+    )
+
+
+def test_a_loss_of_ones_own_in_the_docs_trains():
+    text = next(blocks("python run own loss")).values[0]
+    place: dict = {}
+    exec(text, place)
+    from calibtrain.losses import SFTLoss
+    from tests.unit.losses.batches import Example, make_batch
+
+    stats, batch, logprob = make_batch([Example(0, -1, [], [-1.0, -2.0]), Example(2, -1, [], [-3.0], 0.0)])
+    terms = place["OverconfidenceLoss"]()(stats, batch)
+    assert terms["nll"].total.item() == SFTLoss()(stats, batch)["nll"].total.item()  # nothing wrong, sum_p2 is 0
+    terms["nll"].total.backward()
+    assert logprob.grad.tolist() == [-1.0, -1.0, 0.0]
+    body = [line for line in text.split("class ")[1].splitlines() if line.strip()]
+    code = [line for line in body if not line.strip().startswith(('"""', "def ", "class"))]
+    assert len(code) <= 10, "the page says ten lines"

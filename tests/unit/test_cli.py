@@ -33,7 +33,7 @@ def test_help_imports_nothing_heavy():
 
 def test_every_command_is_listed():
     output = CliRunner().invoke(cli.app, ["--help"]).output
-    for name in ("train", "evaluate", "calibrate", "report", "answer", "doctor", "demo", "version"):
+    for name in ("train", "evaluate", "calibrate", "report", "answer", "doctor", "demo", "losses", "version"):
         assert name in output
 
 
@@ -55,6 +55,13 @@ def test_a_users_mistake_is_one_message_and_exit_code_2(arguments, words):
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_losses_lists_every_method_with_its_keys_and_papers():
+    done = command("losses", COLUMNS="300")
+    assert done.returncode == 0, done.stderr
+    for words in ("soft_binned_ece", "polar_drift", "kl_k3", "2402.14740", "nll_scope", "refresh_every"):
+        assert words in done.stdout
 
 
 def test_rank_table_names_a_device_for_each_rank():
