@@ -146,6 +146,7 @@ def weights_and_log(folder):
     return load_file(folder / "model" / "model.safetensors"), logged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", RESUMED)
 def test_resumed_run_is_bit_exact(resumed, stage):
     whole, logged = weights_and_log(resumed / f"whole{stage}")
@@ -156,6 +157,7 @@ def test_resumed_run_is_bit_exact(resumed, stage):
     assert all(logged[step] == logged_again[step] for step in (5, 6))
 
 
+@pytest.mark.slow
 def test_penalties_change_the_weights_they_name_and_hold_them(resumed):
     held, _ = weights_and_log(resumed / f"whole{FREE}")
     free, logged = weights_and_log(resumed / f"free{FREE}")
