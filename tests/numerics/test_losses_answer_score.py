@@ -58,3 +58,13 @@ def test_finite_everywhere(score, point, grade):
         assert value.isfinite().all()
         assert value >= 0
         assert logprob.grad.isfinite().all()
+
+
+def test_scores_are_scikit_learns():
+    from sklearn.metrics import brier_score_loss, log_loss
+
+    generator = torch.Generator().manual_seed(0)
+    q = torch.rand(200, generator=generator, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+    grades = (torch.rand(200, generator=generator) < q).double()
+    assert answer_log_score(q.log(), grades).mean().item() == pytest.approx(log_loss(grades, q), abs=1e-12)
+    assert answer_brier_score(q.log(), grades).mean().item() == pytest.approx(brier_score_loss(grades, q), abs=1e-12)

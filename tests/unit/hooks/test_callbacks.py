@@ -137,7 +137,7 @@ def test_a_plain_hugging_face_trainer(tmp_path):
     evaluations = [row for _, row in rows if "eval_loss" in row]
     assert len(evaluations) == 1
     assert evaluations[0]["calib/calibration/likelihood/n"] == 5
-    assert [row for row in made.state.log_history if "loss" in row][0].keys() >= training[0][1].keys()
+    assert next(row for row in made.state.log_history if "loss" in row).keys() >= training[0][1].keys()
     assert made.evaluate()["eval_calib/calibration/likelihood/n"] == 5
     assert callback._handle is None
     assert not made.model._forward_hooks
