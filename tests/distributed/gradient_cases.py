@@ -6,6 +6,7 @@ Usage: gradient_cases.py FOLDER CASE_NAMES (comma-separated). Rank 0 writes FOLD
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ class Case:
     training: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)  # more keys for DeepSpeed's zero_optimization
     objective: str = "orpo"
+    checkpoint: str = "model"  # "untied": a head of its own
+    ops: str = ""  # CALIBTRAIN_OPS
 
 
 LORA = {"lora": {"r": 4, "alpha": 8.0}}
@@ -70,6 +73,12 @@ CASES = {
         "lora", model={**LORA, "gradient_checkpointing": True}, training={"zero_stage": 2}
     ),
     "lora_stage3": Case("lora", model=LORA, training={"zero_stage": 3}, zero=ALWAYS_SHARDED),
+    "lora_reference_ops": Case("lora", model=LORA, training={"zero_stage": 0}, ops="reference"),
+    "untied_stage0": Case("untied", training={"zero_stage": 0}, checkpoint="untied"),
+    "untied_stage3": Case("untied", training={"zero_stage": 3}, zero=ALWAYS_SHARDED, checkpoint="untied"),
+    "untied_reference_ops": Case("untied", training={"zero_stage": 2}, checkpoint="untied", ops="reference"),
+    "reference_ops": Case("orpo", training={"zero_stage": 0}, ops="reference"),
+    "torch_ops_stage3": Case("orpo", training={"zero_stage": 3}, zero=ALWAYS_SHARDED, ops="torch"),
 }
 
 
@@ -200,7 +209,8 @@ if __name__ == "__main__":
     folder, names = Path(sys.argv[1]), sys.argv[2].split(",")
     world = start_world()
     for name in names:
-        result = run_case(CASES[name], folder / "model", world)
+        os.environ["CALIBTRAIN_OPS"] = CASES[name].ops
+        result = run_case(CASES[name], folder / CASES[name].checkpoint, world)
         if world.is_main:
             assert all(math.isfinite(norm) for norm in result["norms"])
             torch.save(result, folder / f"{name}-{world.size}.pt")

@@ -1,4 +1,7 @@
-"""One batch, however it is cut up (ranks, accumulation, ZeRO stage, packing, checkpointing), gives one trajectory."""
+"""One batch, however it is cut up and whichever op computes it, gives one trajectory.
+
+Cuts: ranks, accumulation, ZeRO stage, packing, checkpointing; ops: the CPU kernel, PyTorch, the reference.
+"""
 
 import math
 
@@ -16,8 +19,8 @@ from tests.tiny import tiny_tokenizer, write_tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-ON_ONE_RANK = ("stage0", "stage3", "sft_stage0", "lora_stage0")
-REFERENCE = {"orpo": "stage0", "sft": "sft_stage0", "lora": "lora_stage0"}
+ON_ONE_RANK = ("stage0", "stage3", "sft_stage0", "lora_stage0", "untied_stage0")
+REFERENCE = {"orpo": "stage0", "sft": "sft_stage0", "lora": "lora_stage0", "untied": "untied_stage0"}
 RUNS = [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in CASES)]
 
 
@@ -25,6 +28,7 @@ RUNS = [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in CASES)]
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradients")
     write_tiny_model(folder / "model")
+    write_tiny_model(folder / "untied", tied=False)
     for ranks, names in ((1, ON_ONE_RANK), (2, tuple(CASES))):
         script = str(__file__).replace("test_gradients", "gradient_cases")
         ended = run(torchrun(ranks, script, str(folder), ",".join(names)), folder)
@@ -57,7 +61,7 @@ def test_same_gradients_and_trajectory(results, name, ranks):
 def test_gradient_is_that_of_the_global_mean(results, family):
     """Plain autograd in float64 over whole, unpadded sequences and the logits that the model itself gives."""
     folder, found = results
-    config = config_of(CASES[REFERENCE[family]], folder / "model")
+    config = config_of(CASES[REFERENCE[family]], folder / CASES[REFERENCE[family]].checkpoint)
     module = build(config).double().eval()
     dense_loss(module.policy.model, config, family).backward()
     expected = {name: one.grad for name, one in module.policy.named_parameters() if one.grad is not None}
