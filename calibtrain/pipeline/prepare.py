@@ -73,7 +73,9 @@ def add_own_wrong_answers(config: RunConfig, prepared: Prepared, template: Templ
     """Give every training record a rejected answer that the starting model itself produced; cached by content."""
     train = prepared.splits["train"]
     if any(not record.accepted and not record.chosen for record in train):
-        raise UserError("training on pairs: training records need a rejected answer, or accepted answers to find one by")
+        raise UserError(
+            "training on pairs: training records need a rejected answer, or accepted answers to find one by"
+        )
     parts: list[object] = [
         config.model.source,
         config.model.revision,
