@@ -33,13 +33,13 @@ from torch import nn
 from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
+from calibtrain.distributed import World, start_world
 from calibtrain.losses import OBJECTIVES, PENALTIES, SFTLoss
 from calibtrain.losses.terms import ANSWER, CHOSEN, QUERY, REJECTED, Batch
 from calibtrain.models.loading import load_model
 from calibtrain.models.loss_model import LossModel, TrainStep
 from calibtrain.models.policy import Policy
 from calibtrain.models.reward import RewardLossModel, ValueLossModel, scalar_head
-from calibtrain.training.distributed import World, start_world
 from calibtrain.training.engine import Engine, start_engine
 from calibtrain.training.weight_penalty import build_weight_penalties
 

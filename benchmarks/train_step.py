@@ -171,16 +171,16 @@ def token_ids(shape: str, vocabulary: int, count: int) -> list[tuple[list[int], 
 
 def trainer_for(model: Path, shape: str, scope: str, hooks: Callable[[Any], list[Any]]) -> Any:
     """The Trainer as `calibtrain train` makes it, over the shared token ids."""
+    from calibtrain.confidence.answering import Answerer
     from calibtrain.config import RunConfig
     from calibtrain.data.encode import Encoded
     from calibtrain.data.templates import Template
+    from calibtrain.distributed import start_world
     from calibtrain.hooks.base import HookList
     from calibtrain.losses.terms import CHOSEN, REJECTED
     from calibtrain.models.loading import load_tokenizer
     from calibtrain.pipeline.train import build_model
-    from calibtrain.training.answering import Answerer
     from calibtrain.training.deepspeed_config import batch_plan
-    from calibtrain.training.distributed import start_world
     from calibtrain.training.engine import start_engine
     from calibtrain.training.trainer import Trainer
 
@@ -228,6 +228,7 @@ def calibtrain_worker(pipe: Connection, model: Path, shape: str, scope: str = "f
     from calibtrain.hooks.base import Hook
     from calibtrain.hooks.factory import default_hooks
     from calibtrain.training.checkpoint import Progress
+    from calibtrain.training.losses import term_names
 
     class Pace(Hook):
         name = "pace"
@@ -247,7 +248,7 @@ def calibtrain_worker(pipe: Connection, model: Path, shape: str, scope: str = "f
             self.started = time.perf_counter()
 
     pace = Pace()
-    trainer = trainer_for(model, shape, scope, lambda config: [*default_hooks(config, 0), pace])
+    trainer = trainer_for(model, shape, scope, lambda config: [*default_hooks(config, 0, term_names(config)), pace])
     _start_hooks(trainer)
     gc.collect()
     pipe.send("ready")
@@ -265,8 +266,9 @@ def hooks_worker(pipe: Connection, model: Path, shape: str) -> None:
     from calibtrain.hooks.base import HookList
     from calibtrain.hooks.factory import default_hooks
     from calibtrain.training.checkpoint import Progress
+    from calibtrain.training.losses import term_names
 
-    trainer = trainer_for(model, shape, "full", lambda config: default_hooks(config, 0))
+    trainer = trainer_for(model, shape, "full", lambda config: default_hooks(config, 0, term_names(config)))
     _start_hooks(trainer)
     lists = {"with": trainer.hooks, "without": HookList([])}
     progress, size = Progress(), trainer.config.training.log_every

@@ -1,7 +1,7 @@
 """Calibration-tuning: the model says whether its answer is right, and otherwise stays what it was.
 
 Kapoor et al. 2024, "Large Language Models Must Be Taught to Know What They Don't Know", arXiv 2406.08391. The sequences
-that ask come from calibtrain.data.queries, reference log-probs from calibtrain.models.reference.
+that ask come from calibtrain.data.queries, reference log-probs from calibtrain.training.reference.
 """
 
 from __future__ import annotations

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from calibtrain.calibration.metrics import summary
 from calibtrain.calibration.state import state_of
+from calibtrain.confidence.answering import Answerer
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.records import Record
 from calibtrain.data.rows import record_from_row
 from calibtrain.data.templates import Template
+from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.calibration import CalibrationHook
@@ -23,8 +25,6 @@ from calibtrain.losses.terms import Batch
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
 from calibtrain.ops import TokenStats
-from calibtrain.training.answering import Answerer
-from calibtrain.training.distributed import World
 
 LOGITS_AT_ONCE = 2**24  # elements in float32, where the statistics come from a model's own logits
 

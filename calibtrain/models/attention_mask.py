@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from calibtrain.data.collate import collate
-from calibtrain.data.encode import Encoded
 from calibtrain.errors import UserError
-from calibtrain.losses.terms import CHOSEN, REJECTED, Batch
+from calibtrain.losses.terms import Batch
 from calibtrain.models import cpu_attention
 
 if TYPE_CHECKING:
@@ -86,34 +84,3 @@ def block_mask_obstacle(model: Any, longest: int) -> str | None:
         if isinstance(window, int) and 0 < window < longest:
             return f"{name} has a window ({key}) of {window} tokens, less than the {longest} of the longest sequence"
     return None
-
-
-@torch.no_grad()
-def block_mask_failure(policy: Any) -> str | None:
-    """Try the mask on a few tokens: what the model gives packed must be what it gives alone. None if it is.
-
-    This finds models whose config does not tell: recurrent layers, ALiBi, positions of their own.
-    """
-    model = policy.causal_model
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    ids = [(7 * i + i * i) % vocabulary for i in range(1, 40)]
-    encoded = [
-        Encoded((*ids[start : start + 5], *ids[end : end + 4]), 5, role, pair, pair)
-        for start, pair in ((0, 0), (10, 1))
-        for role, end in ((CHOSEN, start + 20), (REJECTED, start + 25))
-    ]
-    device = next(policy.parameters()).device
-    was_training = policy.training
-    policy.eval()
-    try:
-        alone, packed = (
-            policy.hidden_at_targets(collate(encoded, 0, packing_tokens=tokens, shared_prefix=bool(tokens)).to(device))
-            for tokens in (None, 64)
-        )
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        return f"{type(model).__name__} takes no block masks ({str(error).splitlines()[0]})"
-    finally:
-        policy.train(was_training)
-    tolerance = 1e-3 if alone.dtype == torch.float32 else 0.1
-    distance = ((packed - alone).float().norm() / alone.float().norm()).item()
-    return None if distance < tolerance else f"{type(model).__name__} does not keep packed sequences apart"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.likelihood import sample_answers
 from calibtrain.config import RefusalConfig, RunConfig
 from calibtrain.config_file import dump_config
@@ -19,16 +20,15 @@ from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.loader import total_steps
 from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
+from calibtrain.distributed import World, barrier, gather_lists, shard, start_world
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
-from calibtrain.models.attention_mask import block_mask_failure, block_mask_obstacle
 from calibtrain.models.export import check_scale_folds, export_model, gathered_weights
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy, check_head
-from calibtrain.models.reference import with_reference_logprobs
 from calibtrain.models.reward import (
     RewardLossModel,
     ValueLossModel,
@@ -38,15 +38,15 @@ from calibtrain.models.reward import (
 )
 from calibtrain.pipeline.prepare import SAMPLES_PER_QUESTION, Prepared, add_own_wrong_answers, needs_rejected, prepare
 from calibtrain.training.answer_stream import AnswerStream
-from calibtrain.training.answering import Answerer
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
-from calibtrain.training.distributed import World, barrier, gather_lists, shard, start_world
 from calibtrain.training.engine import Engine, start_engine
-from calibtrain.training.losses import build_losses
+from calibtrain.training.losses import build_losses, term_names
+from calibtrain.training.reference import with_reference_logprobs
 from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts
+from calibtrain.training.row_layout import row_layout
 from calibtrain.training.trainer import Trainer
 from calibtrain.training.weight_penalty import build_weight_penalties
 
@@ -247,7 +247,7 @@ def _trainer(
         total_steps=steps,
         world=world,
         answerer=answerer,
-        hooks=HookList(default_hooks(config, world.rank)),
+        hooks=HookList(default_hooks(config, world.rank, term_names(config))),
         output_dir=config.output_dir,
         data_hash=prepared.data_hash,
         stream=stream,
@@ -265,22 +265,6 @@ def _rollouts(config: RunConfig, train: Sequence[Record], answerer: Answerer, pl
         start = config.model.model_copy(update={"adapter": None, "gradient_checkpointing": False})
         reference = LossModel(Policy(load_model(start))).to(answerer.world.device).eval().requires_grad_(False)
     return Rollouts(config, answerer, train, plan, reference)
-
-
-def row_layout(config: RunConfig, policy: Policy) -> dict[str, Any]:
-    """What the Trainer does with rows: `packing_tokens` and `shared_prefix`, as the config wants them.
-
-    A model whose attention takes no block masks gets one sequence a row, and a message says so.
-    """
-    shares = config.data.shared_prefix and (config.objective.name == "orpo" or config.trains_on_rollouts)
-    wanted = {"packing_tokens": config.data.packing_tokens, "shared_prefix": shares}
-    if not any(wanted.values()):
-        return wanted
-    obstacle = block_mask_obstacle(policy.causal_model, config.data.max_length) or block_mask_failure(policy)
-    if obstacle is None:
-        return wanted
-    logger.info("each sequence gets a row and passes its prompt itself: %s", obstacle)
-    return {"packing_tokens": None, "shared_prefix": False}
 
 
 def _add_rejected(config: RunConfig, prepared: Prepared, template: Template, world: World) -> None:

@@ -11,13 +11,13 @@ import torch
 
 from calibtrain.calibration.temperature import optimal_temperature
 from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.likelihood import Answered, logprob_table
 from calibtrain.config import AnswerScoreConfig, OwnAnswersConfig
 from calibtrain.data.encode import Encoded, encode_answer
 from calibtrain.data.queries import confidence_queries, correctness_queries
 from calibtrain.data.records import Record
-from calibtrain.training.answering import Answerer
-from calibtrain.training.distributed import World, gather_rows, shard
+from calibtrain.distributed import World, gather_rows, shard
 
 TEMPERATURES = tuple(2.0 ** (step / 3) for step in range(-6, 7))
 """Where answers are scored before solving for the scale: 1/4 to 4."""

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibtrain.config import RunConfig
+from calibtrain.distributed import World, all_agree, barrier
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
-from calibtrain.training.distributed import World, all_agree, barrier
 from calibtrain.training.engine import Engine
 from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts

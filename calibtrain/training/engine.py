@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from calibtrain.config import RunConfig, TrainingConfig
+from calibtrain.distributed import World
 from calibtrain.models.loss_model import LossModel
 from calibtrain.training.deepspeed_config import deepspeed_dict
-from calibtrain.training.distributed import World
 
 
 def optimizer_groups(model: LossModel, config: RunConfig) -> list[dict[str, Any]]:

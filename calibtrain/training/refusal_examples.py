@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from calibtrain.confidence.answering import Answerer
 from calibtrain.config import RefusalConfig
 from calibtrain.data.encode import Encoded
 from calibtrain.data.records import Record
 from calibtrain.data.refusal import refusal_examples
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import Batch
-from calibtrain.training.answering import Answerer
 
 
 class RefusalExamples(Sequence[tuple[Encoded, ...]]):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.generation import Generation, generate
 from calibtrain.confidence.stated import read_statement, statement_tokens
 from calibtrain.config import PolicyGradientConfig, PPOConfig, RunConfig
@@ -18,12 +19,11 @@ from calibtrain.data.encode import Encoded, cut_left
 from calibtrain.data.grading import grade
 from calibtrain.data.loader import step_indices
 from calibtrain.data.records import Record, unit_hash
+from calibtrain.distributed import gather_lists, shard
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.models.loss_model import LogprobStep, LossModel
-from calibtrain.training.answering import Answerer
 from calibtrain.training.deepspeed_config import BatchPlan
-from calibtrain.training.distributed import gather_lists, shard
 from calibtrain.training.rollout_credit import Credit, Sample, check_rewards, credit
 
 

@@ -14,22 +14,22 @@ from torch import Tensor
 from calibtrain.calibration.metrics import summary
 from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.answering import Answerer
 from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate, row_tokens
 from calibtrain.data.encode import Encoded
 from calibtrain.data.loader import epoch_at, rank_micro_batches, step_indices
 from calibtrain.data.records import Record
+from calibtrain.distributed import World, gather_lists, sum_over_ranks
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.records import CheckpointRecord, EvaluationRecord, MicroBatchRecord, StepRecord
 from calibtrain.losses.terms import ANSWER, QUERY, Batch
 from calibtrain.models.loss_model import StepStatistics, TrainStep
 from calibtrain.training.answer_stream import AnswerStream
-from calibtrain.training.answering import Answerer
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.checkpoint import Progress, save_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan
-from calibtrain.training.distributed import World, gather_lists, sum_over_ranks
 from calibtrain.training.engine import Engine
 from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from calibtrain.config import RunConfig, WeightPenaltyConfig
+from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.losses.rotation_probes import Shard, penalty_norm
 from calibtrain.losses.rotation_step import DecoupledPenalty, DenseMatrix, Held, LoRAMatrix, share
 from calibtrain.spectral.polar import polar_factor
-from calibtrain.training.distributed import World
 from calibtrain.training.engine import Engine
 
 

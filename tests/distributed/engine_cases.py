@@ -18,6 +18,7 @@ from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.data.loader import step_indices
 from calibtrain.data.templates import Template
+from calibtrain.distributed import World, barrier, start_world
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import Hook, HookList
 from calibtrain.models.export import export_model, gathered_weights
@@ -26,7 +27,6 @@ from calibtrain.models.loss_model import DecodeStep, ScoreStep
 from calibtrain.pipeline import train as pipeline
 from calibtrain.pipeline.prepare import Prepared, prepare
 from calibtrain.training.checkpoint import Progress, complete_checkpoints
-from calibtrain.training.distributed import World, barrier, start_world
 from calibtrain.training.engine import start_engine
 from calibtrain.training.trainer import Trainer
 

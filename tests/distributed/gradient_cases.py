@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from deepspeed.utils import safe_get_full_grad
 
+from calibtrain.confidence.answering import Answerer
 from calibtrain.config import AnswerScoreConfig, RunConfig
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import encode_records
 from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
+from calibtrain.distributed import World, barrier, start_world
 from calibtrain.hooks.base import HookList
 from calibtrain.losses import build_loss
 from calibtrain.models.export import gathered_weights
@@ -28,10 +30,8 @@ from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
 from calibtrain.training import engine as engine_module
 from calibtrain.training.answer_stream import AnswerStream
-from calibtrain.training.answering import Answerer
 from calibtrain.training.checkpoint import Progress
 from calibtrain.training.deepspeed_config import batch_plan
-from calibtrain.training.distributed import World, barrier, start_world
 from calibtrain.training.engine import Engine, start_engine
 from calibtrain.training.trainer import Trainer
 

@@ -13,10 +13,10 @@ import torch
 
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
+from calibtrain.distributed import World, barrier, start_world
 from calibtrain.losses.rotation_probes import Shard, run_together
 from calibtrain.losses.rotation_step import DecoupledPenalty, DenseMatrix
 from calibtrain.pipeline.train import build_model
-from calibtrain.training.distributed import World, barrier, start_world
 from calibtrain.training.engine import start_engine
 from calibtrain.training.weight_penalty import _gather, build_weight_penalties
 

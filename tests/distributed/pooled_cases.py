@@ -17,6 +17,7 @@ from deepspeed.utils import safe_get_full_grad
 from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
+from calibtrain.distributed import World, barrier, start_world, sum_over_ranks
 from calibtrain.losses.brier import TokenizedBrierLoss
 from calibtrain.losses.calibration_tuning import CorrectnessQueryLoss
 from calibtrain.losses.pooled import MMCELoss, SoftBinnedECELoss
@@ -25,7 +26,6 @@ from calibtrain.losses.terms import ANSWER, CHOSEN, QUERY
 from calibtrain.models.loading import load_model
 from calibtrain.models.loss_model import LossModel, TrainStep
 from calibtrain.models.policy import Policy
-from calibtrain.training.distributed import World, barrier, start_world, sum_over_ranks
 from calibtrain.training.engine import Engine, start_engine
 
 STEPS, MICRO_BATCHES, PAD = 3, 8, 2

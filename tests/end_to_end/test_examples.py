@@ -56,7 +56,7 @@ def test_accelerate(example, model):
 
 
 def single_rank(monkeypatch):
-    from calibtrain.training.distributed import start_world
+    from calibtrain.distributed import start_world
 
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)

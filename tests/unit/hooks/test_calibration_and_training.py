@@ -91,10 +91,11 @@ def test_training_hook_means_and_resume():
     assert "train/logit_scale" not in metrics
 
 
-def test_default_hooks_by_rank_and_term_names():
-    config = RunConfig(penalties=[{"name": "answer_score", "moves": "all"}])
-    assert term_names(config) == ["answer_score", "nll", "odds_ratio"]
-    solved_for = RunConfig(penalties=[{"name": "answer_score", "moves": "scale"}])
-    assert term_names(solved_for) == ["nll", "odds_ratio"]  # not in the loss
-    assert [hook.name for hook in default_hooks(config, 0)] == ["training", "calibration", "jsonl", "progress", "wandb"]
-    assert [hook.name for hook in default_hooks(config, 3)] == ["training", "calibration"]
+def test_term_names_leave_out_what_is_not_in_the_loss():
+    moves = [RunConfig(penalties=[{"name": "answer_score", "moves": moves}]) for moves in ("all", "scale")]
+    assert [term_names(config) for config in moves] == [["answer_score", "nll", "odds_ratio"], ["nll", "odds_ratio"]]
+
+
+def test_default_hooks_by_rank():
+    names = [[hook.name for hook in default_hooks(RunConfig(), rank, ["nll"])] for rank in (0, 3)]
+    assert names == [["training", "calibration", "jsonl", "progress", "wandb"], ["training", "calibration"]]

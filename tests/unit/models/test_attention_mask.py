@@ -11,8 +11,9 @@ from calibtrain.data.collate import collate
 from calibtrain.errors import UserError
 from calibtrain.losses.orpo import ORPOLoss
 from calibtrain.losses.terms import mean_loss
-from calibtrain.models.attention_mask import attention_mask, block_mask_failure, block_mask_obstacle, visibility
+from calibtrain.models.attention_mask import attention_mask, block_mask_obstacle, visibility
 from calibtrain.models.policy import Policy
+from calibtrain.training.row_layout import block_mask_failure
 from tests.tiny import tiny_model
 from tests.unit.models.test_shared_prefix import sequences
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from calibtrain.config import RunConfig
+from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.training.checkpoint import complete_checkpoints, find_checkpoint
-from calibtrain.training.distributed import World
 
 TWO = World(0, 2, 0, torch.device("cpu"))
 

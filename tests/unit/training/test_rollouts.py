@@ -8,19 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
+from calibtrain.confidence.answering import Answerer
 from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
+from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.losses import build_loss
 from calibtrain.losses.terms import mean_loss
 from calibtrain.models.loss_model import LogprobStep, LossModel, TrainStep
 from calibtrain.models.policy import Policy
 from calibtrain.models.reward import ValueLossModel
-from calibtrain.training.answering import Answerer
 from calibtrain.training.deepspeed_config import BatchPlan
-from calibtrain.training.distributed import World
 from calibtrain.training.rollout_credit import Sample, check_rewards, credit
 from calibtrain.training.rollouts import Rollouts
 from tests.tiny import tiny_model, tiny_tokenizer
