@@ -79,18 +79,24 @@ def encode_records(
 
 
 def encode_answer(
-    record: Record, text: str, correct: bool, template: Template, max_length: int, record_id: int
+    record: Record,
+    text: str,
+    correct: bool,
+    template: Template,
+    max_length: int,
+    record_id: int,
+    role: int = ANSWER,
 ) -> Encoded | None:
-    """The model's own graded answer as a sequence; it may be empty (the end token alone). None if it leaves no room.
+    """The model's own graded answer as a sequence, or what else is said with that grade; None if it leaves no room.
 
-    Raises UserError if the tokenizer cannot tell it from the prompt.
+    It may be empty (the end token alone). Raises UserError if the tokenizer cannot tell it from the prompt.
     """
     completion = template.completion_ids(text)
     room = max_length - len(completion)
     if room < 1:
         return None
     prompt = cut_left(template.prompt_ids(record), room, template.tokenizer.bos_token_id)
-    return Encoded((*prompt, *completion), len(prompt), ANSWER, record_id, correct=float(correct))
+    return Encoded((*prompt, *completion), len(prompt), role, record_id, correct=float(correct))
 
 
 def cut_left(prompt: Sequence[int], room: int, bos_id: int | None) -> list[int]:

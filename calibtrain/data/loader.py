@@ -14,13 +14,18 @@ from functools import lru_cache
 from calibtrain.errors import UserError
 
 
+def permutation(n: int, key: str) -> list[int]:
+    """Permutation of range(n), a pure function of `key`: the same on every machine and version."""
+    # random() is the one stream that Python promises to keep, unlike shuffle() and the generators of numpy and torch.
+    draw = random.Random(key).random
+    keys = [draw() for _ in range(n)]
+    return sorted(range(n), key=keys.__getitem__)
+
+
 @lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """Permutation of range(n) for one epoch (from 0): the same on every machine and version."""
-    # random() is the one stream that Python promises to keep, unlike shuffle() and the generators of numpy and torch.
-    draw = random.Random(f"epoch order {seed} {epoch}").random
-    keys = [draw() for _ in range(n)]
-    return tuple(sorted(range(n), key=keys.__getitem__))
+    """Permutation of range(n) for one epoch (from 0)."""
+    return tuple(permutation(n, f"epoch order {seed} {epoch}"))
 
 
 def step_indices(step: int, global_batch_size: int, n: int, seed: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from calibtrain.data.encode import Encoded, cut_left
+from calibtrain.data.encode import Encoded, encode_answer
 from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
@@ -87,16 +87,12 @@ def _queries(
     query: str,
     no_yes: tuple[str, str],
 ) -> list[Encoded]:
-    completions = [template.completion_ids(text) for text in no_yes]
     queries = []
     for index, (record, text, grade) in enumerate(zip(records, texts, correct, strict=True)):
         if grade is None:
             continue
-        completion = completions[int(grade)]
-        room = max_length - len(completion)
-        if room < 1:
-            continue
-        prompt = template.prompt_ids(query_record(record, text, query))
-        prompt = cut_left(prompt, room, template.tokenizer.bos_token_id)
-        queries.append(Encoded((*prompt, *completion), len(prompt), QUERY, index, correct=float(grade)))
+        asked, choice = query_record(record, text, query), no_yes[int(grade)]
+        one = encode_answer(asked, choice, grade, template, max_length, index, QUERY)
+        if one is not None:
+            queries.append(one)
     return queries

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from calibtrain.data.encode import Encoded, cut_left
+from calibtrain.data.encode import Encoded, encode_answer
 from calibtrain.data.grading import normalize
 from calibtrain.data.queries import query_record
 from calibtrain.data.records import Record, unit_hash
@@ -66,12 +66,9 @@ def refusal_examples(
             question, text = query_record(record, said, ARE_YOU_SURE), SURE if knew else UNSURE
         else:
             question, text = record, _right_answer(record, said) if knew else _refusal(record)
-        completion = template.completion_ids(text)
-        room = max_length - len(completion)
-        if room < 1:
-            continue
-        prompt = cut_left(template.prompt_ids(question), room, template.tokenizer.bos_token_id)
-        examples.append((Encoded((*prompt, *completion), len(prompt), CHOSEN, index, correct=float(knew)),))
+        one = encode_answer(question, text, knew, template, max_length, index, CHOSEN)
+        if one is not None:
+            examples.append((one,))
     if records and not examples:
         raise UserError("no refusal example is left: no answer is graded, or data.max_length leaves no room for any")
     return examples

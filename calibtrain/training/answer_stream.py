@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.likelihood import Answered, logprob_table
 from calibtrain.config import AnswerScoreConfig, OwnAnswersConfig
 from calibtrain.data.encode import Encoded, encode_answer
+from calibtrain.data.loader import permutation
 from calibtrain.data.queries import confidence_queries, correctness_queries
 from calibtrain.data.records import Record
 from calibtrain.distributed import World, gather_rows, shard
@@ -53,7 +53,7 @@ class AnswerStream:
         self.asked: list[int] = []
         self.texts: list[str] = []
         self.correct: list[bool] = []
-        order = _order(len(self.questions), f"questions {seed}")
+        order = permutation(len(self.questions), f"questions {seed}")
         self.held_out = set(order[1::2]) if "calibration_aware" in self.in_loss else set()
 
     def before_step(self, step: int) -> None:
@@ -72,16 +72,19 @@ class AnswerStream:
         policy = self.answerer.module.policy
         policy.scale = 1.0
         answered = self._ask(-(-step // self.config.refresh_every) - 1)
-        table = self._table(answered)
+        table = self._table(answered, TEMPERATURES)
         temperature = optimal_temperature(table.numpy(), self.correct, TEMPERATURES, score=self.scale.score)
         policy.scale = 1.0 / temperature
-        return self._rescored(answered)
+        rescored = self._table(answered, (1.0,))[:, 0].tolist()  # at the solved scale, as one number an answer
+        return [
+            replace(one, token_logprobs=(logprob,)) for one, logprob in zip(answered.answers, rescored, strict=True)
+        ]
 
     def share(self, step: int, micro_batch: int, micro_batches: int, world: World) -> list[Encoded]:
         """Sequences of one micro-batch's answers; all ranks' shares make up the step's answers."""
         free = [i for i, question in enumerate(self.asked) if question not in self.held_out]
         count = min(self.config.answers_per_step, len(free))
-        order = [free[i] for i in _order(len(free), f"answers {self.seed} {step}")[:count]]
+        order = [free[i] for i in permutation(len(free), f"answers {self.seed} {step}")[:count]]
         parts = world.size * micro_batches
         index = world.rank * micro_batches + micro_batch
         chosen = order[index * count // parts : (index + 1) * count // parts]
@@ -99,7 +102,7 @@ class AnswerStream:
 
     def _ask(self, round_number: int) -> Answered:
         count = min(self.config.questions_per_refresh, len(self.questions))
-        order = _order(len(self.questions), f"questions {self.seed}")
+        order = permutation(len(self.questions), f"questions {self.seed}")
         start = round_number * count
         self.asked = [order[(start + i) % len(order)] for i in range(count)]
         answered = self.answerer([self.questions[i] for i in self.asked])
@@ -131,26 +134,9 @@ class AnswerStream:
             found += confidence_queries([record], [text], [correct], template, room, asked.levels)
         return [replace(one, record_id=place) for one in found]
 
-    def _table(self, answered: Answered) -> torch.Tensor:
+    def _table(self, answered: Answered, temperatures: Sequence[float]) -> torch.Tensor:
         """Log-prob of every answer at each temperature, each rank scoring its share. (answers, temperatures) float64."""
         world = self.answerer.world
         mine = torch.tensor(shard(range(len(answered.answers)), world), dtype=torch.int64)
-        table = logprob_table(self.answerer.module, answered.features.select(mine), TEMPERATURES, world.device)
+        table = logprob_table(self.answerer.module, answered.features.select(mine), temperatures, world.device)
         return gather_rows(table, world.device)
-
-    def _rescored(self, answered: Answered) -> list[Answer]:
-        """The answers with their log-prob at the solved scale, as one number."""
-        world = self.answerer.world
-        mine = torch.tensor(shard(range(len(answered.answers)), world), dtype=torch.int64)
-        table = logprob_table(self.answerer.module, answered.features.select(mine), (1.0,), world.device)
-        logprobs = gather_rows(table, world.device)[:, 0].tolist()
-        return [
-            replace(answer, token_logprobs=(logprob,))
-            for answer, logprob in zip(answered.answers, logprobs, strict=True)
-        ]
-
-
-def _order(n: int, key: str) -> list[int]:
-    draw = random.Random(key).random
-    keys = [draw() for _ in range(n)]
-    return sorted(range(n), key=keys.__getitem__)
