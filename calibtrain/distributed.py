@@ -56,14 +56,6 @@ def start_world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
-def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Element-wise sum, in float64."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor.tolist()
-
-
 def all_agree(flag: bool, device: torch.device) -> bool:
     """True when `flag` holds on every rank. int32, because NCCL does not reduce booleans."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

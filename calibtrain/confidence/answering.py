@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from calibtrain.calibration.metrics import summary
+from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.likelihood import Answered, answer_questions
 from calibtrain.config import EvaluationConfig
@@ -62,6 +64,13 @@ class Answerer:
     def all_done(self, done: bool) -> bool:
         """Whether every rank is done. Collective."""
         return all_agree(done, self.world.device)
+
+
+def answer_metrics(answers: Sequence[Answer]) -> dict[str, float]:
+    """Calibration of graded answers' own confidence: the metrics of `calibtrain.calibration.metrics.summary`."""
+    confidence = torch.tensor([answer.confidence for answer in answers], dtype=torch.float64)
+    correct = torch.tensor([bool(answer.correct) for answer in answers])
+    return summary(state_of(confidence, correct))
 
 
 def take(answered: Answered, count: int) -> Answered:

@@ -9,9 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from calibtrain.calibration.metrics import summary
-from calibtrain.calibration.state import state_of
-from calibtrain.confidence.answering import Answerer
+from calibtrain.confidence.answering import Answerer, answer_metrics
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.records import Record
 from calibtrain.data.rows import record_from_row
@@ -25,6 +23,7 @@ from calibtrain.losses.terms import Batch
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
 from calibtrain.ops import TokenStats
+from calibtrain.ops.reference import token_stats_of_logits
 
 LOGITS_AT_ONCE = 2**24  # elements in float32, where the statistics come from a model's own logits
 
@@ -40,18 +39,7 @@ class CalibrationMeter:
     def update(self, stats: TokenStats, batch: Batch) -> None:
         """Take one micro-batch's statistics, detached; does not wait for the device."""
         self.micro_batches += 1
-        detached = TokenStats(*(value.detach() for value in stats))
-        record = MicroBatchRecord(
-            *detached,
-            sequence_ids=batch.sequence_ids,
-            is_completion=batch.is_completion,
-            roles=batch.roles,
-            sequence_correct=batch.correct,
-            term_sums={},
-            term_counts={},
-            pair_ids=batch.pair_ids,
-        )
-        self._hooks.dispatch("on_micro_batch", record)
+        self._hooks.dispatch("on_micro_batch", MicroBatchRecord.of(stats, batch, {}))
 
     def compute(self, step: int) -> dict[str, float]:
         """Metrics of all ranks' micro-batches, the same on every rank; the next interval starts. One all-reduce."""
@@ -104,10 +92,7 @@ class AnswerMeter:
         module = LossModel(Policy(model))
         module.train(model.training)
         answered = Answerer(module, Template(self.template, tokenizer), self.settings, _world(model))(self.records)
-        confidence = torch.tensor([answer.confidence for answer in answered.answers], dtype=torch.float64)
-        correct = torch.tensor([bool(answer.correct) for answer in answered.answers])
-        metrics = summary(state_of(confidence, correct))
-        return {f"{self.prefix}/{key}": value for key, value in metrics.items()}
+        return {f"{self.prefix}/{key}": value for key, value in answer_metrics(answered.answers).items()}
 
 
 @torch.no_grad()
@@ -118,25 +103,11 @@ def stats_from_logits(logits: Tensor, batch: Batch) -> TokenStats:
     """
     if logits.shape[:2] != batch.input_ids.shape:
         raise UserError(f"logits {tuple(logits.shape)} do not belong to input_ids {tuple(batch.input_ids.shape)}")
-    rows, parts = logits.flatten(0, 1), []
-    size = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-    for start in range(0, batch.targets.shape[0], size):
-        targets = batch.targets[start : start + size]
-        logp = rows[batch.target_positions[start : start + size]].float().log_softmax(-1)
-        p = logp.exp()
-        top, choice = logp.max(-1)
-        parts.append(
-            (
-                logp.gather(1, targets[:, None])[:, 0],
-                -(p * logp).sum(-1),
-                p.square().sum(-1),
-                top.exp(),
-                choice == targets,
-            )
-        )
-    if not parts:
-        empty = logits.new_zeros(0, dtype=torch.float32)
-        return TokenStats(empty, empty, empty, empty, empty > 0)
+    rows, size = logits.flatten(0, 1), max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    parts = [
+        token_stats_of_logits(rows[positions].float(), targets)
+        for positions, targets in zip(batch.target_positions.split(size), batch.targets.split(size), strict=True)
+    ]
     return TokenStats(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from calibtrain.confidence.answer import Answer
+from calibtrain.losses.terms import Batch, LossTerms
+from calibtrain.ops import TokenStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,20 @@ class MicroBatchRecord:
     term_sums: Mapping[str, Tensor]  # () each
     term_counts: Mapping[str, Tensor]  # () each
     pair_ids: Tensor | None = None  # (S,) int64 in [0, S), -1 outside pairs; without it no preference accuracy
+
+    @classmethod
+    def of(cls, stats: TokenStats, batch: Batch, terms: LossTerms) -> MicroBatchRecord:
+        """What one forward pass gave, detached."""
+        return cls(
+            *(value.detach() for value in stats),
+            sequence_ids=batch.sequence_ids,
+            is_completion=batch.is_completion,
+            roles=batch.roles,
+            sequence_correct=batch.correct,
+            term_sums={name: term.total.detach() for name, term in terms.items()},
+            term_counts={name: term.count for name, term in terms.items()},
+            pair_ids=batch.pair_ids,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,11 @@ def reference_token_stats(
 ) -> TokenStats:
     """`fused_linear_token_stats` from the log-softmax of all logits, in the dtype of the inputs (give it float64)."""
     logits = reference_logits(hidden, weight, bias=bias, softcap=softcap, logit_scale=logit_scale)
+    return token_stats_of_logits(logits, targets)
+
+
+def token_stats_of_logits(logits: Tensor, targets: Tensor) -> TokenStats:
+    """Statistics of `targets` (N,) from all logits (N, V), in their dtype."""
     logp = torch.log_softmax(logits, dim=1)
     p = logp.exp()
     confidence, top = p.detach().max(dim=1)

@@ -8,23 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from calibtrain.calibration.metrics import summary
-from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answer import Answer
-from calibtrain.confidence.answering import Answerer
+from calibtrain.confidence.answering import Answerer, answer_metrics
 from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate, row_tokens
 from calibtrain.data.encode import Encoded
 from calibtrain.data.loader import epoch_at, rank_micro_batches, step_indices
 from calibtrain.data.records import Record
-from calibtrain.distributed import World, gather_lists, sum_over_ranks
+from calibtrain.distributed import World, gather_lists
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.records import CheckpointRecord, EvaluationRecord, MicroBatchRecord, StepRecord
-from calibtrain.losses.terms import ANSWER, QUERY, Batch
+from calibtrain.losses.terms import ANSWER, QUERY, Batch, global_counts
 from calibtrain.models.loss_model import StepStatistics, TrainStep
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
@@ -40,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trainer:
-    """Everything a run's loop needs; `examples` are the encoded training records, each one or two sequences."""
+    """Everything a run's loop needs; `examples` are the training records as sequences, one or more each."""
 
     config: RunConfig
     engine: Engine
@@ -77,7 +72,7 @@ class Trainer:
             for micro_batch in window:
                 loss, output = self.engine.deepspeed(micro_batch)
                 self.engine.backward(loss, last=micro_batch is window[-1])
-                self.hooks.dispatch("on_micro_batch", _micro_batch_record(output))
+                self.hooks.dispatch("on_micro_batch", MicroBatchRecord.of(output.stats, output.batch, output.terms))
                 outputs.append(output)
             if self.weight_penalties is not None:
                 self.weight_penalties.arm(step)
@@ -121,10 +116,7 @@ class Trainer:
         self._report_answers(step, self.answerer(questions).answers)
 
     def _report_answers(self, step: int, answers: Sequence[Answer]) -> None:
-        confidence = torch.tensor([answer.confidence for answer in answers], dtype=torch.float64)
-        correct = torch.tensor([bool(answer.correct) for answer in answers])
-        metrics = summary(state_of(confidence, correct))
-        named = {f"calib/calibration/likelihood/{key}": value for key, value in metrics.items()}
+        named = {f"calib/calibration/likelihood/{key}": value for key, value in answer_metrics(answers).items()}
         record = EvaluationRecord(step, "calibration", named, answers if self.world.is_main else [])
         self.hooks.dispatch("on_evaluation", record)
 
@@ -165,17 +157,9 @@ class Trainer:
             packed=self.packing_tokens is not None,
         )[self.world.rank]
         batches = [self._micro_batch(step, number, len(mine), chosen) for number, chosen in enumerate(mine)]
-        counts: dict[str, Tensor] = {}
-        for one in batches:
-            for name, count in self.engine.module.counts(one.batch).items():
-                counts[name] = counts.get(name, torch.zeros_like(count)) + count
-        names = sorted(counts)
-        totals = sum_over_ranks([float(counts[name]) for name in names], self.world.device)
+        totals = global_counts(self.engine.module, [one.batch for one in batches])  # type: ignore[arg-type]
         # DeepSpeed averages gradients over ranks, so the global mean is the sum over ranks times their number.
-        divisors = {
-            name: torch.tensor(max(total, 1.0) / self.world.size, device=self.world.device)
-            for name, total in zip(names, totals, strict=True)
-        }
+        divisors = {name: (total.clamp(min=1) / self.world.size).float() for name, total in totals.items()}
         return [replace(one, divisors=divisors) for one in batches]
 
     def _micro_batch(self, step: int, number: int, count: int, indices: Sequence[int]) -> TrainStep:
@@ -214,19 +198,5 @@ class Trainer:
 
 
 def _non_finite(output: StepStatistics) -> list[int]:
-    bad = ~torch.isfinite(output.stats.logprob)
+    bad = ~output.stats.logprob.isfinite()
     return output.batch.sequence_ids[bad].unique().tolist()
-
-
-def _micro_batch_record(output: StepStatistics) -> MicroBatchRecord:
-    batch = output.batch
-    return MicroBatchRecord(
-        *output.stats,
-        sequence_ids=batch.sequence_ids,
-        is_completion=batch.is_completion,
-        roles=batch.roles,
-        sequence_correct=batch.correct,
-        pair_ids=batch.pair_ids,
-        term_sums={name: term.total for name, term in output.terms.items()},
-        term_counts={name: term.count for name, term in output.terms.items()},
-    )

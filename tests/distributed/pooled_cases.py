@@ -17,12 +17,12 @@ from deepspeed.utils import safe_get_full_grad
 from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
-from calibtrain.distributed import World, barrier, start_world, sum_over_ranks
+from calibtrain.distributed import World, barrier, start_world
 from calibtrain.losses.brier import TokenizedBrierLoss
 from calibtrain.losses.calibration_tuning import CorrectnessQueryLoss
 from calibtrain.losses.pooled import MMCELoss, SoftBinnedECELoss
 from calibtrain.losses.sft import SFTLoss
-from calibtrain.losses.terms import ANSWER, CHOSEN, QUERY
+from calibtrain.losses.terms import ANSWER, CHOSEN, QUERY, global_counts
 from calibtrain.models.loading import load_model
 from calibtrain.models.loss_model import LossModel, TrainStep
 from calibtrain.models.policy import Policy
@@ -87,16 +87,14 @@ def run_step(engine: Engine, step: int, world: World) -> dict[str, Any]:
     """One optimiser step: its term sums over all ranks, full gradients and banks after it."""
     mine = range(world.rank, MICRO_BATCHES, world.size)
     batches = [collate(micro_batch(step, number), PAD) for number in mine]
-    names = sorted(engine.module.counts(batches[0]))
-    counts = [sum(float(engine.module.counts(batch)[name]) for batch in batches) for name in names]
-    totals = dict(zip(names, sum_over_ranks(counts, world.device), strict=True))
-    divisors = {name: torch.tensor(max(total, 1.0) / world.size) for name, total in totals.items()}
-    sums = dict.fromkeys(names, 0.0)
+    totals = global_counts(engine.module, batches)
+    divisors = {name: (total.clamp(min=1) / world.size).float() for name, total in totals.items()}
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in totals}
     for batch in batches:
         loss, output = engine.deepspeed(TrainStep(batch, divisors))
         engine.backward(loss, last=batch is batches[-1])
         for name, term in output.terms.items():
-            sums[name] += float(term.total)
+            sums[name] += term.total
     gradients = {
         name: gradient.float().clone()
         for name, parameter in engine.module.policy.named_parameters()
@@ -105,9 +103,11 @@ def run_step(engine: Engine, step: int, world: World) -> dict[str, Any]:
     skipped, _ = engine.step()
     assert not skipped
     engine.module.after_step()
+    for total in sums.values():
+        torch.distributed.all_reduce(total)
     return {
-        "counts": totals,
-        "sums": dict(zip(names, sum_over_ranks([sums[name] for name in names], world.device), strict=True)),
+        "counts": {name: float(total) for name, total in totals.items()},
+        "sums": {name: float(total) for name, total in sums.items()},
         "gradients": gradients,
         "banks": banks(engine),
     }
