@@ -50,13 +50,26 @@ class Batch:
 
     @property
     def packed(self) -> bool:
-        """Whether any row holds more than one sequence."""
+        """Whether any row holds more than one sequence. Raises UserError where `branch_ids` does not tell that one does."""
+        self._check_rows()
         return self.branch_ids is not None
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy with every tensor on `device`."""
+        """Copy with every tensor on `device`. Raises UserError as `packed` does."""
+        self._check_rows()
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None})
+
+    def _check_rows(self) -> None:
+        """Rows of several sequences without `branch_ids` would see each other. A GPU is not waited for to find out."""
+        if self.branch_ids is not None or self.segment_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if bool((self.segment_ids > 1).any()):
+            raise UserError(
+                "Batch: a row of segment_ids holds more than one sequence, and branch_ids is None, so that they would see "
+                "each other; set branch_ids (zeros where no prompt is shared), or make the batch with collate or "
+                "batch_from_labels"
+            )
 
 
 @dataclass(frozen=True, slots=True)

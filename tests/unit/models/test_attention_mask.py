@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -163,6 +165,14 @@ def test_a_window_that_no_sequence_outgrows_is_no_obstacle_in_a_wide_row() -> No
 
 def test_rows_of_one_sequence_need_no_mask() -> None:
     assert attention_mask(collate(sequences(), 0), tiny_model()) is None
+
+
+def test_a_packed_batch_without_branch_ids_is_refused() -> None:
+    """It would be taken for one sequence a row, and they would see each other."""
+    forgotten = replace(collate(sequences(), 0, packing_tokens=24), branch_ids=None)
+    for use in (lambda: attention_mask(forgotten, tiny_model()), lambda: forgotten.to("meta")):
+        with pytest.raises(UserError, match="branch_ids is None"):
+            use()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
