@@ -63,6 +63,8 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     world = start_world()
     _show_messages(world)
     prepared = prepare(config)
+    if not prepared.splits["train"]:
+        raise UserError("data.splits.train: 0 records to train on")
     tokenizer = load_tokenizer(config.model)
     template = Template(config.data.template, tokenizer)
     if config.objective.name == "reward_model":
@@ -154,10 +156,8 @@ def training_examples(
     """
     if config.trains_on_rollouts or config.objective.name == "refusal":
         return []
-    train = prepared.splits["train"]
-    if not train:
-        raise UserError("data.splits.train: 0 records to train on")
-    examples = encode_records(train, template, config.data.max_length, config.trains_on_pairs, prepared.drops)
+    train, pairs = prepared.splits["train"], config.trains_on_pairs
+    examples = encode_records(train, template, config.data.max_length, pairs, prepared.drops)
     if all(penalty.name != "divergence_anchor" for penalty in config.penalties):
         return examples
     mine = shard(examples, world)
@@ -218,9 +218,6 @@ def _trainer(
     examples: Sequence[tuple[Encoded, ...]],
 ) -> Trainer:
     train = prepared.splits["train"]
-    if not train:
-        raise UserError("data.splits.train: 0 records to train on")
-    drops = prepared.drops
     plan = batch_plan(config.training, world.size)
     answerer = Answerer(engine.module, template, config.evaluation, world, lockstep=engine.stage == 3)
     rollouts: Rollouts | RefusalExamples | None = None
@@ -228,7 +225,7 @@ def _trainer(
         examples = rollouts = _rollouts(config, train, answerer, plan)
     elif isinstance(config.objective, RefusalConfig):
         examples = rollouts = RefusalExamples(config.objective, answerer, train, config.data.max_length)
-    for line in drops.lines() if world.is_main else []:
+    for line in prepared.drops.lines() if world.is_main else []:
         logger.warning("dropped: %s", line)
     steps = config.training.max_steps or total_steps(len(examples), config.training.epochs, plan.global_batch_size)
     questions = prepared.splits["calibration"]
