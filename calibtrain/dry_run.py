@@ -49,14 +49,12 @@ def model_size(config: ModelConfig) -> ModelSize:
     Raises UserError when the model's config.json is not at hand.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from calibtrain.models.loading import local_path
+    from calibtrain.models.loading import load_settings
 
     try:
-        described = AutoConfig.from_pretrained(
-            local_path(config.source), revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        described = load_settings(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:

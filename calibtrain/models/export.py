@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
-from calibtrain.models.loading import DTYPES, add_adapter, add_lora, local_path
+from calibtrain.models.loading import DTYPES, add_adapter, add_lora, load_settings
 from calibtrain.models.policy import Policy
 from calibtrain.spectral.shared_rotation import merge_shared_rotations
 
@@ -35,13 +35,10 @@ def gathered_weights(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
 def restored_model(weights: dict[str, Tensor], config: ModelConfig) -> Any:
     """Hugging Face causal language model with `weights` (of `gathered_weights`); adapters are merged."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    settings = AutoConfig.from_pretrained(
-        local_path(config.source), revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
     model = AutoModelForCausalLM.from_config(
-        settings, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
+        load_settings(config), dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
     )
     if config.lora is not None:
         model = add_lora(model, config)

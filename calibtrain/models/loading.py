@@ -62,6 +62,13 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
+def load_settings(config: ModelConfig) -> Any:
+    """The Hugging Face config of the model, as its source has it."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, config)
+
+
 def load_model(config: ModelConfig) -> Any:
     """Causal language model in the config's dtype, with LoRA adapters when asked for."""
     from transformers import AutoModelForCausalLM

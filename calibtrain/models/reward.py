@@ -13,7 +13,7 @@ from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import Batch, LossTerm, sequence_token_counts
 from calibtrain.models.export import restored_model
-from calibtrain.models.loading import local_path
+from calibtrain.models.loading import load_settings
 from calibtrain.models.loss_model import LossModel, StepStatistics, TrainStep
 from calibtrain.models.policy import Policy
 from calibtrain.ops import TokenStats
@@ -118,13 +118,11 @@ def export_reward_model(
 
     `weights` of `gathered_weights`, `score` (1, H) of the head. The tokenizer pads with another token than `end_id`.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     causal = restored_model(weights, config)
     pad = padding_token(tokenizer, end_id)
-    settings = AutoConfig.from_pretrained(
-        local_path(config.source), revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
+    settings = load_settings(config)
     settings.num_labels = 1
     settings.pad_token_id = tokenizer.convert_tokens_to_ids(pad)
     dtype = causal.get_input_embeddings().weight.dtype
