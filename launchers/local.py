@@ -46,9 +46,8 @@ def local_environment(environment: Mapping[str, str], *, num_processes: int, gpu
     if gpus == 0:
         result.setdefault("DS_ACCELERATOR", "cpu")
         result.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-        # glibc hands every large buffer back to the system and faults it in again at the next step: a quarter of the time.
-        result.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**32))
-        result.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**33))
+        # Large buffers are mapped afresh every step; in huge pages a step takes a tenth less, and nothing stays held.
+        result.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return result
 
 
