@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
-from calibtrain.losses.terms import ANSWER, Batch, LossTerm, sequence_sums, sequence_token_counts
+from calibtrain.losses.terms import Batch, LossTerm
+from calibtrain.losses.token_terms import answer_logprob, own_answers, sum_term
 from calibtrain.ops import TokenStats, log1mexp
 
 
@@ -44,26 +46,19 @@ class AnswerScoreLoss(nn.Module):
     def __init__(self, *, weight: float = 1.0, score: Literal["log", "brier"] = "log") -> None:
         super().__init__()
         if score not in _SCORES:
-            raise ValueError(f"score is one of {sorted(_SCORES)}, got {score!r}")
+            raise UserError(f"score must be one of {sorted(_SCORES)}, got {score!r}")
         self.weight = weight
         self.score = score
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """`answer_score`: the graded answers. () int64."""
-        return {"answer_score": self._graded(batch).sum()}
+        return {"answer_score": own_answers(batch, graded=True).sum()}
 
     def forward(self, stats: TokenStats, batch: Batch) -> dict[str, LossTerm]:
         """One term, `answer_score`."""
-        graded = self._graded(batch)
-        logprob = torch.where(batch.is_completion, stats.logprob, 0.0)
-        sums = sequence_sums(logprob, batch.sequence_ids, batch.roles.shape[0])
-        scores = _SCORES[self.score](torch.where(graded, sums, -1.0), torch.where(graded, batch.correct, 0.0))
-        total = torch.where(graded, scores, 0.0).sum()
-        return {"answer_score": LossTerm(total, graded.sum(), self.weight)}
-
-    def _graded(self, batch: Batch) -> Tensor:
-        tokens = sequence_token_counts(batch.is_completion, batch.sequence_ids, batch.roles.shape[0])
-        return (batch.roles == ANSWER) & (tokens > 0) & ~batch.correct.isnan()
+        graded = own_answers(batch, graded=True)
+        scores = _SCORES[self.score](answer_logprob(stats, batch, graded), torch.where(graded, batch.correct, 0.0))
+        return {"answer_score": sum_term(scores, graded, self.weight)}
 
 
 CATALOG = (

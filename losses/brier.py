@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import Batch, LossTerm
 from calibtrain.losses.token_terms import learned_tokens, query_tokens, readable, sum_term
@@ -76,7 +77,7 @@ class TokenizedBrierLoss(nn.Module):
     def __init__(self, *, token_set: Sequence[int], weight: float = 1.0) -> None:
         super().__init__()
         if len(token_set) < 2 or len(set(token_set)) != len(token_set):
-            raise ValueError(f"token_set needs at least two distinct tokens, got {list(token_set)}")
+            raise UserError(f"token_set must be two or more distinct token ids, got {list(token_set)}")
         self.register_buffer("token_set", torch.tensor(list(token_set), dtype=torch.int64), persistent=False)
         self.weight = weight
 

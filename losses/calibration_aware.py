@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import Batch, LossTerm
-from calibtrain.losses.token_terms import answer_confidence, own_answers, sum_term
+from calibtrain.losses.token_terms import answer_logprob, own_answers, sum_term
 from calibtrain.ops import TokenStats
 
 
@@ -84,11 +84,12 @@ class CalibrationAwareLoss(nn.Module):
     def forward(self, stats: TokenStats, batch: Batch) -> dict[str, LossTerm]:
         """One term, `calibration_aware`."""
         answers = own_answers(batch, graded=False)
-        confidence = answer_confidence(stats, batch, answers)
-        target = confidence
-        if self.knots is not None:
+        confidence = answer_logprob(stats, batch, answers).exp()
+        if self.knots is None:
+            scores = confidence * 0.0
+        else:
             target = held_out_target(confidence, *(one.to(confidence.device) for one in self.knots))
-        scores = calibration_aware_score(confidence, target) if self.knots is not None else confidence * 0.0
+            scores = calibration_aware_score(confidence, target)
         return {"calibration_aware": sum_term(scores, answers, self.weight)}
 
     def get_extra_state(self) -> Tensor:

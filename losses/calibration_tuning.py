@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import Batch, LossTerm, sequence_token_counts
 from calibtrain.losses.token_terms import query_tokens, sum_term
@@ -68,7 +69,7 @@ class CorrectnessQueryLoss(nn.Module):
     def __init__(self, *, token_set: Sequence[int], weight: float = 1.0) -> None:
         super().__init__()
         if len(set(token_set)) != 2 or len(token_set) != 2:
-            raise ValueError(f"token_set is two distinct tokens, no and yes, got {list(token_set)}")
+            raise UserError(f"token_set must be two distinct token ids, of no and of yes, got {list(token_set)}")
         self.register_buffer("token_set", torch.tensor(list(token_set), dtype=torch.int64), persistent=False)
         self.weight = weight
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
-from calibtrain.losses.sft import NLLScope
 from calibtrain.losses.terms import Batch, LossTerm
-from calibtrain.losses.token_terms import learned_tokens, readable, sum_term
+from calibtrain.losses.token_terms import NLLScope, learned_tokens, readable, sum_term
 from calibtrain.ops import TokenStats, log1mexp
 
 
@@ -59,7 +59,7 @@ class FocalLoss(nn.Module):
     ) -> None:
         super().__init__()
         if gamma < 0:
-            raise ValueError(f"gamma must be 0 or more, got {gamma}")
+            raise UserError(f"gamma must be 0 or more, got {gamma}")
         self.gamma = gamma
         self.sample_dependent = sample_dependent
         self.nll_scope = nll_scope
@@ -91,7 +91,7 @@ class LabelSmoothingLoss(nn.Module):
     def __init__(self, *, token_set: Sequence[int], epsilon: float = 0.1, nll_scope: NLLScope = "completion") -> None:
         super().__init__()
         if not 0 <= epsilon < 1 or not len(token_set):
-            raise ValueError(f"epsilon is in [0, 1) and token_set not empty, got {epsilon} and {list(token_set)}")
+            raise UserError(f"epsilon must be in [0, 1) and token_set not empty, got {epsilon} and {list(token_set)}")
         self.register_buffer("token_set", torch.tensor(list(token_set), dtype=torch.int64), persistent=False)
         self.epsilon = epsilon
         self.nll_scope = nll_scope

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
-from calibtrain.losses.sft import NLLScope
 from calibtrain.losses.terms import Batch, LossTerm
-from calibtrain.losses.token_terms import learned_tokens, readable, sum_term
+from calibtrain.losses.token_terms import NLLScope, learned_tokens, readable, sum_term
 from calibtrain.ops import TokenStats, log1mexp
 
 
@@ -68,14 +70,14 @@ class IDKLoss(nn.Module):
     def __init__(
         self,
         *,
-        token_set: tuple[int] | list[int],
+        token_set: Sequence[int],
         scale: float = 0.2,
         regularize: bool = True,
         nll_scope: NLLScope = "completion",
     ) -> None:
         super().__init__()
         if len(token_set) != 1 or not 0 <= scale <= 1:
-            raise ValueError(f"token_set is one token and scale in [0, 1], got {list(token_set)} and {scale}")
+            raise UserError(f"token_set must be one token id and scale in [0, 1], got {list(token_set)} and {scale}")
         self.register_buffer("token_set", torch.tensor(list(token_set), dtype=torch.int64), persistent=False)
         self.scale = scale
         self.regularize = regularize

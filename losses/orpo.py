@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.pairs import find_pairs
-from calibtrain.losses.sft import NLLNorm, NLLScope, SFTLoss
+from calibtrain.losses.sft import NLLNorm, SFTLoss
 from calibtrain.losses.terms import Batch, LossTerm, sequence_sums
+from calibtrain.losses.token_terms import NLLScope
 from calibtrain.ops import TokenStats, log1mexp
 
 
@@ -73,7 +75,7 @@ class ORPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not 0.0 <= label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing is in [0, 0.5), got {label_smoothing}")
+            raise UserError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
         self.beta = beta
         self.nll_scope = nll_scope
         self.nll_norm = nll_norm

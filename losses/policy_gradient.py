@@ -86,7 +86,7 @@ class GRPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         if norm not in ("sequence", "token", "constant"):
-            raise ValueError(f"norm is sequence|token|constant, got {norm!r}")
+            raise UserError(f"norm must be sequence|token|constant, got {norm!r}")
         if norm == "constant" and (length is None or length < 1):
             raise UserError("norm: constant divides by a fixed length: give the most tokens a completion may have")
         if kl == "k1" and beta:

@@ -13,13 +13,17 @@ take a smaller one or a proper score (answer_score), which needs no bank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import Batch, LossTerm
-from calibtrain.losses.token_terms import answer_confidence, own_answers, sum_term
+from calibtrain.losses.token_terms import answer_logprob, own_answers, sum_term
 from calibtrain.ops import TokenStats
 
 LEAST_MASS = 1e-12
@@ -94,7 +98,7 @@ class MemoryBank:
 
     def __init__(self, capacity: int) -> None:
         if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
+            raise UserError(f"capacity (bank_size) must be at least 1, got {capacity}")
         self.capacity = capacity
         self.items = torch.zeros((0, 3), dtype=torch.float64)
         self._pending: list[Tensor] = []
@@ -134,12 +138,18 @@ def _gather_rows(rows: Tensor) -> Tensor:
 
 
 class _PooledPenalty(nn.Module):
-    """A penalty on the graded ANSWER sequences against a memory bank, which is in the module's state."""
+    """A penalty on the graded ANSWER sequences against a memory bank, which is in the module's state.
 
-    name = ""
+    `shares(confidence (S,), correct (S,), bank (B, 2), comparable (S, B))` gives each answer's share of it, (S,).
+    """
 
-    def __init__(self, weight: float, bank_size: int) -> None:
+    name: str
+
+    def __init__(
+        self, shares: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], weight: float, bank_size: int
+    ) -> None:
         super().__init__()
+        self.shares = shares
         self.weight = weight
         self.bank = MemoryBank(bank_size)
 
@@ -150,18 +160,13 @@ class _PooledPenalty(nn.Module):
     def forward(self, stats: TokenStats, batch: Batch) -> dict[str, LossTerm]:
         """One term; in training its answers are noted for the bank."""
         graded = own_answers(batch, graded=True)
-        confidence = answer_confidence(stats, batch, graded)
+        confidence = answer_logprob(stats, batch, graded).exp()
         if self.training:
             self.bank.add(confidence, torch.where(graded, batch.correct, torch.nan), batch.record_ids)
         correct = torch.where(graded, batch.correct, 0.0).to(confidence.dtype)
         bank, comparable = self.bank.compared_with(batch.record_ids)
-        return {
-            self.name: sum_term(self.shares(confidence, correct, bank.to(confidence), comparable), graded, self.weight)
-        }
-
-    def shares(self, confidence: Tensor, correct: Tensor, bank: Tensor, comparable: Tensor) -> Tensor:
-        """Each answer's share of the penalty, (S,)."""
-        raise NotImplementedError
+        shares = self.shares(confidence, correct, bank.to(confidence), comparable)
+        return {self.name: sum_term(shares, graded, self.weight)}
 
     def after_step(self) -> None:
         """Take the step's answers into the bank. Collective: every rank, after every optimiser step."""
@@ -188,13 +193,13 @@ class MMCELoss(_PooledPenalty):
     name = "mmce"
 
     def __init__(self, *, weight: float = 1.0, width: float = 0.4, bank_size: int = 512) -> None:
-        super().__init__(weight, bank_size)
-        self.width = width
+        super().__init__(partial(_mmce_shares, width=width), weight, bank_size)
 
-    def shares(self, confidence: Tensor, correct: Tensor, bank: Tensor, comparable: Tensor) -> Tensor:
-        """Values of `mmce_against` with twice their gradient: both answers of a pair would move, the bank's cannot."""
-        values = mmce_against(confidence, correct, bank, comparable, self.width)
-        return 2.0 * values - values.detach()
+
+def _mmce_shares(confidence: Tensor, correct: Tensor, bank: Tensor, comparable: Tensor, width: float) -> Tensor:
+    """Values of `mmce_against` with twice their gradient: both answers of a pair would move, the bank's cannot."""
+    values = mmce_against(confidence, correct, bank, comparable, width)
+    return 2.0 * values - values.detach()
 
 
 class SoftBinnedECELoss(_PooledPenalty):
@@ -210,15 +215,9 @@ class SoftBinnedECELoss(_PooledPenalty):
     name = "soft_binned_ece"
 
     def __init__(self, *, weight: float = 1.0, bins: int = 15, temperature: float = 0.01, bank_size: int = 512) -> None:
-        super().__init__(weight, bank_size)
         if bins < 1 or temperature <= 0:
-            raise ValueError(f"bins is at least 1 and temperature positive, got {bins} and {temperature}")
-        self.bins = bins
-        self.temperature = temperature
-
-    def shares(self, confidence: Tensor, correct: Tensor, bank: Tensor, comparable: Tensor) -> Tensor:
-        """Values of `soft_binned_ece_against`."""
-        return soft_binned_ece_against(confidence, correct, bank, comparable, self.bins, self.temperature)
+            raise UserError(f"bins must be at least 1 and temperature positive, got {bins} and {temperature}")
+        super().__init__(partial(soft_binned_ece_against, bins=bins, temperature=temperature), weight, bank_size)
 
 
 CATALOG = (

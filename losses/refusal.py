@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
-from calibtrain.losses.sft import NLLScope, nll_token_sum
+from calibtrain.losses.sft import nll_token_sum
 from calibtrain.losses.terms import Batch, LossTerm
-from calibtrain.losses.token_terms import learned_tokens
+from calibtrain.losses.token_terms import NLLScope, learned_tokens
 from calibtrain.ops import TokenStats
 
 
@@ -32,7 +33,7 @@ class RefusalTuningLoss(nn.Module):
     def __init__(self, *, refusal_share: float = 0.5, nll_scope: NLLScope = "completion") -> None:
         super().__init__()
         if not 0 <= refusal_share <= 1:
-            raise ValueError(f"refusal_share is in [0, 1], got {refusal_share}")
+            raise UserError(f"refusal_share must be in [0, 1], got {refusal_share}")
         self.refusal_share = refusal_share
         self.nll_scope = nll_scope
 
@@ -65,7 +66,7 @@ CATALOG = (
         equation="NLL of answers and refusals",
         cost="none: reads TokenStats; a round of answering whenever the labels are made anew",
         compared_with="its formula",
-        largest_deviation="1e-7 (value, float64)",
+        largest_deviation="1e-12 (value, float64)",
         differs=(
             "Labels come from whole graded answers, not from the gold text being a substring of the output ('Niger' in "
             "'Nigeria'), and are made anew as the model learns. The question is not learnt, only what is said. Known "

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from calibtrain.errors import UserError
+
 T = TypeVar("T")
 Sums = Generator[Tensor, Tensor, "Estimate"]
 
@@ -152,7 +154,7 @@ def _excess_scale(change: Tensor, start: Tensor, exact: bool) -> Tensor:
     if exact:
         return (inner.sum() / norm.sum()).expand(count)
     if count < 2:
-        raise ValueError("a free scale takes at least 2 probes: it is fitted on one half and used with the other")
+        raise UserError("a free scale takes at least 2 probes: it is fitted on one half and used with the other")
     half = count // 2
     ratios = [inner[half:].sum() / norm[half:].sum(), inner[:half].sum() / norm[:half].sum()]
     return torch.cat([ratios[0].expand(half), ratios[1].expand(count - half)])
@@ -248,10 +250,10 @@ def estimator(
     if name == "angle_budget":
         return angle_budget_step(drift, norm, budget)
     if probes is None:
-        raise ValueError(f"{name} takes probes: sign_probes, or identity_probes to be exact")
+        raise UserError(f"{name} takes probes: sign_probes, or identity_probes to be exact")
     if name == "polar_drift":
         if polar is None:
-            raise ValueError("polar_drift takes polar(W0) beside W0")
+            raise UserError("polar_drift takes polar(W0) beside W0")
         if weight.shape[0] >= weight.shape[1]:
             return polar_probes(drift, polar, probes, norm)
         return turned(polar_probes(drift.T, polar.T, probes, norm))
@@ -263,7 +265,7 @@ def estimator(
         return column_stretch_probes(drift, initial, probes, norm)
     if name == "row_stretch":
         return turned(column_stretch_probes(drift.T, initial.T, probes, norm))
-    raise ValueError(f"no weight penalty is called {name!r}; there are {', '.join(NAMES)}")
+    raise UserError(f"no weight penalty is called {name!r}; there are {', '.join(NAMES)}")
 
 
 NAMES = ("row_gram_drift", "column_gram_drift", "polar_drift", "row_stretch", "column_stretch", "angle_budget")

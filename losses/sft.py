@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
-from calibtrain.losses.terms import CHOSEN, Batch, LossTerm, sequence_sums, sequence_token_counts
+from calibtrain.losses.terms import Batch, LossTerm, sequence_sums, sequence_token_counts
+from calibtrain.losses.token_terms import NLLScope, learned_tokens
 from calibtrain.ops import TokenStats
 
-NLLScope = Literal["completion", "full"]
 NLLNorm = Literal["token", "sequence"]
 
 
@@ -42,31 +43,27 @@ class SFTLoss(nn.Module):
     def __init__(self, *, nll_scope: NLLScope = "completion", nll_norm: NLLNorm = "token") -> None:
         super().__init__()
         if nll_scope not in ("completion", "full") or nll_norm not in ("token", "sequence"):
-            raise ValueError(
-                f"nll_scope is completion|full and nll_norm token|sequence, got {nll_scope!r}, {nll_norm!r}"
+            raise UserError(
+                f"nll_scope must be completion|full and nll_norm token|sequence, got {nll_scope!r}, {nll_norm!r}"
             )
         self.nll_scope = nll_scope
         self.nll_norm = nll_norm
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """`nll`: the tokens, or the sequences that have any. () int64."""
-        mask = self._mask(batch)
+        mask = learned_tokens(batch, self.nll_scope)
         if self.nll_norm == "token":
             return {"nll": mask.sum()}
         return {"nll": (sequence_token_counts(mask, batch.sequence_ids, batch.roles.shape[0]) > 0).sum()}
 
     def forward(self, stats: TokenStats, batch: Batch) -> dict[str, LossTerm]:
         """One term, `nll`."""
-        mask = self._mask(batch)
+        mask = learned_tokens(batch, self.nll_scope)
         if self.nll_norm == "token":
             total = nll_token_sum(stats.logprob, mask)
         else:
             total = nll_sequence_sum(stats.logprob, mask, batch.sequence_ids, batch.roles.shape[0])
         return {"nll": LossTerm(total, self.counts(batch)["nll"])}
-
-    def _mask(self, batch: Batch) -> Tensor:
-        chosen = (batch.roles == CHOSEN)[batch.sequence_ids]
-        return chosen if self.nll_scope == "full" else chosen & batch.is_completion
 
 
 CATALOG = (

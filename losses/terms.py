@@ -36,10 +36,9 @@ class Batch:
     pair_ids: Tensor  # (S,) int64: chosen and rejected of a pair share one in [0, P); -1 elsewhere
     correct: Tensor  # (S,) float32: grade of an own answer (or of the one asked about), 0 or 1; NaN elsewhere
     record_ids: Tensor  # (S,) int64: index of the record in its split, for messages
-    branch_ids: Tensor | None = (
-        None  # (R, T) int32: 0 is seen by its whole segment, b >= 1 is the b-th completion after a
-    )
-    # shared prompt; None: each row holds one sequence
+    # (R, T) int32: 0 is seen by its whole segment, b >= 1 is the b-th completion after a shared prompt; None: each row
+    # holds one sequence
+    branch_ids: Tensor | None = None
     # Of sampled completions (ANSWER) in reinforcement learning, float32, without gradient:
     advantages: Tensor | None = None  # (N,) credit of each token
     old_logprob: Tensor | None = None  # (N,) under the policy that sampled; None: under this very one

@@ -1,13 +1,16 @@
-"""Which tokens and answers of a batch the calibration losses read, and the sum over them as a term."""
+"""Which tokens and answers of a batch the losses read, and the sum over them as a term."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from calibtrain.losses.sft import NLLScope
 from calibtrain.losses.terms import ANSWER, CHOSEN, QUERY, Batch, LossTerm, sequence_sums, sequence_token_counts
 from calibtrain.ops import TokenStats
+
+NLLScope = Literal["completion", "full"]
 
 
 def learned_tokens(batch: Batch, nll_scope: NLLScope = "completion") -> Tensor:
@@ -34,12 +37,11 @@ def own_answers(batch: Batch, *, graded: bool) -> Tensor:
     return answers & ~batch.correct.isnan() if graded else answers
 
 
-def answer_confidence(stats: TokenStats, batch: Batch, answers: Tensor) -> Tensor:
-    """Probability of each whole answer where `answers` (S,) bool holds, and 1/2 elsewhere. (S,)."""
+def answer_logprob(stats: TokenStats, batch: Batch, answers: Tensor) -> Tensor:
+    """Log-prob of each whole answer where `answers` (S,) bool holds, and a harmless -1 elsewhere. (S,)."""
     read = answers[batch.sequence_ids] & batch.is_completion
     logprob = torch.where(read, stats.logprob, 0.0)
-    sums = sequence_sums(logprob, batch.sequence_ids, batch.roles.shape[0])
-    return torch.where(answers, sums.exp(), 0.5)
+    return torch.where(answers, sequence_sums(logprob, batch.sequence_ids, batch.roles.shape[0]), -1.0)
 
 
 def readable(stats: TokenStats, read: Tensor) -> TokenStats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from calibtrain.errors import UserError
 from calibtrain.losses.brier import TokenBrierLoss, TokenizedBrierLoss, token_brier, tokenized_brier
 from calibtrain.losses.terms import ANSWER, CHOSEN, QUERY
 from tests.numerics.dense import Head, Row, batch_of
@@ -131,5 +132,5 @@ def test_tokenized_brier_gradcheck_and_edges():
 
 def test_tokens_must_differ():
     """A tokenizer that splits digits makes 1 and 10 the same first token: then two confidences would be one."""
-    with pytest.raises(ValueError, match="distinct"):
+    with pytest.raises(UserError, match="distinct"):
         TokenizedBrierLoss(token_set=[5, 6, 5])

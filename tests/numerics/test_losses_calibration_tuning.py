@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 from torch.nn.functional import cross_entropy
 
+from calibtrain.errors import UserError
 from calibtrain.losses.calibration_tuning import (
     CorrectnessQueryLoss,
     DivergenceAnchor,
@@ -93,7 +94,7 @@ def test_query_gradcheck_soft_grades_and_edges():
     assert values.tolist() == [1e4, 0.0]
     assert edge.grad.isfinite().all()
     for wrong in ([1], [1, 1], [1, 2, 3]):
-        with pytest.raises(ValueError, match="two distinct"):
+        with pytest.raises(UserError, match="two distinct"):
             CorrectnessQueryLoss(token_set=wrong)
 
 

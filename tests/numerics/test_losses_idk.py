@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calibtrain.errors import UserError
 from calibtrain.losses.idk import IDKLoss, idk_loss, idk_weight
 from calibtrain.losses.terms import ANSWER, CHOSEN
 from tests.numerics.dense import Head, Row, batch_of
@@ -143,5 +144,5 @@ def test_other_roles_and_options():
     assert int(IDKLoss(token_set=[IDK]).counts(batch)["idk"]) == 1
     assert int(IDKLoss(token_set=[IDK], nll_scope="full").counts(batch)["idk"]) == 2
     for wrong in ({"token_set": [1, 2]}, {"token_set": [1], "scale": 1.5}):
-        with pytest.raises(ValueError, match="token_set is one token"):
+        with pytest.raises(UserError, match="token_set must be one token"):
             IDKLoss(**wrong)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import softmax
 
+from calibtrain.errors import UserError
 from calibtrain.losses.pooled import (
     MemoryBank,
     MMCELoss,
@@ -277,7 +278,7 @@ def test_bank_keeps_the_newest_and_drops_what_is_no_number():
     assert not bank.items.requires_grad
     bank.end_step()  # a step without answers
     assert len(bank.items) == 3
-    with pytest.raises(ValueError, match="capacity"):
+    with pytest.raises(UserError, match="capacity"):
         MemoryBank(0)
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from calibtrain.errors import UserError
 from calibtrain.losses import rotation
 from calibtrain.losses.rotation_lora import lora_sums
 from calibtrain.losses.rotation_probes import (
@@ -228,7 +229,7 @@ def test_free_scale_estimate_is_zero_where_the_penalty_is_and_tends_to_it():
         assert float(estimate(name, weight, w0, many, None).value) == pytest.approx(
             float(exact(name, weight, w0, None)), rel=0.03
         )
-    with pytest.raises(ValueError, match="at least 2 probes"):
+    with pytest.raises(UserError, match="at least 2 probes"):
         estimate("row_gram_drift", w0, w0, sign_probes(12, 1, generator(1), torch.float64), None)
 
 
@@ -331,13 +332,13 @@ def test_every_cut_of_a_matrix_multiplies_like_the_whole(shape):
 
 def test_unknown_name_lists_the_known_ones():
     w0 = normal(3, 3, seed=1)
-    with pytest.raises(ValueError, match="row_gram_drift, column_gram_drift, polar_drift"):
+    with pytest.raises(UserError, match="row_gram_drift, column_gram_drift, polar_drift"):
         rotation_penalty("rotation", w0, w0, identity_probes(3), 1.0)
 
 
 def test_what_an_estimator_lacks_is_said():
     w0 = normal(3, 3, seed=1)
-    with pytest.raises(ValueError, match="takes probes"):
+    with pytest.raises(UserError, match="takes probes"):
         rotation_penalty("row_stretch", w0, w0, None, 1.0)
-    with pytest.raises(ValueError, match=r"polar\(W0\)"):
+    with pytest.raises(UserError, match=r"polar\(W0\)"):
         rotation_penalty("polar_drift", w0, w0, identity_probes(3), 1.0)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calibtrain.errors import UserError
 from calibtrain.losses.brier import TokenBrierLoss, TokenizedBrierLoss
 from calibtrain.losses.calibration_aware import CalibrationAwareLoss
 from calibtrain.losses.calibration_tuning import CorrectnessQueryLoss, DivergenceAnchor
@@ -184,7 +185,7 @@ def test_refusals_weigh_their_share_whatever_their_number():
         "nll_refusal": (4, 0.3),
     }
     known, refused = -stats.logprob[[1, 6]].mean(), -stats.logprob[2:6].mean()
-    torch.testing.assert_close(mean_loss(terms), 0.7 * known + 0.3 * refused)
+    torch.testing.assert_close(mean_loss(terms), 0.7 * known + 0.3 * refused, rtol=1e-12, atol=1e-12)
     full = RefusalTuningLoss(nll_scope="full").counts(batch)
     assert {name: int(count) for name, count in full.items()} == {"nll_known": 3, "nll_refusal": 4}
 
@@ -208,7 +209,7 @@ def test_half_and_half_is_sft_on_a_balanced_batch():
     ],
 )
 def test_options_out_of_range(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         make()
 
 

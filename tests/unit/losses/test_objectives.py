@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibtrain.config import AnswerScoreConfig, ORPOConfig, SFTConfig
+from calibtrain.errors import UserError
 from calibtrain.losses import ANSWER, CHOSEN, REJECTED, AnswerScoreLoss, ORPOLoss, SFTLoss, build_loss, mean_loss
 from tests.unit.losses.batches import Example, make_batch
 
@@ -211,9 +212,9 @@ def test_built_from_configs():
 
 
 def test_unknown_options():
-    with pytest.raises(ValueError, match="nll_scope"):
+    with pytest.raises(UserError, match="nll_scope"):
         SFTLoss(nll_scope="prompt")
-    with pytest.raises(ValueError, match="nll_norm"):
+    with pytest.raises(UserError, match="nll_norm"):
         ORPOLoss(nll_norm="batch")
-    with pytest.raises(ValueError, match="score"):
+    with pytest.raises(UserError, match="score"):
         AnswerScoreLoss(score="linear")
