@@ -110,7 +110,8 @@ def render() -> str:
             parts.append(table(["method", "keys"], rows) + "\n")
     parts.append(
         "## What they were compared with\n\n"
-        "The tests compare every method with this on the same tensors; the deviation is the largest that they let pass.\n"
+        "The tests compare every method with this on the same tensors; where the deviation is d,\n"
+        "they let |ours - theirs| <= d (1 + |theirs|) pass.\n"
     )
     rows = [[f"`{one.name}`", one.compared_with, one.largest_deviation, one.differs] for one in CATALOG]
     parts.append(

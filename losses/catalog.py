@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LossEntry:
-    """One method. Plain text; `largest_deviation` is what the peer test asserts as its bound."""
+    """One method. Plain text; where `largest_deviation` says d, a test asserts |ours - theirs| <= d (1 + |theirs|)."""
 
     name: str  # name in YAML, or the function's name where the method is a pure function only
     kind: str  # "objective", "penalty", "reward", "weight penalty" or "function"

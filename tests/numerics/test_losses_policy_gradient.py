@@ -180,16 +180,16 @@ def test_advantages_are_the_formulas():
 @pytest.mark.peer
 def test_advantages_equal_trl():
     utils = pytest.importorskip("trl.trainer.utils", reason="TRL's statistics are the oracle")
-    rewards = torch.randn(8, 4)
+    rewards = torch.randn(8, 4, dtype=torch.float64)
     rewards[2, 1] = math.nan
     ids = torch.arange(8).repeat_interleave(4)
     mean = torch.nanmean(rewards, dim=1, keepdim=True)
     theirs = ((rewards - mean) / (utils.nanstd(rewards, dim=1)[:, None] + 1e-4)).nan_to_num(0.0).flatten()
-    torch.testing.assert_close(grpo_advantages(rewards.flatten(), ids).float(), theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grpo_advantages(rewards.flatten(), ids), theirs, rtol=1e-6, atol=1e-6)
     counts = (~rewards.isnan()).sum(1, keepdim=True)
     theirs = rewards - (torch.nansum(rewards, 1, keepdim=True) - rewards) / (counts - 1)
-    ours = rloo_advantages(rewards.flatten(), ids).float()
-    torch.testing.assert_close(ours, theirs.nan_to_num(0.0).flatten(), rtol=1e-5, atol=1e-6)
+    ours = rloo_advantages(rewards.flatten(), ids)
+    torch.testing.assert_close(ours, theirs.nan_to_num(0.0).flatten(), rtol=1e-6, atol=1e-6)
 
 
 @given(st.floats(-1e3, 1e3, width=32), st.integers(2, 9))
@@ -331,13 +331,18 @@ def test_ppo_module_is_the_formula():
     assert terms["policy"].total.item() == pytest.approx(
         expected_policy(stats, batch, "token") * sum(LENGTHS), rel=1e-12
     )
-    v, old, r = batch.scores.detach(), batch.old_values, batch.returns
+    v, old, r = batch.scores, batch.old_values, batch.returns
     moved = old + (v - old).clamp(-0.2, 0.2)
     expected = 0.5 * torch.maximum((v - r) ** 2, (moved - r) ** 2).sum()
-    torch.testing.assert_close(terms["value"].total, expected)
+    torch.testing.assert_close(terms["value"].total, expected, rtol=1e-12, atol=1e-12)
     assert (terms["value"].weight, terms["value"].count.item()) == (0.3, sum(LENGTHS))
-    mean_loss(terms).backward()
-    assert batch.scores.grad.abs().sum() > 0
+    ratio, a = (stats.logprob - batch.old_logprob).exp(), batch.advantages
+    policy = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).sum()
+    leaves, n = (stats.logprob, v), sum(LENGTHS)
+    gradients = (torch.autograd.grad(x, leaves) for x in (mean_loss(terms), (policy + 0.3 * expected) / n))
+    for actual, wanted in zip(*gradients, strict=True):
+        assert wanted.abs().sum() > 0
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
 
 
 MODULES = {

@@ -60,8 +60,16 @@ def test_ppo_m_is_the_authors_sum_of_comparisons():
     plain = [bt(a, b) + bt(d, e) for a, b, d, e in zip(*(x.tolist() for x in (c_hi, c_lo, r_lo, r_hi)), strict=True)]
     expected = torch.tensor(plain, dtype=torch.float64)
     torch.testing.assert_close(ppo_m_loss(c_hi, c_lo, r_hi, r_lo), expected, rtol=1e-12, atol=1e-12)
-    expected = expected + torch.tensor([bt(a, b) for a, b in zip(c.tolist(), r.tolist(), strict=True)])
-    torch.testing.assert_close(ppo_m_loss(c_hi, c_lo, r_hi, r_lo, quality=(c, r)), expected, rtol=1e-7, atol=1e-7)
+    quality = [bt(a, b) for a, b in zip(c.tolist(), r.tolist(), strict=True)]
+    leaves = [x.clone().requires_grad_() for x in (c_hi, c_lo, r_hi, r_lo, c, r)]
+    ours = ppo_m_loss(*leaves[:4], quality=(leaves[4], leaves[5]))
+    expected = expected + torch.tensor(quality, dtype=torch.float64)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    ours.sum().backward()
+    for better, worse in ((0, 1), (3, 2), (4, 5)):
+        slope = torch.sigmoid(leaves[worse] - leaves[better]).detach()
+        torch.testing.assert_close(leaves[better].grad, -slope, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(leaves[worse].grad, slope, rtol=1e-12, atol=1e-12)
 
 
 def test_ppo_m_without_quality_does_not_see_which_answer_is_better():

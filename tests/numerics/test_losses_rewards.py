@@ -152,6 +152,9 @@ def test_confidence_target_leaves_the_own_sample_out():
     assert target[:4].tolist() == [0.0, 0.5, 0.5, 1.0]  # alone among the graded: its own grade
     assert target[5] == 0.0
     assert confidence_target(correct, ids, 0.5)[4].isnan()
+    mixed = 0.3 * torch.tensor([0.0, 0.5, 0.5, 1.0, math.nan, 0.0]).double() + 0.7 * correct.double()
+    ours = confidence_target(correct.double(), ids, 0.3)
+    torch.testing.assert_close(ours, mixed, rtol=1e-12, atol=1e-12, equal_nan=True)
     with pytest.raises(UserError, match="mixing"):
         confidence_target(correct, ids, 1.5)
 
@@ -162,7 +165,7 @@ def test_answering_pays_exactly_below_the_risk(risk):
         right, wrong, silent = ternary_reward(
             torch.tensor([1.0, 0.0, 0.0]).double(), torch.tensor([False, False, True]), risk
         ).tolist()
-        assert silent == 0.0
+        assert (right, wrong, silent) == (1.0, -(1 - risk) / risk, 0.0)
         assert (p * right + (1 - p) * wrong > silent) == (p > 1 - risk)
     assert ternary_reward(torch.tensor([math.nan, math.nan]), torch.tensor([False, True]), risk)[1] == 0.0
 
@@ -219,6 +222,16 @@ def test_ppo_c_as_published_asks_for_certainty_and_its_proper_form_for_the_truth
     scaled = best_confidence(lambda q: ppo_c_proper_reward(rewards, q.expand(rewards.shape), 0.0, scale=2.0).mean())
     wanted = torch.sigmoid(2 * rewards).mean().item()
     assert scaled == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_proper_ppo_c_equals_formula(scale):
+    r, q = torch.randn(100, dtype=torch.float64), torch.rand(100, dtype=torch.float64)
+    gaps = [x - 0.1 for x in r.tolist()]
+    targets = [float(gap >= 0) if scale is None else 1 / (1 + math.exp(-scale * gap)) for gap in gaps]
+    expected = [a - 0.7 * (b - t) ** 2 for a, b, t in zip(r.tolist(), q.tolist(), targets, strict=True)]
+    ours = ppo_c_proper_reward(r, q, 0.1, weight=0.7, scale=scale)
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
 def test_running_mean_is_for_the_next_batch_and_skips_the_ungraded():
