@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from calibtrain.config import LoRAConfig, ModelConfig, OFTConfig, RunConfig, SharedRotationConfig
+from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.errors import UserError
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 
@@ -46,43 +46,24 @@ def rank_table(plan: BatchPlan, *, host: str, devices: Sequence[str]) -> list[Ra
 def model_size(config: ModelConfig) -> ModelSize:
     """Count the parameters on the meta device: nothing is allocated, tied weights count once.
 
-    Raises UserError when the model's config.json is not at hand.
+    Raises UserError when the model's config.json is not at hand, or its adapters fit no layer.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from calibtrain.models.loading import load_settings
+    from calibtrain.models.loading import add_adapter, add_lora, load_settings
 
     try:
         described = load_settings(config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
+            model: Any = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.source: {config.source}: {error}") from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     text = described.get_text_config()
-    adapter = config.lora or config.adapter
-    trainable = parameters if adapter is None else _adapter_parameters(model, adapter)
+    model = add_adapter(add_lora(model, config), config, find_bases=False)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return ModelSize(parameters, trainable, int(text.vocab_size), getattr(text, "hidden_size", None))
-
-
-def _adapter_parameters(model: Any, adapter: LoRAConfig | OFTConfig | SharedRotationConfig) -> int:
-    import torch
-
-    head = model.get_output_embeddings()
-    adapted = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and module is not head
-        and (adapter.target_modules == "all-linear" or name.rpartition(".")[2] in adapter.target_modules)
-    ]
-    if isinstance(adapter, LoRAConfig):
-        return sum(adapter.r * (module.in_features + module.out_features) for module in adapted)
-    if isinstance(adapter, OFTConfig):
-        return sum(module.in_features * (adapter.block_size - 1) // 2 for module in adapted)
-    ranks = [min(adapter.rank, module.in_features, module.out_features) for module in adapted]
-    return sum(rank * (rank - 1) // 2 + 1 for rank in ranks)
 
 
 def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> dict[str, tuple[int, str]]:
