@@ -46,8 +46,9 @@ class MicroBatchRecord:
     @classmethod
     def of(cls, stats: TokenStats, batch: Batch, terms: LossTerms) -> MicroBatchRecord:
         """What one forward pass gave, detached."""
+        detached = TokenStats(*(value.detach() for value in stats))
         return cls(
-            *(value.detach() for value in stats),
+            *detached,
             sequence_ids=batch.sequence_ids,
             is_completion=batch.is_completion,
             roles=batch.roles,
