@@ -5,18 +5,20 @@ accelerate launch examples/accelerate_loop.py [MODEL]
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from accelerate import Accelerator
 from facts import chosen_model, load, rows
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
-from calibtrain.losses import FocalLoss, batch_from_labels, global_counts, normalized_loss, token_stats_from_model
+from calibtrain.losses import FocalLoss, batch_from_labels, global_counts, loss_terms_from_model, normalized_loss
 
 
 def main(name: str, steps: int = 10) -> list[float]:
     """Losses of the steps."""
-    accelerator = Accelerator(gradient_accumulation_steps=1)  # counted below, by items instead of micro-batches
+    accelerator = Accelerator()  # accumulation is below, by items instead of micro-batches
     model, tokenizer = load(name)
     loss = FocalLoss()
     loader = DataLoader(rows(tokenizer), batch_size=2, collate_fn=DataCollatorForSeq2Seq(tokenizer))
@@ -28,8 +30,9 @@ def main(name: str, steps: int = 10) -> list[float]:
         counts = global_counts(loss, window)
         shares = []
         for number, batch in enumerate(window):
-            with accelerator.no_sync(model) if number + 1 < len(window) else torch.enable_grad():
-                share = normalized_loss(loss(token_stats_from_model(model, batch), batch), counts)
+            with accelerator.no_sync(model) if number + 1 < len(window) else nullcontext():
+                terms, _ = loss_terms_from_model(model, loss, batch)
+                share = normalized_loss(terms, counts)
                 accelerator.backward(share * accelerator.num_processes)  # gradients are averaged over processes
                 shares.append(share.detach())
         optimizer.step()

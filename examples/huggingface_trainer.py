@@ -13,7 +13,7 @@ from facts import QUESTIONS, chosen_model, load, rows
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from calibtrain.hooks.callback_huggingface import CalibrationCallback
-from calibtrain.losses import FocalLoss, batch_from_labels, global_counts, normalized_loss, token_stats_from_model
+from calibtrain.losses import FocalLoss, batch_from_labels, global_counts, loss_terms_from_model, normalized_loss
 
 
 class FocalTrainer(Trainer):
@@ -35,10 +35,10 @@ class FocalTrainer(Trainer):
     ) -> Any:
         """Fused: the logits are never made."""
         batch = batch_from_labels(**inputs)
-        stats = token_stats_from_model(model, batch)
+        terms, stats = loss_terms_from_model(model, self.loss, batch)
         if model.training:
             self.calibration.update(stats, batch)
-        loss = normalized_loss(self.loss(stats, batch), num_items_in_batch or self.loss.counts(batch))
+        loss = normalized_loss(terms, num_items_in_batch or self.loss.counts(batch))
         return (loss, {"logprob": stats.logprob}) if return_outputs else loss
 
 

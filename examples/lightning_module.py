@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
 from calibtrain.hooks.callback_lightning import CalibrationCallback
-from calibtrain.losses import FocalLoss, batch_from_labels, mean_loss, token_stats_from_model
+from calibtrain.losses import FocalLoss, batch_from_labels, causal_lm_loss, loss_terms_from_model, mean_loss
 
 
 class Module(lightning.LightningModule):
@@ -27,16 +27,15 @@ class Module(lightning.LightningModule):
     def training_step(self, inputs: Any, index: int) -> torch.Tensor:
         """Fused: the logits are never made."""
         batch = batch_from_labels(**inputs)
-        stats = token_stats_from_model(self.model, batch)
+        terms, stats = loss_terms_from_model(self.model, self.loss, batch)
         self.calibration.update(stats, batch)
-        loss = mean_loss(self.loss(stats, batch))
+        loss = mean_loss(terms)
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, inputs: Any, index: int) -> None:
         """The callback asks its questions after the last of these."""
-        batch = batch_from_labels(**inputs)
-        self.log("validation_loss", mean_loss(self.loss(token_stats_from_model(self.model, batch), batch)))
+        self.log("validation_loss", causal_lm_loss(self.model, self.loss, **inputs))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW."""

@@ -9,7 +9,7 @@ import torch
 from facts import chosen_model, load, rows
 from transformers import DataCollatorForSeq2Seq
 
-from calibtrain.losses import FocalLoss, batch_from_labels, global_counts, normalized_loss, token_stats_from_model
+from calibtrain.losses import FocalLoss, batch_from_labels, global_counts, loss_terms_from_model, normalized_loss
 
 
 def main(name: str, steps: int = 10) -> list[float]:
@@ -24,7 +24,8 @@ def main(name: str, steps: int = 10) -> list[float]:
         counts = global_counts(loss, window)  # over the micro-batches, and over ranks if there are any
         total = 0.0
         for batch in window:
-            share = normalized_loss(loss(token_stats_from_model(model, batch), batch), counts)
+            terms, _ = loss_terms_from_model(model, loss, batch)
+            share = normalized_loss(terms, counts)
             share.backward()
             total += share.item()
         optimizer.step()

@@ -13,7 +13,7 @@ from facts import FACTS, PROMPT, chosen_model, load
 from trl import SFTConfig, SFTTrainer
 
 from calibtrain.hooks.callback_huggingface import CalibrationCallback
-from calibtrain.losses import FocalLoss, batch_from_labels, mean_loss, token_stats_from_model
+from calibtrain.losses import FocalLoss, batch_from_labels, loss_terms_from_model, mean_loss
 
 
 class CalibratedSFTTrainer(SFTTrainer):
@@ -33,10 +33,10 @@ class CalibratedSFTTrainer(SFTTrainer):
         batch = batch_from_labels(
             inputs["input_ids"], inputs["labels"], inputs.get("attention_mask"), inputs.get("position_ids")
         )
-        stats = token_stats_from_model(model, batch)
+        terms, stats = loss_terms_from_model(model, self.loss, batch)
         if model.training:
             self.calibration.update(stats, batch)
-        loss = mean_loss(self.loss(stats, batch))
+        loss = mean_loss(terms)
         return (loss, {"logprob": stats.logprob}) if return_outputs else loss
 
 

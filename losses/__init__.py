@@ -36,6 +36,7 @@ from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.causal_lm import (
     batch_from_labels,
     causal_lm_loss,
+    loss_terms_from_model,
     token_stats_from_hidden,
     token_stats_from_model,
 )
@@ -61,37 +62,36 @@ from calibtrain.losses.terms import (
     normalized_loss,
 )
 
-OBJECTIVES: dict[str, type[nn.Module]] = {
-    loss.name: loss
-    for loss in (
-        SFTLoss,
-        ORPOLoss,
-        FocalLoss,
-        LabelSmoothingLoss,
-        IDKLoss,
-        RefusalTuningLoss,
-        RewardModelLoss,
-        GRPOLoss,
-        RLOOLoss,
-        PPOLoss,
-    )
-}
+
+def _by_name(*losses: Any) -> dict[str, type[nn.Module]]:
+    return {loss.name: loss for loss in losses}
+
+
+OBJECTIVES = _by_name(
+    SFTLoss,
+    ORPOLoss,
+    FocalLoss,
+    LabelSmoothingLoss,
+    IDKLoss,
+    RefusalTuningLoss,
+    RewardModelLoss,
+    GRPOLoss,
+    RLOOLoss,
+    PPOLoss,
+)
 """What a run trains on; exactly one."""
 
-PENALTIES: dict[str, type[nn.Module]] = {
-    loss.name: loss
-    for loss in (
-        AnswerScoreLoss,
-        TokenBrierLoss,
-        ConfidencePenalty,
-        TokenizedBrierLoss,
-        CorrectnessQueryLoss,
-        DivergenceAnchor,
-        CalibrationAwareLoss,
-        MMCELoss,
-        SoftBinnedECELoss,
-    )
-}
+PENALTIES = _by_name(
+    AnswerScoreLoss,
+    TokenBrierLoss,
+    ConfidencePenalty,
+    TokenizedBrierLoss,
+    CorrectnessQueryLoss,
+    DivergenceAnchor,
+    CalibrationAwareLoss,
+    MMCELoss,
+    SoftBinnedECELoss,
+)
 """What may be added to the objective, each with its weight."""
 
 CATALOG: tuple[LossEntry, ...] = tuple(
@@ -169,6 +169,7 @@ __all__ = [
     "focal_loss",
     "global_counts",
     "idk_loss",
+    "loss_terms_from_model",
     "mean_loss",
     "nll_sequence_sum",
     "nll_token_sum",

@@ -6,6 +6,7 @@ computes the statistics of the targets instead of logits. Nothing of transformer
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from calibtrain.errors import UserError
-from calibtrain.losses.terms import CHOSEN, REJECTED, Batch, Objective, mean_loss
-from calibtrain.ops import TokenStats, fused_linear_token_stats
+from calibtrain.losses.terms import CHOSEN, REJECTED, Batch, LossTerms, Objective, mean_loss
+from calibtrain.ops import TokenStats, fused_linear_token_stats, token_set_logprobs
 from calibtrain.ops.head import head_of
 
 IGNORED = -100
@@ -37,7 +38,7 @@ def causal_lm_loss(
     make a step, `global_counts` and `normalized_loss` make the gradient independent of how the step is cut.
     """
     batch = batch_from_labels(input_ids, labels, attention_mask, position_ids)
-    return mean_loss(loss(token_stats_from_model(model, batch), batch))
+    return mean_loss(loss_terms_from_model(model, loss, batch)[0])
 
 
 def batch_from_labels(
@@ -134,9 +135,29 @@ def token_stats_from_model(model: nn.Module, batch: Batch, **inputs: Any) -> Tok
     Raises:
         UserError: the head is not linear, or the model does something to its logits that the fused head does not know.
     """
+    return _through_head(model, batch, None, inputs)[0]
+
+
+def loss_terms_from_model(
+    model: nn.Module, loss: Objective, batch: Batch, **inputs: Any
+) -> tuple[LossTerms, TokenStats]:
+    """Terms of a loss, whether or not it has a `token_set`, and what `token_stats_from_model` gives: one forward pass.
+
+    The arguments and errors are those of `token_stats_from_model`.
+    """
+    token_set: Tensor | None = getattr(loss, "token_set", None)
+    stats, set_logprob = _through_head(model, batch, token_set, inputs)
+    more: tuple[Tensor, ...] = () if token_set is None else (set_logprob,)
+    return loss(stats, batch, *more), stats
+
+
+def _through_head(
+    model: nn.Module, batch: Batch, token_set: Tensor | None, inputs: dict[str, Any]
+) -> tuple[TokenStats, Tensor]:
+    """Statistics (N,) and log-probs (N, K) of a token set, made in the head's place during one forward pass."""
     causal_model = _causal_model(model)
     head = _linear_head(causal_model)
-    options = head_of(causal_model.config)
+    options = asdict(head_of(causal_model.config))
     checked = getattr(causal_model, "_calibtrain_checked", False)
     found: list[TokenStats] = []
     outputs: list[Tensor] = []
@@ -144,14 +165,19 @@ def token_stats_from_model(model: nn.Module, batch: Batch, **inputs: Any) -> Tok
     def statistics(hidden: Tensor) -> Tensor:
         """The head's forward during this call. What is differentiable leaves as its output, for ZeRO-3's hooks on it."""
         hidden, weight, bias = _in_one_dtype(hidden, head)
-        stats = token_stats_from_hidden(
-            hidden, weight, batch, bias=bias, softcap=options.softcap, logit_scale=options.logit_scale
-        )
+        stats = token_stats_from_hidden(hidden, weight, batch, bias=bias, **options)
+        rows = [torch.stack(stats[:3])]
+        if token_set is not None:
+            at_targets = hidden.flatten(0, 1)[batch.target_positions]
+            of_set = token_set_logprobs(
+                at_targets, weight, batch.targets, stats.logprob, token_set, bias=bias, **options
+            )
+            rows.append(of_set.t())
         found.append(stats)
-        rows = batch.target_positions[:0] if checked else batch.target_positions[:PROBED]
-        probe = linear(hidden.detach().flatten(0, 1)[rows], weight.detach(), bias if bias is None else bias.detach())
+        probed = batch.target_positions[:0] if checked else batch.target_positions[:PROBED]
+        probe = linear(hidden.detach().flatten(0, 1)[probed], weight.detach(), bias if bias is None else bias.detach())
         outputs.append(probe)
-        return torch.stack(stats[:3])
+        return torch.cat(rows)
 
     def capture(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         """Take the statistics as the hooks before this one left them; the model goes on with the probed logits."""
@@ -176,12 +202,11 @@ def token_stats_from_model(model: nn.Module, batch: Batch, **inputs: Any) -> Tok
             f"{type(causal_model).__name__} called its head {len(found)} times in one forward pass, not once: its forward "
             "is replaced or compiled; give the plain model, or the hidden states to token_stats_from_hidden"
         )
-    logprob, entropy, sum_p2 = outputs[0]
-    stats = TokenStats(logprob, entropy, sum_p2, found[0].confidence, found[0].correct)
+    stats = TokenStats(*outputs[0][:3], found[0].confidence, found[0].correct)
     if not checked and stats.logprob.numel():
         _compare(stats.logprob, result.logits, batch.targets, causal_model)
         causal_model._calibtrain_checked = True
-    return stats
+    return stats, outputs[0][3:].t()
 
 
 def _check_shapes(input_ids: Tensor, labels: Tensor, *others: Tensor | None) -> None:
@@ -220,13 +245,8 @@ def _layout(batch: Batch) -> dict[str, Tensor]:
 def _causal_model(model: nn.Module) -> Any:
     """The Hugging Face model inside DDP, a DeepSpeed engine, a compiled module or PEFT's wrapper."""
     inner: Any = model
-    while True:
-        wrapped = next(
-            (getattr(inner, name, None) for name in ("module", "_orig_mod") if name in _children(inner)), None
-        )
-        if wrapped is None:
-            break
-        inner = wrapped
+    while name := next((name for name in ("module", "_orig_mod") if name in getattr(inner, "_modules", ())), None):
+        inner = getattr(inner, name)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "config"):
@@ -235,10 +255,6 @@ def _causal_model(model: nn.Module) -> Any:
             "states to token_stats_from_hidden"
         )
     return inner
-
-
-def _children(module: Any) -> dict[str, Any]:
-    return getattr(module, "_modules", {})
 
 
 def _linear_head(model: Any) -> nn.Linear:

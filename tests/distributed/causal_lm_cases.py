@@ -12,7 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from calibtrain.losses import ORPOLoss, batch_from_labels, global_counts, normalized_loss, token_stats_from_model
+from calibtrain.losses import (
+    LabelSmoothingLoss,
+    ORPOLoss,
+    batch_from_labels,
+    global_counts,
+    loss_terms_from_model,
+    normalized_loss,
+)
 from tests.tiny import tiny_model
 
 STEPS, PAIRS = 2, 4
@@ -59,7 +66,9 @@ def wrap(name: str) -> tuple[torch.nn.Module, Any, Any]:
 def run_case(name: str) -> dict[str, Any]:
     """Gradients before, and loss after one SGD step."""
     model, backward, gradient_of = wrap(name)
-    loss, ranks = ORPOLoss(beta=0.5), dist.get_world_size()
+    ranks = dist.get_world_size()
+    reads_a_set = name.endswith("token_set")
+    loss = LabelSmoothingLoss(token_set=range(3, 200), epsilon=0.3) if reads_a_set else ORPOLoss(beta=0.5)
     gradients: list[dict[str, torch.Tensor]] = []
     losses = []
     for _ in range(STEPS):
@@ -69,7 +78,7 @@ def run_case(name: str) -> dict[str, Any]:
         for number, batch in enumerate(window):
             if hasattr(model, "require_backward_grad_sync"):
                 model.require_backward_grad_sync = number == len(window) - 1
-            share = normalized_loss(loss(token_stats_from_model(model, batch), batch), counts)
+            share = normalized_loss(loss_terms_from_model(model, loss, batch)[0], counts)
             backward(share * ranks)
             shares.append(share.detach())
             if hasattr(model, "step") and number < len(window) - 1:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import difflib
 import importlib
-import math
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from calibtrain.losses import SFTLoss
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -68,14 +68,8 @@ def test_deepspeed_script(example, model, monkeypatch):
     before, after = example("deepspeed_before").main(model, steps=3), example("deepspeed_after").main(model, steps=3)
     assert after[-1] < after[0] < before[0]  # focal loss is below cross-entropy
     changed = example("deepspeed_after")
-    monkeypatch.setattr(changed, "FocalLoss", lambda: changed_loss())
+    monkeypatch.setattr(changed, "FocalLoss", SFTLoss)
     assert changed.main(model, steps=3) == pytest.approx(before, rel=1e-4)  # with cross-entropy it is the same script
-
-
-def changed_loss():
-    from calibtrain.losses import SFTLoss
-
-    return SFTLoss()
 
 
 def test_the_diff_in_the_docs_is_the_examples_and_has_three_lines():
@@ -132,7 +126,7 @@ def test_trl_preference(example, model):
     training = rows_of(log, "loss")
     assert len(training) == 2
     assert all(row.keys() >= {*TOKEN_KEYS, "train/preference/accuracy"} for row in training)
-    assert all(math.isfinite(row["loss"]) for row in training)
+    assert training[-1]["loss"] < training[0]["loss"]
 
 
 @pytest.mark.peer

@@ -12,16 +12,20 @@ from calibtrain.errors import UserError
 from calibtrain.losses import (
     CHOSEN,
     REJECTED,
+    IDKLoss,
+    LabelSmoothingLoss,
     ORPOLoss,
     SFTLoss,
     batch_from_labels,
     causal_lm_loss,
     global_counts,
+    loss_terms_from_model,
     mean_loss,
     normalized_loss,
     token_stats_from_hidden,
     token_stats_from_model,
 )
+from calibtrain.ops import TokenStats
 from tests.tiny import tiny_model
 
 LENGTHS = ((9, 3), (5, 2), (7, 6))  # of each row: tokens, and how many of them are the prompt
@@ -103,6 +107,40 @@ def test_every_statistic_is_that_of_the_models_logits():
     torch.testing.assert_close(stats.sum_p2, logp.exp().square().sum(1))
     torch.testing.assert_close(stats.confidence, logp.max(1).values.exp())
     assert stats.correct.tolist() == (logp.argmax(1) == batch.targets).tolist()
+
+
+@pytest.mark.parametrize("make", [tiny_model, lambda: next(special_heads()), lambda: list(special_heads())[1]])
+@pytest.mark.parametrize(
+    "loss_of", [lambda ids: IDKLoss(token_set=ids[:1]), lambda ids: LabelSmoothingLoss(token_set=ids[:3], epsilon=0.3)]
+)
+def test_losses_that_read_a_token_set(make, loss_of):
+    """Value and gradients are those of the loss on the model's own logits."""
+    ours, inputs = make().eval(), rows(vocabulary=64)
+    ours.get_output_embeddings().weight.data.mul_(10.0)  # probabilities that are far apart
+    theirs, batch = copy.deepcopy(ours), batch_from_labels(**inputs)
+    loss = loss_of(batch.targets.tolist())
+    value = causal_lm_loss(ours, loss, **inputs)
+    logits = theirs(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.flatten(0, 1)
+    logp = logits[batch.target_positions].log_softmax(-1)
+    stats, set_logprob = stats_of(logp, batch.targets), logp[:, loss.token_set]
+    expected = mean_loss(loss(stats, batch, set_logprob))
+    assert abs(expected - SFTLoss()(stats, batch)["nll"].total / len(batch.targets)) > 0.01
+    torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
+    value.backward()
+    expected.backward()
+    assert_same_gradients(ours, theirs, tolerance=1e-4)
+    terms, found = loss_terms_from_model(ours, loss, batch)
+    torch.testing.assert_close(mean_loss(terms), value)
+    torch.testing.assert_close(found.logprob, stats.logprob, atol=1e-5, rtol=1e-5)
+
+
+def stats_of(logp, targets):
+    """TokenStats of log-probs (N, V)."""
+    p, at_target = logp.exp(), logp.gather(1, targets[:, None])[:, 0]
+    best = logp.max(1)
+    return TokenStats(
+        at_target, -(p * logp).sum(1), p.square().sum(1), best.values.exp().detach(), best.indices == targets
+    )
 
 
 def test_hidden_states_of_an_own_backbone():
