@@ -15,7 +15,6 @@ from calibtrain.errors import UserError
 
 PATHS = ("reference", "torch", "cpp", "triton")
 VARIABLE = "CALIBTRAIN_OPS"
-TRITON_MODULE = "calibtrain.ops.triton_token_stats"
 
 
 def ops_path(hidden: Tensor) -> str:
@@ -40,15 +39,17 @@ def ops_path(hidden: Tensor) -> str:
     if forced == "cpp" and (device != "cpu" or dtype not in (torch.float32, torch.bfloat16)):
         raise UserError(f"{VARIABLE}=cpp takes float32 and bfloat16 on CPUs, got {dtype} on {device}: unset it")
     if forced == "triton" and not _has_triton():
-        raise UserError(f"{VARIABLE}=triton: Triton, or this package's kernels for it, are not installed: unset it")
+        raise UserError(f"{VARIABLE}=triton: Triton is not installed: install it (pip install triton), or unset it")
+    if forced == "triton" and (dtype == torch.float64 or (device != "cuda" and not os.environ.get("TRITON_INTERPRET"))):
+        raise UserError(f"{VARIABLE}=triton takes float32 and 16-bit inputs on CUDA, got {dtype} on {device}: unset it")
     return forced
 
 
 def triton_kernels() -> ModuleType:
     """The module with `forward` and `backward` in Triton; imported here alone, where `ops_path` says "triton"."""
-    return import_module(TRITON_MODULE)
+    return import_module("calibtrain.ops.triton_token_stats")
 
 
 @cache
 def _has_triton() -> bool:
-    return find_spec("triton") is not None and find_spec(TRITON_MODULE) is not None
+    return find_spec("triton") is not None

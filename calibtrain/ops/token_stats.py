@@ -239,7 +239,7 @@ def _backward(
             log_normalizer, needed,
         )  # fmt: skip
     head, blocks = Head(logit_scale, softcap), linear_blocks.plan_blocks(hidden, weight, in_gradient, beside)
-    coefficients = torch.stack([peak, log_normalizer, *_coefficients(*upstream, logprob, entropy, sum_p2)])
+    coefficients = torch.stack([peak, log_normalizer, *logit_coefficients(*upstream, logprob, entropy, sum_p2)])
     fresh = weight.new_empty(weight.shape if needed[1] and in_gradient.numel() == 0 else 0)
     grad_weight = None if not needed[1] else fresh if in_gradient.numel() == 0 else in_gradient
     grad_hidden, grad_bias = linear_blocks.backward(
@@ -277,7 +277,7 @@ def _backward_fake(
     )
 
 
-def _coefficients(
+def logit_coefficients(
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     grad_sum_p2: Tensor | None,
