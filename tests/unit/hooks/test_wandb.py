@@ -1,5 +1,7 @@
 """The real W&B SDK, offline: its own file is read back."""
 
+import time
+
 import pytest
 
 from calibtrain.confidence.answer import Answer
@@ -45,6 +47,7 @@ def test_offline_run_holds_keys_in_step_order_and_a_resume_keeps_its_id(tmp_path
     assert run.run_id == state["run_id"]
     assert run.project == "test"
     assert "wandb sync" in capsys.readouterr().out
+    time.sleep(1.1)  # W&B names a run's folder by the second: a resume in the same one would write into the first's
     assert job(tmp_path, 2, state) == state
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
