@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import wandb
 
 from calibtrain.confidence.answer import Answer
 from calibtrain.config import TrackingConfig
@@ -36,6 +37,7 @@ def job(tmp_path, first_step=0, state=None):
 
 def test_offline_run_holds_keys_in_step_order_and_a_resume_keeps_its_id(tmp_path, capsys):
     state = job(tmp_path)
+    wandb.teardown()  # finish() answers before its service has written the file's last bytes
     (first,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     rows = history(first)
     assert [row["train/step"] for row in rows] == [1, 2, 2]
@@ -59,8 +61,6 @@ def test_unreachable_server_falls_back_to_the_same_run_offline(tmp_path, monkeyp
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setattr(hook_module, "INIT_SECONDS", 2.0)
-    import wandb
-
     wandb.teardown()  # settings of the environment are read once
     state = job(tmp_path)
     wandb.teardown()
