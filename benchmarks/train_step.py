@@ -28,18 +28,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from _report import print_table, write_json
+from _step_pairs import BETA, LEARNING_RATE, PAIRS, SHAPES, token_ids
+from _trl_step import trl_worker
 
 from calibtrain.launchers.local import local_environment
 
-SHAPES = {"long": (128, 32), "short": (24, 8)}
-"""Tokens of a prompt and of each response."""
-PAIRS, BETA, LEARNING_RATE = 8, 0.5, 1e-6
 EMBEDDED = "embedded:smollm2-135m-instruct"
 
 
@@ -137,7 +137,7 @@ class Worker:
     """A contender in a process of its own that takes one step each time it is asked."""
 
     def __init__(self, target: Callable[[Connection, Path, str], None], threads: int, model: Path, shape: str) -> None:
-        # What `calibtrain train` sets on a CPU, for the peer too: large buffers stay on the heap.
+        # What `calibtrain train` sets on a CPU, for the peer too: large buffers take huge pages.
         os.environ.update(local_environment({"OMP_NUM_THREADS": str(threads)}, num_processes=1, gpus=0))
         self.pipe, theirs = get_context("spawn").Pipe()
         self.process = get_context("spawn").Process(target=target, args=(theirs, model, shape), daemon=True)
@@ -154,19 +154,6 @@ class Worker:
         """End the process."""
         self.process.terminate()
         self.process.join()
-
-
-def token_ids(shape: str, vocabulary: int, count: int) -> list[tuple[list[int], list[int], list[int]]]:
-    """Prompt, chosen and rejected ids of `count` pairs, the same for every contender."""
-    import torch
-
-    prompt, response = SHAPES[shape]
-    generator = torch.Generator().manual_seed(0)
-    low = vocabulary // 20  # above the special tokens
-    return [
-        tuple(torch.randint(low, vocabulary, (n,), generator=generator).tolist() for n in (prompt, response, response))
-        for _ in range(count)
-    ]  # type: ignore[misc]
 
 
 def trainer_for(model: Path, shape: str, scope: str, hooks: Callable[[Any], list[Any]]) -> Any:
@@ -256,11 +243,6 @@ def calibtrain_worker(pipe: Connection, model: Path, shape: str, scope: str = "f
     trainer.fit(Progress())
 
 
-def responses_worker(pipe: Connection, model: Path, shape: str) -> None:
-    """Ours with the negative log-likelihood of the chosen response alone."""
-    calibtrain_worker(pipe, model, shape, "completion")
-
-
 def hooks_worker(pipe: Connection, model: Path, shape: str) -> None:
     """Blocks of `log_every` steps with all hooks and with none."""
     from calibtrain.hooks.base import HookList
@@ -327,98 +309,13 @@ def plain_worker(pipe: Connection, model: Path, shape: str) -> None:
         pipe.send({"seconds": time.perf_counter() - started, "loss": float(loss.detach())})
 
 
-def trl_worker(pipe: Connection, model: Path, shape: str, dtype: str = "float32", micro_batches: int = 1) -> None:
-    """ORPOTrainer.train(); a callback at the end of each step reports it and waits for the next."""
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-    class Pace(TrainerCallback):
-        started = 0.0
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            pipe.send("ready")
-            self.wait()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            pipe.send({"seconds": time.perf_counter() - self.started, "loss": _first_loss(trainer)})
-            self.wait()
-
-        def wait(self) -> None:
-            pipe.recv()
-            self.started = time.perf_counter()
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    arguments = ORPOConfig(
-        output_dir=tempfile.mkdtemp(dir=model.parent), beta=BETA, learning_rate=LEARNING_RATE, max_length=512,
-        per_device_train_batch_size=PAIRS // micro_batches, gradient_accumulation_steps=micro_batches,
-        max_steps=1_000_000, lr_scheduler_type="constant", bf16=True, use_cpu=True, gradient_checkpointing=False,
-        optim="adamw_torch_fused", weight_decay=0.0, report_to=[], save_strategy="no", disable_tqdm=True,
-        logging_steps=5,
-    )  # fmt: skip
-    one = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
-    trainer = ORPOTrainer(
-        model=policy, args=arguments, train_dataset=one, processing_class=tokenizer, callbacks=[Pace()]
-    )
-    # Token ids in place of its tokenizer's, so that both sides see the same.
-    trainer.train_dataset = Dataset.from_list(
-        [_trl_row(*ids) for ids in token_ids(shape, policy.config.vocab_size, PAIRS)]
-    )
-    _keep_losses(trainer)
-    trainer.train()
-
-
-def _trl_row(prompt: list[int], chosen: list[int], rejected: list[int]) -> dict[str, Any]:
-    row: dict[str, Any] = {"prompt": "", "prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        row[f"{name}_input_ids"] = [*prompt, *answer]
-        row[f"{name}_attention_mask"] = [1] * (len(prompt) + len(answer))
-        row[f"{name}_labels"] = [-100] * len(prompt) + answer
-    return row
-
-
-def _keep_losses(trainer: Any) -> None:
-    plain, trainer.seen = trainer.compute_loss, []
-
-    def compute_loss(*args: Any, **options: Any) -> Any:
-        loss = plain(*args, **options)
-        trainer.seen.append(float(loss.detach()))
-        return loss
-
-    trainer.compute_loss = compute_loss
-
-
-def _first_loss(trainer: Any) -> float:
-    seen, trainer.seen = trainer.seen, []
-    return statistics.mean(seen)
-
-
-def trl_bf16_worker(pipe: Connection, model: Path, shape: str) -> None:
-    """ORPOTrainer on bf16 weights."""
-    trl_worker(pipe, model, shape, "bfloat16")
-
-
-def trl_accumulated_worker(pipe: Connection, model: Path, shape: str) -> None:
-    """ORPOTrainer with 2 micro-batches a step."""
-    trl_worker(pipe, model, shape, micro_batches=2)
-
-
-def trl_bf16_accumulated_worker(pipe: Connection, model: Path, shape: str) -> None:
-    """ORPOTrainer on bf16 weights with 2 micro-batches a step."""
-    trl_worker(pipe, model, shape, "bfloat16", micro_batches=2)
-
-
 CONTENDERS: dict[str, Callable[[Connection, Path, str], None]] = {
-    "calibtrain_responses": responses_worker,
+    "calibtrain_responses": partial(calibtrain_worker, scope="completion"),
     "plain_torch": plain_worker,
     "trl_autocast": trl_worker,
-    "trl_autocast_accumulated": trl_accumulated_worker,
-    "trl_bf16": trl_bf16_worker,
-    "trl_bf16_accumulated": trl_bf16_accumulated_worker,
+    "trl_autocast_accumulated": partial(trl_worker, micro_batches=2),
+    "trl_bf16": partial(trl_worker, dtype="bfloat16"),
+    "trl_bf16_accumulated": partial(trl_worker, dtype="bfloat16", micro_batches=2),
 }
 
 
