@@ -100,8 +100,20 @@ def calibrate(
 
 
 @app.command()
-def report(output_dir: OutputDir) -> None:
+def report(
+    output_dir: Annotated[Path | None, typer.Argument(help="The output_dir of a run.")] = None,
+    lm_eval: Annotated[
+        Path | None, typer.Option(help="Instead of a run: samples that lm-evaluation-harness logged (--log_samples).")
+    ] = None,
+) -> None:
     """Write report.html: one file that works offline."""
+    if lm_eval is not None and output_dir is None:
+        from calibtrain.pipeline.lm_eval import run as report_samples
+
+        typer.echo(str(report_samples(lm_eval)))
+        return
+    if output_dir is None or lm_eval is not None:
+        raise UserError("give either the output_dir of a run or --lm-eval SAMPLES.jsonl")
     from calibtrain.pipeline.collect import run
 
     typer.echo(str(run(_existing(output_dir))))

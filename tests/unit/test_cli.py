@@ -46,6 +46,8 @@ def test_every_command_is_listed():
         (["evaluate", "demo", "--split", "train"], "none of calibration"),
         (["evaluate", "demo", "--model", "/nowhere"], "no config.json"),
         (["report", "/nowhere"], "no such directory"),
+        (["report", "--lm-eval", "/nowhere.jsonl"], "no such file"),
+        (["report"], "either the output_dir"),
         (["answer", "/nowhere", "?"], "no such directory"),
         (["calibrate", ".", "--target-risk", "2"], "not between 0 and 1"),
     ],
