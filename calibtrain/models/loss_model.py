@@ -50,6 +50,14 @@ class DecodeStep:
 
 
 @dataclass(frozen=True, slots=True)
+class HiddenStep:
+    """Hidden states of whole rows: `inputs` go to the backbone; layer 0 is the embeddings, layer k follows block k."""
+
+    inputs: Mapping[str, Any]
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreStep:
     """Log-probs of known answers at `temperatures` (K,), from their hidden states."""
 
@@ -96,16 +104,20 @@ class LossModel(nn.Module):
             counts.update(term.counts(batch))
         return counts
 
-    def forward(self, step: TrainStep | DecodeStep | ScoreStep | LogprobStep) -> Any:
+    def forward(self, step: TrainStep | DecodeStep | HiddenStep | ScoreStep | LogprobStep) -> Any:
         """Run one step; a single entry for all kinds, because ZeRO-3 gathers parameters only inside it.
 
         A TrainStep gives (loss (), StepStatistics), a DecodeStep (hidden (B, H), logits (B, V), cache), a ScoreStep
-        log-probs (N, K), a LogprobStep log-probs (N,) and values (N,) or None.
+        log-probs (N, K), a LogprobStep log-probs (N,) and values (N,) or None, a HiddenStep a tuple of (B, T, H), one for
+        each layer.
         """
         if isinstance(step, TrainStep):
             return self._train(step)
         if isinstance(step, LogprobStep):
             return self._logprobs(step)
+        if isinstance(step, HiddenStep):
+            states = self.policy.backbone(**step.inputs, use_cache=False, output_hidden_states=True).hidden_states
+            return tuple(states[layer] for layer in step.layers)
         if isinstance(step, DecodeStep):
             output = self.policy.backbone(**step.inputs)
             hidden = output.last_hidden_state[:, -1]
