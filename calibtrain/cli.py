@@ -91,12 +91,33 @@ def calibrate(
     delta: Annotated[float | None, typer.Option(help="Chance that the certificate is wrong.")] = None,
 ) -> None:
     """Fit the temperature and certify the answer/abstain threshold of a trained model."""
-    for name, value in (("--target-risk", target_risk), ("--delta", delta)):
-        if value is not None and not 0 < value < 1:
-            raise UserError(f"{name}: {value} is not between 0 and 1")
+    _shares({"--target-risk": target_risk, "--delta": delta})
     from calibtrain.pipeline.calibrate import run
 
     run(_existing(output_dir), target_risk=target_risk, delta=delta)
+
+
+@app.command()
+def certify(
+    output_dir: OutputDir,
+    risk: Annotated[
+        float | None, typer.Option(help="Largest share of wrong answers among the given ones. Default: the config's.")
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="Chance that the certificate is wrong.")] = None,
+    by: Annotated[str | None, typer.Option(help="Also certify every value of this stratum, e.g. continent.")] = None,
+    hallucination: Annotated[
+        float | None, typer.Option(help="Also control wrong answers as a share of all questions.")
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="New graded answers, from `evaluate --output`. Default: those kept by calibrate."),
+    ] = None,
+) -> None:
+    """Certify a calibrated model anew, from kept or new answers, without running it."""
+    _shares({"--risk": risk, "--delta": delta, "--hallucination": hallucination})
+    from calibtrain.pipeline.certify import run
+
+    run(_existing(output_dir), risk=risk, delta=delta, by=by, hallucination=hallucination, answers=answers)
 
 
 @app.command()
@@ -177,6 +198,12 @@ def _existing(output_dir: Path) -> Path:
     if not output_dir.is_dir():
         raise UserError(f"{output_dir}: no such directory; give the output_dir of a finished run")
     return output_dir
+
+
+def _shares(options: dict[str, float | None]) -> None:
+    for name, value in options.items():
+        if value is not None and not 0 < value < 1:
+            raise UserError(f"{name}: {value} is not between 0 and 1")
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from calibtrain.config_file import load_config
 from calibtrain.data.grading import normalize
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
-from calibtrain.pipeline.evaluate import Loaded, Measurement, with_progress, write_measurement
+from calibtrain.pipeline.evaluate import Loaded, Measurement, read_measurement, with_progress, write_measurement
 from calibtrain.pipeline.prepare import prepare
 
 
@@ -49,8 +49,9 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
         records = prepared.splits[split]
         if not records:
             raise UserError(f"data.splits.{split}: 0 questions; calibration needs some")
-        measured[split] = with_progress(loaded, records, (), f"answering {split}")
-        write_measurement(measured[split], output_dir / "answers" / f"{split}.jsonl")
+        kept = output_dir / "answers" / f"{split}.jsonl"
+        write_measurement(with_progress(loaded, records, (), f"answering {split}"), kept)
+        measured[split] = read_measurement(kept)  # as rounded there, so that `calibtrain certify` finds the same
     fitting, hashes = measured["temperature"], (loaded.template.hash, weights_hash(model))
     if config.calibration.method == "base_alignment":
         base = with_progress(Loaded(config), prepared.splits["temperature"], prepared.shots, "answering with the base")
@@ -62,7 +63,7 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
     calibrated = certified(config, calibrator, measured["certification"], certificate_risk, certificate_delta)
     data_hashes = {split: data_hash(prepared.splits[split]) for split in measured}
     write_calibration(output_dir / "calibration.json", calibrated, config, data_hashes)
-    _print(calibrated, output_dir)
+    show(calibrated, output_dir)
     return calibrated
 
 
@@ -123,9 +124,20 @@ def weights_hash(model: Path) -> str:
 
 def write_calibration(path: Path, calibrated: Calibrated, config: RunConfig, data_hashes: dict[str, str]) -> None:
     """calibration.json: calibrator, certificate (or why there is none), certified curve and word scale."""
-    certification, groups = calibrated.certification, calibrated.groups
     content = {
         "calibrator": calibrated.calibrator.as_dict(),
+        **claims(calibrated),
+        "template": config.data.template,
+        "data_hashes": data_hashes,
+        "words": [asdict(word) for word in scale_of(config.abstention.words)],
+    }
+    write_json(path, content)
+
+
+def claims(calibrated: Calibrated) -> dict[str, Any]:
+    """What calibration.json says of certificates."""
+    certification, groups = calibrated.certification, calibrated.groups
+    return {
         "certificate": _certification(certification)["certificate"],
         "certification": certification.reason,
         "curve": [{"target_risk": risk, **_certification(one)} for risk, one in sorted(calibrated.curve.items())],
@@ -136,10 +148,11 @@ def write_calibration(path: Path, calibrated: Calibrated, config: RunConfig, dat
             "share": groups.share,
             "groups": {name: _certification(one) for name, one in groups.groups.items()},
         },
-        "template": config.data.template,
-        "data_hashes": data_hashes,
-        "words": [asdict(word) for word in scale_of(config.abstention.words)],
     }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
     os.replace(partial, path)
@@ -187,7 +200,8 @@ def _certificate(values: dict[str, Any] | None) -> Certificate | None:
     return None if values is None else Certificate.from_dict(values)
 
 
-def _print(calibrated: Calibrated, output_dir: Path) -> None:
+def show(calibrated: Calibrated, output_dir: Path) -> None:
+    """Print the calibrator and what is certified."""
     from rich.console import Console
 
     console = Console(highlight=False)

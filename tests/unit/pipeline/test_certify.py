@@ -1,0 +1,120 @@
+"""Certificates refitted from kept answers: only what was asked for changes, and wrong answers are refused."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from calibtrain.calibration.scores import TEMPERATURE_GRID, UNSCALED
+from calibtrain.confidence.answer import Answer
+from calibtrain.config_file import dump_config
+from calibtrain.errors import UserError
+from calibtrain.pipeline import calibrate, certify
+from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
+from tests.unit.pipeline.test_calibrate import config_of
+
+
+def measured(n, seed):
+    """Answers between two options, right as often as the model says at temperature 1.5."""
+    rng = np.random.default_rng(seed)
+    logit = np.abs(rng.normal(0, 5, n))
+    table = -np.log1p(np.exp(-logit[:, None] / np.array(TEMPERATURE_GRID)))
+    right = rng.random(n) < 1 / (1 + np.exp(-logit / 1.5))
+    answers = [
+        Answer(f"q{seed}-{i}", "?", "a", (float(table[i, UNSCALED]),), bool(right[i]), ("a",),
+               {"side": "left" if i % 3 else "right"})
+        for i in range(n)
+    ]  # fmt: skip
+    return Measurement(answers, table)
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A calibrated run: no model that could answer, but its weights' hash."""
+    (tmp_path / "model").mkdir()
+    save_file({"w": np.ones(3)}, tmp_path / "model" / "model.safetensors")
+    config = config_of("temperature", target_hallucination=0.1, target_risk=0.1)
+    dump_config(config, tmp_path / "config.yaml")
+    fitting, held_out = (measured(1200, seed) for seed in (0, 1))
+    write_measurement(fitting, tmp_path / "answers" / "temperature.jsonl")
+    write_measurement(held_out, tmp_path / "answers" / "certification.jsonl")
+    held_out = read_measurement(tmp_path / "answers" / "certification.jsonl")
+    calibrator = calibrate.fit(config, fitting, "t" * 64, calibrate.weights_hash(tmp_path / "model"))
+    found = calibrate.certified(config, calibrator, held_out, 0.1, 0.05)
+    calibrate.write_calibration(
+        tmp_path / "calibration.json", found, config, {"temperature": "a", "certification": "b"}
+    )
+    content = json.loads((tmp_path / "calibration.json").read_text())
+    (tmp_path / "calibration.json").write_text(json.dumps(content | {"of_another_command": [1]}))
+    return tmp_path
+
+
+def content(out):
+    return json.loads((out / "calibration.json").read_text())
+
+
+def test_asking_for_nothing_changes_nothing(out):
+    before = content(out)
+    certify.run(out)
+    assert content(out) == before
+
+
+def test_risk_delta_and_groups_are_those_asked_for_and_the_rest_stays(out):
+    before = content(out)
+    found = certify.run(out, risk=0.15, delta=0.1, by="side")
+    after = content(out)
+    assert (after["certificate"]["target_risk"], after["certificate"]["delta"]) == (0.15, 0.1)
+    assert after["certificate"]["n"] == 1200
+    assert after["certificate"]["coverage"] > before["certificate"]["coverage"]
+    assert {name for name, value in before.items() if after[name] != value} == {
+        "certificate", "certification", "curve", "groups",
+    }  # fmt: skip
+    assert set(after["groups"]["groups"]) == {"left", "right"}
+    assert after["groups"]["share"] == 0.05
+    assert calibrate.read_calibration(out) == found
+
+
+def test_group_certificates_survive_a_later_call_that_does_not_ask_for_them(out):
+    groups = certify.run(out, by="side", risk=0.3).groups
+    assert certify.run(out, risk=0.25).groups == groups
+    found = certify.run(out, hallucination=0.05).hallucination
+    assert found.target_rate == 0.05
+    assert found.n_wrong <= 0.05 * 1201
+
+
+def test_new_answers_are_certified_and_named_by_their_hash(out, tmp_path):
+    new = measured(900, 2)
+    write_measurement(new, tmp_path / "new.jsonl")
+    found = certify.run(out, answers=tmp_path / "new.jsonl", risk=0.3)
+    assert found.certification.certificate.n == 900
+    assert content(out)["data_hashes"]["temperature"] == "a"
+    assert content(out)["data_hashes"]["certification"] != "b"
+
+
+def test_without_a_certificate_the_reason_is_written(out):
+    found = certify.run(out, risk=0.001)
+    assert found.certification.certificate is None
+    assert content(out)["certificate"] is None
+    assert "needs at least" in content(out)["certification"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "by", "words"),
+    [
+        (lambda a: replace(a, correct=None), None, ":2: `correct` is null"),
+        (lambda a: replace(a, question_id="q0-5"), None, ":2: the calibrator was fitted on this question"),
+        (lambda a: replace(a, strata={"continent": "Asia"}), "side", ":2: `strata` has no 'side' to group by; .* continent"),
+    ],
+)  # fmt: skip
+def test_answers_that_cannot_certify_are_refused_and_nothing_is_written(spoil, by, words, out, tmp_path):
+    before = content(out)
+    new = measured(100, 2)
+    write_measurement(
+        Measurement([new.answers[0], spoil(new.answers[1]), *new.answers[2:]], new.table), tmp_path / "n.jsonl"
+    )
+    assert len(read_measurement(tmp_path / "n.jsonl").answers) == 100
+    with pytest.raises(UserError, match=words):
+        certify.run(out, answers=tmp_path / "n.jsonl", by=by)
+    assert content(out) == before
