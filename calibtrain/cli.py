@@ -121,6 +121,21 @@ def certify(
 
 
 @app.command()
+def probe(
+    output_dir: OutputDir,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to choose from, e.g. 8,16,24. Default: eight, evenly spread.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="linear or mlp")] = "linear",
+    questions: Annotated[int | None, typer.Option(min=1, help="At most so many of each split. Default: all.")] = None,
+) -> None:
+    """Fit a probe on hidden states that tells right answers from wrong ones, and compare it with likelihood."""
+    from calibtrain.pipeline.probe import parse_kind, parse_layers, run
+
+    run(_existing(output_dir), layers=parse_layers(layers), kind=parse_kind(kind), questions=questions)
+
+
+@app.command()
 def report(
     output_dir: Annotated[Path | None, typer.Argument(help="The output_dir of a run.")] = None,
     lm_eval: Annotated[

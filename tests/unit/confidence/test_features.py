@@ -43,7 +43,7 @@ def template():
 
 
 def collect(model, template, folder, **changes):
-    given = {"layers": (0, 1, 2), "depth": depth_of(model), "fingerprint": PRINT, "world": ALONE, "shard_size": 4}
+    given = {"layers": (0, 1, 2), "depth": 2, "fingerprint": PRINT, "world": ALONE, "shard_size": 4}
     return collect_features(model, template, RECORDS, changes.pop("texts", TEXTS), folder, **{**given, **changes})
 
 
@@ -52,6 +52,7 @@ def collect(model, template, folder, **changes):
 def test_features_are_the_hidden_states_of_each_answer_on_its_own(model, template, tmp_path, batch_size):
     found = collect(model, template, tmp_path, batch_size=batch_size)
     assert len(found) == len(RECORDS)
+    assert depth_of(model) == 2
     assert all(isinstance(shard, np.memmap) for shard in found.shards)
     assert [len(shard) for shard in found.shards] == [4, 4, 2]
     for i, (record, text) in enumerate(zip(RECORDS, TEXTS, strict=True)):
@@ -91,13 +92,13 @@ def test_collection_resumes_after_an_interruption(model, template, tmp_path):
 
     folder = tmp_path / "resumed"
     with pytest.raises(KeyboardInterrupt):
-        collect(interrupted, template, folder, batch_size=2, depth=2)
+        collect(interrupted, template, folder, batch_size=2)
     assert [path.name for path in folder.glob("*.npy")] == ["shard-00000.npy"]
     with pytest.raises(UserError, match="2 of 3 shards are missing"):
         read_features(folder, PRINT)
     (folder / "shard-00001.npy.partial").write_bytes(b"half")
     again = []
-    resumed = collect(lambda step: again.append(step) or model(step), template, folder, batch_size=2, depth=2)
+    resumed = collect(lambda step: again.append(step) or model(step), template, folder, batch_size=2)
     assert len(again) == 3  # two batches of the second shard, one of the third: the first is kept
     for one, other in zip(resumed.shards, whole.shards, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-4)
@@ -116,7 +117,7 @@ def test_a_folder_of_other_answers_or_another_model_is_refused(model, template, 
 
 
 def test_mistakes_are_named(model, template, tmp_path):
-    with pytest.raises(UserError, match="from 0 .* to 2"):
+    with pytest.raises(UserError, match=r"from 0 .* to 2"):
         collect(model, template, tmp_path, layers=(1, 3))
     with pytest.raises(UserError, match="10 questions, 1 answers"):
         collect(model, template, tmp_path, texts=["Mars"])
