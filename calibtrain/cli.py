@@ -121,6 +121,18 @@ def certify(
 
 
 @app.command()
+def monitor(
+    output_dir: OutputDir,
+    audited: Annotated[Path, typer.Argument(help="Audited answers, one JSON a line with `abstained` and `correct`.")],
+) -> None:
+    """Watch refusals, hallucinations and the certificate in service; exit code 1 when it no longer holds."""
+    from calibtrain.pipeline.monitor import run
+
+    if run(_existing(output_dir), audited).alarm.fired:
+        raise typer.Exit(1)
+
+
+@app.command()
 def probe(
     output_dir: OutputDir,
     layers: Annotated[

@@ -1,0 +1,155 @@
+"""A certified model in service: refusals against hallucinations of audited answers, and an alarm for its certificate.
+
+One line of the audit log is one question, in the order asked: {"abstained": false, "correct": true}; the grade of a
+refused one may be null. The log may grow, or go on in another file: what was counted is kept in monitor.json, so that each
+line counts once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibtrain.abstention.certificate import Certificate
+from calibtrain.abstention.monitor import RiskAlarm
+from calibtrain.calibration.intervals import wilson
+from calibtrain.errors import UserError
+from calibtrain.pipeline.calibrate import read_calibration, write_json
+
+STATE = "monitor.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Audited questions since the certificate was made."""
+
+    alarm: RiskAlarm  # fed with the answered ones
+    n: int  # questions
+    n_new: int  # of them counted by this call
+    restarted: bool  # the certificate is another than the last call's
+
+    @property
+    def refusal_rate(self) -> float:
+        """Share of questions refused; NaN without any."""
+        return (self.n - self.alarm.n) / self.n if self.n else float("nan")
+
+    @property
+    def hallucination_rate(self) -> float:
+        """Share of questions answered wrongly; NaN without any."""
+        return self.alarm.n_wrong / self.n if self.n else float("nan")
+
+
+def run(output_dir: Path, audited: Path) -> Service:
+    """Count the new lines of an audit log, print the rates and say whether the certificate still holds.
+
+    After another certificate the counts and the alarm start anew, with the lines not counted yet. Raises UserError naming
+    file, line and key for a bad line, for a log whose counted lines have changed, and where nothing is certified.
+    """
+    certificate = read_calibration(output_dir).certification.certificate
+    if certificate is None:
+        raise UserError(f"{output_dir}: no certificate that could stop holding; see calibration.json, certify first")
+    state = _read(output_dir / STATE)
+    key = _key(certificate)
+    restarted = bool(state) and state["certificate"] != key
+    logs: dict[str, Any] = dict(state.get("logs", {}))
+    lines = _lines(audited)
+    rows = _rows(audited, lines, _counted(audited, lines, logs))
+    goes_on = bool(state) and not restarted
+    alarm = (
+        RiskAlarm.from_json(json.dumps(state["alarm"]))
+        if goes_on
+        else RiskAlarm(certificate.risk_bound, certificate.delta)
+    )
+    alarm.observe_all(not correct for abstained, correct in rows if not abstained)
+    service = Service(alarm, (state["n"] if goes_on else 0) + len(rows), len(rows), restarted)
+    logs[audited.name] = {"lines": len(lines), "sha256": _hash(lines)}
+    write_json(output_dir / STATE, {"certificate": key, "n": service.n, "logs": logs, "alarm": alarm.as_dict()})
+    _print(service, certificate)
+    return service
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the audited answers, one JSON a line")
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _counted(path: Path, lines: list[str], logs: dict[str, Any]) -> int:
+    """How many lines of the log an earlier call counted. Logs are told apart by name."""
+    known = logs.get(path.name)
+    if known is None:
+        return 0
+    if len(lines) < known["lines"] or _hash(lines[: known["lines"]]) != known["sha256"]:
+        raise UserError(
+            f"{path}: its first {known['lines']} lines are not those that were counted; append to a log, and give a "
+            "new log a new name"
+        )
+    return int(known["lines"])
+
+
+def _rows(path: Path, lines: list[str], counted: int) -> list[tuple[bool, bool]]:
+    """(abstained, correct) of each new line."""
+    rows = []
+    for number, line in enumerate(lines[counted:], start=counted + 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: an audited answer is an object, not {type(row).__name__}")
+        abstained, correct = row.get("abstained"), row.get("correct")
+        if not isinstance(abstained, bool):
+            raise UserError(f"{path}:{number}: `abstained` is {abstained!r}; say true or false")
+        if not isinstance(correct, bool) and not (abstained and correct is None):
+            raise UserError(f"{path}:{number}: `correct` is {correct!r}; grade each given answer true or false")
+        rows.append((abstained, bool(correct)))
+    return rows
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return {name: state[name] for name in ("certificate", "n", "logs", "alarm")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it to count from the start") from error
+
+
+def _key(certificate: Certificate) -> str:
+    return hashlib.sha256(certificate.to_json().encode()).hexdigest()
+
+
+def _hash(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _print(service: Service, certificate: Certificate) -> None:
+    from rich.console import Console
+
+    console, alarm = Console(highlight=False), service.alarm
+    if service.restarted:
+        console.print("the certificate is a new one: counts and alarm start anew")
+    console.print(f"audited questions: {service.n}, of them new {service.n_new}")
+    for name, count in (("refused", service.n - alarm.n), ("hallucinated", alarm.n_wrong)):
+        if service.n:
+            low, high = wilson(count, service.n)
+            console.print(f"{name}: {count} ({count / service.n:.1%} of all questions, {low:.1%} to {high:.1%})")
+    low, high = alarm.risk_interval()
+    console.print(
+        f"wrong among the {alarm.n} given: {low:.1%} to {high:.1%} at any time (95%), certified at most "
+        f"{certificate.risk_bound:.1%}; certified coverage was {certificate.coverage:.1%}"
+    )
+    if alarm.fired:
+        console.print(
+            f"ALARM at given answer {alarm.fired_at}: the certificate no longer holds (p = {alarm.p_value:.2g}, false "
+            f"with probability at most {alarm.delta:g}); certify on new answers",
+            style="bold red",
+        )
+    else:
+        console.print(f"no alarm: nothing speaks against the certificate (p = {alarm.p_value:.2g})")

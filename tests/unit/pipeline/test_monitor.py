@@ -1,0 +1,99 @@
+"""The alarm over an audit log that grows: each line counts once, whatever the calls, and a bad line counts nothing."""
+
+import json
+import random
+
+import pytest
+from typer.testing import CliRunner
+
+from calibtrain import cli
+from calibtrain.abstention.monitor import RiskAlarm
+from calibtrain.errors import UserError
+from calibtrain.pipeline import certify, monitor
+
+
+def rows(n, risk, refused=0.25, seed=0):
+    rng = random.Random(seed)
+    found = []
+    for _ in range(n):
+        abstained = rng.random() < refused
+        found.append({"abstained": abstained, "correct": None if abstained else rng.random() >= risk})
+    return found
+
+
+def log(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_log_read_in_parts_is_the_log_read_at_once(out, tmp_path):
+    audited = rows(600, 0.08)
+    for end in (1, 200, 200, 431, 600):
+        service = monitor.run(out, log(tmp_path / "audit.jsonl", audited[:end]))
+    given = [row for row in audited if not row["abstained"]]
+    whole = RiskAlarm(service.alarm.target_risk, service.alarm.delta)
+    whole.observe_all(not row["correct"] for row in given)
+    assert service.alarm.as_dict() == whole.as_dict()
+    assert (service.n, service.n_new) == (600, 169)
+    assert service.refusal_rate == (600 - len(given)) / 600
+    assert service.hallucination_rate == sum(not row["correct"] for row in given) / 600
+
+
+def test_a_log_may_go_on_in_another_file(out, tmp_path):
+    monitor.run(out, log(tmp_path / "monday.jsonl", rows(50, 0.05)))
+    assert monitor.run(out, log(tmp_path / "tuesday.jsonl", rows(30, 0.05, seed=1))).n == 80
+    assert monitor.run(out, tmp_path / "monday.jsonl").n_new == 0
+
+
+def test_the_alarm_ends_the_command_with_1_until_it_is_certified_anew(out, tmp_path):
+    path, runner = log(tmp_path / "audit.jsonl", rows(200, 0.05)), CliRunner()
+    call = ["monitor", str(out), str(path)]
+    quiet = runner.invoke(cli.app, call)
+    assert quiet.exit_code == 0, quiet.output
+    assert "no alarm" in quiet.output
+    log(path, rows(200, 0.05) + rows(200, 0.5, seed=1))
+    assert [runner.invoke(cli.app, call).exit_code for _ in range(2)] == [1, 1]
+    assert "ALARM" in runner.invoke(cli.app, call).output
+    certify.run(out, risk=0.2)
+    again = runner.invoke(cli.app, call)
+    assert again.exit_code == 0
+    assert "start anew" in again.output
+    assert "audited questions: 0" in again.output  # the old certificate's answers do not count for the new one
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"abstained": false', "not JSON"),
+        ("[]", "an object, not list"),
+        ('{"correct": true}', "`abstained` is None"),
+        ('{"abstained": 0, "correct": true}', "`abstained` is 0"),
+        ('{"abstained": false, "correct": null}', "`correct` is None"),
+        ('{"abstained": false, "correct": "yes"}', "`correct` is 'yes'"),
+    ],
+)
+def test_a_bad_line_is_named_and_nothing_is_counted(line, words, out, tmp_path):
+    path = log(tmp_path / "audit.jsonl", rows(3, 0.1))
+    monitor.run(out, path)
+    before = (out / monitor.STATE).read_text()
+    path.write_text(path.read_text() + json.dumps(rows(1, 0.1)[0]) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=words) as caught:
+        monitor.run(out, path)
+    assert str(caught.value).startswith(f"{path}:5: ")
+    assert (out / monitor.STATE).read_text() == before
+
+
+def test_a_changed_log_a_broken_state_and_a_missing_certificate_are_told(out, tmp_path):
+    path = log(tmp_path / "audit.jsonl", rows(20, 0.1))
+    monitor.run(out, path)
+    for changed in (rows(19, 0.1), rows(20, 0.1, seed=3)):
+        with pytest.raises(UserError, match="first 20 lines are not those"):
+            monitor.run(out, log(path, changed))
+    (out / monitor.STATE).write_text("{}")
+    with pytest.raises(UserError, match="delete it to count"):
+        monitor.run(out, path)
+    certify.run(out, risk=0.001)
+    with pytest.raises(UserError, match="no certificate"):
+        monitor.run(out, path)
+    with pytest.raises(UserError, match="no such file"):
+        monitor._lines(tmp_path / "none.jsonl")
