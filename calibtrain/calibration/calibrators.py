@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -147,17 +147,45 @@ def fit_calibrator(
             "base_alignment needs no grades: fit it by calibtrain.calibration.unlabelled.fit_base_alignment"
         )
     grades = grades_of(correct, len(given))
-    parameters = known.fit(given, grades, np.ones(len(given)))
-    low, high = parameter_intervals(method, given, grades, parameters, ids, replicates, level, seed)
+    fitted = fit_targets(
+        method,
+        given,
+        grades,
+        template_hash=template_hash,
+        weights_hash=weights_hash,
+        ids=ids,
+        replicates=replicates,
+        level=level,
+        seed=seed,
+    )
+    after = log_loss(known.apply(fitted.parameters, given), grades)
+    return replace(fitted, nll_before=log_loss(given.confidence, grades), nll_after=after)
+
+
+def fit_targets(
+    method: str,
+    scores: Scores,
+    targets: Array,
+    *,
+    template_hash: str,
+    weights_hash: str,
+    ids: ArrayLike | None,
+    replicates: int,
+    level: float,
+    seed: int,
+) -> Calibrator:
+    """Fit a method to targets (N,) in [0, 1], grades or another model's confidences; without log losses."""
+    parameters = method_of(method).fit(scores, targets, np.ones(len(scores)))
+    low, high = parameter_intervals(method, scores, targets, parameters, ids, replicates, level, seed)
     return Calibrator(
         method=method,
         parameters=parameters,
         low=low,
         high=high,
         level=level,
-        n=len(given),
-        nll_before=log_loss(given.confidence, grades),
-        nll_after=log_loss(known.apply(parameters, given), grades),
+        n=len(scores),
+        nll_before=None,
+        nll_after=None,
         template_hash=template_hash,
         weights_hash=weights_hash,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from calibtrain.calibration.calibrators import METHODS, Calibrator, parameter_intervals
+from calibtrain.calibration.calibrators import Calibrator, fit_targets
 from calibtrain.calibration.scores import Scores, scores_of
 from calibtrain.calibration.shift import shift_between, target_accuracy
 from calibtrain.errors import UserError
@@ -64,19 +64,14 @@ def fit_base_alignment(
     rows = np.flatnonzero(same)
     if len(rows) == 0:
         raise UserError("base alignment: the two models never give the same answer; nothing to align on")
-    given, base = given.take(rows), base[rows]
-    parameters = METHODS["base_alignment"].fit(given, base, np.ones(len(rows)))
-    keys = None if ids is None else np.asarray(ids)[rows]
-    low, high = parameter_intervals("base_alignment", given, base, parameters, keys, replicates, level, seed)
-    return Calibrator(
-        method="base_alignment",
-        parameters=parameters,
-        low=low,
-        high=high,
-        level=level,
-        n=len(rows),
-        nll_before=None,
-        nll_after=None,
+    return fit_targets(
+        "base_alignment",
+        given.take(rows),
+        base[rows],
         template_hash=template_hash,
         weights_hash=weights_hash,
+        ids=None if ids is None else np.asarray(ids)[rows],
+        replicates=replicates,
+        level=level,
+        seed=seed,
     )
