@@ -55,8 +55,10 @@ def main(folder: Path) -> None:
         )
         assert len(features) == len(records)
         if engine.stage == 3:
-            sizes = {parameter.numel() for parameter in module.parameters()}
-            assert world.size == 1 or sizes == {0}, "weights were left gathered"
+            # DeepSpeed itself keeps small parameters (norms) whole.
+            split = [parameter for parameter in module.parameters() if not parameter.ds_persist]
+            assert split, "nothing is partitioned, so nothing is tested"
+            assert all(parameter.numel() == 0 for parameter in split), "weights were left gathered"
         torch.save(forwards, folder / f"{world.size}-{path.stem}-{world.rank}.pt")
 
 

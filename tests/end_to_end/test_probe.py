@@ -1,6 +1,7 @@
 """`calibtrain probe` on a finished run of a tiny model: what it writes, what it reuses and what it refuses."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,38 +18,38 @@ from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_model
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run whose questions a tiny model gets right about half the time: every other question accepts what it says."""
+    """What a run of a tiny model leaves that a probe needs."""
     folder = tmp_path_factory.mktemp("probe")
-    job = write_job(
-        folder, data={"splits": {"train": 8, "calibration": 16, "temperature": 16, "certification": 8, "test": 16}}
-    )
+    sizes = {"train": 8, "calibration": 48, "temperature": 32, "certification": 8, "test": 32}
+    job = write_job(folder, data={"splits": sizes}, evaluation={"batch_size": 16, "max_new_tokens": 4})
+    rows = [{"question": f"What is {i}?", "answers": ["unknown"]} for i in range(700)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = load_config(job)
     output = config.output_dir
     write_tiny_model(output / "model")
     (output / "config.yaml").write_text(job.read_text())
-    records = pipeline.prepare(config).splits
-    said = {}
-    loaded = Loaded(config, output / "model")
-    for split in ("calibration", "temperature", "test"):
-        for i, answer in enumerate(loaded.measure(records[split]).answers):
-            said[answer.question] = answer.text if i % 2 else "never said"
-    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
-    for row in rows:
-        row["answers"] = [said.get(row["question"]) or "never said"]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return output
 
 
 @pytest.fixture(scope="module")
 def measured(finished):
-    done = CliRunner().invoke(cli.app, ["probe", str(finished), "--layers", "1,2"], catch_exceptions=False)
+    """What the command writes, with every other answer called right: a random model never is."""
+    answer = pipeline.with_progress
+
+    def half_right(*args):
+        found = answer(*args)
+        return replace(found, answers=[replace(one, correct=i % 2 == 0) for i, one in enumerate(found.answers)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "with_progress", half_right)
+        done = CliRunner().invoke(cli.app, ["probe", str(finished), "--layers", "1,2"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "AUROC, calibrated" in done.output
     return json.loads((finished / "probe" / "measured.json").read_text())
 
 
 def test_probe_and_likelihood_are_compared_on_the_test_questions(measured, finished):
-    assert measured["n"] == 16
+    assert measured["n"] == 32
     assert measured["layer"] in (1, 2)
     assert measured["cost"]["forward_passes"] == 1
     for stage in ("raw", "calibrated"):
