@@ -33,7 +33,19 @@ def test_help_imports_nothing_heavy():
 
 def test_every_command_is_listed():
     output = CliRunner().invoke(cli.app, ["--help"]).output
-    for name in ("train", "evaluate", "calibrate", "certify", "monitor", "report", "answer", "doctor", "demo", "losses", "version"):
+    for name in (
+        "train",
+        "evaluate",
+        "calibrate",
+        "certify",
+        "monitor",
+        "report",
+        "answer",
+        "doctor",
+        "demo",
+        "losses",
+        "version",
+    ):
         assert name in output
 
 
