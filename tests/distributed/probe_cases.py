@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,16 +19,25 @@ from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
 from calibtrain.pipeline.prepare import prepare
-from calibtrain.training.engine import start_engine
+from calibtrain.training import engine as engine_module
 
 SHARD_SIZE, BATCH = 3, 2
 
 
 def main(folder: Path) -> None:
     world = start_world()
+    plain = engine_module.deepspeed_dict
+
+    def always_split(*args: Any, **options: Any) -> dict[str, Any]:
+        """DeepSpeed keeps small weights whole, which are all of a tiny model's."""
+        settings = plain(*args, **options)
+        zero = {**settings["zero_optimization"], "stage3_param_persistence_threshold": 0}
+        return {**settings, "zero_optimization": zero}
+
+    engine_module.deepspeed_dict = always_split
     for path in sorted(folder.glob("*.yaml")):
         config = load_config(path)
-        engine = start_engine(LossModel(Policy(load_model(config.model))), config, world)
+        engine = engine_module.start_engine(LossModel(Policy(load_model(config.model))), config, world)
         module = engine.module.eval()
         forwards = 0
 
@@ -55,9 +65,7 @@ def main(folder: Path) -> None:
         )
         assert len(features) == len(records)
         if engine.stage == 3:
-            # DeepSpeed itself keeps small parameters whole, which may be all of a tiny model.
-            split = [parameter for parameter in module.parameters() if not parameter.ds_persist]
-            assert all(parameter.numel() == 0 for parameter in split), "weights were left gathered"
+            assert all(parameter.numel() == 0 for parameter in module.parameters()), "weights were left gathered"
         torch.save(forwards, folder / f"{world.size}-{path.stem}-{world.rank}.pt")
 
 
