@@ -46,8 +46,10 @@ def local_environment(environment: Mapping[str, str], *, num_processes: int, gpu
     if gpus == 0:
         result.setdefault("DS_ACCELERATOR", "cpu")
         result.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-        # Large buffers are mapped afresh every step; in huge pages a step takes a tenth less, and nothing stays held.
-        result.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        # A step's buffers stay in the heap for the next one: mapping them afresh costs a quarter of a step. The
+        # trainer gives back what is free every few steps (training/host_memory.py).
+        result.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**32))
+        result.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**33))
     return result
 
 

@@ -23,8 +23,8 @@ from typing import Any
 from calibtrain.config import RunConfig, TrainingConfig
 from calibtrain.errors import UserError
 
-BUCKET_ELEMENTS = 50_000_000
-"""DeepSpeed's default bucket of 5e8 elements is a buffer of 1 to 2 GB on each rank; this is a tenth of it."""
+BUCKET_ELEMENTS = 10_000_000
+"""DeepSpeed's default of 5e8 elements makes buffers of 1 to 2 GB on each rank; 20 MB in bf16 fill a link as well."""
 
 REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "fp16": (lambda v: _enabled(v), "fp16 is not supported: set model.dtype to bf16 or fp32"),

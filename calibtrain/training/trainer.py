@@ -26,6 +26,7 @@ from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.checkpoint import Progress, save_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.engine import Engine
+from calibtrain.training.host_memory import RELEASE_EVERY, release_freed_memory
 from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.weight_penalty import WeightPenalties
@@ -123,6 +124,8 @@ class Trainer:
     def _after_step(self, progress: Progress) -> None:
         training, step = self.config.training, progress.step
         last = step == self.total_steps
+        if self.world.device.type == "cpu" and (step % RELEASE_EVERY == 0 or last):
+            release_freed_memory()
         if step % training.log_every == 0 or last:
             self.hooks.reduce_and_log(step, self.total_steps)
         if self.stream is not None and not last and self.stream.is_due(step):
