@@ -54,6 +54,8 @@ def report_data(output_dir: Path) -> ReportData:
     measured.append(Measured(label, test.answers, confidence.tolist()))
     composition = prepare(config).composition
     metrics = output_dir / "metrics.jsonl"
+    # `calibrate` and `certify` take another risk or delta than the config's: the certificate says which.
+    promise = calibrated.certification.certificate or config.abstention
     return ReportData(
         run_name=config.name,
         config=config.resolved(),
@@ -61,8 +63,8 @@ def report_data(output_dir: Path) -> ReportData:
         git_hash=facts["git"],
         data_hash=facts["data_hash"],
         measured=measured,
-        target_risk=config.abstention.target_risk,
-        delta=config.abstention.delta,
+        target_risk=promise.target_risk,
+        delta=promise.delta,
         certification=calibrated.certification,
         certified_curve=calibrated.curve,
         composition=[] if composition is None else composition_rows(composition),
