@@ -7,7 +7,9 @@ import pytest
 
 from calibtrain.errors import UserError
 from calibtrain.pipeline import calibrate, certify
+from calibtrain.pipeline.collect import report_data
 from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
+from calibtrain.pipeline.report import render_report
 from tests.unit.pipeline.conftest import measured
 
 
@@ -34,6 +36,16 @@ def test_risk_delta_and_groups_are_those_asked_for_and_the_rest_stays(out):
     assert set(after["groups"]["groups"]) == {"left", "right"}
     assert after["groups"]["share"] == 0.05
     assert calibrate.read_calibration(out) == found
+
+
+def test_the_report_speaks_of_the_certificate_and_not_of_the_config(out):
+    """Its promise is the certificate's risk and delta, whatever the config asked for when the run began."""
+    certify.run(out, risk=0.15, delta=0.1)
+    write_measurement(measured(300, 3), out / "answers" / "test.jsonl")
+    (out / "run.json").write_text(json.dumps({"versions": {}, "git": None, "data_hash": None}))
+    data = report_data(out)
+    assert (data.target_risk, data.delta) == (0.15, 0.1)
+    assert "With probability 90% all of these hold together" in render_report(data)
 
 
 def test_group_certificates_survive_a_later_call_that_does_not_ask_for_them(out):
