@@ -1,3 +1,24 @@
-"""calibtrain: fine-tune language models so that they know when they are guessing."""
+"""calibtrain: fine-tune language models so that they know when they are guessing.
+
+import calibtrain
+
+reply = calibtrain.load("out").answer("In which country is the city of Lyon?")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from calibtrain.pipeline.answer import Answerer
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def load(output_dir: str | Path) -> Answerer:
+    """Load a finished run, to be asked by `.answer(question)`. Raises UserError when its calibration does not fit it."""
+    from calibtrain.pipeline.answer import load as load_run  # imports torch: not for those who take a loss alone
+
+    return load_run(output_dir)

@@ -176,7 +176,7 @@ def answer(output_dir: OutputDir, question: Annotated[str, typer.Argument(help="
 
     reply = load(_existing(output_dir)).answer(question)
     if reply.abstained:
-        typer.echo(f"I do not know. (best guess at {reply.probability:.0%}, below the threshold {reply.threshold:.0%})")
+        typer.echo(f"{reply.spoken} (best guess at {reply.probability:.0%}, below the threshold {reply.threshold:.0%})")
     else:
         typer.echo(f"{reply.text}  ({reply.word}, {reply.probability:.0%})")
     if reply.certified:

@@ -20,6 +20,7 @@ class Answer:
     accepted: tuple[str, ...] = ()
     strata: Mapping[str, str] = field(default_factory=dict)
     finished: bool = True  # False: cut at max_new_tokens before the end token
+    tokens: tuple[str, ...] = ()  # text of each token, joined the answer as generated; "" for the end token
 
     @property
     def logprob(self) -> float:

@@ -130,6 +130,7 @@ def _answer(record: Record, generation: Generation, template: Template, settings
         accepted=record.accepted,
         strata=record.strata,
         finished=generation.finished,
+        tokens=template.token_texts(generation.tokens),
     )
 
 

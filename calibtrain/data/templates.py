@@ -95,6 +95,22 @@ class Template:
             text = text.lstrip()  # some chat models open with a line break
         return (text.splitlines() or [""])[0].strip()
 
+    def token_texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Text that each generated id adds to the ones before it, so that all joined are the text of `ids`.
+
+        An end token adds "". So does one that only begins a character (byte-level tokenizers cut inside); the token that
+        completes the character has it whole.
+        """
+        texts: list[str] = []
+        shown = ""
+        for count in range(1, len(ids) + 1):
+            whole = self._decode(ids[:count], skip_special_tokens=True)
+            if whole.endswith("\N{REPLACEMENT CHARACTER}") and count < len(ids):
+                whole = shown
+            texts.append(whole[len(shown) :])
+            shown = whole
+        return tuple(texts)
+
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Tokens after which generation may stop: the ends, and for `plain` every token that holds a line break.

@@ -1,29 +1,68 @@
-"""A finished run at work: a question in, an answer with its calibrated probability and word out, or an abstention."""
+"""A finished run at work: questions in, answers with their calibrated probability and word out, or abstentions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calibtrain.abstention.words import scale_of, word_for
+from calibtrain.abstention.certificate import Certificate
+from calibtrain.abstention.words import Scale, percent, phrase, scale_of, word_for
+from calibtrain.confidence.answer import Answer
 from calibtrain.config_file import load_config
 from calibtrain.data.records import Message, Record
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibrate import Calibrated, read_calibration
 from calibtrain.pipeline.evaluate import Loaded
 
+REFUSAL = "I do not know."
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One promise that can be chosen: answering from `threshold` on, at most `risk` of the answers are wrong.
+
+    Without a certificate everything is answered and nothing promised: threshold 0, risk None.
+    """
+
+    threshold: float
+    risk: float | None
+    coverage: float  # share of the certification questions that it answers
+    certificate: Certificate | None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A piece of an answer's text and the probability the model gave it, in [0, 1]. The end of the answer is ""."""
+
+    text: str
+    probability: float
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """One answer. `text` is the model's best guess also where it abstains; show it then only as such."""
 
+    question: str
     text: str
     probability: float  # calibrated chance that `text` is right
     word: str
+    sentence: str  # word and number in the first person
     abstained: bool
+    reason: str  # why it answered or abstained
     threshold: float | None  # None: no certificate
     risk: float | None  # certified share of wrong answers among the given ones
     certified: bool
+    certificate: Certificate | None
+    tokens: tuple[Token, ...]
+    finished: bool  # False: cut at max_new_tokens
+    prompt_tokens: int
+
+    @property
+    def spoken(self) -> str:
+        """What to show a person: the answer, or that it is not known."""
+        return REFUSAL if self.abstained else self.text
 
 
 class Answerer:
@@ -32,30 +71,117 @@ class Answerer:
     def __init__(self, loaded: Loaded, calibrated: Calibrated) -> None:
         self.loaded = loaded
         self.calibrated = calibrated
+        self.default = level_of(calibrated.certification.certificate)
+        self.scale: Scale = scale_of(loaded.config.abstention.words)
 
-    def answer(self, question: str) -> Reply:
-        """Reply to one question. Without a certificate it never abstains and says so in `certified`."""
-        if not question.strip():
-            raise UserError("the question is empty")
-        measurement = self.loaded.measure([Record(prompt=(Message("user", question.strip()),))])
-        config = self.loaded.config
-        probability = float(self.calibrated.calibrator.apply(measurement.scores(config.calibration.domain))[0])
-        certificate = self.calibrated.certification.certificate
-        return Reply(
-            text=measurement.answers[0].text,
-            probability=probability,
-            word=word_for(probability, scale_of(config.abstention.words)).name,
-            abstained=certificate is not None and probability < certificate.threshold,
-            threshold=None if certificate is None else certificate.threshold,
-            risk=None if certificate is None else certificate.risk_bound,
-            certified=certificate is not None,
+    def levels(self) -> list[Level]:
+        """Promises to choose from, ascending in risk, and last to answer everything. The default one is among them."""
+        curve = [found.certificate for found in self.calibrated.curve.values()]
+        default = self.calibrated.certification.certificate
+        kept = [one for one in curve if one and (default is None or one.target_risk != default.target_risk)]
+        certificates = sorted([*kept, *([default] if default else [])], key=lambda one: one.target_risk)
+        return [*map(level_of, certificates), level_of(None)]
+
+    def answer(self, question: str, *, risk: float | None = None) -> Reply:
+        """Reply to one question: `answers` of one."""
+        return self.answers([question], risk=risk)[0]
+
+    def answers(self, questions: Sequence[str], *, risk: float | None = None) -> list[Reply]:
+        """Replies in the order of the questions, which go through the model together.
+
+        risk: one of `levels()`; by default the run's own certificate. Without one it never abstains and says so in
+        `certified`. In bf16 a probability may differ by rounding from the one that the question gets alone. Raises
+        UserError for an empty question or a risk that is not certified.
+        """
+        level = self.default if risk is None else self.level(risk)
+        return [self.decide(reply, level) for reply in self._guess(questions)]
+
+    def level(self, risk: float) -> Level:
+        """The certified level of this risk; UserError naming those there are."""
+        certified = [one for one in self.levels() if one.risk is not None]
+        for one in certified:
+            if one.certificate and math.isclose(one.certificate.target_risk, risk):
+                return one
+        known = ", ".join(f"{one.certificate.target_risk:g}" for one in certified if one.certificate) or "none"
+        raise UserError(f"risk {risk:g} is not certified; certified are: {known}")
+
+    def decide(self, reply: Reply, level: Level) -> Reply:
+        """The same guess under another level: only whether it is given, and why, can change."""
+        abstained = reply.probability < level.threshold
+        return replace(
+            reply,
+            abstained=abstained,
+            reason=_reason(reply.probability, level, abstained),
+            threshold=None if level.certificate is None else level.threshold,
+            risk=level.risk,
+            certified=level.certificate is not None,
+            certificate=level.certificate,
         )
 
+    def prompt_tokens(self, question: str) -> int:
+        """Tokens of the prompt that a question makes."""
+        return len(self.loaded.template.prompt_ids(_record(question)))
 
-def load(output_dir: Path) -> Answerer:
+    def _guess(self, questions: Sequence[str]) -> list[Reply]:
+        """Answers under the level that answers everything."""
+        records = [_record(question) for question in questions]
+        if not records:
+            return []
+        measurement = self.loaded.measure(records)
+        scores = measurement.scores(self.loaded.config.calibration.domain)
+        probabilities = self.calibrated.calibrator.apply(scores).tolist()
+        return [
+            Reply(
+                question=answer.question,
+                text=answer.text,
+                probability=probability,
+                word=word_for(probability, self.scale).name,
+                sentence=phrase(probability, self.scale),
+                abstained=False,
+                reason="",
+                threshold=None,
+                risk=None,
+                certified=False,
+                certificate=None,
+                tokens=_tokens(answer),
+                finished=answer.finished,
+                prompt_tokens=len(self.loaded.template.prompt_ids(record)),
+            )
+            for record, answer, probability in zip(records, measurement.answers, probabilities, strict=True)
+        ]
+
+
+def level_of(certificate: Certificate | None) -> Level:
+    """What a certificate lets the model answer; everything without one."""
+    if certificate is None:
+        return Level(0.0, None, 1.0, None)
+    return Level(certificate.threshold, certificate.risk_bound, certificate.coverage, certificate)
+
+
+def load(output_dir: str | Path) -> Answerer:
     """Load a finished run. Raises UserError when it lacks a model or a calibration that fits it."""
-    config = load_config(output_dir / "config.yaml")
-    if not (output_dir / "model" / "config.json").is_file():
-        raise UserError(f"{output_dir}: no exported model (model/config.json); train first")
-    loaded = Loaded(config, output_dir / "model")
-    return Answerer(loaded, read_calibration(output_dir, template_hash=loaded.template.hash))
+    folder = Path(output_dir)
+    config = load_config(folder / "config.yaml")
+    if not (folder / "model" / "config.json").is_file():
+        raise UserError(f"{folder}: no exported model (model/config.json); train first")
+    loaded = Loaded(config, folder / "model")
+    return Answerer(loaded, read_calibration(folder, template_hash=loaded.template.hash))
+
+
+def _record(question: str) -> Record:
+    if not question.strip():
+        raise UserError("the question is empty")
+    return Record(prompt=(Message("user", question.strip()),))
+
+
+def _tokens(answer: Answer) -> tuple[Token, ...]:
+    pieces = zip(answer.tokens, answer.token_logprobs, strict=True)
+    return tuple(Token(text, math.exp(min(0.0, logprob))) for text, logprob in pieces)
+
+
+def _reason(probability: float, level: Level, abstained: bool) -> str:
+    chance = f"My best guess has a {percent(probability)} chance of being right"
+    if level.certificate is None or level.risk is None:
+        return f"{chance}. No threshold is certified, so I answer whatever the chance."
+    rule = f"I answer from {percent(level.threshold)} on, so that at most {level.risk:.0%} of my answers are wrong"
+    return f"{chance}; {rule}." if abstained else f"{rule}."

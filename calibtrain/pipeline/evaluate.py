@@ -149,6 +149,7 @@ def read_measurement(path: Path) -> Measurement:
             table.append(row.pop("logprobs_at"))
             row.pop("confidence")
             row["token_logprobs"], row["accepted"] = tuple(row["token_logprobs"]), tuple(row["accepted"])
+            row["tokens"] = tuple(row.get("tokens", ()))
             answers.append(Answer(**row))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
