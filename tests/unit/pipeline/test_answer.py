@@ -20,6 +20,8 @@ CHANCES = {"sure": 0.97, "even": 0.5, "never": 0.02}
 class Template:
     """Counts characters as tokens."""
 
+    control_tokens = ("<|end|>",)
+
     def prompt_ids(self, record):
         return list(range(len(record.question)))
 
@@ -88,7 +90,10 @@ def test_without_a_certificate_it_answers_all_and_says_so(answerer):
     assert "No threshold is certified" in reply.reason
 
 
-@pytest.mark.parametrize(("question", "risk", "words"), [(" ", None, "empty"), ("sure", 0.123, "certified are: 0.")])
+@pytest.mark.parametrize(
+    ("question", "risk", "words"),
+    [(" ", None, "empty"), ("sure", 0.123, "certified are: 0."), ("a<|end|>b", None, "control token")],
+)
 def test_bad_input_is_told(answerer, question, risk, words):
     with pytest.raises(UserError, match=words):
         answerer.answers([question], risk=risk)

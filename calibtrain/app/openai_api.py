@@ -1,0 +1,237 @@
+"""The shapes of OpenAI's chat completions: what of a request is understood, and a Reply as its clients read it.
+
+What the certificate does not cover is refused, not ignored: it holds for one question without other messages, answered
+greedily. The confidence stands beside the answer in `calibtrain`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from calibtrain.app.limits import Refusal
+from calibtrain.pipeline.answer import REFUSAL, Reply
+
+MESSAGES = "send one user message: the confidence is calibrated for a question without other messages"
+NEUTRAL: dict[str, tuple[Any, str]] = {
+    "n": (1, "one answer is given"),
+    "temperature": (0, "answers are greedy, as they were when their confidence was calibrated"),
+    "top_p": (1, "answers are greedy, as they were when their confidence was calibrated"),
+    "top_logprobs": (0, "only the tokens of the answer have log-probs"),
+    "presence_penalty": (0, "answers are greedy without penalties"),
+    "frequency_penalty": (0, "answers are greedy without penalties"),
+}
+"""Parameters that are taken at their neutral value alone."""
+
+
+class TextPart(BaseModel):
+    """A piece of a message's text."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """A message; only a user's is answered."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: str
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(BaseModel):
+    """What else a stream carries."""
+
+    model_config = ConfigDict(extra="ignore")
+    include_usage: bool = False
+
+
+class Choice(BaseModel):
+    """Our own part of a request: which certified risk to answer at."""
+
+    model_config = ConfigDict(extra="forbid")
+    risk: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
+
+
+class ChatRequest(BaseModel):
+    """Body of POST /v1/chat/completions."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    messages: list[ChatMessage]
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    n: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    logprobs: bool | None = None
+    top_logprobs: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None  # nothing is drawn
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    calibtrain: Choice = Choice()
+
+    def question(self) -> str:
+        """The one user message. Raises Refusal for anything else."""
+        if len(self.messages) != 1 or self.messages[0].role != "user":
+            raise Refusal(400, f"messages: {MESSAGES}", code="unsupported_value", param="messages")
+        return self.messages[0].text
+
+
+class PageRequest(BaseModel):
+    """Body of POST /api/answer, the page's own call."""
+
+    model_config = ConfigDict(extra="forbid")
+    question: str
+
+
+def parse(kind: type[BaseModel], body: bytes) -> Any:
+    """The request in a JSON body. Raises Refusal that names the key."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        key = ".".join(str(part) for part in first["loc"])[:100]
+        unknown = first["type"] == "extra_forbidden"
+        message = f"{key}: not a parameter that is understood here" if unknown else f"{key or 'body'}: {first['msg']}"
+        code = (
+            "unknown_parameter" if unknown else "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
+        )
+        raise Refusal(400, message, code=code, param=key or None) from None
+
+
+def check(request: ChatRequest, model: str, max_new_tokens: int) -> None:
+    """Raise Refusal for another model, and for parameters that would change how answers are made."""
+    if request.model != model:
+        raise Refusal(404, f"model: there is only {model!r} here", code="model_not_found", param="model")
+    for name, (neutral, why) in NEUTRAL.items():
+        value = getattr(request, name)
+        if value is not None and value != neutral:
+            raise Refusal(400, f"{name}: {why}; send {neutral} or leave it out", code="unsupported_value", param=name)
+    for name in ("max_tokens", "max_completion_tokens"):
+        value = getattr(request, name)
+        if value is not None and value < max_new_tokens:
+            raise Refusal(
+                400,
+                f"{name}: answers have up to {max_new_tokens} tokens; cut shorter, their confidence would mean nothing",
+                code="unsupported_value",
+                param=name,
+            )
+
+
+def confidence_part(reply: Reply) -> dict[str, Any]:
+    """What a reply says of itself: the `calibtrain` object."""
+    return {
+        "confidence": reply.probability,
+        "word": reply.word,
+        "sentence": reply.sentence,
+        "abstained": reply.abstained,
+        "reason": reply.reason,
+        "best_guess": reply.text,
+        "threshold": reply.threshold,
+        "risk": reply.risk,
+        "certificate": reply.certificate and reply.certificate.as_dict(),
+    }
+
+
+def page_reply(reply: Reply) -> dict[str, Any]:
+    """A reply for the page, which decides itself by the slider what to show of it."""
+    tokens = [asdict(token) for token in reply.tokens]
+    return {"question": reply.question, "tokens": tokens, "refusal": REFUSAL, **confidence_part(reply)}
+
+
+def completion(reply: Reply, request: ChatRequest) -> dict[str, Any]:
+    """A chat.completion object."""
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": {"role": "assistant", "content": reply.spoken, "refusal": None},
+        "logprobs": _logprobs(reply) if request.logprobs else None,
+        "finish_reason": _finish_reason(reply),
+    }
+    head = _head("chat.completion", request.model)
+    return {**head, "choices": [choice], "usage": _usage(reply), "calibtrain": confidence_part(reply)}
+
+
+def stream(reply: Reply, request: ChatRequest) -> Iterator[str]:
+    """Server-sent events of chat.completion.chunk objects, the last with the confidence.
+
+    Whether to answer is known only once the whole answer is, so nothing is sent before: the pieces of an answer that is
+    given come at once after it, and a withheld one never leaves.
+    """
+    head = _head("chat.completion.chunk", request.model)
+    usage = bool(request.stream_options and request.stream_options.include_usage)
+
+    def chunk(delta: dict[str, Any], **more: Any) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+        last = {key: more.pop(key) for key in ("finish_reason", "logprobs") if key in more}
+        return _event({**head, "choices": [{**choice, **last}], **({"usage": None} if usage else {}), **more})
+
+    yield chunk({"role": "assistant", "content": ""})
+    for piece in _pieces(reply):
+        yield chunk({"content": piece})
+    logprobs = {"logprobs": _logprobs(reply)} if request.logprobs else {}
+    yield chunk({}, finish_reason=_finish_reason(reply), calibtrain=confidence_part(reply), **logprobs)
+    if usage:
+        yield _event({**head, "choices": [], "usage": _usage(reply)})
+    yield "data: [DONE]\n\n"
+
+
+def _pieces(reply: Reply) -> list[str]:
+    """The answer's tokens, joined exactly what is said; in one piece where they are not (a cut line, a refusal)."""
+    pieces = [token.text for token in reply.tokens if token.text]
+    if pieces:
+        pieces[0], pieces[-1] = pieces[0].lstrip(), pieces[-1].rstrip()
+    return pieces if "".join(pieces) == reply.spoken else [reply.spoken]
+
+
+def _finish_reason(reply: Reply) -> str:
+    return "stop" if reply.finished or reply.abstained else "length"
+
+
+def _logprobs(reply: Reply) -> dict[str, Any]:
+    shown = [] if reply.abstained else [token for token in reply.tokens if token.text]
+    content = [
+        {
+            "token": token.text,
+            "logprob": math.log(token.probability) if token.probability > 0 else -9999.0,
+            "bytes": list(token.text.encode()),
+            "top_logprobs": [],
+        }
+        for token in shown
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _usage(reply: Reply) -> dict[str, int]:
+    return {
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": len(reply.tokens),
+        "total_tokens": reply.prompt_tokens + len(reply.tokens),
+    }
+
+
+def _head(kind: str, model: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
