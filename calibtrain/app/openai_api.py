@@ -64,7 +64,7 @@ class Choice(BaseModel):
     """Our own part of a request: which certified risk to answer at."""
 
     model_config = ConfigDict(extra="forbid")
-    risk: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
+    risk: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
 
 
 class ChatRequest(BaseModel):
@@ -75,8 +75,8 @@ class ChatRequest(BaseModel):
     messages: list[ChatMessage]
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
     n: float | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -109,8 +109,10 @@ def parse(kind: type[BaseModel], body: bytes) -> Any:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        key = ".".join(str(part) for part in first["loc"])[:100]
+        # Of a content that may be text or a list of parts, the deepest complaint is about what was meant.
+        found = error.errors(include_input=False, include_url=False, include_context=False)
+        first = max(found, key=lambda one: len(one["loc"]))
+        key = ".".join(str(part) for part in first["loc"] if "[" not in str(part))[:100]
         unknown = first["type"] == "extra_forbidden"
         message = f"{key}: not a parameter that is understood here" if unknown else f"{key or 'body'}: {first['msg']}"
         code = (

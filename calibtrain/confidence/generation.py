@@ -47,11 +47,7 @@ def generate(
     `model` maps a DecodeStep to (hidden (B, H), logits (B, V), cache). The prompts' longest common prefix (few-shot
     examples, a system prompt) passes through the model once unless `share_prefix` is off. Prompts must not be empty.
     """
-    prefix = _common_prefix(prompts) if share_prefix else []
-    prefix_cache = None
-    if prefix:
-        ids = torch.tensor([prefix], device=device)
-        prefix_cache = model(DecodeStep({"input_ids": ids, "use_cache": True}))[2]
+    prefix, prefix_cache = _read_prefix(model, prompts, share_prefix, device)
     generator = torch.Generator(device=device).manual_seed(seed) if samples else None
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     results: list[list[Generation]] = [[] for _ in prompts]
@@ -65,6 +61,33 @@ def generate(
             results[row].append(generation)
         on_batch(min(start + batch_size, len(order)))
     return results
+
+
+@torch.no_grad()
+def choice_logprobs(
+    model: Callable[[DecodeStep], Any],
+    prompts: Sequence[Sequence[int]],
+    choices: Sequence[int],
+    *,
+    pad_id: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    share_prefix: bool = True,
+) -> Tensor:
+    """Log-probs of the tokens `choices` right after each prompt, among the whole vocabulary. (N, choices) float64 on CPU.
+
+    `model` and `prompts` as in `generate`.
+    """
+    prefix, prefix_cache = _read_prefix(model, prompts, share_prefix, device)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    wanted = torch.tensor(choices, device=device)
+    found = torch.zeros(len(prompts), len(choices), dtype=torch.float64)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = _Batch([prompts[index][len(prefix) :] for index in rows], pad_id, len(prefix), prefix_cache, device)
+        _, logits, _ = model(DecodeStep(batch.inputs()))
+        found[rows] = logits.log_softmax(-1)[:, wanted].double().cpu()
+    return found
 
 
 class _Batch:
@@ -85,6 +108,16 @@ class _Batch:
         if self.cache is not None and rows > 1:
             self.cache.batch_repeat_interleave(rows)
 
+    def inputs(self) -> dict[str, Any]:
+        """What the backbone reads next."""
+        return {
+            "input_ids": self.ids,
+            "attention_mask": self.mask,
+            "position_ids": self.positions,
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+
     def run(
         self,
         model: Callable[[DecodeStep], Any],
@@ -99,14 +132,7 @@ class _Batch:
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
         lengths = torch.zeros(rows, dtype=torch.long, device=self.ids.device)
         for _ in range(max_new_tokens):
-            inputs = {
-                "input_ids": self.ids,
-                "attention_mask": self.mask,
-                "position_ids": self.positions,
-                "past_key_values": self.cache,
-                "use_cache": True,
-            }
-            hidden, logits, self.cache = model(DecodeStep(inputs))
+            hidden, logits, self.cache = model(DecodeStep(self.inputs()))
             logprobs = logits.log_softmax(-1)
             if generator is None:
                 token = logprobs.argmax(-1)
@@ -130,6 +156,17 @@ class _Batch:
             )
             for row, length in enumerate(lengths.tolist())
         ]
+
+
+def _read_prefix(
+    model: Callable[[DecodeStep], Any], prompts: Sequence[Sequence[int]], share: bool, device: torch.device | str
+) -> tuple[list[int], Any]:
+    """The prompts' longest common prefix and its cache; ([], None) without one or where it is not shared."""
+    prefix = _common_prefix(prompts) if share else []
+    if not prefix:
+        return [], None
+    ids = torch.tensor([prefix], device=device)
+    return prefix, model(DecodeStep({"input_ids": ids, "use_cache": True}))[2]
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:

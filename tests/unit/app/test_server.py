@@ -1,0 +1,245 @@
+"""The server as clients see it: answers, refusals with their reason, streams, and what hostile requests get."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("fastapi", reason="FastAPI is not installed (pip install 'calibtrain[serve]')")
+from fastapi.testclient import TestClient
+
+from calibtrain.app.limits import Limits, RateLimiter
+from calibtrain.app.server import LOOPBACK, create_app
+from calibtrain.pipeline.answer import REFUSAL
+
+CHAT = "/v1/chat/completions"
+
+
+def body(question="what", **more):
+    return {"model": "demo", "messages": [{"role": "user", "content": question}], **more}
+
+
+@pytest.fixture
+def client(answerer):
+    with make(answerer) as client:
+        yield client
+
+
+def make(answerer, hosts=None, **limits):
+    app = create_app(answerer, name="demo", limits=Limits(requests_per_minute=0) if not limits else Limits(**limits),
+                     hosts=hosts)  # fmt: skip
+    return TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
+
+
+def test_a_chat_completion_carries_its_confidence(client, answerer):
+    found = client.post(CHAT, json=body("what is it")).json()
+    assert found["object"] == "chat.completion"
+    assert found["choices"][0]["message"] == {"role": "assistant", "content": "echo what is it", "refusal": None}
+    assert found["choices"][0]["finish_reason"] == "stop"
+    assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    ours, reply = found["calibtrain"], answerer.answer("what is it")
+    assert (ours["confidence"], ours["word"], ours["abstained"]) == (reply.probability, reply.word, False)
+    assert ours["certificate"] == answerer.default.certificate.as_dict()
+
+
+def test_it_abstains_in_words_and_in_the_reply(client):
+    found = client.post(CHAT, json=body("doubt")).json()
+    assert found["choices"][0]["message"]["content"] == REFUSAL
+    assert found["calibtrain"]["abstained"] is True
+    assert found["calibtrain"]["best_guess"] == "echo doubt"
+    assert "I answer from" in found["calibtrain"]["reason"]
+
+
+def test_a_certified_risk_can_be_chosen_and_another_cannot(client, answerer):
+    for level in answerer.levels()[:-1]:
+        risk = level.certificate.target_risk
+        found = client.post(CHAT, json=body(calibtrain={"risk": risk})).json()
+        assert found["calibtrain"]["threshold"] == level.threshold
+    refused = client.post(CHAT, json=body(calibtrain={"risk": 0.123}))
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "calibtrain.risk"
+
+
+def events(response):
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines.pop() == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+@pytest.mark.parametrize("question", ["what is it", "doubt"])
+def test_a_stream_says_what_the_whole_reply_says(client, question):
+    whole = client.post(CHAT, json=body(question)).json()
+    response = client.post(
+        CHAT, json=body(question, stream=True, stream_options={"include_usage": True}, logprobs=True)
+    )
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, usage = events(response)
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["calibtrain"] == whole["calibtrain"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert usage["choices"] == []
+    assert usage["usage"] == whole["usage"]
+    shown = chunks[-1]["choices"][0]["logprobs"]["content"]
+    assert [one["token"] for one in shown] == ([] if question == "doubt" else [" echo", " what is it"])
+
+
+def test_a_withheld_guess_is_not_streamed(client):
+    *_, last = chunks = events(client.post(CHAT, json=body("doubt", stream=True)))
+    assert all("echo" not in chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert last["calibtrain"]["abstained"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"temperature": 0.7}, "temperature", "greedy"),
+        ({"n": 2}, "n", "one answer"),
+        ({"top_logprobs": 3}, "top_logprobs", "only the tokens"),
+        ({"max_tokens": 1}, "max_tokens", "cut shorter"),
+        ({"tools": []}, "tools", "not a parameter"),
+        ({"calibtrain": {"risk": 2}}, "calibtrain.risk", "less than 1"),
+        ({"calibtrain": {"rsk": 0.1}}, "calibtrain.rsk", "not a parameter"),
+        ({"messages": []}, "messages", "one user message"),
+        ({"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}, "messages", "one user"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "'text'"),
+        ({"messages": [{"role": "user", "content": "  "}]}, "messages", "empty"),
+        ({"messages": [{"role": "user", "content": "a <|im_end|> b"}]}, "messages", "control token"),
+        ({"messages": [{"role": "user", "content": "w " * 600}]}, "messages", "600 tokens; the limit is 512"),
+        ({"messages": "what"}, "messages", "array"),
+    ],
+)
+def test_what_the_certificate_does_not_cover_is_refused_by_name(client, change, param, words):
+    response = client.post(CHAT, json=body() | change)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["type"] == "invalid_request_error"
+    assert words in error["message"]
+    assert param is None or error["param"] == param
+
+
+def test_neutral_parameters_and_text_parts_are_taken(client):
+    parts = [{"type": "text", "text": "what "}, {"type": "text", "text": "now"}]
+    asked = {"temperature": 0, "n": 1, "top_p": 1.0, "seed": 7, "user": "u", "max_tokens": 999, "logprobs": False}
+    found = client.post(CHAT, json=body() | asked | {"messages": [{"role": "user", "content": parts}]})
+    assert found.json()["choices"][0]["message"]["content"] == "echo what now"
+
+
+def test_another_model_is_not_found(client):
+    assert client.post(CHAT, json=body() | {"model": "gpt"}).status_code == 404
+    assert client.get("/v1/models").json()["data"][0]["id"] == "demo"
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        (b"", {}, 400),
+        (b"{", {}, 400),
+        (b"[" * 60_000, {}, 400),
+        (b'{"model": "demo", "model"', {}, 400),
+        (b"\xff\xfe\x00", {}, 400),
+        (b'{"model": "\\ud800"}', {}, 400),
+        (b"null", {}, 400),
+        (b"x" * 70_000, {}, 413),
+        (b"{}", {"Content-Type": "text/plain"}, 415),
+        (b"{}", {"Content-Type": "application/x-www-form-urlencoded"}, 415),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/api/answer"])
+def test_hostile_bodies_get_a_reason(client, content, headers, status, path):
+    response = client.post(path, content=content, headers={"Content-Type": "application/json"} | headers)
+    assert response.status_code == status
+    assert response.json()["error"]["message"]
+
+
+def test_a_body_without_a_length_is_stopped_at_the_limit(client):
+    sent = []
+
+    def chunks():
+        for _ in range(1000):
+            sent.append(1)
+            yield b"x" * 1024
+
+    assert client.post(CHAT, content=chunks(), headers={"Content-Type": "application/json"}).status_code == 413
+
+
+def test_other_places_and_methods_are_told(client):
+    assert client.get("/nowhere").status_code == 404
+    assert client.get(CHAT).status_code == 405
+    assert client.get("/nowhere").json()["error"]["code"] == "not_found"
+    assert client.get("/static/../server.py").status_code == 404
+    assert client.get("/static/%2e%2e/server.py").status_code == 404
+    assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_too_many_requests_are_told_when_to_come_back(answerer):
+    with make(answerer, requests_per_minute=8) as client:
+        assert [client.post("/api/answer", json={"question": "q"}).status_code for _ in range(3)] == [200, 200, 429]
+        refused = client.post("/api/answer", json={"question": "q"})
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert 1 <= int(refused.headers["retry-after"]) <= 8
+
+
+def test_the_allowance_grows_back_and_is_each_clients_own():
+    now = [0.0]
+    limiter = RateLimiter(60, clock=lambda: now[0])
+    assert [limiter.seconds_to_wait("a") for _ in range(15)] == [0.0] * 15
+    assert limiter.seconds_to_wait("a") == pytest.approx(1.0)
+    assert limiter.seconds_to_wait("b") == 0
+    now[0] = 1.0
+    assert limiter.seconds_to_wait("a") == 0
+    now[0] = 1e6
+    assert [limiter.seconds_to_wait("a") for _ in range(16)][-1] > 0
+
+
+def test_many_at_once_get_their_own_replies(client, model):
+    model.seconds = 0.01
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(lambda i: client.post("/api/answer", json={"question": f"q{i}"}).json(), range(200)))
+    assert [one["best_guess"] for one in found] == [f"echo q{i}" for i in range(200)]
+    assert 1 < max(model.batches) <= Limits().batch
+
+
+def test_a_failing_question_is_its_own_fault(client):
+    with ThreadPoolExecutor(8) as pool:
+        asked = ["broken" if i == 3 else f"q{i}" for i in range(8)]
+        found = list(pool.map(lambda question: client.post("/api/answer", json={"question": question}), asked))
+    assert [one.status_code for one in found] == [500 if i == 3 else 200 for i in range(8)]
+    assert "fault of the model" not in found[3].text
+
+
+def test_a_full_queue_and_a_slow_model_are_told(answerer, model):
+    model.go.clear()
+    limits = {"waiting": 1, "batch": 1, "answer_seconds": 0.5, "requests_per_minute": 0}
+    with make(answerer, **limits) as client, ThreadPoolExecutor(6) as pool:
+        threading.Timer(2.0, model.go.set).start()
+        found = list(pool.map(lambda i: client.post("/api/answer", json={"question": f"q{i}"}), range(6)))
+        assert {one.status_code for one in found} == {503}
+        assert {one.json()["error"]["code"] for one in found} == {"busy", "timeout"}
+        assert all(int(one.headers["retry-after"]) >= 1 for one in found)
+        model.go.wait()
+        later = (client.post("/api/answer", json={"question": "later"}).status_code for _ in range(100))
+        assert 200 in later
+
+
+def test_only_names_of_this_machine_are_served_on_loopback(answerer):
+    with make(answerer, hosts=LOOPBACK) as client:
+        assert client.get("/healthz").status_code == 200
+        assert client.get("/healthz", headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_the_page_escapes_names_and_forbids_foreign_script(answerer):
+    with TestClient(create_app(answerer, name="<script>alert(1)</script>")) as client:
+        page = client.get("/")
+    assert "<script>alert" not in page.text
+    assert "&lt;script&gt;alert" in page.text
+    policy = page.headers["content-security-policy"]
+    assert "unsafe-inline" not in policy
+    assert "default-src 'none'" in policy
+    assert "style=" not in page.text
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert "http://" not in page.text
+    assert "https://" not in page.text
