@@ -26,6 +26,8 @@ SIDEWAYS = {
     ("models", "spectral"),
     ("confidence", "data"),
     ("confidence", "models"),
+    # A word the model states about itself is read by the same scales that words are spoken by.
+    ("confidence", "abstention"),
     # The loop knows who listens; nobody who listens knows the loop.
     ("training", "hooks"),
 }
