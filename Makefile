@@ -26,7 +26,7 @@ test: $(STAMP)
 peers: $(VENV)/.peers
 
 $(VENV)/.peers: $(STAMP)
-	$(BIN)/python -m pip install -c constraints.txt torchmetrics relplot trl netcal mapie lightning triton openai
+	$(BIN)/python -m pip install -c constraints.txt torchmetrics relplot trl netcal mapie lightning triton openai playwright
 	# Its losses are one file; the rest of it wants torchvision.
 	$(BIN)/python -m pip install -c constraints.txt --no-deps torch-uncertainty
 	touch $@

@@ -62,6 +62,7 @@ function showReply() {
   at("guess-text").textContent = reply.best_guess || "(an empty answer)";
   at("guess-sentence").textContent = `${reply.sentence}.`;
   at("pieces-block").hidden = abstained;
+  at("low-note").hidden = reply.tokens.every((token) => token.probability >= 0.5);
   showPieces();
 }
 

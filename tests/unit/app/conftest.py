@@ -1,5 +1,6 @@
 """A server around a model that echoes: quick, and a crossed reply shows."""
 
+import socket
 import threading
 import time
 
@@ -58,3 +59,26 @@ def model():
 @pytest.fixture
 def answerer(model, out):  # noqa: F811
     return Answerer(model, read_calibration(out))
+
+
+@pytest.fixture
+def address(answerer):
+    """A real server on loopback around the echoing model."""
+    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed (pip install 'calibtrain[serve]')")
+    from calibtrain.app.limits import Limits
+    from calibtrain.app.protocol import PatientProtocol
+    from calibtrain.app.server import LOOPBACK, create_app
+
+    app = create_app(answerer, name="demo", limits=Limits(requests_per_minute=0, body_seconds=0.5), hosts=LOOPBACK)
+    config = uvicorn.Config(app, log_level="warning", http=PatientProtocol, ws="none", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        deadline = time.monotonic() + 20
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
