@@ -67,6 +67,13 @@ class ScoreStep:
 
 
 @dataclass(frozen=True, slots=True)
+class SpreadStep:
+    """How spread the next-token distributions are, from their hidden states (N, H)."""
+
+    hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class LogprobStep:
     """Log-probs of a batch's targets (and values, with a scalar head), without a loss; `base`: with LoRA switched off."""
 
@@ -104,12 +111,12 @@ class LossModel(nn.Module):
             counts.update(term.counts(batch))
         return counts
 
-    def forward(self, step: TrainStep | DecodeStep | HiddenStep | ScoreStep | LogprobStep) -> Any:
+    def forward(self, step: TrainStep | DecodeStep | HiddenStep | ScoreStep | SpreadStep | LogprobStep) -> Any:
         """Run one step; a single entry for all kinds, because ZeRO-3 gathers parameters only inside it.
 
         A TrainStep gives (loss (), StepStatistics), a DecodeStep (hidden (B, H), logits (B, V), cache), a ScoreStep
         log-probs (N, K), a LogprobStep log-probs (N,) and values (N,) or None, a HiddenStep a tuple of (B, T, H), one for
-        each layer.
+        each layer, a SpreadStep the entropy (N,) in nats and the two largest log-probs (N, 2), float32.
         """
         if isinstance(step, TrainStep):
             return self._train(step)
@@ -122,6 +129,9 @@ class LossModel(nn.Module):
             output = self.policy.backbone(**step.inputs)
             hidden = output.last_hidden_state[:, -1]
             return hidden, self.policy.logits(self.policy.scaled(hidden)), output.past_key_values
+        if isinstance(step, SpreadStep):
+            logprobs = self.policy.logits(self.policy.scaled(step.hidden)).log_softmax(-1)
+            return torch.special.entr(logprobs.exp()).sum(-1), logprobs.topk(2).values
         head = self.policy.causal_model.get_output_embeddings()
         return answer_logprobs_at(
             self.policy.scaled(step.hidden),

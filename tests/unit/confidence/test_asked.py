@@ -19,7 +19,7 @@ from calibtrain.models.policy import Policy
 from tests.tiny import CITIES, tiny_model, tiny_tokenizer
 
 RECORDS = [Record(prompt=(Message("user", f"Where is {city}?"),), accepted=(country,)) for city, country in CITIES]
-CHOICES = ("a", "b")
+CHOICES = ("India", "the")
 
 
 @pytest.fixture(scope="module")
