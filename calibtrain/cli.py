@@ -148,6 +148,20 @@ def probe(
 
 
 @app.command()
+def confidence(
+    output_dir: OutputDir,
+    sources: Annotated[
+        str | None, typer.Option(help="Which to score, e.g. likelihood,p_true,probe. Default: all of the run's.")
+    ] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="At most so many of each split. Default: all.")] = None,
+) -> None:
+    """Compare sources of confidence on held-out questions: ranking, calibration and cost."""
+    from calibtrain.pipeline.confidence import parse_sources, run
+
+    run(_existing(output_dir), sources=parse_sources(sources), questions=questions)
+
+
+@app.command()
 def report(
     output_dir: Annotated[Path | None, typer.Argument(help="The output_dir of a run.")] = None,
     lm_eval: Annotated[

@@ -1,4 +1,4 @@
-"""Every source by name; those of one family share their work. A probe and an ensemble are fitted first: probe.py, ensemble.py."""
+"""Every source by name; those of one family share their work. A probe and an ensemble are fitted first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources that come along with the answer: its likelihood, whole or by token, and the spread of its tokens' distributions."""
+"""Sources that come along with the answer: its likelihood, whole or by token, and how spread its tokens' chances are."""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ def test_every_command_is_listed():
         "evaluate",
         "calibrate",
         "certify",
+        "confidence",
         "monitor",
         "probe",
         "report",

@@ -1,0 +1,268 @@
+"""Sources of confidence on a run's held-out questions: scored, calibrated on another split, compared with their cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from calibtrain.calibration.intervals import paired_bootstrap, sample_ids
+from calibtrain.calibration.metrics import brier, ece, ece_debiased
+from calibtrain.calibration.ranking import aurc, auroc
+from calibtrain.calibration.state import CalibrationState, state_of
+from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.features import Fingerprint, features_of
+from calibtrain.confidence.likelihood import Answered, answer_questions
+from calibtrain.confidence.source import Asker, Cost, SourceScores
+from calibtrain.confidence.sources import FAMILIES, SOURCES, families_of
+from calibtrain.config_file import load_config
+from calibtrain.data.records import Record
+from calibtrain.errors import UserError
+from calibtrain.models.loss_model import AnswerFeatures
+from calibtrain.pipeline import probe
+from calibtrain.pipeline.calibrate import weights_hash
+from calibtrain.pipeline.evaluate import Loaded
+from calibtrain.pipeline.prepare import prepare
+
+Array = NDArray[np.float64]
+
+SPLITS = {"calibrate": "temperature", "measure": "test"}
+"""What each split of the run is for. The certification split stays untouched."""
+FREE = next(iter(FAMILIES))
+"""Sources that need the hidden states which answering leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Graded answers with their scores by source."""
+
+    answers: list[Answer]
+    scores: dict[str, SourceScores]
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Grades (N,)."""
+        return np.array([bool(answer.correct) for answer in self.answers])
+
+    @property
+    def ids(self) -> list[str]:
+        """Question ids, which the bootstrap resamples by."""
+        return [answer.question_id for answer in self.answers]
+
+
+def run(output_dir: Path, *, sources: Sequence[str] | None = None, questions: int | None = None) -> dict[str, Any]:
+    """Score, calibrate and compare; writes OUT/confidence/. `questions` limits each split. Returns the table."""
+    names = _names(output_dir, sources)
+    config = load_config(output_dir / "config.yaml")
+    model = output_dir / "model"
+    if not (model / "config.json").is_file():
+        raise UserError(f"{output_dir}: no exported model (model/config.json); train first")
+    prepared, loaded = prepare(config), Loaded(config, model)
+    fingerprint = Fingerprint(weights_hash(model), loaded.template.hash)
+    asker = Asker(loaded.model, loaded.template, config.evaluation, device=loaded.device, seed=config.seed)
+    folder = output_dir / "confidence"
+    found: dict[str, Scored] = {}
+    for use, split in SPLITS.items():
+        records = prepared.splits[split][:questions]
+        if not records:
+            raise UserError(f"data.splits.{split}: 0 questions; comparing sources needs some to {use}")
+        found[use] = score_split(asker, records, folder / "work" / split, names, fingerprint)
+        if "probe" in names:
+            found[use].scores["probe"] = _probe_scores(output_dir, asker, records, found[use].answers, fingerprint)
+    rows = []
+    for name in names:
+        calibrator = probe.fit_platt(
+            found["calibrate"].scores[name].values, found["calibrate"].correct, found["calibrate"].ids, fingerprint
+        )
+        rows.append(row_of(name, found["measure"], calibrator.apply(found["measure"].scores[name].values)))
+    table = {"n": len(found["measure"].answers), "questions": questions, "sources": rows}
+    _write(folder / "table.json", json.dumps(table, indent=2))
+    _write(folder / "scores.jsonl", "".join(_lines(found["measure"], names)))
+    _print(table, folder)
+    return table
+
+
+def score_split(
+    asker: Asker, records: Sequence[Record], folder: Path, names: Sequence[str], fingerprint: Fingerprint
+) -> Scored:
+    """Answers to `records` and their scores; what `folder` holds already of the same model and questions is not redone."""
+    asked = [*asdict(fingerprint).values(), asker.seed, asker.settings.model_dump(), [shot.id for shot in asker.shots]]
+    key = hashlib.sha256(json.dumps([*asked, [record.id for record in records]]).encode()).hexdigest()[:16]
+    folder = folder / key
+    path = folder / "answers.jsonl"
+    named = [name for name in names if name in SOURCES]
+    families = families_of([*named, "likelihood"])
+    answered: Answered | None = None
+    if not (path.is_file() and all(_file(folder, FREE, name).is_file() for name in FREE)):
+        answered = answer_questions(
+            asker.module, asker.template, records, asker.settings, shots=asker.shots, device=asker.device
+        )
+        for name, scores in families[FREE](asker, records, answered).items():
+            _keep(_file(folder, FREE, name), scores)
+        # Last, so that answers on disk always have the scores that only they can give.
+        lines = [json.dumps({**asdict(answer), "strata": dict(answer.strata)}) for answer in answered.answers]
+        _write(path, "\n".join(lines) + "\n")
+    answers = [_answer(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if answered is None:
+        nothing = torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        answered = Answered(answers, AnswerFeatures(*nothing, torch.zeros(len(answers))))
+    found: dict[str, SourceScores] = {}
+    for members, family in families.items():
+        if not all(_file(folder, members, name).is_file() for name in members):
+            for name, scores in family(asker, records, answered).items():
+                _keep(_file(folder, members, name), scores)
+        found.update({name: _kept(_file(folder, members, name)) for name in members})
+    return Scored(answers, found)
+
+
+def measures(state: CalibrationState) -> dict[str, float]:
+    """What sources are compared by."""
+    return {
+        "auroc": auroc(state),
+        "aurc": aurc(state),
+        "ece15": ece(state),
+        "ece_debiased": ece_debiased(state),
+        "brier": brier(state),
+    }
+
+
+def row_of(name: str, measured: Scored, calibrated: Array) -> dict[str, Any]:
+    """One source: its measures before and after calibration, cost of an answer, replies that could not be read."""
+    scores = measured.scores[name]
+    correct = torch.from_numpy(measured.correct)
+    before, after = (measures(state_of(torch.from_numpy(one), correct)) for one in (scores.values, calibrated))
+    return {
+        "source": name,
+        "probability": scores.probability,
+        **{f"{key}_raw": value for key, value in before.items()},
+        **{f"{key}_calibrated": value for key, value in after.items()},
+        **scores.cost.mean(),
+        "failed": scores.num_failed,
+    }
+
+
+def difference(measured: Scored, values: Mapping[str, Array], name: str, other: str = "likelihood") -> dict[str, Any]:
+    """[estimate, low, high] of each measure of one source minus another's, by the paired bootstrap."""
+    correct = measured.correct.astype(np.float64)
+    intervals = paired_bootstrap(measures, (values[other], correct), (values[name], correct), sample_ids(measured.ids))
+    return {key: [one.estimate, one.low, one.high] for key, one in intervals.items()}
+
+
+def parse_sources(text: str | None) -> tuple[str, ...] | None:
+    """Sources of "likelihood,p_true"; None without any."""
+    return None if text is None else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _names(output_dir: Path, sources: Sequence[str] | None) -> list[str]:
+    """Sources to score; by default all, and the probe where the run has one."""
+    names = [*SOURCES, *(["probe"] if (output_dir / "probe" / "probe.json").is_file() else [])]
+    if sources is not None:
+        names = list(sources)
+        families_of([name for name in names if name != "probe"])
+    return names
+
+
+def _probe_scores(
+    output_dir: Path, asker: Asker, records: Sequence[Record], answers: Sequence[Answer], fingerprint: Fingerprint
+) -> SourceScores:
+    fitted, _ = probe.load(output_dir, fingerprint.template_hash)
+    features = features_of(
+        asker.module,
+        asker.template,
+        records,
+        [answer.text for answer in answers],
+        layers=(fitted.layer,),
+        fingerprint=fingerprint,
+        device=asker.device,
+        batch_size=asker.settings.batch_size,
+    )
+    return SourceScores(fitted.score(features), Cost(np.ones(len(answers)), features.tokens.astype(np.float64)), True)
+
+
+def _file(folder: Path, members: tuple[str, ...], name: str) -> Path:
+    return folder / members[0] / f"{name}.npz"
+
+
+def _keep(path: Path, scores: SourceScores) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    failed = np.zeros(len(scores.values), dtype=bool) if scores.failed is None else scores.failed
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(
+            file,
+            values=scores.values,
+            forward_passes=scores.cost.forward_passes,
+            tokens=scores.cost.tokens,
+            probability=np.array(scores.probability),
+            failed=failed,
+        )
+    os.replace(partial, path)
+
+
+def _kept(path: Path) -> SourceScores:
+    with np.load(path, allow_pickle=False) as file:
+        cost = Cost(file["forward_passes"], file["tokens"])
+        return SourceScores(file["values"], cost, bool(file["probability"]), file["failed"])
+
+
+def _answer(line: str) -> Answer:
+    values = json.loads(line)
+    for name in ("token_logprobs", "accepted", "tokens"):
+        values[name] = tuple(values[name])
+    return Answer(**values)
+
+
+def _lines(measured: Scored, names: Sequence[str]) -> list[str]:
+    """One JSON object an answer."""
+    return [
+        json.dumps(
+            {
+                "question_id": answer.question_id,
+                "question": answer.question,
+                "answer": answer.text,
+                "correct": answer.correct,
+                "scores": {name: float(measured.scores[name].values[row]) for name in names},
+            },
+            ensure_ascii=False,
+        )
+        + "\n"
+        for row, answer in enumerate(measured.answers)
+    ]
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _print(table: Mapping[str, Any], folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=f"{table['n']} test questions", title_justify="left")
+    for column in ("source", "AUROC", "ECE", "ECE calibrated", "forward passes", "tokens", "unread"):
+        shown.add_column(column, justify="left" if column == "source" else "right")
+    for row in table["sources"]:
+        shown.add_row(
+            row["source"],
+            f"{row['auroc_raw']:.3f}",
+            f"{row['ece15_raw']:.3f}" if row["probability"] else "-",
+            f"{row['ece15_calibrated']:.3f}",
+            f"{row['forward_passes']:.1f}",
+            f"{row['tokens']:.0f}",
+            str(row["failed"]),
+        )
+    console = Console(highlight=False)
+    console.print(shown)
+    console.print(f"written: {folder}")
