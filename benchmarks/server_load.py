@@ -4,9 +4,9 @@
 
 A real server process answers the model of a finished run. First every question is asked alone, and one client measures its
 latency. Then all clients ask questions in orders of
-their own, each waiting for its reply before it asks again. A reply is crossed where its question is not the one asked or its
-answer is another than that question got alone; a probability may differ in rounding, as batches are padded to their
-longest question (`largest_difference`). Meanwhile others send what no server likes: broken JSON, bodies over the limit,
+their own, each waiting for its reply before it asks again. A reply is crossed where its question is not the one asked. In bf16
+the same question may get another guess (`other_guess`) or probability (`largest_difference`) than alone, by rounding, as
+batches are padded to their longest question. Meanwhile others send what no server likes: broken JSON, bodies over the limit,
 headers and bodies a byte at a time, connections dropped before the reply. Each has to get its 4xx or be closed.
 """
 
@@ -92,7 +92,10 @@ async def measure(
         hostile = await company
     rows = [row("one client", one, 1), row(f"{clients} clients, hostile company", many, clients)]
     summary = {
-        **{key: rows[1][key] for key in ("requests", "lost", "crossed", "per_second", "p50_ms", "p95_ms", "p99_ms")},
+        **{
+            key: rows[1][key]
+            for key in ("requests", "lost", "crossed", "other_guess", "per_second", "p50_ms", "p95_ms", "p99_ms")
+        },
         "largest_difference": max(found["difference"] for found in many),
         "hostile": dict(sorted(hostile.items())),
     }
@@ -119,13 +122,22 @@ async def load(
             question, start = questions[index], time.perf_counter()
             try:
                 reply = await ask(http, question)
-            except (httpx.HTTPError, ValueError):
-                reply = {"status": 0}
+            except (httpx.HTTPError, ValueError) as error:
+                reply = {"status": repr(error)}
             taken = 1000 * (time.perf_counter() - start)
             lost = reply["status"] != 200
-            same = not lost and (reply["question"], reply["best_guess"]) == (question, alone[question]["best_guess"])
-            difference = 0.0 if lost else abs(reply["confidence"] - alone[question]["confidence"])
-            found.append({"ms": taken, "lost": lost, "crossed": not lost and not same, "difference": difference})
+            if lost:
+                print(f"lost: {reply}", file=sys.stderr)
+            first = alone[question]
+            found.append(
+                {
+                    "ms": taken,
+                    "lost": lost,
+                    "crossed": not lost and reply["question"] != question,
+                    "other_guess": not lost and reply["best_guess"] != first["best_guess"],
+                    "difference": 0.0 if lost else abs(reply["confidence"] - first["confidence"]),
+                }
+            )
 
     await asyncio.gather(*(client(number) for number in range(clients)))
     return found
@@ -139,6 +151,7 @@ def row(name: str, found: list[dict[str, Any]], clients: int) -> dict[str, Any]:
         "requests": len(found),
         "lost": sum(one["lost"] for one in found),
         "crossed": sum(one["crossed"] for one in found),
+        "other_guess": sum(one["other_guess"] for one in found),
         **percentiles,
         "max_ms": float(taken.max()),
         "per_second": 1000 * clients * len(taken) / float(taken.sum()),  # a client always waits for one reply

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import time
@@ -117,6 +118,7 @@ class LimitRequests:
         try:
             body = await self._admit(scope, receive)
         except Refusal as refusal:
+            await self._discard(receive)
             await _send_refusal(send, refusal)
             return
         if body is None:  # the client went away
@@ -167,12 +169,26 @@ class LimitRequests:
             if not message.get("more_body", False):
                 return bytes(body)
 
+    async def _discard(self, receive: Receive) -> None:
+        """Read on for a while: a client that is still sending would lose its refusal with the connection."""
+
+        async def rest() -> None:
+            read = 0
+            while read < 64 * self.limits.body_bytes:
+                message = await receive()
+                read += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(rest(), 1.0)
+
     def _too_large(self) -> Refusal:
         return Refusal(413, f"the body has more than {self.limits.body_bytes} bytes", code="request_too_large")
 
 
 async def _send_refusal(send: Send, refusal: Refusal) -> None:
-    """Answer and close: what remains of the body is not read."""
+    """Answer and close."""
     body = json.dumps(refusal.body()).encode()
     headers = [
         (b"content-type", b"application/json"),

@@ -32,6 +32,26 @@ def test_headers_that_never_end_are_hung_up_on(monkeypatch, address):
     assert ask(address, "still there")["best_guess"] == "echo still there"
 
 
+def test_a_busy_connection_is_kept_and_an_idle_one_closed(monkeypatch, address):
+    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.15)
+    request = HEAD.replace(b"20", b"21") + b"\r\n" + b'{"question": "again"}'
+    with connect(address) as kept:
+        for _ in range(60):
+            kept.sendall(request)
+            found = b""
+            while b'"refusal"' not in found:
+                found += kept.recv(10_000)
+            assert b" 200 " in found
+        assert kept.recv(100) == b""
+
+
+def test_a_refused_body_is_read_so_that_the_refusal_arrives(address):
+    body = b'{"question": "' + b"x" * 2_000_000 + b'"}'
+    for _ in range(20):
+        response = httpx.post(f"{address}/api/answer", content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 413
+
+
 def test_a_body_that_never_ends_gets_408(address):
     with connect(address) as slow:
         slow.sendall(HEAD + b"\r\n{")
