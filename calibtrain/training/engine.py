@@ -105,4 +105,7 @@ def start_engine(model: LossModel, config: RunConfig, world: World) -> Engine:
     full_gradients = stage == 0 and config.model.dtype == "fp32"
     if full_gradients:
         engine.clip_fp32_gradients = lambda: None  # done in Engine.step: DeepSpeed's fails where none is left
+    if stage in (1, 2) and getattr(engine.optimizer, "compute_grad_norm", False):
+        # It looks for gradients that are not finite twice. The norm, computed next, tells of the same ones: one pass less.
+        engine.optimizer.check_overflow = lambda partition_gradients=True: None
     return Engine(engine, stage, full_gradients)
