@@ -2,12 +2,12 @@
 
     python benchmarks/server_load.py out --json benchmarks/results/server_load.json
 
-A real server process answers the model of a finished run. First every question is asked alone, and one client measures its
-latency. Then all clients ask questions in orders of
-their own, each waiting for its reply before it asks again. A reply is crossed where its question is not the one asked. In bf16
-the same question may get another guess (`other_guess`) or probability (`largest_difference`) than alone, by rounding, as
-batches are padded to their longest question. Meanwhile others send what no server likes: broken JSON, bodies over the limit,
-headers and bodies a byte at a time, connections dropped before the reply. Each has to get its 4xx or be closed.
+A real server process answers the model of a finished run. First every question is asked alone, and one client measures
+its latency. Then all clients ask questions in orders of their own, each waiting for its reply before it asks again. A
+reply is crossed where its question is not the one asked. In bf16 the same question may get another guess (`other_guess`)
+or probability (`largest_difference`) than alone, by rounding, as batches are padded to their longest question. Meanwhile
+others send what no server likes: broken JSON, bodies over the limit, headers and bodies a byte at a time, connections
+dropped before the reply. Each has to get its 4xx or be closed.
 """
 
 from __future__ import annotations
