@@ -252,7 +252,7 @@ def _print(table: Mapping[str, Any], folder: Path) -> None:
 
     shown = Table(title=f"{table['n']} test questions", title_justify="left")
     for column in ("source", "AUROC", "ECE", "ECE calibrated", "forward passes", "tokens", "unread"):
-        shown.add_column(column, justify="left" if column == "source" else "right")
+        shown.add_column(column, justify="left" if column == "source" else "right", no_wrap=column == "source")
     for row in table["sources"]:
         shown.add_row(
             row["source"],
