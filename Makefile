@@ -27,8 +27,8 @@ peers: $(VENV)/.peers
 
 $(VENV)/.peers: $(STAMP)
 	$(BIN)/python -m pip install -c constraints.txt torchmetrics relplot trl netcal mapie lightning triton openai playwright
-	# Its losses are one file; the rest of it wants torchvision.
-	$(BIN)/python -m pip install -c constraints.txt --no-deps torch-uncertainty
+	# Of these two a few files of arithmetic are wanted; the rest of them wants torchvision, spaCy and older packages.
+	$(BIN)/python -m pip install -c constraints.txt --no-deps torch-uncertainty lm-polygraph
 	touch $@
 
 test-all: peers
