@@ -25,14 +25,14 @@ pytestmark = pytest.mark.peer
 
 @pytest.fixture
 def polygraph(monkeypatch):
-    """Module of lm-polygraph by name. Its packages' own imports are left out: they want spaCy and more, the estimators not."""
+    """Module of lm-polygraph by name, without its packages' own imports: they want spaCy and more, the estimators do not."""
     found = importlib.util.find_spec("lm_polygraph")
     if found is None:
         pytest.skip("lm-polygraph is not installed (make peers)")
     (root,) = found.submodule_search_locations
-    for name, folder in (("lm_polygraph", root), ("lm_polygraph.estimators", f"{root}/estimators")):
+    for name in ("lm_polygraph", "lm_polygraph.estimators", "lm_polygraph.utils"):
         package = types.ModuleType(name)
-        package.__path__ = [folder]
+        package.__path__ = [root + name.removeprefix("lm_polygraph").replace(".", "/")]
         monkeypatch.setitem(sys.modules, name, package)
     return lambda name: importlib.import_module(f"lm_polygraph.estimators.{name}")
 
