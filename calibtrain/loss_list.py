@@ -23,27 +23,32 @@ def sections() -> Mapping[tuple[str, str], type[Any]]:
 
 
 def keys(kind: str, name: str) -> list[str]:
-    """Config keys of a loss beside its name; none for a function."""
+    """Config keys of a loss beside its name; none for a function. Of a weight penalty, those that it heeds."""
     section = sections().get((kind, name))
-    return [] if section is None else [key for key in section.model_fields if key != "name"]
+    if section is None:
+        return []
+    idle = {"name"}
+    if kind == "weight penalty":
+        idle |= {"scale"} if not name.endswith("gram_drift") else set()
+        idle |= {"probes"} if name == "angle_budget" else {"budget"}
+    return [key for key in section.model_fields if key not in idle]
 
 
 def show() -> None:
-    """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print every method: one block each, which is read at any width, also in a file."""
+    import shutil
+    import textwrap
 
     from calibtrain.losses import CATALOG
 
-    table = Table(show_lines=True)
-    for column in ("name", "kind", "what it is", "paper", "config keys", "cost"):
-        table.add_column(column, overflow="fold")
+    width = max(60, min(120, shutil.get_terminal_size().columns))
     for entry in CATALOG:
-        table.add_row(
-            entry.name, entry.kind, entry.title, entry.paper, ", ".join(keys(entry.kind, entry.name)), entry.cost
-        )
-    console = Console()
-    console.print(table)
-    console.print(
-        "objective:, penalties: and weight_penalties: of a config take these names; docs/losses.md says more."
-    )
+        place = PLACES.get(entry.kind)
+        print(f"{entry.name}  ({f'{place}: in the config' if place else f'{entry.kind}, to import'})")
+        lines = {"": entry.title, "paper": entry.paper, "cost": entry.cost}
+        if found := keys(entry.kind, entry.name):
+            lines["keys"] = ", ".join(found)
+        for label, text in lines.items():
+            print(textwrap.fill(text, width, initial_indent=f"    {label:<7}", subsequent_indent=" " * 11))
+        print()
+    print("docs/losses.md has the equations, what each was compared with, and where it differs from public code.")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from calibtrain.loss_list import PLACES, sections
+from calibtrain.loss_list import PLACES, keys, sections
 from calibtrain.losses import CATALOG, LossEntry
 
 HEAD = """# The losses
@@ -82,7 +82,7 @@ def config_keys(entry: LossEntry) -> str:
     section = sections().get((entry.kind, entry.name))
     if section is None:
         return "-"
-    fields = [(key, field) for key, field in section.model_fields.items() if key != "name"]
+    fields = [(key, section.model_fields[key]) for key in keys(entry.kind, entry.name)]
     return ", ".join(
         f"`{key}`" + ("" if field.is_required() else f" = {shown(field.default)}") for key, field in fields
     )

@@ -1,5 +1,7 @@
 """Losses of calibtrain, importable with torch alone.
 
+Every function computes and returns float32, or float64 for float64 input; half precision is lifted, not rounded to.
+
 A loss of one's own is any `torch.nn.Module` that keeps the `Objective` protocol; docs/losses-in-your-trainer.md writes one.
 """
 

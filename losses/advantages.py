@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
+from calibtrain.ops import at_least_float32
 
 STD_EPSILON = 1e-4
 """Added to the standard deviation of a group, as TRL does."""
@@ -35,6 +36,8 @@ def grpo_advantages(rewards: Tensor, group_ids: Tensor, *, scale: AdvantageScale
 
     `rewards` (S,) floating, NaN where there is none; `group_ids` (S,) int64. Returns (S,) float64, without gradient.
     """
+    if scale not in ("group", "batch", "none"):
+        raise UserError(f"scale must be group|batch|none, got {scale!r}")
     values, known = _known(rewards)
     counts = group_sums(known, group_ids)
     shifted = torch.where(known > 0, values - _group_min(values, known, group_ids), 0.0)  # equal rewards: exactly 0
@@ -77,7 +80,7 @@ def token_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, sequence_ids: Tenso
     `rewards` (S,); `kl` (N,), k1 of each token; `mask` (N,) bool, the sampled tokens; `sequence_ids` (N,) int64
     ascending in [0, S). Returns (N,), 0 outside the mask.
     """
-    result = torch.where(mask, -beta * kl, 0.0)
+    result = torch.where(mask, -beta * at_least_float32(kl), 0.0)
     last = last_tokens(mask, sequence_ids, rewards.shape[0])
     return result.index_add(0, last[last >= 0], rewards.to(result)[last >= 0])
 
@@ -98,7 +101,7 @@ def generalized_advantages(
     `mask` (N,) bool, the sampled tokens; `sequence_ids` (N,) int64 ascending. Returns two (N,) without gradient, 0 outside
     the mask.
     """
-    rewards, values = rewards.detach(), values.detach()
+    rewards, values = rewards.detach(), at_least_float32(values.detach())
     advantages = torch.zeros_like(values)
     index = mask.nonzero()[:, 0]
     if not index.numel():
@@ -120,6 +123,7 @@ def generalized_advantages(
 
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
     """Advantages of the masked tokens (N,) with mean 0 and variance 1, over all that are given; 0 outside the mask."""
+    advantages = at_least_float32(advantages)
     kept = advantages[mask]
     if kept.numel() < 2:
         return torch.where(mask, advantages, 0.0)
@@ -156,25 +160,25 @@ def _group_min(values: Tensor, known: Tensor, group_ids: Tensor) -> Tensor:
     return least.scatter_reduce(0, group_ids, torch.where(known > 0, values, torch.inf), "amin")[group_ids]
 
 
-_NAN = "an ungraded completion is left out of its group"
+_NAN = "An ungraded completion is left out of its group"
 CATALOG = (
     LossEntry(
         "grpo_advantages",
         "function",
-        "credit relative to the group's mean, over its standard deviation",
+        "Credit relative to the group's mean, over its standard deviation",
         "Shao et al. 2024, arXiv 2402.03300; without the deviation Liu et al. 2025, arXiv 2503.20783",
-        "sec. 4.1.2",
+        "(R_i - mean) / (std + 1e-4) (sec. 4.1.2)",
         "none",
         "TRL 1.16.0 (nanmean, nanstd)",
         "1e-6 (value)",
-        "equal rewards give exactly 0, where rounding leaves up to 1e-3 of an advantage in the public code; " + _NAN,
+        "Equal rewards give exactly 0, where rounding leaves up to 1e-3 of an advantage in the public code; " + _NAN,
     ),
     LossEntry(
         "rloo_advantages",
         "function",
-        "credit relative to the mean of the other samples",
+        "Credit relative to the mean of the other samples",
         "Ahmadian et al. 2024, arXiv 2402.14740",
-        "eq. 6",
+        "R_i - mean of the others (eq. 6)",
         "none",
         "TRL 1.16.0 formula",
         "1e-6 (value)",
@@ -183,9 +187,9 @@ CATALOG = (
     LossEntry(
         "generalized_advantages",
         "function",
-        "generalised advantage estimation on flat sequences",
+        "Generalised advantage estimation on flat sequences",
         "Schulman et al. 2015, arXiv 1506.02438",
-        "eq. 16",
+        "sum_l (gamma lam)^l delta_{t+l} (eq. 16)",
         "none",
         "float64 formula",
         "1e-12 (value)",
@@ -193,12 +197,12 @@ CATALOG = (
     LossEntry(
         "decoupled_advantages",
         "function",
-        "answer words and confidence words judged apart",
+        "Answer words and confidence words judged apart",
         "Ma et al. 2026, arXiv 2603.09117",
-        "masked advantages",
+        "A_t = A_confidence where the token states it, else A_answer",
         "none",
         "float64 formula",
         "0 (value)",
-        "one gather, where the authors' code loops over rows and tokens",
+        "One gather, where the authors' code loops over rows and tokens",
     ),
 )

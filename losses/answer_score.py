@@ -11,7 +11,7 @@ from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import Batch, LossTerm
 from calibtrain.losses.token_terms import answer_logprob, own_answers, sum_term
-from calibtrain.ops import TokenStats, log1mexp
+from calibtrain.ops import TokenStats, at_least_float32, log1mexp
 
 
 def answer_log_score(logprob: Tensor, correct: Tensor) -> Tensor:
@@ -20,12 +20,12 @@ def answer_log_score(logprob: Tensor, correct: Tensor) -> Tensor:
     `logprob` (S,) floating <= 0, log-prob of the whole answer; `correct` (S,) in [0, 1]. Returns (S,) float32 or
     float64. Finite in value and gradient for log-probs from 0 to -1e4 and below.
     """
-    return -(correct * logprob + (1.0 - correct) * log1mexp(logprob))
+    return -(correct * at_least_float32(logprob) + (1.0 - correct) * log1mexp(logprob))
 
 
 def answer_brier_score(logprob: Tensor, correct: Tensor) -> Tensor:
     """(q - c)^2, q = exp(logprob) (Brier 1950); strictly proper and bounded by 1. Shapes as in `answer_log_score`."""
-    return (logprob.exp() - correct).square()
+    return (at_least_float32(logprob).exp() - correct).square()
 
 
 _SCORES = {"log": answer_log_score, "brier": answer_brier_score}

@@ -11,7 +11,7 @@ from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import Batch, LossTerm
 from calibtrain.losses.token_terms import learned_tokens, query_tokens, readable, sum_term
-from calibtrain.ops import TokenStats
+from calibtrain.ops import TokenStats, at_least_float32
 
 
 def token_brier(logprob: Tensor, sum_p2: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def token_brier(logprob: Tensor, sum_p2: Tensor) -> Tensor:
     `logprob` and `sum_p2` (N,) floating, of `TokenStats`; returns (N,). Its rounding is absolute, that of 1. The gradient
     vanishes as p_y goes to 0, so it stands beside a cross-entropy, not in its place.
     """
-    return 1.0 - 2.0 * logprob.exp() + sum_p2
+    return 1.0 - 2.0 * at_least_float32(logprob).exp() + at_least_float32(sum_p2)
 
 
 def tokenized_brier(set_logprob: Tensor, correct: Tensor) -> Tensor:
@@ -31,6 +31,7 @@ def tokenized_brier(set_logprob: Tensor, correct: Tensor) -> Tensor:
     linear in q: the optimum is a point mass on that token, not a distribution to read more from, and the gradient
     vanishes as q reaches any point mass.
     """
+    set_logprob = at_least_float32(set_logprob)
     levels = torch.linspace(0.0, 1.0, set_logprob.shape[-1], dtype=set_logprob.dtype, device=set_logprob.device)
     scores = (correct[:, None].to(set_logprob.dtype) - levels).square()
     return (set_logprob.softmax(dim=-1) * scores).sum(dim=-1)

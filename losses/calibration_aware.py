@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import Batch, LossTerm
 from calibtrain.losses.token_terms import answer_logprob, own_answers, sum_term
-from calibtrain.ops import TokenStats
+from calibtrain.ops import TokenStats, at_least_float32
 
 
 def isotonic_fit(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def held_out_target(confidence: Tensor, knots: Tensor, accuracy: Tensor) -> Tens
 
 def calibration_aware_score(confidence: Tensor, target: Tensor) -> Tensor:
     """(q - acc(q))^2 with acc(q) held fixed. Both (M,) in [0, 1]; returns (M,), differentiable in `confidence` alone."""
-    return (confidence - target.detach()).square()
+    return (at_least_float32(confidence) - target.detach()).square()
 
 
 class CalibrationAwareLoss(nn.Module):

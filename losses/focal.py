@@ -11,7 +11,7 @@ from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import Batch, LossTerm
 from calibtrain.losses.token_terms import NLLScope, learned_tokens, readable, sum_term
-from calibtrain.ops import TokenStats, log1mexp
+from calibtrain.ops import TokenStats, at_least_float32, log1mexp
 
 
 def focal_loss(logprob: Tensor, gamma: Tensor | float) -> Tensor:
@@ -20,7 +20,7 @@ def focal_loss(logprob: Tensor, gamma: Tensor | float) -> Tensor:
     `logprob` (N,) floating <= 0; `gamma` >= 0, a number or (N,). Returns (N,) float32 or float64. Finite, in value and
     gradient, for log-probs from 0 to -1e4 and below and any gamma, also below 1 where d (1 - p)^gamma is infinite at 1.
     """
-    return -torch.exp(gamma * log1mexp(logprob)) * logprob
+    return -torch.exp(gamma * log1mexp(logprob)) * at_least_float32(logprob)
 
 
 def sample_gamma(logprob: Tensor, gamma: float = 3.0) -> Tensor:
@@ -28,7 +28,7 @@ def sample_gamma(logprob: Tensor, gamma: float = 3.0) -> Tensor:
 
     With gamma = 3 it is the paper's FLSD-53. `logprob` (N,); returns (N,) without gradient.
     """
-    p = logprob.detach().exp()
+    p = at_least_float32(logprob.detach()).exp()
     return torch.where(p < 0.2, 5.0, torch.where(p < 0.5, 3.0, gamma)).to(logprob.dtype)
 
 
@@ -39,6 +39,7 @@ def smoothed_nll(logprob: Tensor, set_logprob: Tensor, in_set: Tensor, epsilon: 
     give eps to the V - K tokens that no answer can be. `logprob` (N,), `set_logprob` (N, K), `in_set` (N,) bool: whether
     the target is in S. Returns (N,).
     """
+    logprob, set_logprob = at_least_float32(logprob), at_least_float32(set_logprob)
     smoothed = -(1.0 - epsilon) * logprob - epsilon * set_logprob.mean(dim=-1)
     return torch.where(in_set, smoothed, -logprob)
 
@@ -138,7 +139,7 @@ CATALOG = (
         kind="objective",
         title="Focal loss, its exponent fixed or dependent on the token",
         paper="Lin et al. 2017, arXiv 1708.02002; Mukhoti et al. 2020, arXiv 2002.09437",
-        equation="eq. 4 of 1708.02002; FLSD-53 of 2002.09437",
+        equation="-(1 - p)^gamma log p (eq. 4); gamma = 5, 3 or the given one by p (FLSD-53)",
         cost="none: reads TokenStats",
         compared_with="torch-uncertainty 0.13.0; the authors' loop for the exponent",
         largest_deviation="1e-11 (value and gradient, float64)",

@@ -11,7 +11,7 @@ from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import Batch, LossTerm
 from calibtrain.losses.token_terms import NLLScope, learned_tokens, readable, sum_term
-from calibtrain.ops import TokenStats, log1mexp
+from calibtrain.ops import TokenStats, at_least_float32, log1mexp
 
 
 def idk_weight(logprob: Tensor, confidence: Tensor, scale: float = 0.2) -> Tensor:
@@ -19,7 +19,8 @@ def idk_weight(logprob: Tensor, confidence: Tensor, scale: float = 0.2) -> Tenso
 
     `logprob` (N,) of the gold tokens, `confidence` (N,) the largest probability. Returns (N,).
     """
-    return (scale * (1.0 - logprob.detach().exp() / confidence.detach())).clamp(min=0.0, max=scale)
+    ratio = at_least_float32(logprob.detach()).exp() / at_least_float32(confidence.detach())
+    return (scale * (1.0 - ratio)).clamp(min=0.0, max=scale)
 
 
 def idk_loss(
@@ -42,8 +43,9 @@ def idk_loss(
         regularized: where the likeliest token is right, add -log(1 - p_idk). A bool, or (N,).
 
     Returns:
-        (N,) floating; finite, in value and gradient, for log-probs from 0 to -1e4 and below.
+        (N,) float32 or float64; finite, in value and gradient, for log-probs from 0 to -1e4 and below.
     """
+    logprob, idk_logprob = at_least_float32(logprob), at_least_float32(idk_logprob)
     share = torch.where(correct, 0.0, idk_weight(logprob, confidence, scale))
     loss = -(1.0 - share) * logprob - share * idk_logprob
     # The other branch gets a harmless input: torch.where differentiates it too.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from calibtrain.losses.catalog import LossEntry
+from calibtrain.ops import at_least_float32
 
 KLEstimator = Literal["k1", "k2", "k3", "k3+"]
 
@@ -37,12 +38,12 @@ def kl_k1(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
 
     In a loss its gradient is 0 on average: put it in the reward.
     """
-    return logprob - reference_logprob
+    return _log_ratio(logprob, reference_logprob)
 
 
 def kl_k2(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
     """Half the squared log ratio, d^2 / 2: biased in value, right in gradient on average. Both (N,); returns (N,)."""
-    return 0.5 * (logprob - reference_logprob).square()
+    return 0.5 * _log_ratio(logprob, reference_logprob).square()
 
 
 def kl_k3(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def kl_k3(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
 
     Its gradient is that of KL(reference || policy) on average. Below d = -EXPONENT it is `tangent_exp`.
     """
-    d = logprob - reference_logprob
+    d = _log_ratio(logprob, reference_logprob)
     small = d > -1.0
     # expm1 keeps the digits where the policy is near its reference, which is where training starts.
     near = torch.expm1(-torch.where(small, d, 0.0))
@@ -64,6 +65,11 @@ def kl_straight_through(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
     return kl_k3(logprob, reference_logprob).detach() + (k2 - k2.detach())
 
 
+def _log_ratio(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
+    """d, in float32 or float64: two bf16 log-probs of -10 that differ by 0.03 are the same number."""
+    return at_least_float32(logprob) - at_least_float32(reference_logprob)
+
+
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3, "k3+": kl_straight_through}
 
 _FORMULA = ("float64 formula", "1e-12 (value), 1e-12 (gradient)")
@@ -73,24 +79,30 @@ CATALOG = tuple(
         kind="function",
         title=title,
         paper='Schulman 2020, "Approximating KL divergence"',
-        equation=name,
+        equation=equation,
         cost="one forward pass of a frozen reference",
         compared_with=peer,
         largest_deviation=deviation,
         differs=differs,
     )
-    for name, function, title, peer, deviation, differs in (
-        ("k1", kl_k1, "KL estimate for the reward", *_FORMULA, "no clamp: OpenRLHF's, at 10, biases it"),
-        ("k2", kl_k2, "KL estimate with the right gradient", *_FORMULA, ""),
+    for equation, function, title, peer, deviation, differs in (
+        ("d", kl_k1, "KL estimate for the reward", *_FORMULA, "No clamp: OpenRLHF's, at 10, biases it"),
+        ("d^2 / 2", kl_k2, "KL estimate with the right gradient", *_FORMULA, ""),
         (
-            "k3",
+            "exp(-d) - 1 + d",
             kl_k3,
             "KL estimate of GRPO",
-            "TRL 1.16.0 GRPOTrainer",
+            "TRL 1.16.0 GRPOTrainer; Liger-Kernel 0.8.5",
             "1e-6 (value), 1e-5 (gradient)",
-            "beyond d = -20 it goes on as a straight line; a clamped exponent, as in verl, leaves +d there, whose gradient "
+            "Beyond d = -20 it goes on as a straight line; a clamped exponent, as in verl, leaves +d there, whose gradient "
             "has the wrong sign",
         ),
-        ("k3+", kl_straight_through, "KL estimate right in value and gradient", *_FORMULA, "exponent as in k3"),
+        (
+            "exp(-d) - 1 + d forward, d^2 / 2 backward",
+            kl_straight_through,
+            "KL estimate right in value and gradient",
+            *_FORMULA,
+            "Exponent as in k3",
+        ),
     )
 )

@@ -51,8 +51,8 @@ class ORPOLoss(nn.Module):
     The odds ratio uses the completion tokens whatever `nll_scope` is. A pair counts when it has exactly one chosen and
     one rejected completion, neither empty. ANSWER sequences are ignored.
 
-    The four published forms of the likelihood term: ("full", "token") is the authors' code and TRL, ("completion",
-    "token") Liger-Kernel, ("completion", "sequence") LLaMA-Factory.
+    Four implementations have three likelihood terms: ("full", "token") is the authors' code and TRL, ("completion", "token")
+    Liger-Kernel, ("completion", "sequence") LLaMA-Factory; ("full", "sequence") makes the table whole.
 
     Args:
         beta: weight of the odds-ratio term, the paper's lambda.
@@ -76,6 +76,10 @@ class ORPOLoss(nn.Module):
         super().__init__()
         if not 0.0 <= label_smoothing < 0.5:
             raise UserError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+        if beta < 0 or (odds_ratio_cap is not None and odds_ratio_cap <= 0):
+            raise UserError(
+                f"beta must be 0 or more and odds_ratio_cap positive or None, got {beta} and {odds_ratio_cap}"
+            )
         self.beta = beta
         self.nll_scope = nll_scope
         self.nll_norm = nll_norm
@@ -102,15 +106,16 @@ CATALOG = (
     LossEntry(
         name="orpo",
         kind="objective",
-        title="odds-ratio preference optimisation, with label smoothing and a cap on the log odds ratio",
+        title="Odds-ratio preference optimisation, with label smoothing and a cap on the log odds ratio",
         paper="Hong, Lee, Thorne 2024, arXiv 2403.07691",
-        equation="eqs. 4 to 7",
+        equation="NLL - beta log sigmoid(r), r = log odds(y_w) - log odds(y_l) (eqs. 4 to 7)",
         cost="none: reads TokenStats; a pair is two sequences",
-        compared_with="TRL 1.16.0 ORPOTrainer; mpmath formula",
+        compared_with="TRL 1.16.0 ORPOTrainer; Liger-Kernel 0.8.5 LigerFusedLinearORPOLoss; mpmath formula",
         largest_deviation="1e-5 (value), 1e-4 (gradient)",
         differs=(
-            "log(1 - P) and its gradient are finite at P = 1, where TRL's gradient is NaN; one global mean over ranks and "
-            "accumulation, where TRL averages micro-batch means; empty completions are left out, where TRL divides 0 by 0; "
+            "Log(1 - P) and its gradient are finite at P = 1, where TRL's and Liger's gradients are NaN (Liger's in "
+            "every row of the batch); one global mean over ranks and accumulation, where both average micro-batch means; "
+            "empty completions are left out, where both divide 0 by 0; "
             "the scope and norm of the likelihood term are options, because public implementations use three "
             "different ones"
         ),

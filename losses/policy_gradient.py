@@ -11,7 +11,7 @@ from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.kl import KL_ESTIMATORS, KLEstimator, tangent_exp
 from calibtrain.losses.terms import ANSWER, Batch, LossTerm, sequence_sums, sequence_token_counts
-from calibtrain.ops import TokenStats
+from calibtrain.ops import TokenStats, at_least_float32
 
 TokenNorm = Literal["sequence", "token", "constant"]
 """What divides the sum over tokens: each sequence's own length, then the sequences (GRPO); all tokens of the step (DAPO);
@@ -28,7 +28,7 @@ def clipped_policy_loss(
     rho is continued by its tangent, so that a stray token gives no infinity.
     """
     advantages = advantages.detach()
-    ratio = tangent_exp(logprob - old_logprob.detach())
+    ratio = tangent_exp(at_least_float32(logprob) - at_least_float32(old_logprob.detach()))
     return -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages)
 
 
@@ -37,7 +37,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
 
     All (N,) floating; gradient flows to `values` alone. Returns (N,).
     """
-    old_values, returns = old_values.detach(), returns.detach()
+    values, old_values, returns = (at_least_float32(one) for one in (values, old_values.detach(), returns.detach()))
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
 
@@ -89,8 +89,11 @@ class GRPOLoss(nn.Module):
             raise UserError(f"norm must be sequence|token|constant, got {norm!r}")
         if norm == "constant" and (length is None or length < 1):
             raise UserError("norm: constant divides by a fixed length: give the most tokens a completion may have")
+        if kl not in KL_ESTIMATORS:
+            raise UserError(f"kl must be one of {'|'.join(KL_ESTIMATORS)}, got {kl!r}")
         if kl == "k1" and beta:
             raise UserError("kl: k1 has no gradient in a loss, on average; take k2 or k3+, or put k1 into the reward")
+        _check_clip(clip_low, clip_high)
         self.clip_low, self.clip_high = clip_low, clip_high
         self.norm: TokenNorm = norm
         self.length = length or 1
@@ -134,6 +137,7 @@ class RLOOLoss(nn.Module):
 
     def __init__(self, *, clip_low: float = 0.2, clip_high: float = 0.2) -> None:
         super().__init__()
+        _check_clip(clip_low, clip_high)
         self.clip_low, self.clip_high = clip_low, clip_high
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -182,6 +186,9 @@ class PPOLoss(nn.Module):
         value_weight: float = 0.1,
     ) -> None:
         super().__init__()
+        _check_clip(clip_low, clip_high)
+        if value_clip <= 0:
+            raise UserError(f"value_clip must be positive, got {value_clip}")
         self.clip_low, self.clip_high = clip_low, clip_high
         self.value_clip, self.value_weight = value_clip, value_weight
 
@@ -218,6 +225,11 @@ def sampled(batch: Batch) -> Tensor:
     return batch.is_completion & (batch.roles == ANSWER)[batch.sequence_ids]
 
 
+def _check_clip(low: float, high: float) -> None:
+    if not (0.0 <= low < 1.0 and high >= 0.0):
+        raise UserError(f"clip_low must be in [0, 1) and clip_high at least 0, got {low} and {high}")
+
+
 def _old_logprob(stats: TokenStats, batch: Batch) -> Tensor:
     """Log-probs of the sampling policy, which is this one when the batch says nothing else."""
     return stats.logprob.detach() if batch.old_logprob is None else batch.old_logprob
@@ -239,13 +251,13 @@ CATALOG = (
     LossEntry(
         "grpo",
         "objective",
-        "group-relative policy optimisation, with the normalisers of GRPO, DAPO and Dr. GRPO",
+        "Group-relative policy optimisation, with the normalisers of GRPO, DAPO and Dr. GRPO",
         "Shao et al. 2024, arXiv 2402.03300; Yu et al. 2025, arXiv 2503.14476; Liu et al. 2025, arXiv 2503.20783",
-        "eq. 3; eq. 8",
+        "-min(rho A, clip(rho) A) + beta KL (eq. 3 of 2402.03300; normalisers: also eq. 8 of 2503.14476)",
         "sampling; with beta one forward pass of a frozen reference",
-        "TRL 1.16.0 GRPOTrainer",
-        "1e-6 (value), 1e-5 (gradient)",
-        "the count of sequences or tokens is that of all ranks and micro-batches for every normaliser, where TRL's is for "
+        "TRL 1.16.0 GRPOTrainer; Liger-Kernel 0.8.5 LigerFusedLinearGRPOLoss",
+        "1e-5 (value), 1e-4 (gradient)",
+        "The count of sequences or tokens is that of all ranks and micro-batches for every normaliser, where TRL's is for "
         "dapo alone; the KL is k3+ by default, because k3's gradient is that of another divergence",
     ),
     LossEntry(
@@ -253,21 +265,21 @@ CATALOG = (
         "objective",
         "REINFORCE with a leave-one-out baseline",
         "Ahmadian et al. 2024, arXiv 2402.14740",
-        "eq. 6",
+        "-min(rho A, clip(rho) A), rho and A of whole sequences (eq. 6)",
         "sampling",
         "TRL 1.16.0 RLOOTrainer",
         "1e-6 (value), 1e-5 (gradient)",
-        "one global mean over sequences; a ratio beyond exp(20) goes on as a straight line",
+        "One global mean over sequences; a ratio beyond exp(20) goes on as a straight line",
     ),
     LossEntry(
         "ppo",
         "objective",
-        "proximal policy optimisation with a value head",
+        "Proximal policy optimisation with a value head",
         "Schulman et al. 2017, arXiv 1707.06347",
-        "eqs. 7 and 9",
+        "-min(rho A, clip(rho) A) + w/2 max((V - R)^2, (clip(V) - R)^2) (eqs. 7 and 9)",
         "sampling, and a linear value head",
         "float64 formula",
         "1e-12 (value), 1e-12 (gradient)",
-        "global token means; a ratio beyond exp(20) goes on as a straight line",
+        "Global token means; a ratio beyond exp(20) goes on as a straight line",
     ),
 )

@@ -24,7 +24,7 @@ from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import Batch, LossTerm
 from calibtrain.losses.token_terms import answer_logprob, own_answers, sum_term
-from calibtrain.ops import TokenStats
+from calibtrain.ops import TokenStats, at_least_float32
 
 LEAST_MASS = 1e-12
 """Bins with less soft mass count as empty."""
@@ -36,6 +36,7 @@ def mmce_squared(confidence: Tensor, correct: Tensor, width: float = 0.4) -> Ten
     Kumar, Sarawagi, Jain 2018 (ICML) without the diagonal: unbiased, so it may be negative. `confidence` (M,)
     floating and `correct` (M,), both in [0, 1]; returns (), 0 for fewer than two. Differentiable in `confidence`.
     """
+    confidence = at_least_float32(confidence)
     residual = correct - confidence
     pairs = residual[:, None] * residual * torch.exp(-(confidence[:, None] - confidence).abs() / width)
     size = confidence.shape[0]
@@ -65,6 +66,7 @@ def soft_binned_ece_squared(confidence: Tensor, correct: Tensor, bins: int = 15,
     Without the root, whose gradient is infinite at 0. `confidence` (M,) floating and `correct` (M,), both in [0, 1];
     returns (), 0 without answers. Biased upward by the number of answers, like every binned ECE.
     """
+    confidence = at_least_float32(confidence)
     membership = soft_bins(confidence, bins, temperature)
     mass = membership.sum(dim=0)
     excess = (membership * (confidence - correct)[:, None]).sum(dim=0)
@@ -193,6 +195,8 @@ class MMCELoss(_PooledPenalty):
     name = "mmce"
 
     def __init__(self, *, weight: float = 1.0, width: float = 0.4, bank_size: int = 512) -> None:
+        if width <= 0:
+            raise UserError(f"width must be positive, got {width}")
         super().__init__(partial(_mmce_shares, width=width), weight, bank_size)
 
 
@@ -226,7 +230,7 @@ CATALOG = (
         kind="penalty",
         title="Maximum mean calibration error of own answers, squared, as a U-statistic against a memory bank",
         paper="Kumar, Sarawagi, Jain 2018, ICML (PMLR 80)",
-        equation="MMCE^2, pairs i != j",
+        equation="mean over i != j of (c_i - r_i)(c_j - r_j) exp(-|r_i - r_j| / 0.4)",
         cost="answers x bank numbers; one small all-gather a step",
         compared_with="netcal 1.4.0 (value) and the authors' formula, diagonal added back",
         largest_deviation="1e-12 (value and gradient, float64)",
@@ -241,7 +245,7 @@ CATALOG = (
         kind="penalty",
         title="Soft-binned ECE of own answers, squared, against a memory bank",
         paper="Karandikar et al. 2021, arXiv 2108.00106",
-        equation="eq. 11, squared",
+        equation="sum_k S_k/M (conf_k - acc_k)^2 (eq. 11, squared)",
         cost="answers x bank x bins numbers; one small all-gather a step",
         compared_with="the authors' formula, written out in float64",
         largest_deviation="1e-6 (value and gradient: their floor on a bin's mass is 1e-5)",

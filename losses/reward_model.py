@@ -10,7 +10,7 @@ from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.pairs import find_pairs
 from calibtrain.losses.terms import Batch, LossTerm
-from calibtrain.ops import TokenStats
+from calibtrain.ops import TokenStats, at_least_float32
 
 LARGEST_SCALE = 2.0**60
 
@@ -18,9 +18,9 @@ LARGEST_SCALE = 2.0**60
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """-log sigmoid(r_w - r_l - margin) of each pair (Bradley, Terry 1952; margin: Touvron et al. 2023, arXiv 2307.09288).
 
-    `chosen`, `rejected` (P,) floating rewards; returns (P,) in their dtype. Finite in value and gradient everywhere.
+    `chosen`, `rejected` (P,) floating rewards; returns (P,). Finite in value and gradient everywhere.
     """
-    return -logsigmoid(chosen - rejected - margin)
+    return -logsigmoid(at_least_float32(chosen) - at_least_float32(rejected) - margin)
 
 
 def centering_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def centering_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
     Both (P,) floating; returns (P,). A usual weight is 0.01.
     """
-    return (chosen + rejected).square()
+    return (at_least_float32(chosen) + at_least_float32(rejected)).square()
 
 
 def ppo_m_loss(
@@ -44,7 +44,8 @@ def ppo_m_loss(
     BT(r_{w,high}, r_{w,low}) + BT(r_{l,low}, r_{l,high}): a good answer should state high confidence, a bad one low. The
     four rewards, (P,) floating, are those of the two answers of a pair, each with a high and a low stated confidence.
     `quality`, the rewards (chosen, rejected) without any statement, adds BT(r_w, r_l); without it a model not yet trained
-    on preferences never learns, and a trained one forgets, which answer is better. Returns (P,).
+    on preferences never learns, and a trained one forgets, which answer is better. Returns (P,). It is a sum of
+    comparisons, so RewardModelLoss on pairs of statements (calibtrain.data.pairs.with_confidence_statements) is its mean.
     """
     loss = bradley_terry_loss(chosen_high, chosen_low) + bradley_terry_loss(rejected_low, rejected_high)
     return loss if quality is None else loss + bradley_terry_loss(*quality)
@@ -55,22 +56,23 @@ def plackett_luce_loss(rewards: Tensor) -> Tensor:
 
     `rewards` (P, K) floating; returns (P,). PPO-M's listwise form takes (w high, w low, l low, l high).
     """
+    rewards = at_least_float32(rewards)
     return (rewards.flip(1).logcumsumexp(1).flip(1) - rewards).sum(1)
 
 
 def pair_probability(difference: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """P(first is preferred) = sigmoid(scale * (r_1 - r_2)). Any shape. `scale` comes from `fit_pair_scale`."""
-    return torch.sigmoid(scale * difference)
+    return torch.sigmoid(scale * at_least_float32(difference))
 
 
 def folded_pairs(difference: Tensor, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """(confidence, correct) of each held-out pair, `difference` = r_w - r_l: max(p, 1 - p), and whether r_w > r_l.
 
     This is what calibration metrics take. Do not count a pair in both directions as well. A tie is half right: correct is
-    float, 0.5 there. Both in the shape and dtype of `difference`.
+    float, 0.5 there. Both in the shape of `difference`.
     """
     probability = pair_probability(difference.abs(), scale)
-    return probability, 0.5 * (difference.sign() + 1.0)
+    return probability, 0.5 * (difference.sign().to(probability) + 1.0)
 
 
 def fit_pair_scale(difference: Tensor) -> float:
@@ -144,33 +146,33 @@ CATALOG = (
         "objective",
         "Bradley-Terry reward model with margin and centring",
         "Bradley, Terry 1952; Eisenstein et al. 2023, arXiv 2312.09244",
-        "r_w - r_l - margin",
+        "-log sigmoid(r_w - r_l - margin) + c (r_w + r_l)^2",
         "a linear head; a pair is two sequences",
         "TRL 1.16.0 RewardTrainer",
         "1e-6 (value), 1e-5 (gradient)",
-        "one global mean over pairs, where TRL averages micro-batch means; empty completions are left out",
+        "One global mean over pairs, where TRL averages micro-batch means; empty completions are left out",
     ),
     LossEntry(
         "fit_pair_scale",
         "function",
-        "probability of a preference with a fitted scale",
+        "Probability of a preference with a fitted scale",
         "Bradley, Terry 1952; Guo et al. 2017, arXiv 1706.04599",
         "sigmoid(scale * (r_i - r_j))",
         "none",
         "scikit-learn 1.9 LogisticRegression",
         "1e-4 (scale)",
-        "only differences of rewards are read, and a pair counts once",
+        "Only differences of rewards are read, and a pair counts once",
     ),
     LossEntry(
         "ppo_m_loss",
         "function",
-        "reward model that rewards the right stated confidence",
+        "Reward model that rewards the right stated confidence",
         "Leng, Huang, Zhu, Huang 2024, arXiv 2410.09724",
-        "PPO-M",
-        "four sequences a pair, six with quality",
+        "BT(r_{w,high}, r_{w,low}) + BT(r_{l,low}, r_{l,high})",
+        "four sequences a pair, six with quality; in the config: reward_model.confidence_statements",
         "float64 formula of the authors' code",
         "1e-12 (value), 1e-12 (gradient)",
-        "the plain preference may stay in the loss (quality); the authors' default drops it, and a model that is not "
+        "The plain preference may stay in the loss (quality); the authors' default drops it, and a model that is not "
         "trained on preferences yet then never learns them",
     ),
 )

@@ -20,6 +20,7 @@ from torch import Tensor
 from calibtrain.errors import UserError
 from calibtrain.losses.advantages import leave_one_out_mean
 from calibtrain.losses.catalog import LossEntry
+from calibtrain.ops import at_least_float32
 
 Score = Literal["brier", "log"]
 
@@ -33,8 +34,10 @@ def proper_score(confidence: Tensor, target: Tensor, *, score: Score = "brier", 
     Both (S,) in [0, 1]; `target` is the grade, or the target of `confidence_target`. Returns (S,), at most 0. On average
     most is earned at q = the mean of the target. UserError outside [0, 1].
     """
+    _check_score(score)
     _check_unit(confidence, "confidence")
     _check_unit(target, "target")
+    confidence = at_least_float32(confidence)
     if score == "brier":
         return -(confidence - target).square()
     q = confidence.clamp(clip, 1.0 - clip)
@@ -43,6 +46,7 @@ def proper_score(confidence: Tensor, target: Tensor, *, score: Score = "brier", 
 
 def worst_score(score: Score = "brier", clip: float = CLIP) -> float:
     """The least that `proper_score` ever gives: sure, and wrong."""
+    _check_score(score)
     return -1.0 if score == "brier" else math.log(clip)
 
 
@@ -142,7 +146,10 @@ def ppo_c_reward(
     of the rewards (`running_mean`). Returns (S,). Both are linear in q, so that training ends at 0 and 1: they are here to
     compare with; `ppo_c_proper_reward` is the one to train on.
     """
+    if mode not in ("threshold", "difference"):
+        raise UserError(f"mode must be threshold|difference, got {mode!r}")
     _check_unit(confidence, "confidence")
+    rewards, confidence = at_least_float32(rewards), at_least_float32(confidence)
     if mode == "difference":
         return rewards + weight * (rewards - threshold) * (confidence - 0.5)
     sign = torch.where(rewards >= threshold, 1.0, -1.0)
@@ -158,6 +165,7 @@ def ppo_c_proper_reward(
     Bradley-Terry model (`fit_pair_scale`) gives to this answer against an average one. Shapes as in `ppo_c_reward`.
     """
     _check_unit(confidence, "confidence")
+    rewards, confidence = at_least_float32(rewards), at_least_float32(confidence)
     gap = (rewards - threshold).detach()
     target = (gap >= 0.0).to(confidence) if scale is None else torch.sigmoid(scale * gap)
     return rewards - weight * (confidence - target).square()
@@ -173,6 +181,11 @@ def running_mean(previous: float, rewards: Tensor, *, rate: float = 0.1) -> floa
     return previous if kept.numel() == 0 else rate * float(kept.mean()) + (1.0 - rate) * previous
 
 
+def _check_score(score: str) -> None:
+    if score not in ("brier", "log"):
+        raise UserError(f"score must be brier|log, got {score!r}; a linear score or the absolute error is not proper")
+
+
 def _check_unit(values: Tensor, name: str) -> None:
     if bool(((values < 0.0) | (values > 1.0)).any()):  # NaN passes: an ungraded answer
         raise UserError(f"{name}: values must be in [0, 1], found {float(values.min()):g} to {float(values.max()):g}")
@@ -185,40 +198,40 @@ def _entry(name: str, title: str, paper: str, equation: str, against: str, devia
 CATALOG = (
     _entry(
         "calibrated_reward",
-        "correctness plus the Brier score of a confidence (RLCR), or plus the log score",
+        "Correctness plus the Brier score of a confidence (RLCR), or plus the log score",
         "Damani et al. 2025, arXiv 2507.16806; log score: Bani-Harouni et al. 2025, arXiv 2503.02623",
         "a c - b (q - c)^2",
         "float64 formula of the authors' code",
         "1e-12 (value)",
-        "weights under which being wrong on purpose pays are an error: RLCR's a = b is the boundary, and Rewarding Doubt's "
+        "Weights under which being wrong on purpose pays are an error: RLCR's a = b is the boundary, and Rewarding Doubt's "
         "0.86 to 1 is far below the log score's 6.9, harmless there only because its answers are not trained",
     ),
     _entry(
         "confidence_target",
-        "target of a confidence from the other samples of the question",
+        "Target of a confidence from the other samples of the question",
         "Ma et al. 2026, arXiv 2603.09117",
         "lam mean + (1 - lam) own",
         "float64 formula",
         "1e-12 (value)",
-        "the mean leaves the own sample out, and the score is squared: the absolute error asks for a median (.85 at p = .7)",
+        "The mean leaves the own sample out, and the score is squared: the absolute error asks for a median (.85 at p = .7)",
     ),
     _entry(
         "ternary_reward",
-        "right, abstained or wrong, with the price of a wrong answer set by a target risk",
+        "Right, abstained or wrong, with the price of a wrong answer set by a target risk",
         "Wei et al. 2025, arXiv 2509.25760",
         "+1, 0, -(1 - risk) / risk",
         "float64 formula",
         "0 (value)",
-        "the price follows from the risk that may be run, where the paper's is -1 (a risk of one half)",
+        "The price follows from the risk that may be run, where the paper's is -1 (a risk of one half)",
     ),
     _entry(
         "ppo_c_reward",
-        "reward shifted by stated confidence, as published",
+        "Reward shifted by stated confidence, as published",
         "Leng, Huang, Zhu, Huang 2024, arXiv 2410.09724",
-        "PPO-C",
+        "r ± w |r| (q - 1/2), or r + w (r - mean)(q - 1/2)",
         "float64 formula of the authors' code",
         "1e-12 (value)",
-        "the threshold is that of the batches before, over all ranks; the authors' moves first, and apart on each rank",
+        "The threshold is that of the batches before, over all ranks; the authors' moves first, and apart on each rank",
     ),
     _entry(
         "ppo_c_proper_reward",
@@ -227,15 +240,15 @@ CATALOG = (
         "r - w (q - target)^2",
         "float64 formula",
         "1e-12 (value)",
-        "a proper score in place of a linear one",
+        "A proper score in place of a linear one",
     ),
     _entry(
         "with_format_penalty",
-        "an answer out of format earns less than the worst one in format",
+        "An answer out of format earns less than the worst one in format",
         "after Damani et al. 2025, arXiv 2507.16806",
         "penalty < worst",
         "float64 formula",
         "0 (value)",
-        "a penalty that leaves silence worthwhile is an error",
+        "A penalty that leaves silence worthwhile is an error",
     ),
 )

@@ -105,15 +105,15 @@ CATALOG = tuple(
     for name, title, paper, equation, cost, differs in (
         (
             "row_gram_drift",
-            "keeps angles and norms of output neurons: forgives W0 R",
+            "Keeps angles and norms of output neurons: forgives W0 R",
             "after Qiu et al. 2023, arXiv 2306.07280",
             "|W W^T - a W0 W0^T|^2 / |W0 W0^T|^2",
             _COST,
-            "a penalty on the orbit that OFT makes a hard constraint",
+            "A penalty on the orbit that OFT makes a hard constraint",
         ),
         (
             "column_gram_drift",
-            "keeps angles and norms of columns: forgives L W0",
+            "Keeps angles and norms of columns: forgives L W0",
             "after Qiu et al. 2023, arXiv 2306.07280",
             "|W^T W - a W0^T W0|^2 / |W0^T W0|^2",
             _COST,
@@ -121,15 +121,15 @@ CATALOG = tuple(
         ),
         (
             "polar_drift",
-            "forgives one shared rotation of both singular bases, and any stretch",
+            "Forgives one shared rotation of both singular bases, and any stretch",
             "after He, Cao 2025, arXiv 2509.17866",
             "(|skew(O0^T W)|^2 + |(I - O0 O0^T) W|^2) / |W0|^2",
             _COST,
-            "the paper measures this structure by SVD and trains nothing; the polar factor states it without one",
+            "The paper measures this structure by SVD and trains nothing; the polar factor states it without one",
         ),
         (
             "row_stretch",
-            "forgives infinitesimal rotations of the input side",
+            "Forgives infinitesimal rotations of the input side",
             "first order of row_gram_drift",
             "|sym(D W0^T)|^2 / |W0 W0^T|^2",
             _COST,
@@ -137,7 +137,7 @@ CATALOG = tuple(
         ),
         (
             "column_stretch",
-            "forgives infinitesimal rotations of the output side",
+            "Forgives infinitesimal rotations of the output side",
             "first order of column_gram_drift",
             "|sym(W0^T D)|^2 / |W0^T W0|^2",
             _COST,
@@ -145,11 +145,11 @@ CATALOG = tuple(
         ),
         (
             "angle_budget",
-            "limits the distance from W0; with budget 0 L2-SP",
+            "Limits the distance from W0; with budget 0 L2-SP",
             "Li, Grandvalet, Davoine 2018, arXiv 1802.01483",
             "max(0, |W - W0|^2 / |W0|^2 - budget^2)",
             "element-wise, once an optimiser step on the sampled matrices",
-            "a ball without cost around the start; per matrix, relative to its norm",
+            "A ball without cost around the start; per matrix, relative to its norm",
         ),
     )
 )

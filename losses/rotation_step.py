@@ -19,16 +19,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from calibtrain.errors import UserError
 from calibtrain.losses.rotation_lora import lora_sums
 from calibtrain.losses.rotation_probes import (
+    NAMES,
     Shard,
     Sums,
     estimator,
     identity_probes,
+    penalty_norm,
     probe_size,
     run_together,
     sign_probes,
 )
+from calibtrain.ops import at_least_float32
 
 GROUP_ELEMENTS = 2**26
 """Matrices are handled side by side as long as the vectors of all of them have fewer elements."""
@@ -66,6 +70,18 @@ class DenseMatrix:
     squared_norm: float  # |W0|_F^2
     polar: Tensor | None = None
 
+    @classmethod
+    def of(cls, penalty: str, parameter: nn.Parameter, *, name: str = "", polar: Tensor | None = None) -> DenseMatrix:
+        """A parameter (rows, columns) that is whole in this process; W0 is what it holds now.
+
+        polar_drift also takes `polar`, from `calibtrain.spectral.polar.polar_factor(parameter)`.
+        """
+        initial = parameter.detach().clone()
+        wide = at_least_float32(initial)
+        flat = None if polar is None else polar.reshape(-1)
+        norms = penalty_norm(penalty, wide), float(wide.square().sum())
+        return cls(name, Held.parameter(parameter), initial.view(-1), *norms, flat)
+
 
 @dataclass(frozen=True, slots=True)
 class LoRAMatrix:
@@ -94,6 +110,8 @@ class DecoupledPenalty:
         seed: of the probes and of the choice of matrices.
         reduce: adds a flat tensor up over ranks in place; None on one rank.
         rank, ranks: this process among those that `reduce` adds up.
+
+    Raises UserError for a penalty that there is not, no matrices, and numbers out of range.
     """
 
     def __init__(
@@ -111,6 +129,15 @@ class DecoupledPenalty:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
+        if penalty not in NAMES:
+            raise UserError(f"no weight penalty is called {penalty!r}; there are {', '.join(NAMES)}")
+        if not matrices:
+            raise UserError(f"{penalty}: there is no matrix to hold")
+        if weight < 0 or not 0 < layer_fraction <= 1 or (probes is not None and probes < 1):
+            raise UserError(
+                f"{penalty}: weight must be 0 or more, layer_fraction in (0, 1] and probes at least 1 or None, got "
+                f"{weight}, {layer_fraction} and {probes}"
+            )
         self.penalty = penalty
         self.weight = weight
         self.matrices = list(matrices)

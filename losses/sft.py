@@ -11,14 +11,14 @@ from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import Batch, LossTerm, sequence_sums, sequence_token_counts
 from calibtrain.losses.token_terms import NLLScope, learned_tokens
-from calibtrain.ops import TokenStats
+from calibtrain.ops import TokenStats, at_least_float32
 
 NLLNorm = Literal["token", "sequence"]
 
 
 def nll_token_sum(logprob: Tensor, mask: Tensor) -> Tensor:
     """-sum_t mask_t log p_t. `logprob` (N,) floating, `mask` (N,) bool; returns (), 0 without tokens."""
-    return -torch.where(mask, logprob, 0.0).sum()
+    return -torch.where(mask, at_least_float32(logprob), 0.0).sum()
 
 
 def nll_sequence_sum(logprob: Tensor, mask: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
@@ -26,7 +26,8 @@ def nll_sequence_sum(logprob: Tensor, mask: Tensor, sequence_ids: Tensor, num_se
 
     `logprob` (N,) floating, `mask` (N,) bool, `sequence_ids` (N,) int64 in [0, num_sequences); returns ().
     """
-    sums = sequence_sums(torch.where(mask, logprob, 0.0), sequence_ids, num_sequences)
+    logprob = torch.where(mask, at_least_float32(logprob), 0.0)
+    sums = sequence_sums(logprob, sequence_ids, num_sequences)
     return -(sums / sequence_token_counts(mask, sequence_ids, num_sequences).clamp(min=1)).sum()
 
 

@@ -1,4 +1,4 @@
-"""Preference pairs whose rejected answer is the model's own wrong one."""
+"""Preference pairs whose rejected answer is the model's own wrong one, and pairs of stated confidences."""
 
 from __future__ import annotations
 
@@ -53,6 +53,30 @@ def add_rejected(
         fallbacks += own_wrong_answer(record, own, method) is None
         pairs.append(with_rejected(record, own, near, method))
     return pairs, fallbacks
+
+
+def with_confidence_statements(records: Sequence[Record], *, keep: bool) -> list[Record]:
+    """PPO-M's pairs (Leng et al. 2024, arXiv 2410.09724): both answers of a pair, with high against low confidence.
+
+    The chosen answer is preferred with "(confidence: 70%)" to 100%, the rejected one with 0% to 30%; the numbers are a pure
+    function of question and answer. `keep` leaves the pair itself in. A record that is no pair stays as it is.
+    """
+    found = []
+    for record in records:
+        if not record.chosen or not record.rejected:
+            found.append(record)
+            continue
+        good, bad = (_stating(record, text) for text in (record.chosen, record.rejected))
+        found += [record] if keep else []
+        found.append(replace(record, chosen=good[0], rejected=good[1]))
+        found.append(replace(record, chosen=bad[1], rejected=bad[0]))
+    return found
+
+
+def _stating(record: Record, answer: str) -> tuple[str, str]:
+    """The answer with high and with low confidence, as `calibtrain.confidence.stated` reads it."""
+    high, low = (10 * int(4 * unit_hash("confidence", side, record.id, answer)) for side in ("high", "low"))
+    return f"{answer} (confidence: {70 + high}%)", f"{answer} (confidence: {low}%)"
 
 
 def _right(text: str, record: Record, method: Grading) -> bool:

@@ -1,12 +1,13 @@
 """Fused ops: one public function each, importable with torch alone."""
 
-from calibtrain.ops.stable import log1mexp
+from calibtrain.ops.stable import at_least_float32, log1mexp
 from calibtrain.ops.token_set import token_set_logprobs
 from calibtrain.ops.token_stats import TokenStats, answer_logprobs_at, fused_linear_token_stats, linear_logprobs
 
 __all__ = [
     "TokenStats",
     "answer_logprobs_at",
+    "at_least_float32",
     "fused_linear_token_stats",
     "linear_logprobs",
     "log1mexp",

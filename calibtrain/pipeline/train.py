@@ -14,10 +14,11 @@ import torch
 
 from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.likelihood import sample_answers
-from calibtrain.config import RefusalConfig, RunConfig
+from calibtrain.config import RefusalConfig, RewardModelConfig, RunConfig
 from calibtrain.config_file import dump_config
 from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.loader import total_steps
+from calibtrain.data.pairs import with_confidence_statements
 from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World, barrier, gather_lists, shard, start_world
@@ -71,6 +72,9 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         padding_token(tokenizer, template.end_id)  # a mistake is told before any model is loaded
     if needs_rejected(config, prepared):
         _add_rejected(config, prepared, template, world)
+    if isinstance(config.objective, RewardModelConfig) and config.objective.confidence_statements != "none":
+        keep = config.objective.confidence_statements == "added"
+        prepared.splits["train"] = with_confidence_statements(prepared.splits["train"], keep=keep)
     torch.manual_seed(config.seed + world.rank)
     model = build_model(config, template)
     examples = training_examples(config, prepared, template, model, world)

@@ -48,6 +48,7 @@ REQUIRED = {
     "refusal": {"relabel_every": 1},
     "correctness_query": {"choices": ["In", "of"]},
     "grpo": {"beta": 0.1},
+    "reward_model": {"confidence_statements": "added"},  # with PPO-M's pairs
 }
 ANSWERING = {"refresh_every": 1, "questions_per_refresh": 6, "answers_per_step": 3}
 

@@ -71,6 +71,25 @@ def test_metrics_of_training_and_of_the_answers_are_kept(finished):
     assert all("calib/calibration/likelihood/acc" in line for line in evaluations)
 
 
+def test_callbacks_of_other_trainers_log_the_same_keys(finished):
+    """Whoever changes from their own trainer to `calibtrain train`, or back, keeps their charts."""
+    from calibtrain.hooks.callback import AnswerMeter, CalibrationMeter
+    from tests.tiny import tiny_model, tiny_tokenizer
+    from tests.unit.hooks.test_callbacks import QUESTIONS, measured
+
+    lines = metrics(finished.output_dir)
+    ours = next(line for line in lines if line["event"] == "log")
+    meter = CalibrationMeter()
+    meter.update(*measured(0))
+    tokens = ("calib/train/token/", "train/token/")
+    theirs = {key for key in meter.compute(1) if key.startswith(tokens)}
+    assert theirs == {key for key in ours if key.startswith(tokens)}
+    assert len(theirs) > 8
+    evaluation = next(line for line in lines if line["event"] == "evaluation" and line["step"] == 3)
+    answers = AnswerMeter(QUESTIONS)(tiny_model(), tiny_tokenizer())
+    assert answers.keys() == {key for key in evaluation if key.startswith("calib/")}
+
+
 def test_calibration_json_holds_what_answer_needs(finished):
     content = json.loads((finished.output_dir / "calibration.json").read_text())
     assert content["calibrator"]["parameters"]["temperature"] > 0

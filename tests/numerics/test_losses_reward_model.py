@@ -175,6 +175,22 @@ def test_module_is_the_sum_over_complete_pairs():
     assert set(RewardModelLoss(centering=0.0).counts(batch)) == {"preference"}
 
 
+@pytest.mark.parametrize("quality", [False, True])
+def test_module_on_pairs_of_statements_is_ppo_m(quality):
+    """As `calibtrain train` does it: each comparison is a pair of its own, and the loss the mean over them."""
+    rewards = torch.randn(6, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
+    c_hi, c_lo, r_hi, r_lo, c, r = rewards
+    pairs = [(c_hi, c_lo), (r_lo, r_hi), *([(c, r)] if quality else [])]
+    scores = torch.stack([one for pair in pairs for one in pair]).t().reshape(-1)
+    examples = [Example(role, i, [], [-1.0]) for i in range(7 * len(pairs)) for role in (CHOSEN, REJECTED)]
+    stats, batch, _ = make_batch(examples)
+    ours = len(pairs) * mean_loss(RewardModelLoss(centering=0.0)(stats, replace(batch, scores=scores)))
+    expected = ppo_m_loss(c_hi, c_lo, r_hi, r_lo, quality=(c, r) if quality else None).mean()
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(one, rewards, retain_graph=True)[0] for one in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 def test_module_does_not_care_how_the_batch_is_cut():
     loss = RewardModelLoss()
     stats, whole = pairs_batch(5, with_gaps=False)

@@ -342,3 +342,27 @@ def test_what_an_estimator_lacks_is_said():
         rotation_penalty("row_stretch", w0, w0, None, 1.0)
     with pytest.raises(UserError, match=r"polar\(W0\)"):
         rotation_penalty("polar_drift", w0, w0, identity_probes(3), 1.0)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", NAMES)
+def test_lora_form_is_the_dense_penalty_of_pefts_weights(name):
+    """The weight that PEFT merges, rank-stabilised scaling and all, and its gradients to PEFT's own parameters."""
+    peft = pytest.importorskip("peft", reason="LoRA is PEFT's")
+    base = torch.nn.Sequential(torch.nn.Linear(7, 12, bias=False, dtype=torch.float64))
+    with torch.no_grad():
+        base[0].weight.copy_(normal(12, 7, seed=91))
+    w0 = base[0].weight.detach().clone()
+    settings = peft.LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["0"], init_lora_weights=False)
+    layer = peft.get_peft_model(base, settings, autocast_adapter_dtype=False).base_model.model[0]
+    a, b = (getattr(layer, key)["default"].weight for key in ("lora_A", "lora_B"))
+    value = exact(name, w0 + layer.get_delta_weight("default"), w0)
+    expected = torch.autograd.grad(value, (a, b))
+    reference = Shard.whole(w0 if name != "polar_drift" else polar_factor(w0))
+    sums = lora_sums(name, a.detach(), b.detach(), reference, layer.scaling["default"], penalty_norm(name, w0))
+    ((found, *gradients),) = run_together([sums])
+    assert float(found) == pytest.approx(value.item(), rel=1e-9)
+    for gradient, one in zip(gradients, expected, strict=True):
+        assert (gradient - one).norm() <= 1e-9 * one.norm()
+    layer.merge()
+    assert float(exact(name, layer.base_layer.weight.detach(), w0)) == pytest.approx(value.item(), rel=1e-9)

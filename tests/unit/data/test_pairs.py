@@ -1,6 +1,7 @@
 import pytest
 
-from calibtrain.data.pairs import add_rejected, own_wrong_answer, with_rejected
+from calibtrain.confidence.stated import read_statement
+from calibtrain.data.pairs import add_rejected, own_wrong_answer, with_confidence_statements, with_rejected
 from calibtrain.data.records import Message, Record
 from calibtrain.errors import UserError
 
@@ -54,3 +55,25 @@ def test_fallbacks_come_from_the_same_strata_and_are_counted():
     assert [pair.rejected for pair in pairs[:4]] == ["Spain", "France", "India", "Japan"]
     assert pairs[4].rejected in {"France", "Portugal", "Japan", "India"}  # nothing wrong in Oceania
     assert fallbacks == 3
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_confidence_statements_prefer_a_sure_right_and_an_unsure_wrong_answer(keep):
+    pairs = [with_rejected(question(f"{i}?", "France"), ["Spain"], []) for i in range(40)]
+    made = with_confidence_statements([*pairs, LYON], keep=keep)
+    assert made[-1] is LYON  # no pair: it is told of when it is dropped
+    each = 3 if keep else 2
+    assert len(made) == 40 * each + 1
+    said = set()
+    for i, pair in enumerate(pairs):
+        *plain, good, bad = made[each * i : each * (i + 1)]
+        assert plain == ([pair] if keep else [])
+        for record, answer, order in ((good, "France", 1), (bad, "Spain", -1)):
+            better, worse = (read_statement(text) for text in (record.chosen, record.rejected))
+            assert better.answer == worse.answer == answer
+            high, low = (better.confidence, worse.confidence)[::order]
+            assert high >= 0.7
+            assert low <= 0.3
+            said |= {high, low}
+    assert said == {0.0, 0.1, 0.2, 0.3, 0.7, 0.8, 0.9, 1.0}
+    assert made == with_confidence_statements([*pairs, LYON], keep=keep)

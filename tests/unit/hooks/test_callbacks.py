@@ -129,7 +129,11 @@ def test_a_plain_hugging_face_trainer(tmp_path):
     made.train()
     training = [(step, row) for step, row in rows if "loss" in row]
     assert [step for step, _ in training] == [2, 4]
+    meter = CalibrationMeter()
+    meter.update(*measured(0))
+    keys = meter.compute(1).keys()  # of our own hook
     for _, row in training:
+        assert {key for key in row if key.startswith(("calib/", "train/"))} == keys
         # Two steps of two rows of six labels: evaluation passes are not counted, nothing twice.
         assert row["train/token/n"] == 2 * 2 * 6
         assert row["loss"] == pytest.approx(-row["train/token/logprob"], rel=1e-4)
