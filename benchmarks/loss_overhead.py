@@ -10,7 +10,8 @@ answering questions and a reference's one pass are not in it: docs/losses.md say
 Weight penalties do not touch forward or backward. Their own step on the fp32 masters is timed by itself, with the config's
 defaults, and divided by a whole SFT step of 8 x 256 tokens (`rotation_penalty_overhead`: the slowest of them).
 
-Memory is the peak of the process during a step above its level before it.
+Memory is the peak of the process during a step above its level before it. A weight penalty's step comes when that of
+forward and backward is given back; what it adds is the start of the weights, which it keeps (`kept_mib`), or its own peak.
 """
 
 from __future__ import annotations
@@ -241,21 +242,26 @@ def weight_penalty_rows(
     vocabulary = module.policy.causal_model.get_input_embeddings().weight.shape[0]
     plain = Case(SFTLoss())
     batch = make_batch(plain, vocabulary, *((PROMPT, COMPLETION) if smoke else WHOLE_STEP))
-    whole: list[float] = []
+    whole: list[tuple[float, float]] = []
     own: dict[str, list[float]] = {name: [] for name in penalties}
+    peaks = dict.fromkeys(penalties, 0.0)
     step = 0
     for repeat in range(repeats + 1):
-        seconds, _ = one_step(engine, plain, batch)
+        taken = one_step(engine, plain, batch)
         if repeat:
-            whole.append(seconds)
+            whole.append(taken)
         for name, penalty in penalties.items():
+            before = reset_peak()
             for _ in range(4):  # each takes other matrices
                 start = time.perf_counter()
                 penalty.step(step, 1e-9)
                 if repeat:
                     own[name].append(time.perf_counter() - start)
                 step += 1
-    base = statistics.median(whole)
+            peaks[name] = max(peaks[name], (memory("VmHWM") - before) / 1024 if repeat else 0.0)
+    base = statistics.median(seconds for seconds, _ in whole)
+    base_peak = statistics.median(peak for _, peak in whole)
+    kept = {name: kept_mib(penalty) for name, penalty in penalties.items()}
     return [
         {
             "loss": name,
@@ -264,12 +270,19 @@ def weight_penalty_rows(
             "highest": 1 + max(times) / base,
             "seconds": base + statistics.mean(times),
             "seconds_sft": base,
-            "memory_ratio": math.nan,
-            "peak_mib": math.nan,
-            "peak_mib_sft": math.nan,
+            "memory_ratio": (kept[name] + max(base_peak, peaks[name])) / base_peak if base_peak > 0 else math.nan,
+            "peak_mib": peaks[name],
+            "kept_mib": kept[name],
+            "peak_mib_sft": base_peak,
         }
         for name, times in own.items()
     ]
+
+
+def kept_mib(penalty: Any) -> float:
+    """Size of what a penalty holds between steps: W0, and polar(W0) where it needs it."""
+    held = [one for matrix in penalty.matrices for one in (matrix.initial, matrix.polar) if one is not None]
+    return sum(one.numel() * one.element_size() for one in held) / 2**20
 
 
 def memory(field: str) -> float:

@@ -166,8 +166,9 @@ CATALOG = (
         paper="Pereyra et al. 2017, arXiv 1701.06548",
         equation="-beta H(p)",
         cost="none: reads TokenStats",
-        compared_with="torch-uncertainty 0.13.0 with eps = 0",
+        compared_with="torch-uncertainty 0.13.0 with eps = 0; netcal 1.4.0",
         largest_deviation="1e-7 (theirs has a float32 constant); 1e-11 to the formula (value and gradient, float64)",
-        differs="Without the constant log V, and without torch-uncertainty's eps inside the logarithm, which biases it.",
+        differs="Without the constant log V, and without torch-uncertainty's eps inside the logarithm, which biases "
+        "it. netcal's PyTorch module has the other sign, which its own function and the paper have not.",
     ),
 )

@@ -232,7 +232,7 @@ CATALOG = (
         paper="Kumar, Sarawagi, Jain 2018, ICML (PMLR 80)",
         equation="mean over i != j of (c_i - r_i)(c_j - r_j) exp(-|r_i - r_j| / 0.4)",
         cost="answers x bank numbers; one small all-gather a step",
-        compared_with="netcal 1.4.0 (value) and the authors' formula, diagonal added back",
+        compared_with="netcal 1.4.0 (value; gradient of its weighted form) and the authors' formula, diagonal added back",
         largest_deviation="1e-12 (value and gradient, float64)",
         differs=(
             "Off-diagonal pairs only: the public code's diagonal adds E[r(1-r)]/N, a bias that rewards extreme "

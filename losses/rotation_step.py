@@ -32,7 +32,6 @@ from calibtrain.losses.rotation_probes import (
     run_together,
     sign_probes,
 )
-from calibtrain.ops import at_least_float32
 
 GROUP_ELEMENTS = 2**26
 """Matrices are handled side by side as long as the vectors of all of them have fewer elements."""
@@ -74,12 +73,21 @@ class DenseMatrix:
     def of(cls, penalty: str, parameter: nn.Parameter, *, name: str = "", polar: Tensor | None = None) -> DenseMatrix:
         """A parameter (rows, columns) that is whole in this process; W0 is what it holds now.
 
-        polar_drift also takes `polar`, from `calibtrain.spectral.polar.polar_factor(parameter)`.
+        polar_drift also takes `polar`, from `calibtrain.spectral.polar.polar_factor(parameter)`. Raises UserError for a
+        parameter that is no contiguous matrix, or of half precision.
         """
+        if parameter.ndim != 2 or not parameter.is_contiguous():
+            raise UserError(f"{penalty} {name}: a contiguous matrix is held, not one of shape {tuple(parameter.shape)}")
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise UserError(
+                f"{penalty} {name}: the weights are {parameter.dtype}, in which so small a step is rounded away; hold the "
+                "optimiser's fp32 masters"
+            )
+        if (polar is None) == (penalty == "polar_drift"):
+            raise UserError(f"{penalty} {name}: polar(W0) is what polar_drift takes, and no other penalty")
         initial = parameter.detach().clone()
-        wide = at_least_float32(initial)
+        norms = penalty_norm(penalty, initial), float(initial.square().sum())
         flat = None if polar is None else polar.reshape(-1)
-        norms = penalty_norm(penalty, wide), float(wide.square().sum())
         return cls(name, Held.parameter(parameter), initial.view(-1), *norms, flat)
 
 
@@ -138,6 +146,8 @@ class DecoupledPenalty:
                 f"{penalty}: weight must be 0 or more, layer_fraction in (0, 1] and probes at least 1 or None, got "
                 f"{weight}, {layer_fraction} and {probes}"
             )
+        if scale is None and any(isinstance(one, LoRAMatrix) for one in matrices):
+            raise UserError(f"{penalty}: a free scale has no closed form for LoRA; give a number")
         self.penalty = penalty
         self.weight = weight
         self.matrices = list(matrices)

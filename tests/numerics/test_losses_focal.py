@@ -196,3 +196,16 @@ def test_confidence_penalty_equals_torch_uncertainty(torch_uncertainty):
         return theirs(z, y) - cross_entropy(z, y) - 0.4 * torch.tensor(float(logits.shape[1])).log()
 
     head.assert_equals(ConfidencePenalty(weight=0.4), batch, dense, tolerance=1e-7)  # its constant is float32
+
+
+@pytest.mark.peer
+def test_confidence_penalty_is_netcals_with_the_papers_sign():
+    """Their function gives -beta H, as the paper does; their module for training gives +beta H, which rewards confidence."""
+    regularization = pytest.importorskip(
+        "netcal.regularization", reason="netcal is an oracle of the confidence penalty"
+    )
+    batch, head = batch_of(ROWS), Head(9, sharp=3.0)
+    theirs = regularization.ConfidencePenalty(weight=0.4, reduction="batchmean")
+    head.assert_equals(ConfidencePenalty(weight=0.4), batch, lambda z: -theirs(z[READ]), tolerance=1e-9)
+    value = regularization.confidence_penalty(head.logits[READ].softmax(1).detach().numpy(), 0.4)
+    assert head.through_ops(ConfidencePenalty(weight=0.4), batch).item() == pytest.approx(value, abs=1e-5)

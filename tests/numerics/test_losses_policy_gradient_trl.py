@@ -71,7 +71,7 @@ def trl_inputs(batch):
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize(
     ("loss_type", "norm", "length"),
-    [("grpo", "sequence", None), ("dapo", "token", None), ("dr_grpo", "constant", 9)],
+    [("grpo", "sequence", None), ("bnpo", "token", None), ("dapo", "token", None), ("dr_grpo", "constant", 9)],
 )
 def test_grpo_equals_trl(loss_type, norm, length, beta):
     stats, batch = rollout_batch(dtype=torch.float32)

@@ -89,6 +89,20 @@ def test_mmce_equals_netcal():
     assert float(ours) == pytest.approx(float(theirs), rel=1e-12)
 
 
+@pytest.mark.peer
+def test_mmce_gradient_is_that_of_netcals_penalty():
+    """Theirs, for training, is the root of the weighted form: with as many right as wrong, twice the plain one's."""
+    regularization = pytest.importorskip("netcal.regularization", reason="netcal is the oracle of MMCE's gradient")
+    logits = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    labels = torch.where(torch.arange(40) % 2 == 0, logits.argmax(1), logits.argmin(1))
+    theirs = (regularization.MMCEPenalty()(logits, labels) / 2) ** 2
+    confidence, correct = logits.softmax(1).amax(1), (torch.arange(40) % 2 == 0).double()
+    ours = mmce_squared(confidence, correct) * 40 * 39 / 40**2 + (correct - confidence).square().sum() / 40**2
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+    gradients = [torch.autograd.grad(one, logits, retain_graph=True)[0] for one in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-14)
+
+
 @pytest.mark.parametrize("temperature", [0.01, 0.3])
 def test_soft_binned_ece_equals_formula(temperature):
     confidence, correct = answers(12, over=0.2)

@@ -115,3 +115,17 @@ def test_what_cannot_be_is_refused_before_the_first_step(name, settings, words):
         DecoupledPenalty(name, **{"weight": 1.0, "matrices": [DenseMatrix.of("row_stretch", weight)], **settings})
     with pytest.raises(UserError, match="no matrix"):
         DecoupledPenalty("row_stretch", 1.0, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "words"),
+    [
+        ("row_stretch", torch.zeros(3), "contiguous matrix"),
+        ("row_stretch", torch.zeros(4, 3).t(), "contiguous matrix"),
+        ("row_stretch", torch.zeros(3, 3, dtype=torch.bfloat16), "fp32 masters"),
+        ("polar_drift", torch.zeros(3, 3), "polar"),
+    ],
+)
+def test_a_matrix_that_cannot_be_held_is_refused(name, weight, words):
+    with pytest.raises(UserError, match=words):
+        DenseMatrix.of(name, nn.Parameter(weight))
