@@ -99,16 +99,24 @@ def main() -> None:
             first = [("raw", "", 0), *((m, s, 0) for m in methods for s in strengths[m])]
             train_all(work, first, arguments.jobs, overrides)
         chosen = {name: choose(work, name, strengths[name]) for name in methods}
-        if arguments.collect:
-            seeds = [seed for seed in seeds if all(is_measured(work, m, chosen[m], seed) for m in methods)]
-        else:
+        if not arguments.collect:
             train_all(work, [(m, chosen[m], seed) for seed in seeds for m in methods], arguments.jobs, overrides)
         sweep = [sweep_row(work, name, one, chosen[name]) for name in methods for one in strengths[name]]
-        rows = [row(work, name, chosen[name], seeds) for name in methods]
+        rows = [row(work, name, chosen[name], measured_seeds(work, name, chosen[name], seeds)) for name in methods]
     print_table("every strength, one seed", sweep)
-    shown = ("method", "strength", "matched", "accuracy", "accuracy_delta", "forgetting", "perplexity", "facts_lost")
+    shown = (
+        "method",
+        "strength",
+        "seeds",
+        "matched",
+        "accuracy",
+        "accuracy_delta",
+        "forgetting",
+        "perplexity",
+        "facts_lost",
+    )
     table = [{key: one[key] for key in shown} for one in rows]
-    print_table(f"chosen strengths, mean over {len(seeds)} seeds", table)
+    print_table("chosen strengths, mean over seeds", table)
     result = summary(rows)
     print(json.dumps(result, indent=2))
     if arguments.json:
@@ -127,6 +135,12 @@ def label(method: str, strength: str, seed: int) -> str:
 def is_measured(work: Path, method: str, strength: str, seed: int) -> bool:
     """Whether a run's measurements are there."""
     return (work / f"{label(method, strength, seed)}.json").is_file()
+
+
+def measured_seeds(work: Path, method: str, strength: str, seeds: Sequence[int]) -> list[int]:
+    """Seeds with which both the method and plain have been trained."""
+    plain = next(iter(METHODS["plain"]))
+    return [one for one in seeds if is_measured(work, method, strength, one) and is_measured(work, "plain", plain, one)]
 
 
 def train_all(work: Path, jobs: Sequence[tuple[str, str, int]], at_once: int, overrides: list[str]) -> None:
@@ -311,6 +325,9 @@ def row(work: Path, method: str, strength: str, seeds: Sequence[int]) -> dict[st
     result |= over_items("accuracy_delta", np.mean(accuracy, 0), np.ones(len(accuracy[0])))
     result |= over_items("nats_saved", saved, tokens)
     result |= over_items("facts_lost", np.mean(facts, 0), np.ones(len(facts[0])))
+    result["forgetting_gone"] = result["nats_saved"] / (
+        result["forgetting"] + result["nats_saved"]
+    )  # of plain's, same seeds
     for key in FACTS:
         result[key] = float(np.mean([one[key].mean() for one in runs]))
         result[f"{key}_raw"] = float(raw[key].mean())
@@ -360,7 +377,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if candidates:
             best = min(candidates, key=lambda one: one["validation_forgetting"])
             result |= {f"{key}_{suffix}": best[key] for key in told}
-            result[f"forgetting_gone_{suffix}"] = 1.0 - best["forgetting"] / plain["forgetting"]
+            result[f"seeds_{suffix}"] = best["seeds"]
+            result[f"forgetting_gone_{suffix}"] = best["forgetting_gone"]
     return result
 
 
