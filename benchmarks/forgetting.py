@@ -308,7 +308,7 @@ def row(work: Path, method: str, strength: str, seeds: Sequence[int]) -> dict[st
     saved = np.mean([(p["nats"] - one["nats"])[REPORTED] for one, p in zip(runs, plain, strict=True)], 0)
     accuracy = [one["test"] - p["test"] for one, p in zip(runs, plain, strict=True)]
     facts = [np.concatenate([(raw[key] - one[key]) for key in FACTS]) for one in runs]
-    result = {
+    result: dict[str, Any] = {
         "method": method,
         "strength": strength,
         "seeds": len(runs),
