@@ -21,7 +21,7 @@ FUNCTIONS = {
     "tokenized_brier": ((Z, Z), lambda x, y: brier.tokenized_brier(torch.stack([x, y], 1), GRADES)),
     "focal": ((L,), lambda x: focal.focal_loss(x, focal.sample_gamma(x))),
     "smoothed_nll": ((L, L), lambda x, y: focal.smoothed_nll(x, y[:, None], MASK, 0.1)),
-    "idk": ((L, L, Q), lambda x, y, q: idk.idk_loss(x, y, q.clamp(min=0.9), MASK, regularized=True)),
+    "idk": ((L, L, Q), lambda x, y, q: idk.idk_loss(x, y, q.clamp(min=0.875), MASK, regularized=True)),
     "answer_log": ((L,), lambda x: answer_score.answer_log_score(x, GRADES)),
     "answer_brier": ((L,), lambda x: answer_score.answer_brier_score(x, GRADES)),
     "query": ((Z, Z), lambda x, y: calibration_tuning.correctness_query_loss(torch.stack([x, y], 1), GRADES)),
