@@ -117,7 +117,7 @@ class RewardModelConfig(Section):
     """Weight of (r_chosen + r_rejected)^2 (arXiv 2312.09244), which fixes the offset that preferences leave open."""
     confidence_statements: Literal["none", "added", "alone"] = "none"
     """PPO-M (arXiv 2410.09724): a good answer that states high confidence should beat the same with low confidence, a bad
-    one the reverse. `added`: beside every pair; `alone`: in its place, as published, for a reward model that is trained."""
+    one the reverse. `added`: beside every pair; `alone`: in its place, as published, which teaches no preference."""
 
 
 class RolloutsConfig(Section):
