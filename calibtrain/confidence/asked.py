@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibtrain.abstention.words import WORDS, Scale
 from calibtrain.calibration.scores import sigmoid
-from calibtrain.confidence.generation import choice_logprobs, generate
+from calibtrain.confidence.generation import choice_logprobs, common_prefix, generate
 from calibtrain.confidence.likelihood import Answered
 from calibtrain.confidence.source import Array, Asker, Cost, SourceScores
 from calibtrain.data.grading import normalize
@@ -132,23 +131,26 @@ def replies(asker: Asker, records: Sequence[Record], max_new_tokens: int) -> tup
 def _judged(asker: Asker, dialogues: Sequence[Record], query: str, choices: tuple[str, str]) -> SourceScores:
     """p(yes) among yes and no after `query` in place of each dialogue's last turn, mean of both orders."""
     ids = choice_ids(asker.template, choices)
-    values: list[Array] = []
-    lengths: list[NDArray[np.int64]] = []
-    for order in ORDERS:
-        text = query.format(choices[0], order[0], choices[1], order[1])
-        asked = [replace(one, prompt=(*one.prompt[:-1], Message("user", text))) for one in dialogues]
-        prompts = [asker.template.prompt_ids(one, asker.shots) for one in asked]
-        table = choice_logprobs(
-            asker.module,
-            prompts,
-            ids,
-            pad_id=asker.template.pad_id,
-            batch_size=asker.settings.batch_size,
-            device=asker.device,
-        ).numpy()
-        yes = order.index("yes")
-        values.append(sigmoid(table[:, yes] - table[:, 1 - yes]))
-        lengths.append(np.array([len(prompt) for prompt in prompts]))
-    n = len(dialogues)
-    cost = Cost(np.full(n, float(len(ORDERS))), np.sum(lengths, axis=0).astype(np.float64))
-    return SourceScores(np.mean(values, axis=0), cost, True)
+    texts = [query.format(choices[0], order[0], choices[1], order[1]) for order in ORDERS]
+    prompts = [
+        [
+            asker.template.prompt_ids(replace(one, prompt=(*one.prompt[:-1], Message("user", text))), asker.shots)
+            for text in texts
+        ]
+        for one in dialogues
+    ]
+    table = choice_logprobs(
+        asker.module,
+        prompts,
+        ids,
+        pad_id=asker.template.pad_id,
+        batch_size=asker.settings.batch_size,
+        device=asker.device,
+    ).numpy()
+    yes = np.array([order.index("yes") for order in ORDERS])
+    k = np.arange(len(ORDERS))
+    values: Array = sigmoid(table[:, k, yes] - table[:, k, 1 - yes]).mean(1)
+    # Both orders begin alike, up to the options: that part is read once.
+    read = [sum(map(len, row)) - (len(row) - 1) * len(common_prefix(row)) for row in prompts]
+    cost = Cost(np.full(len(prompts), float(len(ORDERS))), np.array(read, dtype=np.float64))
+    return SourceScores(values, cost, True)

@@ -45,20 +45,21 @@ def generate(
     """Complete every prompt: greedily (samples=0, one completion each) or with `samples` draws at temperature 1.
 
     `model` maps a DecodeStep to (hidden (B, H), logits (B, V), cache). The prompts' longest common prefix (few-shot
-    examples, a system prompt) passes through the model once unless `share_prefix` is off. Prompts must not be empty.
+    examples, a system prompt) passes through the model once unless `share_prefix` is off; a prompt passes through it once
+    for all its samples. Prompts must not be empty.
     """
     prefix, prefix_cache = _read_prefix(model, prompts, share_prefix, device)
     generator = torch.Generator(device=device).manual_seed(seed) if samples else None
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    copies = max(1, samples)
     results: list[list[Generation]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
-        rows = [index for index in order[start : start + batch_size] for _ in range(max(1, samples))]
-        suffixes = [prompts[index][len(prefix) :] for index in rows]
-        batch = _Batch(suffixes, pad_id, len(prefix), prefix_cache, device)
-        for row, generation in zip(
-            rows, batch.run(model, frozenset(stop_ids), max_new_tokens, generator, all_done), strict=True
-        ):
-            results[row].append(generation)
+        rows = order[start : start + batch_size]
+        batch = _Batch(len(rows), len(prefix), prefix_cache, device)
+        batch.extend([prompts[index][len(prefix) :] for index in rows], pad_id)
+        found = batch.run(model, frozenset(stop_ids), max_new_tokens, generator, all_done, copies)
+        for place, index in enumerate(rows):
+            results[index] = found[place * copies : (place + 1) * copies]
         on_batch(min(start + batch_size, len(order)))
     return results
 
@@ -66,7 +67,7 @@ def generate(
 @torch.no_grad()
 def choice_logprobs(
     model: Callable[[DecodeStep], Any],
-    prompts: Sequence[Sequence[int]],
+    variants: Sequence[Sequence[Sequence[int]]],
     choices: Sequence[int],
     *,
     pad_id: int,
@@ -74,39 +75,59 @@ def choice_logprobs(
     device: torch.device | str = "cpu",
     share_prefix: bool = True,
 ) -> Tensor:
-    """Log-probs of the tokens `choices` right after each prompt, among the whole vocabulary. (N, choices) float64 on CPU.
+    """Log-probs of the tokens `choices` right after each prompt, among the whole vocabulary: (N, K, choices) float64, CPU.
 
-    `model` and `prompts` as in `generate`.
+    `variants` holds K prompts of each of N questions; what those of one question begin with in common passes through the
+    model once, as does what all prompts begin with. `model` and prompts as in `generate`.
     """
-    prefix, prefix_cache = _read_prefix(model, prompts, share_prefix, device)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    prefix, prefix_cache = _read_prefix(model, [one for row in variants for one in row], share_prefix, device)
+    stems = [common_prefix(row) if share_prefix else [] for row in variants]
+    order = sorted(range(len(variants)), key=lambda index: len(variants[index][0]))
     wanted = torch.tensor(choices, device=device)
-    found = torch.zeros(len(prompts), len(choices), dtype=torch.float64)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = _Batch([prompts[index][len(prefix) :] for index in rows], pad_id, len(prefix), prefix_cache, device)
+    copies = len(variants[0]) if variants else 0
+    found = torch.zeros(len(variants), copies, len(choices), dtype=torch.float64)
+    size = max(1, batch_size // max(1, copies))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        if copies > 1 and all(len(stems[index]) > len(prefix) for index in rows):
+            batch = _Batch(len(rows), len(prefix), prefix_cache, device)
+            batch.extend([stems[index][len(prefix) :] for index in rows], pad_id)
+            batch.cache = model(DecodeStep(batch.inputs()))[2]
+            batch.repeat(copies)
+            suffixes = [one[len(stems[index]) :] for index in rows for one in variants[index]]
+        else:
+            batch = _Batch(len(rows) * copies, len(prefix), prefix_cache, device)
+            suffixes = [one[len(prefix) :] for index in rows for one in variants[index]]
+        batch.extend(suffixes, pad_id)
         _, logits, _ = model(DecodeStep(batch.inputs()))
-        found[rows] = logits.log_softmax(-1)[:, wanted].double().cpu()
+        found[rows] = logits.log_softmax(-1)[:, wanted].double().cpu().reshape(len(rows), copies, -1)
     return found
 
 
 class _Batch:
-    """State of one batch: left-padded prompt suffixes behind a shared, cached prefix."""
+    """State of one batch behind a shared, cached prefix: what comes next is left-padded."""
 
-    def __init__(
-        self, suffixes: Sequence[Sequence[int]], pad_id: int, prefix_length: int, prefix_cache: Any, device: Any
-    ) -> None:
-        rows, width = len(suffixes), max(len(suffix) for suffix in suffixes)
-        self.ids = torch.full((rows, width), pad_id, device=device)
-        real = torch.zeros((rows, width), dtype=torch.long, device=device)
-        for row, suffix in enumerate(suffixes):
-            self.ids[row, width - len(suffix) :] = torch.tensor(suffix, device=device)
-            real[row, width - len(suffix) :] = 1
-        self.mask = torch.cat([real.new_ones(rows, prefix_length), real], dim=1)
-        self.positions = (prefix_length + real.cumsum(1) - 1).clamp(min=0)
+    def __init__(self, rows: int, prefix_length: int, prefix_cache: Any, device: Any) -> None:
+        self.mask = torch.ones(rows, prefix_length, dtype=torch.long, device=device)
         self.cache = copy.deepcopy(prefix_cache)
         if self.cache is not None and rows > 1:
             self.cache.batch_repeat_interleave(rows)
+
+    def extend(self, texts: Sequence[Sequence[int]], pad_id: int) -> None:
+        """Let each row go on with its text; no text may be empty."""
+        rows, width, device = len(texts), max(len(text) for text in texts), self.mask.device
+        self.ids = torch.full((rows, width), pad_id, device=device)
+        real = torch.zeros((rows, width), dtype=torch.long, device=device)
+        for row, text in enumerate(texts):
+            self.ids[row, width - len(text) :] = torch.tensor(text, device=device)
+            real[row, width - len(text) :] = 1
+        self.positions = (self.mask.sum(1, keepdim=True) + real.cumsum(1) - 1).clamp(min=0)
+        self.mask = torch.cat([self.mask, real], dim=1)
+
+    def repeat(self, copies: int) -> None:
+        """Let every row stand for `copies` rows from here on, those of one row together."""
+        self.cache.batch_repeat_interleave(copies)
+        self.mask, self.positions = (one.repeat_interleave(copies, 0) for one in (self.mask, self.positions))
 
     def inputs(self) -> dict[str, Any]:
         """What the backbone reads next."""
@@ -125,51 +146,83 @@ class _Batch:
         max_new_tokens: int,
         generator: torch.Generator | None,
         all_done: AllDone,
+        copies: int,
     ) -> list[Generation]:
-        rows = self.ids.shape[0]
-        stops = torch.tensor(sorted(stop_ids), device=self.ids.device)
-        done = torch.zeros(rows, dtype=torch.bool, device=self.ids.device)
-        steps: list[tuple[Tensor, Tensor, Tensor]] = []
-        lengths = torch.zeros(rows, dtype=torch.long, device=self.ids.device)
+        """`copies` completions of each prompt, those of one prompt together."""
+        device = self.mask.device
+        rows = self.ids.shape[0] * copies
+        stops = torch.tensor(sorted(stop_ids), device=device)
+        lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        carried = torch.arange(rows, device=device)  # the completions that this batch's rows still are
+        done = torch.zeros(rows, dtype=torch.bool, device=device)
+        steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for _ in range(max_new_tokens):
             hidden, logits, self.cache = model(DecodeStep(self.inputs()))
+            if not steps and copies > 1:
+                hidden, logits = (one.repeat_interleave(copies, 0) for one in (hidden, logits))
+                self.repeat(copies)
             logprobs = logits.log_softmax(-1)
-            if generator is None:
-                token = logprobs.argmax(-1)
-            else:
-                token = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
-            steps.append((token, logprobs.gather(1, token[:, None])[:, 0], hidden))
-            lengths += ~done
+            token = logprobs.argmax(-1) if generator is None else _draw(logprobs, rows, carried, generator)
+            steps.append((carried, token, logprobs.gather(1, token[:, None])[:, 0], hidden))
+            lengths[carried] += ~done
             done = done | torch.isin(token, stops)
-            if all_done(bool(done.all())):
+            going = torch.nonzero(~done)[:, 0]
+            if all_done(len(going) == 0):
                 break
+            if 0 < 2 * len(going) <= len(carried):  # most are done: the others go on alone
+                carried, token, done = carried[going], token[going], done[going]
+                self.cache.batch_select_indices(going)
+                self.mask, self.positions = self.mask[going], self.positions[going]
             self.ids = token[:, None]
-            self.mask = torch.cat([self.mask, self.mask.new_ones(rows, 1)], dim=1)
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(carried), 1)], dim=1)
             self.positions = self.positions[:, -1:] + 1
-        tokens, token_logprobs, states = (torch.stack(part, dim=1).cpu() for part in zip(*steps, strict=True))
-        return [
-            Generation(
-                tokens=tuple(tokens[row, :length].tolist()),
-                logprobs=tuple(token_logprobs[row, :length].tolist()),
-                hidden=states[row, :length],
-                finished=int(tokens[row, length - 1]) in stop_ids,
-            )
-            for row, length in enumerate(lengths.tolist())
-        ]
+        return _completions(steps, lengths, stop_ids)
+
+
+def _draw(logprobs: Tensor, rows: int, carried: Tensor, generator: torch.Generator) -> Tensor:
+    """One token (B,) of each distribution (B, V), by a uniform number for each of all `rows`: whoever is done, the others'
+    draws stay. Far cheaper than torch.multinomial, which draws V numbers for each.
+    """
+    cumulative = logprobs.double().exp_().cumsum_(-1)
+    uniform = torch.rand(rows, generator=generator, device=logprobs.device, dtype=torch.float64)[carried, None]
+    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    return token.clamp_(max=logprobs.shape[1] - 1)
+
+
+def _completions(
+    steps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], lengths: Tensor, stop_ids: frozenset[int]
+) -> list[Generation]:
+    """Completions from the steps' (which, token, log-prob, hidden state)."""
+    rows, width = len(lengths), len(steps)
+    tokens, logprobs, states = (
+        part.new_zeros(rows, width, *part.shape[1:]) for part in (steps[0][1], steps[0][2], steps[0][3])
+    )
+    for place, (carried, token, logprob, hidden) in enumerate(steps):
+        tokens[carried, place], logprobs[carried, place], states[carried, place] = token, logprob, hidden
+    tokens, logprobs, states = tokens.cpu(), logprobs.cpu(), states.cpu()
+    return [
+        Generation(
+            tokens=tuple(tokens[row, :length].tolist()),
+            logprobs=tuple(logprobs[row, :length].tolist()),
+            hidden=states[row, :length],
+            finished=int(tokens[row, length - 1]) in stop_ids,
+        )
+        for row, length in enumerate(lengths.tolist())
+    ]
 
 
 def _read_prefix(
     model: Callable[[DecodeStep], Any], prompts: Sequence[Sequence[int]], share: bool, device: torch.device | str
 ) -> tuple[list[int], Any]:
     """The prompts' longest common prefix and its cache; ([], None) without one or where it is not shared."""
-    prefix = _common_prefix(prompts) if share else []
+    prefix = common_prefix(prompts) if share else []
     if not prefix:
         return [], None
     ids = torch.tensor([prefix], device=device)
     return prefix, model(DecodeStep({"input_ids": ids, "use_cache": True}))[2]
 
 
-def _common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     """Longest common prefix that leaves every prompt at least one token."""
     if not prompts:
         return []

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from calibtrain.confidence.generation import _common_prefix, generate
+from calibtrain.confidence.generation import common_prefix, generate
 from calibtrain.confidence.likelihood import answer_questions, logprob_table, sample_answers
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.records import Message, Record
@@ -73,6 +73,20 @@ def test_sampling_is_seeded_and_follows_the_model(model):
     assert [one.tokens for row in draw for one in row] != [one.tokens for row in other for one in row]
 
 
+def test_samples_do_not_depend_on_whether_the_prefix_is_shared(model):
+    assert_same(complete(model, samples=3, seed=4), complete(model, samples=3, seed=4, share_prefix=False))
+
+
+def test_sampled_logprobs_are_those_of_a_teacher_forced_pass(model):
+    for prompt, row in zip(PROMPTS, complete(model, samples=3, seed=4), strict=True):
+        for one in row:
+            ids = torch.tensor([[*prompt, *one.tokens]])
+            hidden = model.policy.backbone(input_ids=ids).last_hidden_state[0, len(prompt) - 1 : -1]
+            table = model.policy.logits(model.policy.scaled(hidden)).log_softmax(-1)
+            expected = table.gather(1, torch.tensor(one.tokens)[:, None])[:, 0]
+            assert one.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 def test_sampled_shares_are_the_probabilities():
     model = LossModel(Policy(tiny_model(initializer_range=0.3))).eval()
     drawn = complete(model, [[5, 6, 7]], samples=4000, max_new_tokens=1, seed=1)[0]
@@ -83,12 +97,12 @@ def test_sampled_shares_are_the_probabilities():
     assert abs(float(counts[top]) - p) < 5 * math.sqrt(p * (1 - p) / 4000)
 
 
-def test_common_prefix_leaves_every_prompt_a_token():
-    assert _common_prefix([]) == []
-    assert _common_prefix([[1, 2, 3]]) == [1, 2]
-    assert _common_prefix([[1, 2], [1, 2, 3]]) == [1]
-    assert _common_prefix([[1, 2, 3], [1, 2, 4], [1, 2, 5]]) == [1, 2]
-    assert _common_prefix([[7], [8]]) == []
+def testcommon_prefix_leaves_every_prompt_a_token():
+    assert common_prefix([]) == []
+    assert common_prefix([[1, 2, 3]]) == [1, 2]
+    assert common_prefix([[1, 2], [1, 2, 3]]) == [1]
+    assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2, 5]]) == [1, 2]
+    assert common_prefix([[7], [8]]) == []
 
 
 QUESTIONS = [Record(prompt=(Message("user", f"What is {i}?"),), accepted=(str(i),)) for i in range(7)]
