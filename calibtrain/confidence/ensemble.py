@@ -109,6 +109,37 @@ def fit_ensemble(
     )
 
 
+def cross_scores(
+    scores: Mapping[str, ArrayLike],
+    correct: ArrayLike,
+    fingerprint: Fingerprint,
+    *,
+    sources: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Array:
+    """Scores (N,) of the fitting answers, each by an ensemble fitted without it: what its calibrator is fitted on.
+
+    Arguments and errors as of `fit_ensemble`; twice as many right and wrong answers are needed.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    names = tuple(scores if sources is None else sources)
+    columns = {name: np.asarray(scores[name], dtype=np.float64) for name in names if name in scores}
+    y = grades_of(correct, len(_inputs(columns, names)))
+    if min(y.sum(), len(y) - y.sum()) < 2 * FOLDS:
+        raise UserError(
+            f"ensemble: {int(y.sum())} of {len(y)} answers are right; scoring them apart from their fit needs "
+            f"{2 * FOLDS} right and wrong ones"
+        )
+    found = np.empty(len(y))
+    for fitted, held in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(y[:, None], y):
+        made = fit_ensemble(
+            {name: one[fitted] for name, one in columns.items()}, y[fitted], fingerprint, sources=names, seed=seed
+        )
+        found[held] = made.score({name: one[held] for name, one in columns.items()})
+    return found
+
+
 def _inputs(scores: Mapping[str, ArrayLike], names: Sequence[str]) -> Array:
     """Log-odds (N, sources). UserError for a missing source, or not equally many scores."""
     absent = [name for name in names if name not in scores]

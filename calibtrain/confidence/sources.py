@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from calibtrain.confidence.asked import p_true, second_pass, stated
 from calibtrain.confidence.likelihood import Answered
 from calibtrain.confidence.sampling import sampled
-from calibtrain.confidence.source import Asker, Family, SourceScores
+from calibtrain.confidence.source import Asker, Cost, Family, SourceScores
 from calibtrain.confidence.spread import likelihoods
 from calibtrain.data.records import Record
 from calibtrain.errors import UserError
@@ -26,6 +26,9 @@ FAMILIES: dict[tuple[str, ...], Family] = {
     ("self_consistency", "semantic_entropy", "semantic_entropy_counts"): sampled,
 }
 """Names of the sources -> the function that scores them all. A new family is one line here."""
+
+APART = {"stated_number", "stated_word", "second_pass", "second_pass_bare"}
+"""Of their families, those that are asked on their own: they share code, not work."""
 
 SOURCES = tuple(name for names in FAMILIES for name in names)
 
@@ -46,3 +49,15 @@ def score(
     for family in families_of(names).values():
         found.update(family(asker, records, answered))
     return {name: found[name] for name in names}
+
+
+def cost_of(scores: Mapping[str, SourceScores]) -> Cost:
+    """Cost of several sources together: those of one family share their work, and all probes one forward pass."""
+    total = Cost.none(len(next(iter(scores.values())).values))
+    shared: set[tuple[str, ...]] = set()
+    for name, one in scores.items():
+        members = (name,) if name in APART else next((own for own in FAMILIES if name in own), ("probe",))
+        if members not in shared:
+            shared.add(members)
+            total = total.plus(one.cost)
+    return total
