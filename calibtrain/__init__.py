@@ -17,8 +17,11 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(output_dir: str | Path) -> Answerer:
-    """Load a finished run, to be asked by `.answer(question)`. Raises UserError when its calibration does not fit it."""
+def load(output_dir: str | Path, source: str = "likelihood") -> Answerer:
+    """Load a finished run, to be asked by `.answer(question)`. Raises UserError when its calibration does not fit it.
+
+    source: of the confidence; any that `calibtrain calibrate OUT --source ...` calibrated.
+    """
     from calibtrain.pipeline.answer import load as load_run  # imports torch: not for those who take a loss alone
 
-    return load_run(output_dir)
+    return load_run(output_dir, source)

@@ -22,6 +22,9 @@ Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipp
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to the config, e.g. training.epochs=2 penalties.0.weight=0.5")
 ]
+Source = Annotated[
+    str, typer.Option(help="Where the confidence comes from: likelihood, or what `calibrate --source` calibrated.")
+]
 OutputDir = Annotated[Path, typer.Argument(help="The output_dir of a run.")]
 
 
@@ -89,9 +92,25 @@ def calibrate(
         float | None, typer.Option(help="Largest share of wrong answers among the given ones. Default: the config's.")
     ] = None,
     delta: Annotated[float | None, typer.Option(help="Chance that the certificate is wrong.")] = None,
+    source: Annotated[
+        str,
+        typer.Option(
+            help="Of the confidence: likelihood, p_true, probe, p_ik, ensemble, ... (`calibtrain confidence`)"
+        ),
+    ] = "likelihood",
+    of: Annotated[
+        str | None, typer.Option(help="Members of --source ensemble. Default: likelihoods, and probes where fitted.")
+    ] = None,
 ) -> None:
-    """Fit the temperature and certify the answer/abstain threshold of a trained model."""
+    """Fit the temperature, or another source's calibrator, and certify the answer/abstain threshold of a trained model."""
     _shares({"--target-risk": target_risk, "--delta": delta})
+    if source != "likelihood" or of is not None:
+        from calibtrain.pipeline.confidence import parse_sources
+        from calibtrain.pipeline.source import run as calibrate_source
+
+        members = parse_sources(of)
+        calibrate_source(_existing(output_dir), source, members=members, target_risk=target_risk, delta=delta)
+        return
     from calibtrain.pipeline.calibrate import run
 
     run(_existing(output_dir), target_risk=target_risk, delta=delta)
@@ -124,11 +143,12 @@ def certify(
 def monitor(
     output_dir: OutputDir,
     audited: Annotated[Path, typer.Argument(help="Audited answers, one JSON a line with `abstained` and `correct`.")],
+    source: Source = "likelihood",
 ) -> None:
     """Watch refusals, hallucinations and the certificate in service; exit code 1 when it no longer holds."""
     from calibtrain.pipeline.monitor import run
 
-    if run(_existing(output_dir), audited).alarm.fired:
+    if run(_existing(output_dir), audited, source=source).failed:
         raise typer.Exit(1)
 
 
@@ -182,13 +202,17 @@ def report(
 
 
 @app.command()
-def answer(output_dir: OutputDir, question: Annotated[str, typer.Argument(help="In plain words.")]) -> None:
+def answer(
+    output_dir: OutputDir,
+    question: Annotated[str, typer.Argument(help="In plain words.")],
+    source: Source = "likelihood",
+) -> None:
     """Answer a question with a calibrated probability, or abstain."""
     if not question.strip():
         raise UserError("the question is empty")
     from calibtrain.pipeline.answer import load
 
-    reply = load(_existing(output_dir)).answer(question)
+    reply = load(_existing(output_dir), source).answer(question)
     if reply.abstained:
         typer.echo(f"{reply.spoken} (best guess at {reply.probability:.0%}, below the threshold {reply.threshold:.0%})")
     else:
@@ -205,11 +229,12 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1: this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     requests_per_minute: Annotated[int, typer.Option(min=0, help="Of one address; 0: as many as it likes.")] = 600,
+    source: Source = "likelihood",
 ) -> None:
     """Open a page to ask the model, and an OpenAI-compatible API whose replies carry their confidence."""
     from calibtrain.app.server import run
 
-    run(_existing(output_dir), host=host, port=port, requests_per_minute=requests_per_minute)
+    run(_existing(output_dir), host=host, port=port, requests_per_minute=requests_per_minute, source=source)
 
 
 @app.command()

@@ -151,6 +151,8 @@ def confidence_part(reply: Reply) -> dict[str, Any]:
         "best_guess": reply.text,
         "threshold": reply.threshold,
         "risk": reply.risk,
+        "source": reply.source,
+        "cost": {"forward_passes": reply.forward_passes, "tokens": reply.tokens_read},
         "certificate": reply.certificate and reply.certificate.as_dict(),
     }
 

@@ -164,7 +164,7 @@ def render_page(answerer: Answerer, name: str) -> str:
     )
 
 
-def run(output_dir: Path, *, host: str, port: int, requests_per_minute: int) -> None:
+def run(output_dir: Path, *, host: str, port: int, requests_per_minute: int, source: str = "likelihood") -> None:
     """Serve a finished run until interrupted. Raises UserError when the address is taken or the run incomplete."""
     import uvicorn
     from rich.console import Console
@@ -174,7 +174,7 @@ def run(output_dir: Path, *, host: str, port: int, requests_per_minute: int) -> 
 
     listener = _listen(host, port)
     try:
-        answerer = load(output_dir)
+        answerer = load(output_dir, source)
         loopback = _is_loopback(host)
         app = create_app(
             answerer,

@@ -6,15 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from calibtrain.abstention.certificate import Certificate
 from calibtrain.abstention.words import Scale, percent, phrase, scale_of, word_for
 from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.scorer import Scorer, before_answering
+from calibtrain.confidence.source import Cost
 from calibtrain.config_file import load_config
 from calibtrain.data.records import Message, Record
 from calibtrain.errors import UserError
-from calibtrain.pipeline.calibrate import Calibrated, read_calibration
+from calibtrain.pipeline.calibrate import Calibrated, read_calibration, weights_hash
+from calibtrain.pipeline.confidence import asker_of
 from calibtrain.pipeline.evaluate import Loaded
+from calibtrain.pipeline.source import load_scorer
 
 REFUSAL = "I do not know."
 
@@ -58,6 +64,9 @@ class Reply:
     tokens: tuple[Token, ...]
     finished: bool  # False: cut at max_new_tokens
     prompt_tokens: int
+    source: str = "likelihood"  # of the confidence
+    forward_passes: float = 0.0  # that the confidence cost beside the answer's own
+    tokens_read: float = 0.0  # by those passes
 
     @property
     def spoken(self) -> str:
@@ -66,11 +75,13 @@ class Reply:
 
 
 class Answerer:
-    """The model and calibration of a finished run."""
+    """The model and calibration of a finished run; `scorer` where the confidence is not the answer's likelihood."""
 
-    def __init__(self, loaded: Loaded, calibrated: Calibrated) -> None:
+    def __init__(self, loaded: Loaded, calibrated: Calibrated, scorer: Scorer | None = None) -> None:
         self.loaded = loaded
         self.calibrated = calibrated
+        self.scorer = scorer
+        self.source = "likelihood" if scorer is None else scorer.name
         self.default = level_of(calibrated.certification.certificate)
         self.control_tokens = loaded.template.control_tokens
         self.max_new_tokens: int = loaded.config.evaluation.max_new_tokens
@@ -129,8 +140,7 @@ class Answerer:
         records = [self._record(question) for question in questions]
         if not records:
             return []
-        measurement = self.loaded.measure(records)
-        scores = measurement.scores(self.loaded.config.calibration.domain)
+        answers, scores, cost = self._scored(records)
         probabilities = self.calibrated.calibrator.apply(scores).tolist()
         return [
             Reply(
@@ -148,9 +158,37 @@ class Answerer:
                 tokens=_tokens(answer),
                 finished=answer.finished,
                 prompt_tokens=len(self.loaded.template.prompt_ids(record)),
+                source=self.source,
+                forward_passes=float(passes),
+                tokens_read=float(tokens),
             )
-            for record, answer, probability in zip(records, measurement.answers, probabilities, strict=True)
+            for record, answer, probability, passes, tokens in zip(
+                records, answers, probabilities, cost.forward_passes, cost.tokens, strict=True
+            )
         ]
+
+    def foresee(self, questions: Sequence[str]) -> list[float]:
+        """P(IK): calibrated chances that it will answer rightly, one pass over each question, before any answer is made.
+
+        Raises UserError unless the run was loaded with source="p_ik".
+        """
+        if self.scorer is None or self.source != "p_ik":
+            raise UserError('chances before answering need calibtrain.load(out, source="p_ik")')
+        records = [self._record(question) for question in questions]
+        if not records:
+            return []
+        found = before_answering(asker_of(self.loaded), records, self.scorer.probes["p_ik"], self.scorer.fingerprint)
+        return [float(one) for one in self.calibrated.calibrator.apply(found.values)]
+
+    def _scored(self, records: Sequence[Record]) -> tuple[list[Answer], Any, Cost]:
+        """Answers, what their calibrator reads, and what that cost beside them."""
+        if self.scorer is None:
+            measurement = self.loaded.measure(records)
+            scores = measurement.scores(self.loaded.config.calibration.domain)
+            return measurement.answers, scores, Cost.none(len(records))
+        answered = self.loaded.answer(records)
+        found = self.scorer.score(asker_of(self.loaded), records, answered)
+        return answered.answers, found.values, found.cost
 
     def _record(self, question: str) -> Record:
         question = question.strip()
@@ -171,14 +209,20 @@ def level_of(certificate: Certificate | None) -> Level:
     return Level(certificate.threshold, certificate.risk_bound, certificate.coverage, certificate)
 
 
-def load(output_dir: str | Path) -> Answerer:
-    """Load a finished run. Raises UserError when it lacks a model or a calibration that fits it."""
+def load(output_dir: str | Path, source: str = "likelihood") -> Answerer:
+    """Load a finished run. Raises UserError when it lacks a model or a calibration that fits it.
+
+    source: where its confidence comes from; others than the likelihood need `calibtrain calibrate OUT --source ...`.
+    """
     folder = Path(output_dir)
     config = load_config(folder / "config.yaml")
     if not (folder / "model" / "config.json").is_file():
         raise UserError(f"{folder}: no exported model (model/config.json); train first")
     loaded = Loaded(config, folder / "model")
-    return Answerer(loaded, read_calibration(folder, template_hash=loaded.template.hash))
+    scorer = None
+    if source != "likelihood":
+        scorer = load_scorer(folder, source, Fingerprint(weights_hash(folder / "model"), loaded.template.hash))
+    return Answerer(loaded, read_calibration(folder, template_hash=loaded.template.hash, source=source), scorer)
 
 
 def _tokens(answer: Answer) -> tuple[Token, ...]:

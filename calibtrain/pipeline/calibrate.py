@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from calibtrain.abstention.certificate import Certificate, Certification, certified_curve, certify
 from calibtrain.abstention.groups import GroupCertification, certify_groups
@@ -16,6 +20,7 @@ from calibtrain.abstention.words import scale_of
 from calibtrain.calibration.calibrators import Calibrator, fit_calibrator
 from calibtrain.calibration.intervals import sample_ids
 from calibtrain.calibration.unlabelled import fit_base_alignment
+from calibtrain.confidence.answer import Answer
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.data.grading import normalize
@@ -96,9 +101,22 @@ def certified(
     config: RunConfig, calibrator: Calibrator, held_out: Measurement, target_risk: float, delta: float
 ) -> Calibrated:
     """What the config asks to certify, on graded answers used for nothing else. Each claim holds at its own delta."""
-    confidence, correct = calibrator.apply(held_out.scores(config.calibration.domain)), held_out.correct
+    confidence = calibrator.apply(held_out.scores(config.calibration.domain))
+    return certified_claims(config, calibrator, confidence, held_out.answers, target_risk, delta)
+
+
+def certified_claims(
+    config: RunConfig,
+    calibrator: Calibrator,
+    confidence: NDArray[np.float64],
+    answers: Sequence[Answer],
+    target_risk: float,
+    delta: float,
+) -> Calibrated:
+    """The same for calibrated confidences (N,) of any source."""
+    correct = np.array([bool(answer.correct) for answer in answers])
     rate, group = config.abstention.target_hallucination, config.abstention.groups
-    names = None if group is None else [answer.strata.get(group, "") for answer in held_out.answers]
+    names = None if group is None else [answer.strata.get(group, "") for answer in answers]
     return Calibrated(
         calibrator,
         certify(confidence, correct, target_risk, delta),
@@ -122,9 +140,21 @@ def weights_hash(model: Path) -> str:
     return digest.hexdigest()
 
 
-def write_calibration(path: Path, calibrated: Calibrated, config: RunConfig, data_hashes: dict[str, str]) -> None:
-    """calibration.json: calibrator, certificate (or why there is none), certified curve and word scale."""
+def source_folder(output_dir: Path, source: str | None) -> Path:
+    """Where the calibration of a source lies: beside the model for the likelihood, which None stands for too."""
+    return output_dir if source in (None, "likelihood") else output_dir / "sources" / source
+
+
+def write_calibration(
+    path: Path,
+    calibrated: Calibrated,
+    config: RunConfig,
+    data_hashes: dict[str, str],
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """calibration.json: calibrator, certificate (or why there is none), certified curve, word scale, and `facts`."""
     content = {
+        **(facts or {}),
         "calibrator": calibrated.calibrator.as_dict(),
         **claims(calibrated),
         "template": config.data.template,
@@ -153,16 +183,18 @@ def claims(calibrated: Calibrated) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
     os.replace(partial, path)
 
 
-def read_calibration(output_dir: Path, *, template_hash: str | None = None) -> Calibrated:
-    """Calibration of a run. Raises UserError when there is none, or it was fitted to other weights or template."""
-    path = output_dir / "calibration.json"
+def read_calibration(output_dir: Path, *, template_hash: str | None = None, source: str | None = None) -> Calibrated:
+    """Calibration of a run, or of one of its sources. UserError when there is none or it is of other weights or template."""
+    path = source_folder(output_dir, source) / "calibration.json"
+    command = f"calibtrain calibrate {output_dir}" + ("" if path.parent == output_dir else f" --source {source}")
     if not path.is_file():
-        raise UserError(f"{path}: no such file; run `calibtrain calibrate {output_dir}`")
+        raise UserError(f"{path}: no such file; run `{command}`")
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         fitted = content["calibrator"]
@@ -185,7 +217,7 @@ def read_calibration(output_dir: Path, *, template_hash: str | None = None) -> C
             ),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run `calibtrain calibrate {output_dir}` again") from error
+        raise UserError(f"{path}: cannot be read ({error}); run `{command}` again") from error
 
 
 def _certification(found: Certification) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from calibtrain.calibration.metrics import brier, ece, ece_debiased
 from calibtrain.calibration.ranking import aurc, auroc
 from calibtrain.calibration.state import CalibrationState, state_of
 from calibtrain.confidence.answer import Answer
-from calibtrain.confidence.features import Fingerprint, features_of
+from calibtrain.confidence.features import Fingerprint
 from calibtrain.confidence.likelihood import Answered, answer_questions
+from calibtrain.confidence.probe import Probe
+from calibtrain.confidence.scorer import PROBES, probe_scores
 from calibtrain.confidence.source import Asker, Cost, SourceScores
 from calibtrain.confidence.sources import FAMILIES, SOURCES, families_of
 from calibtrain.config_file import load_config
@@ -67,7 +69,11 @@ def run(output_dir: Path, *, sources: Sequence[str] | None = None, questions: in
         raise UserError(f"{output_dir}: no exported model (model/config.json); train first")
     prepared, loaded = prepare(config), Loaded(config, model)
     fingerprint = Fingerprint(weights_hash(model), loaded.template.hash)
-    asker = Asker(loaded.model, loaded.template, config.evaluation, device=loaded.device, seed=config.seed)
+    asker = asker_of(loaded)
+    probes = probe.load_probes(output_dir, fingerprint)
+    if absent := [name for name in names if name in PROBES and name not in probes]:
+        raise UserError(f"--sources: {', '.join(absent)} is not fitted; run `calibtrain probe {output_dir}` first")
+    probes = {name: one for name, one in probes.items() if name in names}
     folder = output_dir / "confidence"
     found: dict[str, Scored] = {}
     for use, split in SPLITS.items():
@@ -75,8 +81,7 @@ def run(output_dir: Path, *, sources: Sequence[str] | None = None, questions: in
         if not records:
             raise UserError(f"data.splits.{split}: 0 questions; comparing sources needs some to {use}")
         found[use] = score_split(asker, records, folder / "work" / split, names, fingerprint)
-        if "probe" in names:
-            found[use].scores["probe"] = _probe_scores(output_dir, asker, records, found[use].answers, fingerprint)
+        found[use] = with_probes(found[use], asker, records, probes, fingerprint)
     rows = []
     for name in names:
         calibrator = probe.fit_platt(
@@ -162,29 +167,25 @@ def parse_sources(text: str | None) -> tuple[str, ...] | None:
 
 
 def _names(output_dir: Path, sources: Sequence[str] | None) -> list[str]:
-    """Sources to score; by default all, and the probe where the run has one."""
-    names = [*SOURCES, *(["probe"] if (output_dir / "probe" / "probe.json").is_file() else [])]
-    if sources is not None:
-        names = list(sources)
-        families_of([name for name in names if name != "probe"])
-    return names
+    """Sources to score; by default all, and the probes where the run has them."""
+    if sources is None:
+        return [*SOURCES, *(["probe", "p_ik"] if (output_dir / "probe" / "p_ik" / "probe.json").is_file() else [])]
+    families_of([name for name in sources if name not in PROBES])
+    return list(sources)
 
 
-def _probe_scores(
-    output_dir: Path, asker: Asker, records: Sequence[Record], answers: Sequence[Answer], fingerprint: Fingerprint
-) -> SourceScores:
-    fitted, _ = probe.load(output_dir, fingerprint.template_hash)
-    features = features_of(
-        asker.module,
-        asker.template,
-        records,
-        [answer.text for answer in answers],
-        layers=(fitted.layer,),
-        fingerprint=fingerprint,
-        device=asker.device,
-        batch_size=asker.settings.batch_size,
-    )
-    return SourceScores(fitted.score(features), Cost(np.ones(len(answers)), features.tokens.astype(np.float64)), True)
+def asker_of(loaded: Loaded) -> Asker:
+    """A run's model as sources ask it."""
+    config = loaded.config
+    return Asker(loaded.model, loaded.template, config.evaluation, device=loaded.device, seed=config.seed)
+
+
+def with_probes(
+    scored: Scored, asker: Asker, records: Sequence[Record], probes: Mapping[str, Probe], fingerprint: Fingerprint
+) -> Scored:
+    """The answers with the scores of these probes too."""
+    texts = [answer.text for answer in scored.answers]
+    return Scored(scored.answers, {**scored.scores, **probe_scores(asker, records, texts, probes, fingerprint)})
 
 
 def _file(folder: Path, members: tuple[str, ...], name: str) -> Path:

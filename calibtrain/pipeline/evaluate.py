@@ -18,7 +18,7 @@ from calibtrain.calibration.metrics import summary
 from calibtrain.calibration.scores import TEMPERATURE_GRID, Scores, TokenScores, scores_of
 from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answer import Answer
-from calibtrain.confidence.likelihood import answer_questions, logprob_table, token_logprob_table
+from calibtrain.confidence.likelihood import Answered, answer_questions, logprob_table, token_logprob_table
 from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
@@ -66,11 +66,11 @@ class Loaded:
         check_head(policy)
         self.model = LossModel(policy).to(self.device).eval()
 
-    def measure(
+    def answer(
         self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None
-    ) -> Measurement:
-        """Answer and grade `records`."""
-        answered = answer_questions(
+    ) -> Answered:
+        """Graded answers to `records` with their hidden states."""
+        return answer_questions(
             self.model,
             self.template,
             records,
@@ -79,6 +79,12 @@ class Loaded:
             device=self.device,
             on_batch=on_batch,
         )
+
+    def measure(
+        self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None
+    ) -> Measurement:
+        """Answer and grade `records`."""
+        answered = self.answer(records, shots, on_batch)
         features = answered.features
         if self.config.calibration.method != "adaptive_temperature":
             whole = logprob_table(self.model, features, TEMPERATURE_GRID, self.device)

@@ -2,7 +2,8 @@
 
 One line of the audit log is one question, in the order asked: {"abstained": false, "correct": true}; the grade of a
 refused one may be null. The log may grow, or go on in another file: what was counted is kept in monitor.json, so that each
-line counts once.
+line counts once. Lines that also hold the `confidence` of a graded answer, and the `word` where it was logged, are held
+against what the words promise.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 
 from calibtrain.abstention.certificate import Certificate
 from calibtrain.abstention.monitor import RiskAlarm
+from calibtrain.abstention.words import Scale, WordAudit, audit_words, scale_of, word_for
 from calibtrain.calibration.intervals import wilson
+from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
-from calibtrain.pipeline.calibrate import read_calibration, write_json
+from calibtrain.pipeline.calibrate import read_calibration, source_folder, write_json
 
 STATE = "monitor.json"
 
@@ -30,6 +33,12 @@ class Service:
     n: int  # questions
     n_new: int  # of them counted by this call
     restarted: bool  # the certificate is another than the last call's
+    words: tuple[WordAudit, ...] = ()  # of this log's graded confidences; empty without any
+
+    @property
+    def failed(self) -> bool:
+        """Whether the certificate or a word no longer keeps its promise."""
+        return self.alarm.fired or not all(word.holds for word in self.words)
 
     @property
     def refusal_rate(self) -> float:
@@ -42,16 +51,17 @@ class Service:
         return self.alarm.n_wrong / self.n if self.n else float("nan")
 
 
-def run(output_dir: Path, audited: Path) -> Service:
+def run(output_dir: Path, audited: Path, *, source: str | None = None) -> Service:
     """Count the new lines of an audit log, print the rates and say whether the certificate still holds.
 
     After another certificate the counts and the alarm start anew, with the lines not counted yet. Raises UserError naming
     file, line and key for a bad line, for a log whose counted lines have changed, and where nothing is certified.
     """
-    certificate = read_calibration(output_dir).certification.certificate
+    certificate = read_calibration(output_dir, source=source).certification.certificate
+    folder = source_folder(output_dir, source)
     if certificate is None:
         raise UserError(f"{output_dir}: no certificate that could stop holding; see calibration.json, certify first")
-    state = _read(output_dir / STATE)
+    state = _read(folder / STATE)
     key = _key(certificate)
     restarted = bool(state) and state["certificate"] != key
     logs: dict[str, Any] = dict(state.get("logs", {}))
@@ -64,9 +74,10 @@ def run(output_dir: Path, audited: Path) -> Service:
         else RiskAlarm(certificate.risk_bound, certificate.delta)
     )
     alarm.observe_all(not correct for abstained, correct in rows if not abstained)
-    service = Service(alarm, (state["n"] if goes_on else 0) + len(rows), len(rows), restarted)
+    words = _words(audited, lines, scale_of(load_config(output_dir / "config.yaml").abstention.words))
+    service = Service(alarm, (state["n"] if goes_on else 0) + len(rows), len(rows), restarted, words)
     logs[audited.name] = {"lines": len(lines), "sha256": _hash(lines)}
-    write_json(output_dir / STATE, {"certificate": key, "n": service.n, "logs": logs, "alarm": alarm.as_dict()})
+    write_json(folder / STATE, {"certificate": key, "n": service.n, "logs": logs, "alarm": alarm.as_dict()})
     _print(service, certificate)
     return service
 
@@ -111,6 +122,26 @@ def _rows(path: Path, lines: list[str], counted: int) -> list[tuple[bool, bool]]
     return rows
 
 
+def _words(path: Path, lines: list[str], scale: Scale) -> tuple[WordAudit, ...]:
+    """Audit of the words of a log's graded confidences; a word that was not logged is the one of its confidence."""
+    found: list[tuple[float, bool, str]] = []
+    for number, line in enumerate(lines, start=1):
+        row = json.loads(line) if line.strip() else {}
+        if "confidence" not in row or not isinstance(row.get("correct"), bool):
+            continue
+        confidence = row["confidence"]
+        if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
+            raise UserError(f"{path}:{number}: `confidence` is {confidence!r}, not a probability in [0, 1]")
+        word = row.get("word", word_for(confidence, scale).name)
+        if word not in {one.name for one in scale}:
+            raise UserError(f"{path}:{number}: `word` is {word!r}, not one of the config's abstention.words")
+        found.append((confidence, row["correct"], word))
+    if not found:
+        return ()
+    confidences, grades, names = zip(*found, strict=True)
+    return tuple(audit_words(confidences, grades, scale, words=names))
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
@@ -153,3 +184,10 @@ def _print(service: Service, certificate: Certificate) -> None:
         )
     else:
         console.print(f"no alarm: nothing speaks against the certificate (p = {alarm.p_value:.2g})")
+    for word in service.words:
+        if word.n:
+            console.print(
+                f'"{word.word}" promises {word.band_low:.0%} to {word.band_high:.0%}: {word.right} of {word.n} right '
+                f"({word.low:.0%} to {word.high:.0%})" + ("" if word.holds else ": NOT KEPT"),
+                style=None if word.holds else "bold red",
+            )

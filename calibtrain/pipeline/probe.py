@@ -17,7 +17,14 @@ from calibtrain.calibration.intervals import paired_bootstrap, sample_ids
 from calibtrain.calibration.metrics import ece
 from calibtrain.calibration.ranking import auroc
 from calibtrain.calibration.state import CalibrationState, state_of
-from calibtrain.confidence.features import Features, Fingerprint, collect_features, default_layers, depth_of
+from calibtrain.confidence.features import (
+    POSITIONS,
+    Features,
+    Fingerprint,
+    collect_features,
+    default_layers,
+    depth_of,
+)
 from calibtrain.confidence.probe import KINDS, Kind, Probe, cost, fit_probe
 from calibtrain.config_file import load_config
 from calibtrain.data.records import Record
@@ -29,6 +36,8 @@ from calibtrain.pipeline.prepare import prepare
 
 SPLITS = {"fit": "calibration", "calibrate": "temperature", "measure": "test"}
 """What each split of the run is for. The certification split stays untouched."""
+BEFORE = "p_ik"
+"""P(IK), the probe of the question's last token, which knows no answer yet: its folder in OUT/probe/ and its name."""
 
 
 def run(
@@ -67,10 +76,15 @@ def run(
     ids = {use: [answer.question_id for answer in one.answers] for use, one in answered.items()}
     probe = fit_probe(features["fit"], answered["fit"].correct, ids["fit"], kind=kind, seed=config.seed)
     probe.save(folder)
-    scores = {use: probe.score(features[use]) for use in ("calibrate", "measure")}
-    likelihood = {use: answered[use].confidence for use in ("calibrate", "measure")}
+    before = fit_probe(
+        features["fit"], answered["fit"].correct, ids["fit"], kind=kind, positions=POSITIONS[:1], seed=config.seed
+    )
+    before.save(folder / BEFORE)
+    uses = ("calibrate", "measure")
+    scores, foreseen = ({use: one.score(features[use]) for use in uses} for one in (probe, before))
+    likelihood = {use: answered[use].confidence for use in uses}
     calibrated = {}
-    for name, found in (("probe", scores), ("likelihood", likelihood)):
+    for name, found in (("probe", scores), (BEFORE, foreseen), ("likelihood", likelihood)):
         calibrator = fit_platt(found["calibrate"], answered["calibrate"].correct, ids["calibrate"], fingerprint)
         if name == "probe":
             _write(folder / "calibrator.json", calibrator.to_json())
@@ -85,6 +99,13 @@ def run(
         "calibrated": compare(
             calibrated["likelihood"], calibrated["probe"], answered["measure"].correct, ids["measure"]
         ),
+        BEFORE: {
+            "layer": before.layer,
+            "raw": compare(likelihood["measure"], foreseen["measure"], answered["measure"].correct, ids["measure"]),
+            "calibrated": compare(
+                calibrated["likelihood"], calibrated[BEFORE], answered["measure"].correct, ids["measure"]
+            ),
+        },
     }
     _write(folder / "measured.json", json.dumps(measured, indent=2))
     _print(measured, folder)
@@ -121,6 +142,12 @@ def load(output_dir: Path, template_hash: str) -> tuple[Probe, Calibrator]:
             f"{folder}: no calibrator of the probe ({error}); run `calibtrain probe {output_dir}`"
         ) from error
     return probe, Calibrator.from_json(text, **asdict(fingerprint))
+
+
+def load_probes(output_dir: Path, fingerprint: Fingerprint) -> dict[str, Probe]:
+    """The run's probes by the name of their source; none without `calibtrain probe`."""
+    folders = {"probe": output_dir / "probe", BEFORE: output_dir / "probe" / BEFORE}
+    return {name: Probe.load(one, fingerprint) for name, one in folders.items() if (one / "probe.json").is_file()}
 
 
 def fit_platt(
@@ -190,6 +217,8 @@ def _print(measured: dict[str, Any], folder: Path) -> None:
                 f"{estimate:+.3f} ({low:+.3f} to {high:+.3f})",
             )
     console.print(table)
+    foreseen = measured[BEFORE]["raw"]["auroc"]
+    console.print(f"before any answer (p_ik, layer {measured[BEFORE]['layer']}): AUROC {foreseen['probe']:.3f}")
     extra = measured["cost"]
     console.print(
         f"{measured['kind']} probe of layer {measured['layer']}, {measured['position']}; per answer "

@@ -97,3 +97,28 @@ def test_a_changed_log_a_broken_state_and_a_missing_certificate_are_told(out, tm
         monitor.run(out, path)
     with pytest.raises(UserError, match="no such file"):
         monitor._lines(tmp_path / "none.jsonl")
+
+
+def test_words_that_are_not_kept_fail_the_command(out, tmp_path):
+    rng = random.Random(0)
+    told = [rng.random() for _ in range(600)]
+    honest = [{"abstained": q < 0.93, "correct": rng.random() < q, "confidence": q} for q in told]
+    service = monitor.run(out, log(tmp_path / "honest.jsonl", honest))
+    assert sum(word.n for word in service.words) == 600
+    assert not service.failed
+    boast = [row | {"confidence": 0.97, "word": "almost certain", "abstained": False} for row in honest[:200]]
+    path = log(tmp_path / "boast.jsonl", [row | {"correct": i % 10 > 0} for i, row in enumerate(boast)])
+    told = CliRunner().invoke(cli.app, ["monitor", str(out), str(path)])
+    assert told.exit_code == 1
+    assert '"almost certain" promises 95% to 100%: 180 of 200 right' in told.output
+    assert "NOT KEPT" in told.output
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({"confidence": 1.2}, "not a probability"), ({"confidence": 0.5, "word": "surely"}, "`word`")],
+)
+def test_a_confidence_or_word_that_cannot_be_is_named(out, tmp_path, changed, words):
+    path = log(tmp_path / "audit.jsonl", [{"abstained": False, "correct": True} | changed])
+    with pytest.raises(UserError, match=f"audit.jsonl:1: .*{words}"):
+        monitor.run(out, path)
