@@ -71,6 +71,9 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="calibration, temperature, certification or test")] = "test",
     output: Annotated[Path | None, typer.Option(help="Write the graded answers here, one JSON a line.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Of a model that refuses: make it answer too, and count refusals.")
+    ] = False,
 ) -> None:
     """Let a model answer a split's questions and measure its calibration."""
     from calibtrain.config_file import load_config
@@ -80,8 +83,11 @@ def evaluate(
         raise UserError(f"--split: {split!r} is none of calibration, temperature, certification, test")
     if model is not None and not (model / "config.json").is_file():
         raise UserError(f"--model: {model} is not a Hugging Face model directory (no config.json)")
-    from calibtrain.pipeline.evaluate import run
+    from calibtrain.pipeline.evaluate import run, run_forced
 
+    if force:
+        run_forced(loaded, model=model, split=split)
+        return
     run(loaded, model=model, split=split, output=output)
 
 

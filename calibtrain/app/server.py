@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from calibtrain.app.openai_api import (
 )
 from calibtrain.errors import UserError
 from calibtrain.pipeline.answer import Answerer, Level, Reply
+from calibtrain.pipeline.evaluate import read_measurement
 
 try:
     from fastapi import FastAPI, Request
@@ -42,16 +43,23 @@ SECURITY = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+EXAMPLES, EXAMPLE_LENGTH = 3, 80
 Result = TypeVar("Result")
 
 
 def create_app(
-    answerer: Answerer, *, name: str, limits: Limits | None = None, hosts: list[str] | None = None
+    answerer: Answerer,
+    *,
+    name: str,
+    limits: Limits | None = None,
+    hosts: list[str] | None = None,
+    examples: Sequence[str] = (),
 ) -> FastAPI:
     """The application: page, /api/answer, /v1/chat/completions, /v1/models, /healthz.
 
     name: what the model is called. hosts: Host headers that are served, None for any; for a server on loopback they keep
-    a foreign site that points its name at 127.0.0.1 from reading answers.
+    a foreign site that points its name at 127.0.0.1 from reading answers. examples: questions of the kind that the
+    certificate is about, to try on the page.
     """
     limits = limits or Limits()
     batcher: Batcher[str, Reply] = Batcher(answerer.guess, max_batch=limits.batch, max_waiting=limits.waiting)
@@ -106,7 +114,7 @@ def create_app(
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> str:
-        return render_page(answerer, name)
+        return render_page(answerer, name, examples)
 
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
 
@@ -139,7 +147,7 @@ def create_app(
     return app
 
 
-def render_page(answerer: Answerer, name: str) -> str:
+def render_page(answerer: Answerer, name: str, examples: Sequence[str] = ()) -> str:
     """The page; what the model or the run says is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -155,6 +163,8 @@ def render_page(answerer: Answerer, name: str) -> str:
     joint = 1 - sum(level.certificate.delta for level in promised if level.certificate)
     return environment.get_template("page.html.j2").render(
         name=name,
+        examples=examples,
+        source=answerer.source,
         levels=[{"threshold": one.threshold, "risk": one.risk, "coverage": one.coverage} for one in levels],
         chosen=levels.index(answerer.default),
         certificate=answerer.default.certificate,
@@ -181,6 +191,7 @@ def run(output_dir: Path, *, host: str, port: int, requests_per_minute: int, sou
             name=answerer.loaded.config.name,
             limits=Limits(requests_per_minute=requests_per_minute),
             hosts=[*LOOPBACK, host] if loopback else None,
+            examples=_examples(output_dir),
         )
         console = Console(highlight=False)
         shown = f"[{host}]" if ":" in host else host
@@ -204,6 +215,13 @@ def run(output_dir: Path, *, host: str, port: int, requests_per_minute: int, sou
         uvicorn.Server(config).run(sockets=[listener])
     finally:
         listener.close()
+
+
+def _examples(output_dir: Path) -> list[str]:
+    """A few questions of the certification split, which the promises are about."""
+    path = output_dir / "answers" / "certification.jsonl"
+    answers = read_measurement(path).answers if path.is_file() else []
+    return [answer.question for answer in answers if len(answer.question) <= EXAMPLE_LENGTH][:EXAMPLES]
 
 
 def _listen(host: str, port: int) -> socket.socket:

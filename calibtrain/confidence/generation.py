@@ -40,13 +40,15 @@ def generate(
     device: torch.device | str = "cpu",
     all_done: AllDone = bool,
     share_prefix: bool = True,
+    not_first: Sequence[int] = (),
     on_batch: Callable[[int], None] = lambda prompts_done: None,
 ) -> list[list[Generation]]:
     """Complete every prompt: greedily (samples=0, one completion each) or with `samples` draws at temperature 1.
 
     `model` maps a DecodeStep to (hidden (B, H), logits (B, V), cache). The prompts' longest common prefix (few-shot
     examples, a system prompt) passes through the model once unless `share_prefix` is off; a prompt passes through it once
-    for all its samples. Prompts must not be empty.
+    for all its samples. Tokens in `not_first` begin no completion; log-probs stay the model's own. No prompt may be
+    empty.
     """
     prefix, prefix_cache = _read_prefix(model, prompts, share_prefix, device)
     generator = torch.Generator(device=device).manual_seed(seed) if samples else None
@@ -57,7 +59,7 @@ def generate(
         rows = order[start : start + batch_size]
         batch = _Batch(len(rows), len(prefix), prefix_cache, device)
         batch.extend([prompts[index][len(prefix) :] for index in rows], pad_id)
-        found = batch.run(model, frozenset(stop_ids), max_new_tokens, generator, all_done, copies)
+        found = batch.run(model, frozenset(stop_ids), max_new_tokens, generator, all_done, copies, not_first)
         for place, index in enumerate(rows):
             results[index] = found[place * copies : (place + 1) * copies]
         on_batch(min(start + batch_size, len(order)))
@@ -147,6 +149,7 @@ class _Batch:
         generator: torch.Generator | None,
         all_done: AllDone,
         copies: int,
+        not_first: Sequence[int],
     ) -> list[Generation]:
         """`copies` completions of each prompt, those of one prompt together."""
         device = self.mask.device
@@ -162,7 +165,10 @@ class _Batch:
                 hidden, logits = (one.repeat_interleave(copies, 0) for one in (hidden, logits))
                 self.repeat(copies)
             logprobs = logits.log_softmax(-1)
-            token = logprobs.argmax(-1) if generator is None else _draw(logprobs, rows, carried, generator)
+            allowed = logprobs
+            if not steps and not_first:
+                allowed = logprobs.index_fill(-1, torch.tensor(not_first, device=device), float("-inf"))
+            token = allowed.argmax(-1) if generator is None else _draw(allowed, rows, carried, generator)
             steps.append((carried, token, logprobs.gather(1, token[:, None])[:, 0], hidden))
             lengths[carried] += ~done
             done = done | torch.isin(token, stops)

@@ -38,9 +38,12 @@ def answer_questions(
     device: torch.device | str = "cpu",
     all_done: AllDone = bool,
     share_prefix: bool = True,
+    not_first: Sequence[int] = (),
     on_batch: Callable[[int], None] = lambda questions_done: None,
 ) -> Answered:
     """Greedy answers of `model` (a LossModel or the engine around it) to `records`, graded where they can be.
+
+    not_first: tokens that no answer may begin with.
 
     The confidence of an answer is the product of its tokens' probabilities with the end token's, so that "Guinea" is
     not credited with the probability of "Guinea-Bissau".
@@ -56,6 +59,7 @@ def answer_questions(
         device=device,
         all_done=all_done,
         share_prefix=share_prefix,
+        not_first=not_first,
         on_batch=on_batch,
     )
     first = [samples[0] for samples in generations]

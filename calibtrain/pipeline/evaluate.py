@@ -18,6 +18,7 @@ from calibtrain.calibration.metrics import summary
 from calibtrain.calibration.scores import TEMPERATURE_GRID, Scores, TokenScores, scores_of
 from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.forced import Forced, forced_answers
 from calibtrain.confidence.likelihood import Answered, answer_questions, logprob_table, token_logprob_table
 from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.data.records import Record
@@ -111,6 +112,19 @@ def run(config: RunConfig, *, model: Path | None, split: str, output: Path | Non
     return metrics
 
 
+def run_forced(config: RunConfig, *, model: Path | None, split: str) -> Forced:
+    """Let a model that may refuse answer a split, force an answer where it does, and print refusals and over-refusals."""
+    prepared = prepare(config)
+    records = prepared.splits[split]
+    if not records:
+        raise UserError(f"data.splits.{split}: 0 questions; ask for some in the config")
+    loaded = Loaded(config, model)
+    shots = () if model is not None else prepared.shots
+    found = forced_answers(loaded.model, loaded.template, records, config.evaluation, shots=shots, device=loaded.device)
+    _print_forced(found, f"{model or config.model.source}, {split}")
+    return found
+
+
 def with_progress(loaded: Loaded, records: Sequence[Record], shots: Sequence[Record], label: str) -> Measurement:
     """`Loaded.measure` under a progress bar."""
     from rich.console import Console
@@ -180,6 +194,24 @@ SHOWN = {
     "auroc": "AUROC",
     "aurc": "AURC",
 }
+
+
+def _print_forced(found: Forced, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    statistics, (refused, right, low, high) = found.statistics, found.over_refusal
+    rows = {
+        "questions": str(statistics.n),
+        "refused": f"{statistics.refusal_rate:.1%}",
+        "answered wrongly, of all": f"{statistics.hallucination_rate:.1%}",
+        "wrong among the given": f"{statistics.risk:.1%} ({statistics.risk_low:.1%} to {statistics.risk_high:.1%})",
+        "refused though it knew": f"{refused} of {right} ({low:.1%} to {high:.1%})",
+    }
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
 
 
 def _print(metrics: dict[str, float], title: str) -> None:

@@ -27,6 +27,9 @@ function showPromise() {
   const text = promise(level());
   at("promise").textContent = text;
   slider.setAttribute("aria-valuetext", text);
+  document.querySelectorAll(".stops li").forEach((stop, index) => {
+    stop.classList.toggle("chosen", index === Number(slider.value));
+  });
 }
 
 function reason(one, abstained) {
@@ -34,6 +37,11 @@ function reason(one, abstained) {
   if (one.risk === null) return `${chance}. I answer whatever the chance.`;
   const rule = `I answer from ${percent(one.threshold)} on, so that at most ${percent(one.risk)} of my answers are wrong.`;
   return abstained ? `${chance}; ${rule}` : rule;
+}
+
+function state(one, abstained) {
+  if (one.risk === null) return "Answers everything";
+  return abstained ? "Not sure enough to answer" : "Sure enough to answer";
 }
 
 function place(element, share) {
@@ -45,8 +53,11 @@ function showReply() {
   const one = level();
   const abstained = reply.confidence < one.threshold;
   at("result").hidden = false;
+  document.body.classList.add("answered");
   at("result").classList.toggle("refused", abstained);
   at("asked").textContent = reply.question;
+  at("state").textContent = state(one, abstained);
+  at("chance").textContent = percent(reply.confidence).replace("less than ", "<").replace("more than ", ">");
   at("answer").textContent = abstained ? reply.refusal : reply.best_guess || "(an empty answer)";
   at("sentence").textContent = abstained ? "" : `${reply.sentence}.`;
   at("sentence").hidden = abstained;
@@ -92,7 +103,7 @@ function showProblem(text) {
 
 async function ask(event) {
   event.preventDefault();
-  const button = event.target.querySelector("button");
+  const button = event.target.querySelector("button[type=submit]");
   const question = at("question").value.trim();
   if (!question) return;
   button.disabled = true;
@@ -118,6 +129,12 @@ async function ask(event) {
 }
 
 at("ask").addEventListener("submit", ask);
+document.querySelectorAll(".example").forEach((example) => {
+  example.addEventListener("click", () => {
+    at("question").value = example.textContent;
+    at("ask").requestSubmit();
+  });
+});
 if (slider) {
   slider.value = slider.dataset.chosen; // a reload keeps the old place in some browsers
   slider.addEventListener("input", () => {

@@ -69,7 +69,13 @@ def address(answerer):
     from calibtrain.app.protocol import PatientProtocol
     from calibtrain.app.server import LOOPBACK, create_app
 
-    app = create_app(answerer, name="demo", limits=Limits(requests_per_minute=0, body_seconds=0.5), hosts=LOOPBACK)
+    app = create_app(
+        answerer,
+        name="demo",
+        limits=Limits(requests_per_minute=0, body_seconds=0.5),
+        hosts=LOOPBACK,
+        examples=["what is it", "why is it"],
+    )
     config = uvicorn.Config(app, log_level="warning", http=PatientProtocol, ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -166,6 +166,8 @@ def test_asking_answering_and_abstaining(opened):
     assert not page.is_visible("#guess")
     put(page, "doubt")
     assert page.inner_text("#answer") == REFUSAL
+    assert page.inner_text("#state") == "Not sure enough to answer"
+    assert page.inner_text("#chance").endswith("%")
     assert "I answer from" in page.inner_text("#reason")
     assert not page.is_visible("#guess-text")
     assert not page.is_visible("#pieces")
@@ -183,6 +185,8 @@ def test_the_slider_moves_the_threshold_along_the_certified_curve(opened, answer
         promise = page.inner_text("#promise")
         assert (f"At most {100 * level.risk:.0f}%" if level.risk else "answers everything") in promise
         assert page.get_attribute("#risk", "aria-valuetext") == promise
+        stop = page.inner_text(".stops li.chosen")
+        assert stop == (f"at most {100 * level.risk:.0f}%" if level.risk else "no promise")
         wanted = REFUSAL if answerer.answer("doubt").probability < level.threshold else "echo doubt"
         assert page.inner_text("#answer") == wanted
     assert page.inner_text("#answer") == "echo doubt"
@@ -195,8 +199,8 @@ def test_the_keyboard_is_enough(opened):
     page.keyboard.type("doubt")  # the field has the focus from the start
     page.keyboard.press("Enter")
     page.wait_for_selector('#asked:text-is("doubt")')
-    page.keyboard.press("Tab")  # the button
-    page.keyboard.press("Tab")  # the guess kept back
+    for _ in range(4):  # the button, two examples, the guess kept back
+        page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     assert page.inner_text("#guess-text") == "echo doubt"
     page.keyboard.press("Tab")
@@ -212,6 +216,14 @@ def test_nothing_is_cut_off_at_any_width(opened, width):
     page = opened(width, 800)
     put(page, "a " + "very" * 40 + " long word")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.peer
+def test_an_example_is_asked_with_a_click(opened):
+    page = opened()
+    page.click(".example >> nth=1")
+    page.wait_for_selector('#asked:text-is("why is it")')
+    assert page.inner_text("#answer") == "echo why is it"
 
 
 @pytest.mark.peer
