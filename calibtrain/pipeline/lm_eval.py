@@ -102,7 +102,7 @@ def _answer(row: Mapping[str, Any], place: str) -> Answer:
         text=text,
         # A sum over the options or repeats, so one number stands for the whole answer; log 0 has no JSON.
         token_logprobs=(math.log(max(probability, 1e-300)),),
-        correct=_grade(row, "acc" if chose else "exact_match", place),
+        correct=_grade(row, "acc", place) if chose else _generation_grade(row, responses, place),
         accepted=(_accepted(row),),
     )
 
@@ -150,6 +150,24 @@ def _generation(row: Mapping[str, Any], responses: list[Any], place: str) -> tup
             "answers (no take_first), or measure with `calibtrain evaluate`"
         )
     return given, sum(agree) / len(agree)
+
+
+def _generation_grade(row: Mapping[str, Any], responses: list[Any], place: str) -> bool:
+    """Grade of a generated answer.
+
+    Of repeats that are all kept the harness logs the share that match: then it is the first's own, told by comparing
+    texts, if that finds the same share.
+    """
+    kept, share = responses[0], row["exact_match"]
+    if not isinstance(kept, list) or len(kept) < 2 or share in (0, 1):
+        return _grade(row, "exact_match", place)
+    right = [normalize(read_statement(str(one)).answer) == normalize(str(row.get("target", ""))) for one in kept]
+    if not isinstance(share, int | float) or not math.isclose(sum(right) / len(right), share, abs_tol=1e-6):
+        raise UserError(
+            f"{place}: `exact_match` is {share!r} over {len(kept)} repeats, and comparing them with `target` does not tell "
+            "which are right; log one answer as graded (take_first) with its repeats in `resps`"
+        )
+    return right[0]
 
 
 def _repeats(row: Mapping[str, Any]) -> list[Any]:

@@ -63,6 +63,20 @@ def test_generated_answers_are_as_sure_as_they_state_or_agree(tmp_path):
     assert kept.confidence == pytest.approx(0.75)
 
 
+def test_of_kept_repeats_the_harness_logs_the_share_that_is_right(tmp_path):
+    """As lm_eval 0.4 does with `take_first_k`: seen in its own samples."""
+    kept = [
+        generation_row(0, texts, "India", share) | {"filtered_resps": [texts], "resps": [texts]}
+        for texts, share in ((["India", "Iran", "india", "Peru"], 0.5), (["Iran", "India", "India", "India"], 0.75))
+    ]
+    rows = [row | {"doc_id": i} for i, row in enumerate(kept)]
+    first, second = lm_eval.read_samples(written(tmp_path, rows)).answers
+    assert (first.correct, first.confidence) == (True, pytest.approx(0.5))
+    assert (second.correct, second.confidence) == (False, pytest.approx(0.25))
+    with pytest.raises(UserError, match="does not tell"):
+        lm_eval.read_samples(written(tmp_path, [rows[0] | {"exact_match": 0.25}]))
+
+
 def test_of_several_filters_the_first_is_read_and_named(tmp_path):
     strict = [generation_row(i, ["4 (confidence: 0.9)"], "4", 1.0, name="strict-match") for i in range(2)]
     loose = [generation_row(i, ["4 (confidence: 0.9)"], "4", 0.0, name="flexible-extract") for i in range(2)]
