@@ -28,8 +28,9 @@ from _report import print_table, write_json
 
 from calibtrain.abstention.certificate import certify
 from calibtrain.calibration.calibrators import fit_calibrator
-from calibtrain.calibration.intervals import bootstrap, sample_ids
-from calibtrain.calibration.metrics import ece_debiased, ece_null
+from calibtrain.calibration.intervals import bootstrap, paired_bootstrap, sample_ids
+from calibtrain.calibration.metrics import brier, ece_debiased, ece_null
+from calibtrain.calibration.ranking import aurc, auroc
 from calibtrain.calibration.state import state_of
 from calibtrain.confidence.ensemble import cross_scores, fit_ensemble
 from calibtrain.confidence.features import POSITIONS, Features, Fingerprint, collect_features, default_layers, depth_of
@@ -45,7 +46,7 @@ from calibtrain.data.splits import SHARES, split_of, unique_records
 from calibtrain.distributed import World
 from calibtrain.models.loading import local_path
 from calibtrain.pipeline.calibrate import weights_hash
-from calibtrain.pipeline.confidence import Scored, difference, row_of, score_split
+from calibtrain.pipeline.confidence import Scored, row_of, score_split
 from calibtrain.pipeline.evaluate import Loaded
 from calibtrain.pipeline.prepare import prepare
 
@@ -53,6 +54,7 @@ LIKELIHOODS = next(iter(FAMILIES))
 RISKS, DELTA = (0.1, 0.2), 0.05
 PROBES = {"question_last": "p_ik", "answer_last": "probe_answer_last", "answer_mean": "probe_answer_mean"}
 """Probes by position; that of the question's last token knows no answer: P(IK), which can route before generation."""
+REPLICATES = 400
 BLOCK = 256
 """Questions that are answered and scored before the clock is looked at."""
 
@@ -251,16 +253,31 @@ def rows_of(model: str, scored: Mapping[str, Scored], fingerprint: Fingerprint) 
         row["ece_null"] = ece_null(state_of(torch.from_numpy(calibrated[name]), torch.from_numpy(test.correct)))
         row["ece_debiased_interval"] = debiased(calibrated[name], test)
         if name != "likelihood":
-            row["difference_raw"] = difference(test, raw, name)
-            row["difference_calibrated"] = difference(test, calibrated, name)
+            row["difference_raw"] = difference(
+                lambda state: {"auroc": auroc(state), "aurc": aurc(state)}, test, raw, name
+            )
+            row["difference_calibrated"] = difference(lambda state: {"brier": brier(state)}, test, calibrated, name)
         rows.append(row)
     return rows
+
+
+def difference(metrics: Any, test: Scored, values: Mapping[str, Any], name: str) -> dict[str, list[float]]:
+    """[estimate, low, high] of each metric of one source minus the likelihood's, by the paired bootstrap."""
+    y = test.correct.astype(np.float64)
+    found = paired_bootstrap(
+        metrics, (values["likelihood"], y), (values[name], y), sample_ids(test.ids), replicates=REPLICATES
+    )
+    return {key: [one.estimate, one.low, one.high] for key, one in found.items()}
 
 
 def debiased(q: Any, test: Scored) -> list[float]:
     """95% interval of the debiased ECE."""
     found = bootstrap(
-        lambda state: {"ece_debiased": ece_debiased(state)}, q, test.correct.astype(np.float64), sample_ids(test.ids)
+        lambda state: {"ece_debiased": ece_debiased(state)},
+        q,
+        test.correct.astype(np.float64),
+        sample_ids(test.ids),
+        replicates=REPLICATES,
     )
     return [found["ece_debiased"].low, found["ece_debiased"].high]
 

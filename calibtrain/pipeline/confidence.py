@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calibtrain.calibration.intervals import paired_bootstrap, sample_ids
 from calibtrain.calibration.metrics import brier, ece, ece_debiased
 from calibtrain.calibration.ranking import aurc, auroc
 from calibtrain.calibration.state import CalibrationState, state_of
@@ -152,13 +151,6 @@ def row_of(name: str, measured: Scored, calibrated: Array) -> dict[str, Any]:
         **scores.cost.mean(),
         "failed": scores.num_failed,
     }
-
-
-def difference(measured: Scored, values: Mapping[str, Array], name: str, other: str = "likelihood") -> dict[str, Any]:
-    """[estimate, low, high] of each measure of one source minus another's, by the paired bootstrap."""
-    correct = measured.correct.astype(np.float64)
-    intervals = paired_bootstrap(measures, (values[other], correct), (values[name], correct), sample_ids(measured.ids))
-    return {key: [one.estimate, one.low, one.high] for key, one in intervals.items()}
 
 
 def parse_sources(text: str | None) -> tuple[str, ...] | None:
