@@ -80,7 +80,7 @@ def forced_answers(
     made = answer_questions(
         model,
         template,
-        [records[row] for row in again],
+        [records[row] for row in again.tolist()],
         settings,
         shots=shots,
         device=device,

@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from calibtrain.calibration.ranking import auroc
 from calibtrain.calibration.scores import sigmoid
 from calibtrain.calibration.state import state_of
-from calibtrain.confidence.ensemble import FOLDS, Ensemble, fit_ensemble
+from calibtrain.confidence.ensemble import FOLDS, Ensemble, cross_scores, fit_ensemble
 from calibtrain.confidence.features import Fingerprint
 from calibtrain.errors import UserError
 
@@ -78,6 +78,18 @@ def test_extreme_and_constant_scores_do_no_harm():
     scores["constant"] = np.full(400, 0.5)
     found = fit_ensemble(scores, correct, PRINT)
     assert np.isfinite(found.score(scores)).all()
+
+
+def test_cross_scores_are_of_ensembles_that_did_not_see_the_answer():
+    """Many sources that know nothing: fitted on its own answers an ensemble seems to rank, across folds it does not."""
+    rng = np.random.default_rng(0)
+    scores, correct = {f"s{i}": rng.random(80) for i in range(30)}, rng.random(80) < 0.5
+    seen = fit_ensemble(scores, correct, PRINT).score(scores)
+    unseen = cross_scores(scores, correct, PRINT)
+    assert ranks(seen, correct) > 0.65
+    assert ranks(unseen, correct) < 0.6
+    with pytest.raises(UserError, match=f"needs {2 * FOLDS} right and wrong"):
+        cross_scores(scores, np.arange(80) < 9, PRINT)
 
 
 def test_what_cannot_be_fitted_is_told(fitted):
