@@ -13,9 +13,18 @@ from typing import Any
 from _step_pairs import BETA, LEARNING_RATE, PAIRS, token_ids
 
 
-def trl_worker(pipe: Connection, model: Path, shape: str, dtype: str = "float32", micro_batches: int = 1) -> None:
+def trl_worker(
+    pipe: Connection,
+    model: Path,
+    shape: str,
+    dtype: str = "float32",
+    micro_batches: int = 1,
+    compiled: bool = False,
+) -> None:
     """ORPOTrainer.train(); a callback at the end of each step reports it and waits for the next."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    if compiled:  # layer by layer, as accelerate advises for repeated layers, and as ours does
+        os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "1"
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -44,7 +53,7 @@ def trl_worker(pipe: Connection, model: Path, shape: str, dtype: str = "float32"
         per_device_train_batch_size=PAIRS // micro_batches, gradient_accumulation_steps=micro_batches,
         max_steps=1_000_000, lr_scheduler_type="constant", bf16=True, use_cpu=True, gradient_checkpointing=False,
         optim="adamw_torch_fused", weight_decay=0.0, report_to=[], save_strategy="no", disable_tqdm=True,
-        logging_steps=5,
+        logging_steps=5, torch_compile=compiled,
     )  # fmt: skip
     one = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
     trainer = ORPOTrainer(

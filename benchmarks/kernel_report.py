@@ -33,6 +33,8 @@ INTEGERS = (
     "gradient_stride",
     "splits",
 )
+SHAPES = ((1536, 49152, 576), (8192, 128256, 4096))
+"""Tokens, vocabulary and hidden size whose traffic is reckoned: SmolLM2-135M's, Llama 3.1 8B's."""
 DIVISIBLE = ("hidden_size", "hidden_stride", "weight_stride", "vocabulary", "num_columns", "gradient_stride")
 """Sizes that real models have as multiples of 16, which the launcher specialises on."""
 
@@ -42,11 +44,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = list(report())
+    rows, moved = list(report()), list(traffic())
     print_table("compiled, never run", rows)
+    print_table("bytes moved, by arithmetic", moved)
     if arguments.json:
         worst = {"most_registers": max(row["registers"] for row in rows), "spills": sum(row["local"] for row in rows)}
-        write_json(arguments.json, rows, worst)
+        write_json(arguments.json, rows, {**worst, "traffic": moved})
 
 
 def report(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[dict[str, Any]]:
@@ -72,6 +75,39 @@ def report(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[dict[str,
                     "warps": blocks.warps,
                     "stages": blocks.stages,
                     **resources(compiled),
+                }
+
+
+def traffic(shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> Iterator[dict[str, Any]]:
+    """Bytes moved in bf16 at sizes (N, V, H), in GB, by arithmetic.
+
+    `loaded` is what the programs ask for, most of it from the L2 cache; `memory` is what memory must deliver and take if
+    the cache keeps the hidden states and a wave's share of the weight; `minimum` is every input read and every result
+    written once, which no implementation undercuts.
+    """
+    from calibtrain.ops.triton_token_stats import BLOCKS, _backward_columns
+
+    for arch in (80, 90, 100):
+        table = BLOCKS[arch, 2]
+        for tokens, vocabulary, size in shapes:
+            hidden, weight, logits = 2 * tokens * size, 2 * vocabulary * size, 2 * tokens * vocabulary
+            turns = -(-vocabulary // _backward_columns(tokens, vocabulary, 2, table.gradients.vocabulary))
+            # The kernel writes a block, two products read it. A turn reads the hidden states twice and adds a float32
+            # product to a float32 sum; the weight is read twice and its gradient written.
+            backward = 3 * logits + 3 * weight + turns * (2 * hidden + 8 * hidden) + 3 * hidden
+            for name, blocks, written, moved, minimum in (
+                ("forward", table.statistics, 0, hidden + weight, hidden + weight),
+                ("backward", table.gradients, logits, backward, 2 * (hidden + weight)),
+            ):
+                tiles = -(-tokens // blocks.tokens) * -(-vocabulary // blocks.vocabulary)
+                yield {
+                    "sm": arch,
+                    "N x V x H": f"{tokens} x {vocabulary} x {size}",
+                    "pass": name,
+                    "loaded": (tiles * (blocks.tokens + blocks.vocabulary) * size * 2 + written) / 1e9,
+                    "memory": moved / 1e9,
+                    "minimum": minimum / 1e9,
+                    "over minimum": moved / minimum,
                 }
 
 

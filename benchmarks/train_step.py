@@ -10,11 +10,13 @@ losses of their first step are in the report, to be compared.
 
 - `calibtrain`: Trainer on DeepSpeed ZeRO-2, bf16 weights and fp32 masters, the default hooks.
 - `calibtrain_responses`: the same with nll_scope=completion, our default and the paper's formula; TRL has no such option.
+- `calibtrain_compiled`: the same as `calibtrain` with model.compile.
 - `plain_torch`: the same module and optimiser in a loop without DeepSpeed, trainer and hooks.
 - `trl_*`: ORPOTrainer with its own collator, gradient checkpointing off (it is on by default and slower). `autocast`:
   fp32 weights, computing in bf16 (`bf16=True`); `bf16`: weights and optimiser states in bf16, without fp32 masters;
-  `_accumulated`: 2 micro-batches of half the pairs. The summary takes the fastest that keeps fp32 masters, as ours does,
-  and in `*_against_any` the fastest of all.
+  `_accumulated`: 2 micro-batches of half the pairs; `_compiled`: `torch_compile=True`, layer by layer. The summary
+  takes the fastest that keeps fp32 masters, as ours does, in `*_against_any` the fastest of all, and in `*_compiled`
+  both compiled.
 """
 
 from __future__ import annotations
@@ -77,14 +79,17 @@ def main() -> None:
 
 def summarize(shape: str, ratios: dict[str, float]) -> dict[str, float]:
     """Speedups from how many times as many pairs a second calibtrain takes as each contender beside it."""
-    any_peer = [ratio for name, ratio in ratios.items() if name.startswith("trl_")]
-    with_masters = [ratio for name, ratio in ratios.items() if name.startswith("trl_autocast")]
+    eager = {name: ratio for name, ratio in ratios.items() if not name.endswith("_compiled")}
+    any_peer = [ratio for name, ratio in eager.items() if name.startswith("trl_")]
+    with_masters = [ratio for name, ratio in eager.items() if name.startswith("trl_autocast")]
     summary = {}
     for key, peers in ((f"speedup_{shape}", with_masters), (f"speedup_{shape}_against_any", any_peer)):
         if peers:
             summary[key] = min(peers)
         if peers and "calibtrain_responses" in ratios:
             summary[f"{key}_responses"] = min(peers) / ratios["calibtrain_responses"]
+    if {"calibtrain_compiled", "trl_autocast_compiled"} <= ratios.keys():
+        summary[f"speedup_{shape}_compiled"] = ratios["trl_autocast_compiled"] / ratios["calibtrain_compiled"]
     if "plain_torch" in ratios:
         summary[f"deepspeed_share_{shape}"] = 1 - ratios["plain_torch"]
     return summary
@@ -156,7 +161,7 @@ class Worker:
         self.process.join()
 
 
-def trainer_for(model: Path, shape: str, scope: str, hooks: Callable[[Any], list[Any]]) -> Any:
+def trainer_for(model: Path, shape: str, scope: str, hooks: Callable[[Any], list[Any]], compiled: bool = False) -> Any:
     """The Trainer as `calibtrain train` makes it, over the shared token ids."""
     from calibtrain.confidence.answering import Answerer
     from calibtrain.config import RunConfig
@@ -174,7 +179,7 @@ def trainer_for(model: Path, shape: str, scope: str, hooks: Callable[[Any], list
     config = RunConfig.model_validate(
         {
             "output_dir": tempfile.mkdtemp(dir=model.parent),
-            "model": {"source": str(model)},
+            "model": {"source": str(model), "compile": compiled},
             "data": {"max_length": 512},
             "objective": {"name": "orpo", "beta": BETA, "nll_scope": scope},
             "training": {"micro_batch_size": PAIRS, "global_batch_size": PAIRS, "learning_rate": LEARNING_RATE,
@@ -210,7 +215,7 @@ def trainer_for(model: Path, shape: str, scope: str, hooks: Callable[[Any], list
     )
 
 
-def calibtrain_worker(pipe: Connection, model: Path, shape: str, scope: str = "full") -> None:
+def calibtrain_worker(pipe: Connection, model: Path, shape: str, scope: str = "full", compiled: bool = False) -> None:
     """The Trainer's own loop; a hook at the end of each step reports it and waits for the next."""
     from calibtrain.hooks.base import Hook
     from calibtrain.hooks.factory import default_hooks
@@ -235,7 +240,9 @@ def calibtrain_worker(pipe: Connection, model: Path, shape: str, scope: str = "f
             self.started = time.perf_counter()
 
     pace = Pace()
-    trainer = trainer_for(model, shape, scope, lambda config: [*default_hooks(config, 0, term_names(config)), pace])
+    trainer = trainer_for(
+        model, shape, scope, lambda config: [*default_hooks(config, 0, term_names(config)), pace], compiled
+    )
     _start_hooks(trainer)
     gc.collect()
     pipe.send("ready")
@@ -311,9 +318,11 @@ def plain_worker(pipe: Connection, model: Path, shape: str) -> None:
 
 CONTENDERS: dict[str, Callable[[Connection, Path, str], None]] = {
     "calibtrain_responses": partial(calibtrain_worker, scope="completion"),
+    "calibtrain_compiled": partial(calibtrain_worker, compiled=True),
     "plain_torch": plain_worker,
     "trl_autocast": trl_worker,
     "trl_autocast_accumulated": partial(trl_worker, micro_batches=2),
+    "trl_autocast_compiled": partial(trl_worker, compiled=True),
     "trl_bf16": partial(trl_worker, dtype="bfloat16"),
     "trl_bf16_accumulated": partial(trl_worker, dtype="bfloat16", micro_batches=2),
 }

@@ -205,7 +205,7 @@ def summary(state: CalibrationState) -> dict[str, float]:
     Bins are 15 unless the name says otherwise. `cov@r` is the largest observed coverage at selective risk r,
     `risk@c` the selective risk at coverage c; `*_err` bounds what the state's cells can change in the metric before it.
     """
-    murphy = asdict(brier_decomposition(state))
+    murphy, of_noise = asdict(brier_decomposition(state)), ece_null(state)
     return {
         "n": float(state.n),
         "acc": accuracy(state),
@@ -214,8 +214,8 @@ def summary(state: CalibrationState) -> dict[str, float]:
         "ece10": ece(state, 10),
         "ece15": ece(state),
         "ece20": ece(state, 20),
-        "ece_null": ece_null(state),
-        "ece_debiased": ece_debiased(state),
+        "ece_null": of_noise,
+        "ece_debiased": ece(state) - of_noise,  # `ece_debiased`, whose null costs the most of all these
         "ece_over": overconfidence_error(state),
         "ece_rms": rms_calibration_error(state),
         "ece_rms_debiased": rms_ece_debiased(state),

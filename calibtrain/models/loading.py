@@ -15,6 +15,7 @@ import torch
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
 from calibtrain.models import cpu_attention
+from calibtrain.models.compiled import compile_layers
 from calibtrain.spectral.shared_rotation import add_shared_rotations
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ def load_model(config: ModelConfig) -> Any:
         model = add_lora(model, config)
     if config.adapter is not None:
         model = add_adapter(model, config)
+    if config.compile:
+        compile_layers(model)
     return model
 
 

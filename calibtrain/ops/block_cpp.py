@@ -35,8 +35,7 @@ BUILD_SECONDS = 120
 @cache
 def load() -> ctypes.CDLL | None:
     """Return the compiled library, built where it is missing; None, logged once, where it cannot be had."""
-    compiler = next((found for name in (os.environ.get("CXX"), "c++", "g++", "clang++")
-                     if name and (found := shutil.which(name))), None)  # fmt: skip
+    compiler = find_compiler()
     if compiler is None:
         reason = "there is no C++ compiler (c++, g++ or clang++ on PATH, or $CXX)"
     else:
@@ -51,6 +50,12 @@ def load() -> ctypes.CDLL | None:
             reason = str(error)
     logger.warning("the fused ops run in plain PyTorch, which is slower: %s", reason)
     return None
+
+
+def find_compiler() -> str | None:
+    """Path of the C++ compiler: $CXX, c++, g++ or clang++, the first there is."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def update_stats(

@@ -12,6 +12,7 @@ from calibtrain.config import RunConfig, TrainingConfig
 from calibtrain.distributed import World
 from calibtrain.models.loss_model import LossModel
 from calibtrain.training.deepspeed_config import deepspeed_dict
+from calibtrain.training.gradient_passes import leave_out_passes, squared_norm
 
 
 def optimizer_groups(model: LossModel, config: RunConfig) -> list[dict[str, Any]]:
@@ -81,7 +82,7 @@ class Engine:
 def _clip_or_drop_gradients(module: torch.nn.Module, max_norm: float) -> float:
     """Clip whole gradients in place, or drop them where one is not finite. Returns their norm before."""
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
-    total = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+    total = squared_norm([one.grad for one in parameters if one.grad is not None]).sqrt().float()
     norm = float(total)
     if not math.isfinite(norm):
         for parameter in parameters:
@@ -105,7 +106,6 @@ def start_engine(model: LossModel, config: RunConfig, world: World) -> Engine:
     full_gradients = stage == 0 and config.model.dtype == "fp32"
     if full_gradients:
         engine.clip_fp32_gradients = lambda: None  # done in Engine.step: DeepSpeed's fails where none is left
-    if stage in (1, 2) and getattr(engine.optimizer, "compute_grad_norm", False):
-        # It looks for gradients that are not finite twice. The norm, computed next, tells of the same ones: one pass less.
-        engine.optimizer.check_overflow = lambda partition_gradients=True: None
+    if stage in (1, 2):
+        leave_out_passes(engine.optimizer, world.size)
     return Engine(engine, stage, full_gradients)

@@ -50,8 +50,10 @@ class Case:
     objective: str = "orpo"
     checkpoint: str = "model"  # "untied": a head of its own
     ops: str = ""  # CALIBTRAIN_OPS
+    own_passes: bool = True  # False: DeepSpeed's own passes over the gradients (training/gradient_passes.py)
 
 
+BF16 = {"dtype": "bf16"}
 LORA = {"lora": {"r": 4, "alpha": 8.0}}
 ALWAYS_SHARDED = {"stage3_param_persistence_threshold": 0}
 CASES = {
@@ -69,14 +71,33 @@ CASES = {
         "sft", data={"packing_tokens": 128}, training={"zero_stage": 3}, zero=ALWAYS_SHARDED, objective="sft"
     ),
     "lora_stage0": Case("lora", model=LORA, training={"zero_stage": 0}),
+    "lora_stage1": Case("lora", model=LORA, training={"zero_stage": 1}),
     "lora_checkpointed_stage2": Case(
         "lora", model={**LORA, "gradient_checkpointing": True}, training={"zero_stage": 2}
     ),
     "lora_stage3": Case("lora", model=LORA, training={"zero_stage": 3}, zero=ALWAYS_SHARDED),
     "lora_reference_ops": Case("lora", model=LORA, training={"zero_stage": 0}, ops="reference"),
     "untied_stage0": Case("untied", training={"zero_stage": 0}, checkpoint="untied"),
+    "untied_stage1": Case("untied", training={"zero_stage": 1}, checkpoint="untied"),
+    "untied_stage2": Case("untied", training={"zero_stage": 2}, checkpoint="untied"),
     "untied_stage3": Case("untied", training={"zero_stage": 3}, zero=ALWAYS_SHARDED, checkpoint="untied"),
-    "untied_reference_ops": Case("untied", training={"zero_stage": 2}, checkpoint="untied", ops="reference"),
+    "untied_reference_ops": Case("untied", training={"zero_stage": 0}, checkpoint="untied", ops="reference"),
+    "untied_lora_reference_ops": Case(
+        "untied_lora", model=LORA, training={"zero_stage": 0}, checkpoint="untied", ops="reference"
+    ),
+    **{
+        f"untied_lora_stage{stage}": Case(
+            "untied_lora", model=LORA, training={"zero_stage": stage}, checkpoint="untied"
+        )
+        for stage in range(4)
+    },
+    **{
+        f"bf16_stage{stage}{'' if own else '_deepspeed'}": Case(
+            "", model=BF16, training={"zero_stage": stage, "max_grad_norm": 1e9}, own_passes=own
+        )
+        for stage in (1, 2)
+        for own in (True, False)
+    },
     "reference_ops": Case("orpo", training={"zero_stage": 0}, ops="reference"),
     "torch_ops_stage3": Case("orpo", training={"zero_stage": 3}, zero=ALWAYS_SHARDED, ops="torch"),
 }
@@ -159,17 +180,19 @@ def build(config: RunConfig) -> LossModel:
 def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
     """Gradients, norms and weights of STEPS steps."""
     config = config_of(case, model)
-    plain = engine_module.deepspeed_dict
+    plain, passes = engine_module.deepspeed_dict, engine_module.leave_out_passes
 
     def with_more(*args: Any, **options: Any) -> dict[str, Any]:
         settings = plain(*args, **options)
         return {**settings, "zero_optimization": {**settings["zero_optimization"], **case.zero}}
 
     engine_module.deepspeed_dict = with_more
+    if not case.own_passes:
+        engine_module.leave_out_passes = lambda *_: None
     try:
         started = start_engine(build(config), config, world)
     finally:
-        engine_module.deepspeed_dict = plain
+        engine_module.deepspeed_dict, engine_module.leave_out_passes = plain, passes
     engine = Recording(started.deepspeed, started.stage, started.full_gradients)
     engine.gradients, engine.norms = [], []  # type: ignore[attr-defined]
     template = Template("plain", load_tokenizer(config.model))

@@ -19,9 +19,16 @@ from tests.tiny import tiny_tokenizer, write_tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-ON_ONE_RANK = ("stage0", "stage3", "sft_stage0", "lora_stage0", "untied_stage0")
-REFERENCE = {"orpo": "stage0", "sft": "sft_stage0", "lora": "lora_stage0", "untied": "untied_stage0"}
-RUNS = [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in CASES)]
+ON_ONE_RANK = ("stage0", "stage3", "sft_stage0", "lora_stage0", "untied_stage0", "untied_lora_stage0")
+REFERENCE = {
+    "orpo": "stage0",
+    "sft": "sft_stage0",
+    "lora": "lora_stage0",
+    "untied": "untied_stage0",
+    "untied_lora": "untied_lora_stage0",
+}
+BF16 = tuple(name for name in CASES if name.startswith("bf16"))
+RUNS = [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in CASES if name not in BF16)]
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +36,12 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradients")
     write_tiny_model(folder / "model")
     write_tiny_model(folder / "untied", tied=False)
-    for ranks, names in ((1, ON_ONE_RANK), (2, tuple(CASES))):
+    for ranks, names in ((1, (*ON_ONE_RANK, *BF16)), (2, tuple(name for name in CASES if name not in BF16))):
         script = str(__file__).replace("test_gradients", "gradient_cases")
         ended = run(torchrun(ranks, script, str(folder), ",".join(names)), folder)
         assert ended.code == 0, ended.output[-6000:]
-    found = {(name, ranks): torch.load(folder / f"{name}-{ranks}.pt", weights_only=True) for name, ranks in RUNS}
+    runs = (*RUNS, *((name, 1) for name in BF16))
+    found = {(name, ranks): torch.load(folder / f"{name}-{ranks}.pt", weights_only=True) for name, ranks in runs}
     return folder, found
 
 
@@ -55,6 +63,16 @@ def test_same_gradients_and_trajectory(results, name, ranks):
         assert error({"": reference}, {"": expected["gradients"][0][tensor]}) < 1e-6, tensor
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
     assert error(found["weights"], expected["weights"]) < 1e-6
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_passes_left_out_of_deepspeed_change_no_bit(results, stage):
+    found, expected = (results[1][f"bf16_stage{stage}{suffix}", 1] for suffix in ("", "_deepspeed"))
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
+    runs = ((*one["gradients"], one["weights"]) for one in (found, expected))
+    for one, reference in zip(*runs, strict=True):
+        assert one.keys() == reference.keys()
+        assert all(torch.equal(one[name], reference[name]) for name in reference)
 
 
 @pytest.mark.parametrize("family", REFERENCE)
