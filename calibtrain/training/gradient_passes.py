@@ -21,9 +21,12 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     parts = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
+        dtype = torch.promote_types(flat.dtype, torch.float32)
         whole = flat.numel() // ROW * ROW
         rows = flat[:whole].view(-1, ROW), flat[None, whole:]
-        parts += [torch.linalg.vector_norm(one, dim=1).double().square().sum() for one in rows if one.numel()]
+        parts += [
+            torch.linalg.vector_norm(one, dim=1, dtype=dtype).double().square().sum() for one in rows if one.numel()
+        ]
     return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
 
 

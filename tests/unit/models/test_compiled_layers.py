@@ -29,6 +29,11 @@ def counted(monkeypatch):
     compiled._training_forward.cache_clear()
 
 
+def compilations(counter):
+    """Compiled graphs that compute anything; dynamo also makes empty ones on its way."""
+    return sum(any(node.op.startswith("call") for node in one.graph.nodes) for one in counter.graphs)
+
+
 def gradient(model, **layout):
     """Of the targets' mean log-prob, as one vector."""
     policy = Policy(model)
@@ -52,12 +57,13 @@ def test_gradients_are_the_same_and_layers_share_a_compilation(counted, options,
         torch.testing.assert_close(
             gradient(model, pad_to_multiple=multiple), gradient(plain, pad_to_multiple=multiple), rtol=1e-4, atol=1e-6
         )
-    assert counted.frame_count == 1
+    kinds = 2 if "lora" in options else 1  # the first layer's input has no gradient where the embedding is frozen
+    assert compilations(counted) == kinds
     gradient(model, shared_prefix=True)  # with a mask
-    assert counted.frame_count == 2
+    assert compilations(counted) == 2 * kinds
     with torch.no_grad():
         model.generate(torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False, use_cache=True)
-    assert counted.frame_count == 2
+    assert compilations(counted) == 2 * kinds
 
 
 def test_what_cannot_be_compiled_is_told_first(monkeypatch, tmp_path):
