@@ -25,7 +25,8 @@ def compile_layers(model: Any) -> None:
     if find_compiler() is None:
         raise UserError("model.compile needs a C++ compiler (c++, g++ or clang++ on PATH, or $CXX); set it to false")
     for layer in layers:
-        layer.forward = MethodType(_training_forward(type(layer)), layer)
+        kind: Any = type(layer)
+        layer.forward = MethodType(_training_forward(kind), layer)
 
 
 @functools.cache
