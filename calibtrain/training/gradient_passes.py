@@ -41,7 +41,7 @@ def leave_out_passes(optimizer: Any, ranks: int) -> None:
     if getattr(optimizer, "compute_grad_norm", False):
         optimizer.check_overflow = lambda partition_gradients=True: None
         optimizer.get_grad_norm_direct = lambda gradients, *_: _norm_over_ranks(optimizer, gradients)
-    if ranks == 1 and hasattr(optimizer, "_build_compact_grad_partition_buffer"):
+    if ranks == 1 and hasattr(optimizer, "_build_compact_grad_partition_buffer") and not optimizer.cpu_offload:
         _OneRank(optimizer)
 
 
