@@ -205,7 +205,7 @@ def trainer_for(model: Path, shape: str, scope: str, hooks: Callable[[Any], list
         examples=examples,
         origins=[""] * len(examples),
         plan=batch_plan(config.training, world.size),
-        total_steps=10**7,
+        total_steps=1_000_000,
         world=world,
         answerer=Answerer(module, template, config.evaluation, world),
         hooks=HookList(hooks(config)),
