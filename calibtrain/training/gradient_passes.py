@@ -1,7 +1,7 @@
 """Passes over the gradients: their norm in one read, and DeepSpeed's ZeRO 1 and 2 without those that change nothing.
 
-On a CPU they are a fifth of a short step. What is replaced are methods of DeepSpeed's optimizer that are not in its
-documentation; where a version of it does not have them, it does its own work.
+On a CPU they are a quarter of a short step (docs/results.md). What is replaced are methods of DeepSpeed's optimizer that
+are not in its documentation; where a version of it does not have them, it does its own work.
 """
 
 from __future__ import annotations
