@@ -97,7 +97,7 @@ def test_sampled_shares_are_the_probabilities():
     assert abs(float(counts[top]) - p) < 5 * math.sqrt(p * (1 - p) / 4000)
 
 
-def testcommon_prefix_leaves_every_prompt_a_token():
+def test_common_prefix_leaves_every_prompt_a_token():
     assert common_prefix([]) == []
     assert common_prefix([[1, 2, 3]]) == [1, 2]
     assert common_prefix([[1, 2], [1, 2, 3]]) == [1]
