@@ -113,7 +113,7 @@ CATALOG = (
         compared_with="TRL 1.16.0 ORPOTrainer; Liger-Kernel 0.8.5 LigerFusedLinearORPOLoss; mpmath formula",
         largest_deviation="1e-5 (value), 1e-4 (gradient)",
         differs=(
-            "Log(1 - P) and its gradient are finite at P = 1, where TRL's and Liger's gradients are NaN (Liger's in "
+            "The log of 1 - P and its gradient are finite at P = 1, where TRL's and Liger's gradients are NaN (Liger's in "
             "every row of the batch); one global mean over ranks and accumulation, where both average micro-batch means; "
             "empty completions are left out, where both divide 0 by 0; "
             "the scope and norm of the likelihood term are options, because public implementations use three "
