@@ -16,14 +16,15 @@ from calibtrain.hooks.records import EndRecord, EvaluationRecord, LogRecord, Run
 class JsonlHook(Hook):
     """Appends `{"event", "step", ...metrics}` to output_dir/metrics.jsonl on rank 0.
 
-    A resumed run drops the lines of steps that it will do again, a fresh run starts an empty file. NaN and infinities
-    are written as null.
+    A resumed run keeps the lines that the checkpoint knows of and writes the others again, a fresh run starts an empty
+    file. NaN and infinities are written as null.
     """
 
     name = "jsonl"
 
     def __init__(self) -> None:
         self._path: Path | None = None
+        self._lines = 0
 
     def on_start(self, record: RunRecord) -> None:
         """Open the file at the resumed step."""
@@ -31,11 +32,19 @@ class JsonlHook(Hook):
             return
         path = record.output_dir / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(path) if line["step"] <= record.first_step] if record.first_step else []
+        kept = read_metrics(path)[: self._lines] if record.first_step else []
         replacement = path.with_suffix(".jsonl.tmp")
         replacement.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
         os.replace(replacement, path)
-        self._path = path
+        self._path, self._lines = path, len(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many lines there are: a step does not tell what was written before its checkpoint and what after."""
+        return {"lines": self._lines}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the number of lines to keep."""
+        self._lines = state["lines"]
 
     def on_log(self, record: LogRecord) -> None:
         """One line of training metrics."""
@@ -53,6 +62,7 @@ class JsonlHook(Hook):
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_line(entry))
+            self._lines += 1
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -16,16 +16,20 @@ def run_record(path, first_step=0, rank=0):
     return RunRecord(config={}, output_dir=Path(path), total_steps=9, first_step=first_step, rank=rank, world_size=1)
 
 
-def test_resume_drops_the_steps_that_are_done_again(tmp_path):
+def test_resume_drops_what_was_written_after_the_checkpoint(tmp_path):
     hook = JsonlHook()
     hook.on_start(run_record(tmp_path))
-    for step in (2, 4, 6):
-        hook.on_log(LogRecord(step, 9, {"x": math.nan if step == 2 else float(step)}))
+    hook.on_log(LogRecord(2, 9, {"x": math.nan}))
+    hook.on_log(LogRecord(4, 9, {"x": 4.0}))
+    checkpoint = hook.state_dict()
+    hook.on_evaluation(EvaluationRecord(4, "calibration", {"y": 1.0}, []))  # of the last step's end: done again
+    hook.on_log(LogRecord(6, 9, {"x": 6.0}))
     hook.on_evaluation(EvaluationRecord(6, "test", {"y": math.inf}, []))
     path = tmp_path / "metrics.jsonl"
     with path.open("a") as file:
         file.write('{"event": "log", "st')  # killed while writing
     resumed = JsonlHook()
+    resumed.load_state_dict(checkpoint)
     resumed.on_start(run_record(tmp_path, first_step=4))
     assert [entry["step"] for entry in read_metrics(path)] == [2, 4]
     resumed.on_log(LogRecord(6, 9, {"x": 7.0}))
