@@ -14,6 +14,8 @@ from calibtrain.models.loss_model import DecodeStep
 
 AllDone = Callable[[bool], bool]
 """Agreement between ranks on whether a batch is finished: ZeRO-3 needs as many forward passes on each."""
+DRAWN_AT_ONCE = 32
+"""Distributions whose cumulative sums, float64, are in memory together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +191,12 @@ def _draw(logprobs: Tensor, rows: int, carried: Tensor, generator: torch.Generat
     """One token (B,) of each distribution (B, V), by a uniform number for each of all `rows`: whoever is done, the others'
     draws stay. Far cheaper than torch.multinomial, which draws V numbers for each.
     """
-    cumulative = logprobs.double().exp_().cumsum_(-1)
     uniform = torch.rand(rows, generator=generator, device=logprobs.device, dtype=torch.float64)[carried, None]
-    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-    return token.clamp_(max=logprobs.shape[1] - 1)
+    tokens = []
+    for some, numbers in zip(logprobs.split(DRAWN_AT_ONCE), uniform.split(DRAWN_AT_ONCE), strict=True):
+        cumulative = some.double().exp_().cumsum_(-1)
+        tokens.append(torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)[:, 0])
+    return torch.cat(tokens).clamp_(max=logprobs.shape[1] - 1)
 
 
 def _completions(

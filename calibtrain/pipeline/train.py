@@ -43,6 +43,7 @@ from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.engine import Engine, start_engine
+from calibtrain.training.host_memory import release_freed_memory
 from calibtrain.training.losses import build_losses, term_names
 from calibtrain.training.reference import with_reference_logprobs
 from calibtrain.training.refusal_examples import RefusalExamples
@@ -287,4 +288,6 @@ def _add_rejected(config: RunConfig, prepared: Prepared, template: Template, wor
 
     barrier()  # all ranks look into the cache before any of them fills it
     add_own_wrong_answers(config, prepared, template, sample)
+    if world.device.type == "cpu":
+        release_freed_memory()  # the sampled batches' and that model's, which training would otherwise come on top of
     barrier()

@@ -7,11 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from calibtrain import cli
-from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import confidence as pipeline
-from tests.distributed.jobs import write_job
-from tests.tiny import write_tiny_model
+from tests.end_to_end.runs import finished_run
 
 SOURCES = ("likelihood", "likelihood_min", "stated_number", "self_consistency")
 
@@ -20,13 +18,7 @@ SOURCES = ("likelihood", "likelihood_min", "stated_number", "self_consistency")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("confidence")
     sizes = {"train": 8, "calibration": 8, "temperature": 24, "certification": 8, "test": 20}
-    job = write_job(folder, data={"splits": sizes}, evaluation={"batch_size": 16, "max_new_tokens": 3})
-    rows = [{"question": f"What is {i}?", "answers": ["unknown"]} for i in range(500)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    output = load_config(job).output_dir
-    write_tiny_model(output / "model", max_position_embeddings=512)
-    (output / "config.yaml").write_text(job.read_text())
-    return output
+    return finished_run(folder, sizes, 3)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import probe as pipeline
 from calibtrain.pipeline.evaluate import Loaded
-from tests.distributed.jobs import write_job
-from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_model
+from tests.end_to_end.runs import finished_run
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +21,7 @@ def finished(tmp_path_factory):
     """What a run of a tiny model leaves that a probe needs."""
     folder = tmp_path_factory.mktemp("probe")
     sizes = {"train": 8, "calibration": 48, "temperature": 32, "certification": 8, "test": 32}
-    job = write_job(folder, data={"splits": sizes}, evaluation={"batch_size": 16, "max_new_tokens": 4})
-    rows = [{"question": f"What is {i}?", "answers": ["unknown"]} for i in range(700)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = load_config(job)
-    output = config.output_dir
-    write_tiny_model(output / "model")
-    (output / "config.yaml").write_text(job.read_text())
-    return output
+    return finished_run(folder, sizes, 4)
 
 
 @pytest.fixture(scope="module")

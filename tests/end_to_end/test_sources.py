@@ -12,8 +12,8 @@ from calibtrain import cli
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import confidence, probe, source
-from tests.distributed.jobs import write_job
-from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_model
+from tests.end_to_end.runs import finished_run
+from tests.tiny import tiny_model, tiny_tokenizer
 
 QUESTIONS = ["What is 900?", "What is 901?", "What is 902?"]
 
@@ -23,12 +23,7 @@ def finished(tmp_path_factory):
     """A run with probes; every other answer is called right, since a random model's never is."""
     folder = tmp_path_factory.mktemp("sources")
     sizes = {"train": 8, "calibration": 48, "temperature": 40, "certification": 80, "test": 24}
-    job = write_job(folder, data={"splits": sizes}, evaluation={"batch_size": 16, "max_new_tokens": 3})
-    rows = [{"question": f"What is {i}?", "answers": ["unknown"]} for i in range(900)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    output = load_config(job).output_dir
-    write_tiny_model(output / "model", max_position_embeddings=512)
-    (output / "config.yaml").write_text(job.read_text())
+    output = finished_run(folder, sizes, 3)
     asked, fitted = confidence.answer_questions, probe.with_progress
 
     def half_right(found):
