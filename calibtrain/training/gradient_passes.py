@@ -1,7 +1,8 @@
 """Passes over the gradients: their norm in one read, and DeepSpeed's ZeRO 1 and 2 without those that change nothing.
 
-On a CPU they are a quarter of a short step (docs/results.md). What is replaced are methods of DeepSpeed's optimizer that
-are not in its documentation: it is done for the versions that the tests were run with, others do their own work.
+They are passes over all weights, which a short step on a CPU waits for. What is replaced are methods of DeepSpeed's
+optimizer that are not in its documentation: that is done for the versions that the tests were run with, and others do
+their own work.
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ def test_zero_does_not_change_what_is_read(folder):
 
 
 def test_ranks_share_the_work_and_keep_step_under_zero_3(folder):
-    passes = {name: [torch.load(folder / f"2-{name}-{rank}.pt") for rank in (0, 1)] for name in ("stage0", "stage3")}
+    passes = {
+        name: [torch.load(folder / f"2-{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for name in ("stage0", "stage3")
+    }
     assert passes == {
         "stage0": [3, 2],
         "stage3": [3, 3],
