@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
@@ -212,5 +213,14 @@ def _convert_gguf(file: Path, target: Path) -> None:
         if getattr(holder, mark, None) is not None:
             delattr(holder, mark)
     model.is_quantized = False
-    model.to(torch.bfloat16).save_pretrained(target)
+    save_on_any_rank(model.to(torch.bfloat16), target)
     AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(target)
+
+
+def save_on_any_rank(model: Any, target: Path) -> None:
+    """Write config and weights into the directory `target`. transformers' save_pretrained writes nothing on ranks but 0."""
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(target)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(target)
+    save_model(model, str(target / "model.safetensors"), metadata={"format": "pt"})
