@@ -245,7 +245,7 @@ def serve(
 
 @app.command()
 def demo(overrides: Overrides = None) -> None:
-    """Run the whole job on the embedded model: measure, train on 2 processes, measure again, calibrate, report."""
+    """Run the whole job on the embedded model: measure, train, measure again, calibrate, report."""
     from calibtrain.config_file import load_config
 
     loaded = load_config("demo", overrides or [])

@@ -97,8 +97,8 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model: only for authors you trust."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of the weights in the forward and backward pass; the optimizer always holds fp32 masters."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the weights in the forward and backward pass; `auto`: bf16 where the machine has instructions for it, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"

@@ -14,6 +14,7 @@ from rich.table import Table
 from calibtrain.config import RunConfig
 from calibtrain.config_file import dump_config
 from calibtrain.errors import UserError
+from calibtrain.models.arithmetic import settled, told
 from calibtrain.pipeline import calibrate, collect
 from calibtrain.pipeline.evaluate import (
     Loaded,
@@ -23,8 +24,6 @@ from calibtrain.pipeline.evaluate import (
     write_measurement,
 )
 from calibtrain.pipeline.prepare import prepare
-
-PROCESSES = 2
 
 COLUMNS = {
     "acc": "accuracy",
@@ -52,14 +51,18 @@ def run(config: RunConfig) -> Path:
             (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     console.rule("1/4  the raw model", align="left")
+    if config.model.dtype == "auto":
+        console.print(told(config))
+        config = settled(config)
     # In a process of its own, whose memory is free again when training starts.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         raw = pool.submit(_measure_raw, config).result()
     write_measurement(raw, output / "answers" / "raw_test.jsonl")
-    console.rule(f"2/4  fine-tuning on {PROCESSES} processes", align="left")
+    console.rule("2/4  fine-tuning", align="left")
     resolved = output / "config.yaml"
     dump_config(config, resolved)
-    code = launch(str(resolved), [], num_processes=PROCESSES, output_dir=output)
+    # One process with all cores: two of them send each other every gradient and weight, which takes longer than a step.
+    code = launch(str(resolved), [], num_processes=1, output_dir=output)
     if code:
         raise UserError(f"training ended with exit code {code}; its cause is above and in {output / 'errors'}")
     console.rule("3/4  the fine-tuned model", align="left")

@@ -11,6 +11,7 @@ from typing import Any
 
 from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.errors import UserError
+from calibtrain.models.arithmetic import settled
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 
 
@@ -69,7 +70,7 @@ def model_size(config: ModelConfig) -> ModelSize:
 def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> dict[str, tuple[int, str]]:
     """Bytes on each rank -> (bytes, where they are): the states of training, and the logits that are never held."""
     training, world = config.training, plan.world_size
-    width = 2 if config.model.dtype == "bf16" else 4
+    width = 2 if settled(config).model.dtype == "bf16" else 4
     stage = training.zero_stage
     accumulated = 4 if stage >= 2 else width
     master = 4 if width == 2 or stage else 0  # ZeRO keeps its flat fp32 copy in fp32 training, too

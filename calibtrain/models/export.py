@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
-from calibtrain.models.loading import DTYPES, add_adapter, add_lora, load_settings
+from calibtrain.models.arithmetic import torch_dtype
+from calibtrain.models.loading import add_adapter, add_lora, load_settings
 from calibtrain.models.policy import Policy
 from calibtrain.spectral.shared_rotation import merge_shared_rotations
 
@@ -38,7 +39,7 @@ def restored_model(weights: dict[str, Tensor], config: ModelConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(
-        load_settings(config), dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
+        load_settings(config), dtype=torch_dtype(config), trust_remote_code=config.trust_remote_code
     )
     if config.lora is not None:
         model = add_lora(model, config)
@@ -59,7 +60,7 @@ def restored_model(weights: dict[str, Tensor], config: ModelConfig) -> Any:
         model = model.merge_and_unload()
     if config.adapter is not None:
         turned = config.adapter.kind == "shared_rotation"
-        model = (merge_shared_rotations(model) if turned else model.merge_and_unload()).to(DTYPES[config.dtype])
+        model = (merge_shared_rotations(model) if turned else model.merge_and_unload()).to(torch_dtype(config))
     return model
 
 

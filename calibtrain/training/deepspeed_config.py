@@ -22,6 +22,7 @@ from typing import Any
 
 from calibtrain.config import RunConfig, TrainingConfig
 from calibtrain.errors import UserError
+from calibtrain.models.arithmetic import settled
 
 BUCKET_ELEMENTS = 10_000_000
 """DeepSpeed's default of 5e8 elements makes buffers of 1 to 2 GB on each rank; 20 MB in bf16 fill a link as well."""
@@ -87,6 +88,7 @@ def deepspeed_dict(config: RunConfig, world_size: int, *, hidden_size: int | Non
     `hidden_size` fills the "auto" bucket sizes of a user's own JSON by the Hugging Face rule; without it DeepSpeed's
     defaults stand. Raises UserError for batch sizes that cannot be met and for a JSON that contradicts the config.
     """
+    config = settled(config)
     ours = _derived(config, batch_plan(config.training, world_size))
     if config.training.deepspeed is None:
         return ours

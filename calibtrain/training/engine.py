@@ -10,6 +10,7 @@ import torch
 
 from calibtrain.config import RunConfig, TrainingConfig
 from calibtrain.distributed import World
+from calibtrain.models.arithmetic import settled
 from calibtrain.models.loss_model import LossModel
 from calibtrain.training.deepspeed_config import deepspeed_dict
 from calibtrain.training.gradient_passes import leave_out_passes, squared_norm
@@ -96,7 +97,7 @@ def start_engine(model: LossModel, config: RunConfig, world: World) -> Engine:
     """Wrap `model` with deepspeed.initialize. Collective."""
     import deepspeed
 
-    training = config.training
+    config, training = settled(config), config.training
     groups = optimizer_groups(model, config)
     optimizer = torch.optim.AdamW(groups, betas=training.adam_betas, eps=training.adam_epsilon, fused=True)
     hidden_size = getattr(model.policy.causal_model.config, "hidden_size", None)

@@ -8,7 +8,8 @@ from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
 from calibtrain.losses.rotation import polar_drift, row_gram_drift
 from calibtrain.models.export import export_model, gathered_weights
-from calibtrain.models.loading import DTYPES, load_model, load_tokenizer
+from calibtrain.models.arithmetic import DTYPES
+from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.policy import Policy
 from calibtrain.spectral.polar import polar_factor
 from calibtrain.spectral.shared_rotation import SharedRotationLinear, add_shared_rotations, merge_shared_rotations
