@@ -22,7 +22,7 @@ setup(
         "calibtrain.configs": ["*.yaml", "deepspeed/*.json"],
     },
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",  # torch.mm with out_dtype, and Triton 3.4 with triton.knobs
         "deepspeed>=0.19.6",
         "transformers>=5.0",
         "datasets>=4.0",

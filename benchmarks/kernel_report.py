@@ -32,10 +32,15 @@ INTEGERS = (
     "num_columns",
     "gradient_stride",
     "splits",
+    "start",
+    "width",
+    "num_temperatures",
 )
+TEMPERATURES = 32
+"""Temperatures at once whose kernel is compiled: the next power of 2 above those of a calibration."""
 SHAPES = ((1536, 49152, 576), (8192, 128256, 4096))
 """Tokens, vocabulary and hidden size whose traffic is reckoned: SmolLM2-135M's, Llama 3.1 8B's."""
-DIVISIBLE = ("hidden_size", "hidden_stride", "weight_stride", "vocabulary", "num_columns", "gradient_stride")
+DIVISIBLE = ("hidden_size", "hidden_stride", "weight_stride", "vocabulary", "num_columns", "gradient_stride", "width")
 """Sizes that real models have as multiples of 16, which the launcher specialises on."""
 
 
@@ -55,7 +60,7 @@ def main() -> None:
 def report(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[dict[str, Any]]:
     """One row per architecture, kernel and dtype: blocks, registers, shared and local memory, tensor core instructions."""
     from calibtrain.ops import triton_kernels
-    from calibtrain.ops.triton_token_stats import BLOCKS
+    from calibtrain.ops.triton_token_stats import BLOCKS, TEMPERATURE_TERMS, TEMPERATURE_WARPS, Blocks
 
     for (arch, size), table in BLOCKS.items():
         if arch not in architectures:
@@ -76,6 +81,17 @@ def report(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[dict[str,
                     "stages": blocks.stages,
                     **resources(compiled),
                 }
+    blocks = Blocks(1, TEMPERATURE_TERMS // TEMPERATURES, 1, TEMPERATURE_WARPS, 3)
+    for arch in architectures:
+        yield {
+            "sm": arch,
+            "dtype": "fp32",
+            "kernel": f"{TEMPERATURES} temperatures",
+            "tokens x ids x H": f"1 x {TEMPERATURE_TERMS // TEMPERATURES} x -",
+            "warps": TEMPERATURE_WARPS,
+            "stages": 3,
+            **resources(compile_kernel(triton_kernels.temperature_sums, arch, "fp32", blocks)),
+        }
 
 
 def traffic(shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> Iterator[dict[str, Any]]:
@@ -128,10 +144,12 @@ def compile_kernel(kernel: Any, arch: int, dtype: str, blocks: Any) -> Any:
         "BLOCK_V": blocks.vocabulary,
         "BLOCK_H": blocks.hidden,
         "GROUP": 8,
+        "BLOCK_K": TEMPERATURES,
     }
     types = {"targets": "*i64", "tops": "*i32", "softcap": "fp32", "scale": "fp32"}
     types |= dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(("partials", "coefficients", "bias_partials"), "*fp32")
-    types |= dict.fromkeys(("hidden", "weight", "bias", "gradients"), f"*{dtype}")
+    types |= dict.fromkeys(("hidden", "weight", "bias", "gradients", "products"), f"*{dtype}")
+    types |= dict.fromkeys(("inverse", "state", "rest"), "*fp64")
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = [name for name in names if signature[name].startswith("*") or name in DIVISIBLE]

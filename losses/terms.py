@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calibtrain.errors import UserError
-from calibtrain.ops import TokenStats
+from calibtrain.ops import TokenStats, at_least_float32
 
 CHOSEN, REJECTED, ANSWER, QUERY = 0, 1, 2, 3
 """Roles of a sequence: a completion to learn (SFT or preferred), a dispreferred one, the model's own graded answer, and
@@ -136,7 +136,8 @@ def global_counts(loss: Objective, batches: Iterable[Batch]) -> dict[str, Tensor
 
 
 def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """Sum of `values` (N,) over the tokens of each sequence. Returns (S,), 0 for a sequence without tokens."""
+    """Sum of `values` (N,) over the tokens of each sequence, half precision in float32. (S,), 0 where it has no token."""
+    values = at_least_float32(values) if values.is_floating_point() else values
     return values.new_zeros(num_sequences).index_add(0, sequence_ids, values)
 
 

@@ -16,7 +16,7 @@ from calibtrain.models.export import restored_model
 from calibtrain.models.loading import load_settings
 from calibtrain.models.loss_model import LossModel, StepStatistics, TrainStep
 from calibtrain.models.policy import Policy
-from calibtrain.ops import TokenStats
+from calibtrain.ops import TokenStats, at_least_float32
 
 
 class RewardLossModel(LossModel):
@@ -36,7 +36,7 @@ class RewardLossModel(LossModel):
     def _train(self, step: TrainStep) -> tuple[Tensor, StepStatistics]:
         batch = step.batch
         hidden = self.policy.hidden_at_targets(replace(batch, target_positions=last_positions(batch)))
-        scores = self.score(hidden)[:, 0].float()
+        scores = self.score(hidden)[:, 0]
         owners = scores.detach()[batch.sequence_ids]
         # No token has a probability here: hooks see each sequence's score in its place, to find those that are not finite.
         stats = TokenStats(owners, owners, owners, owners, torch.zeros_like(owners, dtype=torch.bool))
@@ -56,14 +56,29 @@ class ValueLossModel(LossModel):
 
     def scored(self, hidden: Tensor, batch: Batch) -> Batch:
         """The batch with the value of every target token, (N,) float32."""
-        return replace(batch, scores=self.score(hidden)[:, 0].float())
+        return replace(batch, scores=self.score(hidden)[:, 0])
 
 
-def scalar_head(policy: Policy, seed: int) -> nn.Linear:
+class ScalarHead(nn.Linear):
+    """Linear map to one number without bias: the product is made and kept in float32, whatever the weights' dtype.
+
+    Rewards and values in bfloat16 are a few hundred different numbers: pairs tie, and small advantages are noise.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, 1, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`hidden` (N, H) to (N, 1) in float32 or better."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return at_least_float32(hidden) @ at_least_float32(self.weight).t()
+
+
+def scalar_head(policy: Policy, seed: int) -> ScalarHead:
     """Linear map of a hidden state to one number, drawn alike on every rank, with the spread of TRL's reward models."""
     weight = policy.causal_model.get_input_embeddings().weight
     size = weight.shape[1]
-    head = nn.Linear(size, 1, bias=False)
+    head = ScalarHead(size)
     draws = torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         head.weight.copy_(draws / (size + 1) ** 0.5)
@@ -116,7 +131,9 @@ def export_reward_model(
 ) -> None:
     """Write a Hugging Face directory that AutoModelForSequenceClassification loads: one label, the reward.
 
-    `weights` of `gathered_weights`, `score` (1, H) of the head. The tokenizer pads with another token than `end_id`.
+    `weights` of `gathered_weights`, `score` (1, H) of the head. The tokenizer pads with another token than `end_id`. The
+    tensors keep their dtype, and the config says float32, so that half-precision weights are loaded as that: the
+    classifier's own head would round every score to 8 bits.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -138,6 +155,8 @@ def export_reward_model(
     with torch.no_grad():
         heads[0].weight.copy_(score)
     model.save_pretrained(target)
+    model.config.dtype = torch.promote_types(dtype, torch.float32)
+    model.config.save_pretrained(target)
     previous = tokenizer.pad_token
     tokenizer.pad_token = pad
     tokenizer.save_pretrained(target)

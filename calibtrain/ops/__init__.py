@@ -1,8 +1,9 @@
 """Fused ops: one public function each, importable with torch alone."""
 
+from calibtrain.ops.answer_logprobs import answer_logprobs_at
 from calibtrain.ops.stable import at_least_float32, log1mexp
 from calibtrain.ops.token_set import token_set_logprobs
-from calibtrain.ops.token_stats import TokenStats, answer_logprobs_at, fused_linear_token_stats, linear_logprobs
+from calibtrain.ops.token_stats import TokenStats, fused_linear_token_stats, linear_logprobs
 
 __all__ = [
     "TokenStats",

@@ -62,6 +62,7 @@ def update_stats(
     state: Tensor, top: Tensor, products: Tensor, start: int, targets: Tensor, bias: Tensor | None, head: Head
 ) -> None:
     """As `block_torch.update_stats`, for float32 and bfloat16 products; `bias` is float32."""
+    _check((state, torch.float64), (top, torch.int64))
     _library().calibtrain_update_stats(
         *_block(products, start, targets, bias, head),
         ctypes.c_void_p(state.data_ptr()),
@@ -74,9 +75,33 @@ def form_gradient(
     products: Tensor, start: int, targets: Tensor, coefficients: Tensor, bias: Tensor | None, head: Head
 ) -> None:
     """As `block_torch.form_gradient`, for float32 and bfloat16 products; `bias` and `coefficients` are float32."""
+    _check((coefficients, torch.float32))
     _library().calibtrain_form_gradient(
         *_block(products, start, targets, bias, head),
         ctypes.c_void_p(coefficients.data_ptr()),
+        torch.get_num_threads(),
+    )
+
+
+def update_temperatures(
+    state: Tensor,
+    rest: Tensor,
+    products: Tensor,
+    start: int,
+    targets: Tensor,
+    bias: Tensor | None,
+    head: Head,
+    inverse: Tensor,
+) -> None:
+    """As `block_torch.update_temperatures`, for float32 products; `bias` is float32."""
+    assert products.dtype == torch.float32
+    _check((state, torch.float64), (rest, torch.float64), (inverse, torch.float64))
+    _library().calibtrain_update_temperatures(
+        *_block(products, start, targets, bias, head)[1:],
+        ctypes.c_void_p(inverse.data_ptr()),
+        ctypes.c_int64(inverse.shape[0]),
+        ctypes.c_void_p(state.data_ptr()),
+        ctypes.c_void_p(rest.data_ptr()),
         torch.get_num_threads(),
     )
 
@@ -88,7 +113,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _block(products: Tensor, start: int, targets: Tensor, bias: Tensor | None, head: Head) -> tuple[object, ...]:
-    assert all(tensor.is_contiguous() for tensor in (products, targets, bias) if tensor is not None)
+    _check((products, products.dtype), (targets, torch.int64), *(() if bias is None else ((bias, torch.float32),)))
     return (
         int(products.dtype == torch.bfloat16),
         ctypes.c_void_p(products.data_ptr()),
@@ -100,6 +125,11 @@ def _block(products: Tensor, start: int, targets: Tensor, bias: Tensor | None, h
         ctypes.c_float(head.logit_scale),
         ctypes.c_float(head.softcap or 0.0),
     )
+
+
+def _check(*tensors: tuple[Tensor, torch.dtype]) -> None:
+    """The library gets addresses alone: what it takes for granted of a tensor is held against it here."""
+    assert all(tensor.is_contiguous() and tensor.dtype == dtype for tensor, dtype in tensors)
 
 
 def _cache_directory() -> Path:

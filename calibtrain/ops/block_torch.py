@@ -14,6 +14,9 @@ from calibtrain.ops.head import Head
 SLICE_LOGITS = 2**20
 """Entries worked on at once."""
 
+TEMPERATURE_LOGITS = 2**23
+"""Entries worked on at once where each stands once for every temperature."""
+
 PEAK, REST, SQUARES, MOMENT, TARGET, POISON = range(6)
 
 
@@ -52,14 +55,57 @@ def form_gradient(
         logp = z.sub_(peak).sub_(log_normalizer)
         p = logp.exp()
         gradient = logp.mul_(b).add_(a).addcmul_(p, c).mul_(p)
-        local = targets[rows] - start
-        here = ((local >= 0) & (local < z.shape[1])).nonzero()[:, 0]
-        gradient[here, local[here]] = at_target[here, 0]
+        here, place = _place(targets[rows] - start, z.shape[1])
+        # Where the target is elsewhere an entry keeps its value: to choose those rows would make the host wait for a GPU.
+        gradient.scatter_(1, place, torch.where(here, at_target, gradient.gather(1, place)))
         if slope is not None:
             gradient *= slope
         if head.logit_scale != 1.0:
             gradient *= head.logit_scale
         products[rows] = gradient
+
+
+def new_temperature_state(tokens: int, temperatures: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """As `new_state` for K temperatures: (6, n) float64, of which PEAK, TARGET and POISON are used, and (K, n) float64.
+
+    The latter holds the sum of exp((z - m) / T) over all entries but the largest, m.
+    """
+    state, _ = new_state(tokens, device)
+    return state, torch.full((temperatures, tokens), -1.0, dtype=torch.float64, device=device)
+
+
+def update_temperatures(
+    state: Tensor,
+    rest: Tensor,
+    products: Tensor,
+    start: int,
+    targets: Tensor,
+    bias: Tensor | None,
+    head: Head,
+    inverse: Tensor,
+) -> None:
+    """Take a block into the running sums `state` and `rest`. `inverse` (K,) float64 is 1 / T."""
+    size = max(1, TEMPERATURE_LOGITS // (products.shape[1] * max(1, inverse.shape[0])))
+    for first in range(0, products.shape[0], size):
+        rows = slice(first, first + size)
+        z = _logits(products[rows], bias, head, products.dtype)
+        largest, at = z.max(dim=1)
+        here, place = _place(targets[rows] - start, z.shape[1])
+        known = state[:, rows]
+        known[POISON] += (products[rows].sum(dim=1) * 0.0).double()
+        known[TARGET] = torch.where(here, z.gather(1, place).double(), known[TARGET, :, None])[:, 0]
+        larger = largest.double() > known[PEAK]
+        gap = torch.where(larger, known[PEAK] - largest.double(), 0.0)
+        rest[:, rows] = (inverse[:, None] * gap).exp() * (larger.double() + rest[:, rows])
+        known[PEAK] = torch.where(larger, largest.double(), known[PEAK])
+        z -= known[PEAK, :, None].to(z.dtype)
+        z.scatter_(1, at[:, None], torch.where(larger[:, None], -torch.inf, z.gather(1, at[:, None])))
+        rest[:, rows] += (z * inverse.to(z.dtype)[:, None, None]).exp_().sum(dim=2)
+
+
+def _place(local: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Whether a token's target is in a block, (n, 1) bool, and its column there, (n, 1), some column where it is not."""
+    return ((local >= 0) & (local < width))[:, None], local.clamp(0, width - 1)[:, None]
 
 
 def _update_rows(
@@ -68,10 +114,8 @@ def _update_rows(
     z = _logits(products, bias, head, torch.promote_types(products.dtype, torch.float32))
     largest, at = z.max(dim=1)
     state[POISON] += (products.sum(dim=1, dtype=z.dtype) * 0.0).double()
-    local = targets - start
-    here = (local >= 0) & (local < z.shape[1])
-    at_target = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None])[:, 0].double()
-    state[TARGET] = torch.where(here, at_target, state[TARGET])
+    here, place = _place(targets - start, z.shape[1])
+    state[TARGET] = torch.where(here, z.gather(1, place).double(), state[TARGET, :, None])[:, 0]
     # The former largest entry joins the sums; the new one leaves them: near 1, log1p keeps what a sum would round.
     larger = largest.double() > state[PEAK]
     gap = torch.where(larger, state[PEAK] - largest.double(), 0.0)
@@ -80,10 +124,10 @@ def _update_rows(
     state[SQUARES] = decay * decay * (one + state[SQUARES])
     state[REST] = decay * (one + state[REST])
     state[PEAK] = torch.where(larger, largest.double(), state[PEAK])
-    top[larger] = at[larger] + start
+    top.copy_(torch.where(larger, at + start, top))
     z -= state[PEAK, :, None].to(z.dtype)
     e = z.exp()
-    e[larger, at[larger]] = 0.0
+    e.scatter_(1, at[:, None], torch.where(larger[:, None], 0.0, e.gather(1, at[:, None])))
     state[REST] += e.sum(dim=1)
     state[MOMENT] += z.mul_(e).sum(dim=1)
     state[SQUARES] += e.square_().sum(dim=1)

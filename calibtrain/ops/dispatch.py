@@ -46,7 +46,7 @@ def ops_path(hidden: Tensor) -> str:
 
 
 def triton_kernels() -> ModuleType:
-    """The module with `forward` and `backward` in Triton; imported here alone, where `ops_path` says "triton"."""
+    """The module of the launches in Triton; imported here alone, where `ops_path` says "triton"."""
     return import_module("calibtrain.ops.triton_token_stats")
 
 

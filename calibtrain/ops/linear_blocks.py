@@ -81,8 +81,7 @@ def plan_blocks(hidden: Tensor, weight: Tensor, in_gradient: Tensor, beside: Ten
     must end before rows of blocks 0 to b reach it, which is so for all b when it is for the first and the last.
     """
     tokens, (vocabulary, size) = hidden.shape[0], weight.shape
-    width = max(LEAST_WIDTH, BLOCK_LOGITS // max(tokens, 1) // 64 * 64)
-    width = min(width, vocabulary)
+    width = block_width(tokens, vocabulary)
     number, full = -(-vocabulary // width), vocabulary // width
     logits, rows = tokens * width, size * width
     first = second = 0
@@ -96,11 +95,16 @@ def plan_blocks(hidden: Tensor, weight: Tensor, in_gradient: Tensor, beside: Ten
     return Blocks(tokens, vocabulary, width, in_gradient, beside, first, second, scratch)
 
 
+def block_width(tokens: int, vocabulary: int) -> int:
+    """Vocabulary entries of a block of all tokens."""
+    return min(vocabulary, max(LEAST_WIDTH, BLOCK_LOGITS // max(tokens, 1) // 64 * 64))
+
+
 def forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, head: Head, path: str, blocks: Blocks
 ) -> tuple[Tensor, ...]:
     """Logprob, entropy, sum_p2, confidence, correct, largest logit and log(sum_v exp(z_v - largest)), (N,) each."""
-    state, top = _run(hidden, weight, targets, bias, [head], path, blocks)[0]
+    state, top = _run(hidden, weight, targets, bias, head, path, blocks)
     poison, dtype = state[POISON], compute_dtype(hidden)
     normalizer, log_normalizer = 1.0 + state[REST], state[REST].log1p()
     logprob = state[TARGET] - state[PEAK] - log_normalizer
@@ -109,16 +113,6 @@ def forward(
     numbers = (logprob, entropy, sum_p2, normalizer.reciprocal(), state[PEAK], log_normalizer)
     logprob, entropy, sum_p2, confidence, peak, log_normalizer = ((x + poison).to(dtype) for x in numbers)
     return logprob, entropy, sum_p2, confidence, top == targets, peak, log_normalizer
-
-
-def logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, heads: Sequence[Head], path: str
-) -> Tensor:
-    """Log-probs of the targets under several heads, which share the products. (N, len(heads)) float64."""
-    blocks = plan_blocks(hidden, weight, hidden.new_empty(0), hidden.new_empty(0))
-    states = [state for state, _ in _run(hidden, weight, targets, bias, heads, path, blocks)]
-    columns = [state[TARGET] - state[PEAK] - state[REST].log1p() + state[POISON] for state in states]
-    return torch.stack(columns, dim=1) if columns else hidden.new_empty((hidden.shape[0], 0), dtype=torch.float64)
 
 
 def backward(
@@ -171,24 +165,17 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _run(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    heads: Sequence[Head],
-    path: str,
-    blocks: Blocks,
-) -> list[tuple[Tensor, Tensor]]:
-    """Running sums over the whole vocabulary, for each head."""
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, head: Head, path: str, blocks: Blocks
+) -> tuple[Tensor, Tensor]:
+    """Running sums over the whole vocabulary, and the largest entry's id."""
     kernels, targets = _kernels(path), targets.contiguous()
     bias = None if bias is None else bias.to(compute_dtype(hidden)).contiguous()
-    states = [new_state(blocks.tokens, hidden.device) for _ in heads]
+    state, top = new_state(blocks.tokens, hidden.device)
     for block, (start, end) in enumerate(blocks.ranges if blocks.tokens else ()):
         products = torch.mm(hidden, weight[start:end].t(), out=blocks.place(block))
         block_bias = None if bias is None else bias[start:end]
-        for head, (state, top) in zip(heads, states, strict=True):
-            kernels.update_stats(state, top, products, start, targets, block_bias, head)
-    return states
+        kernels.update_stats(state, top, products, start, targets, block_bias, head)
+    return state, top
 
 
 def _kernels(path: str) -> ModuleType:

@@ -131,6 +131,51 @@ void update(const T* products, int64_t n, int64_t width, int64_t start, const in
   }
 }
 
+// Running sums for several temperatures T, given as 1 / T: `state` as above, of which the sums are not used, and `rest`
+// (temperatures, n), each a sum over all entries but the largest of exp((z - m) / T).
+template <class H>
+void update_temperatures(const float* products, int64_t n, int64_t width, int64_t start, const int64_t* targets, H head,
+                         const double* inverse, int64_t temperatures, double* state, double* rest, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> buffer(width);
+    float* z = buffer.data();
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n; ++i) {
+      const float* row = products + i * width;
+      float largest = -std::numeric_limits<float>::infinity(), poison = 0.0f;
+#pragma omp simd reduction(max : largest) reduction(+ : poison)
+      for (int64_t j = 0; j < width; ++j) {
+        z[j] = head.logit(row[j], j);
+        poison += row[j] * 0.0f;
+        largest = z[j] > largest ? z[j] : largest;
+      }
+      double* s = state + i;
+      s[POISON * n] += poison;
+      if (targets[i] >= start && targets[i] < start + width) s[TARGET * n] = z[targets[i] - start];
+      const double gap = s[PEAK * n] - largest;
+      if (gap < 0) {  // the former largest entry joins the sums, the new one leaves them
+        for (int64_t k = 0; k < temperatures; ++k) {
+          double& r = rest[k * n + i];
+          r = std::exp(gap * inverse[k]) * (1.0 + r);
+        }
+        s[PEAK * n] = largest;
+        int64_t j = 0;
+        while (j + 1 < width && z[j] != largest) ++j;
+        z[j] = -std::numeric_limits<float>::infinity();
+      }
+      const float peak = float(s[PEAK * n]);
+      for (int64_t k = 0; k < temperatures; ++k) {
+        const float factor = float(inverse[k]);
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < width; ++j) sum += exponential((z[j] - peak) * factor);
+        rest[k * n + i] += sum;
+      }
+    }
+  }
+}
+
 // Gradient of the products, over them: with log p = z - peak - log_normalizer it is slope * p * (a + b log p + c p), and
 // slope * at_target at the target. `rows` is (6, n): peak, log_normalizer, a, b, c, at_target.
 template <class T, class H>
@@ -175,6 +220,16 @@ void calibtrain_update_stats(int bfloat16, const void* products, int64_t n, int6
       update(static_cast<const BFloat16*>(products), n, width, start, targets, head, state, top, threads);
     else
       update(static_cast<const float*>(products), n, width, start, targets, head, state, top, threads);
+  });
+}
+
+void calibtrain_update_temperatures(const void* products, int64_t n, int64_t width, int64_t start,
+                                    const int64_t* targets, const float* bias, float scale, float softcap,
+                                    const double* inverse, int64_t temperatures, double* state, double* rest,
+                                    int threads) {
+  with_head(bias, scale, softcap, [&](auto head) {
+    update_temperatures(static_cast<const float*>(products), n, width, start, targets, head, inverse, temperatures, state,
+                        rest, threads);
   });
 }
 

@@ -3,7 +3,7 @@
 The matrix products run in the input dtype, as a model's own head does; everything after them runs in float32 (float64
 for float64 inputs). `linear_blocks` walks over the vocabulary, `dispatch` says which implementation does it.
 
-Letters: N tokens, H hidden size, V vocabulary, K temperatures.
+Letters: N tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from calibtrain.errors import UserError
 from calibtrain.ops import linear_blocks
+from calibtrain.ops.checks import check_inputs, check_targets
 from calibtrain.ops.dispatch import ops_path, triton_kernels
 from calibtrain.ops.head import Head
 from calibtrain.ops.linear_blocks import compute_dtype
@@ -54,14 +54,15 @@ def fused_linear_token_stats(
         logit_scale: inverse temperature.
 
     Raises:
-        UserError: shapes, dtypes or devices do not fit, or a target is outside [0, V).
+        UserError: shapes, dtypes or devices do not fit, or a target is outside [0, V). On a GPU the host does not wait to
+            find the latter out: a device-side assertion fails, as in PyTorch's own cross-entropy.
     """
-    _check_inputs(hidden, weight, targets, bias, softcap)
+    check_inputs(hidden, weight, targets, bias, softcap)
     path = ops_path(hidden)
     if path == "reference":
         from calibtrain.ops.reference import reference_token_stats
 
-        _check_targets(targets, weight.shape[0])
+        check_targets(targets, weight.shape[0])
         dtype = compute_dtype(hidden)
         return reference_token_stats(
             hidden.to(dtype),
@@ -101,59 +102,6 @@ def linear_logprobs(
     ).logprob
 
 
-@torch.no_grad()
-def answer_logprobs_at(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperatures: Tensor,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> Tensor:
-    """Log-prob of each target at each temperature: log p_T(y) = z_y / T - logsumexp(z / T). (N, K), no gradient.
-
-    `temperatures` is (K,) and positive; the other arguments, the precision and the errors are those of
-    `fused_linear_token_stats`. One matrix product for all temperatures.
-    """
-    _check_inputs(hidden, weight, targets, bias, softcap)
-    _check_targets(targets, weight.shape[0])
-    scales = [1.0 / float(t) if t > 0 else float("nan") for t in temperatures.tolist()]
-    if any(scale != scale for scale in scales):
-        raise UserError(f"temperatures must be positive, got {temperatures.tolist()}")
-    # softcap * tanh(u / softcap) / T is a head with scale / T and softcap / T.
-    heads = [Head(logit_scale * scale, None if softcap is None else softcap * scale) for scale in scales]
-    logprobs = linear_blocks.logprobs(hidden, weight, targets, bias, heads, ops_path(hidden))
-    return logprobs.to(compute_dtype(hidden))
-
-
-def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
-        raise UserError(f"hidden (N, H) and weight (V, H) do not fit: {tuple(hidden.shape)} and {tuple(weight.shape)}")
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise UserError(f"targets must be ({hidden.shape[0]},) int64, got {tuple(targets.shape)} {targets.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise UserError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
-        raise UserError(f"hidden and weight must share a floating dtype, got {hidden.dtype} and {weight.dtype}")
-    if softcap is not None and not softcap > 0:
-        raise UserError(f"softcap must be positive or None, got {softcap}")
-    if len({tensor.device for tensor in (hidden, weight, targets, bias) if tensor is not None}) > 1:
-        raise UserError("hidden, weight, targets and bias must be on one device")
-
-
-def _check_targets(targets: Tensor, vocabulary: int) -> None:
-    if targets.numel() == 0:
-        return
-    low, high = (int(bound) for bound in torch.aminmax(targets))
-    if low < 0 or high >= vocabulary:
-        raise UserError(
-            f"targets must be token ids in [0, {vocabulary}), found {low if low < 0 else high}: leave padding and "
-            "ignored positions out of targets, and check that the tokenizer belongs to the model"
-        )
-
-
 @torch.library.custom_op(
     "calibtrain::linear_token_stats",
     mutates_args=(),
@@ -171,7 +119,7 @@ def _forward(
     for_weight: bool,
 ) -> tuple[Tensor, ...]:
     """The fields of TokenStats; the largest logit and log(sum_v exp(z_v - largest)); the two places of kept logits."""
-    _check_targets(targets, weight.shape[0])
+    check_targets(targets, weight.shape[0])
     path = ops_path(hidden)
     in_gradient, beside = (hidden.new_empty(size) for size in linear_blocks.kept_sizes(weight, keep, for_weight))
     if path == "triton":

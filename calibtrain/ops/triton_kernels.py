@@ -12,6 +12,27 @@ import triton.language as tl
 
 
 @triton.jit
+def _bounded(z, softcap):
+    """Softcap * tanh(z / softcap), but NaN for an infinite z, which tanh would hide."""
+    decay = tl.exp(-2.0 * tl.abs(z) / softcap)
+    bounded = softcap * (1.0 - decay) / (1.0 + decay)
+    bounded = tl.where(z < 0, -bounded, bounded)
+    return tl.where(tl.abs(z) < float("inf"), bounded, float("nan"))
+
+
+@triton.jit
+def _head(product, bias, columns, width, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """Logits of products in the given columns; -inf outside of `width`."""
+    z = product
+    if HAS_BIAS:
+        z += tl.load(bias + columns, mask=columns < width, other=0.0)
+    z *= scale
+    if HAS_SOFTCAP:
+        z = _bounded(z, softcap)
+    return tl.where(columns < width, z, float("-inf"))
+
+
+@triton.jit
 def _logits(
     hidden, weight, bias, rows, columns, num_tokens, vocabulary, hidden_size, hidden_stride, weight_stride, softcap, scale,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_H: tl.constexpr, UPCAST: tl.constexpr,
@@ -43,10 +64,7 @@ def _logits(
         z += tl.load(bias + safe_columns).to(tl.float32)[None, :]
     z *= scale
     if HAS_SOFTCAP:
-        decay = tl.exp(-2.0 * tl.abs(z) / softcap)
-        bounded = softcap * (1.0 - decay) / (1.0 + decay)
-        bounded = tl.where(z < 0, -bounded, bounded)
-        z = tl.where(tl.abs(z) < float("inf"), bounded, float("nan"))  # tanh would hide an infinite logit
+        z = _bounded(z, softcap)
     return z
 
 
@@ -222,3 +240,61 @@ def logit_gradients(
     if NEED_BIAS:
         total = tl.sum(tl.where(written, gradient, 0.0), axis=0)
         tl.store(bias_partials + row_block.to(tl.int64) * num_columns + places, total, mask=places < num_columns)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "start", "num_temperatures"])
+def temperature_sums(
+    products, bias, targets, inverse, state, rest, num_tokens, start, width, num_temperatures, softcap, scale,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One token's block of products, (N, width) float32 from token id `start` on, for all temperatures at once.
+
+    `inverse` (K,) float64 holds 1 / T. `state` (6, N) and `rest` (K, N), float64, are those of
+    `block_torch.new_temperature_state`: the rows of the largest logit, the target's logit and the poison, and the sums of
+    exp((z - largest) / T) over all entries but the largest.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK_V)
+    kinds = tl.arange(0, BLOCK_K)
+    row = products + token * width
+    largest = tl.full((BLOCK_V,), float("-inf"), tl.float32)
+    place = tl.zeros((BLOCK_V,), tl.int32)
+    poison = tl.zeros((BLOCK_V,), tl.float32)
+    for first in range(0, width, BLOCK_V):
+        columns = first + lanes
+        product = tl.load(row + columns, mask=columns < width, other=0.0)
+        z = _head(product, bias, columns, width, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+        poison += product * 0.0
+        place = tl.where(z > largest, columns, place)
+        largest = tl.maximum(largest, z)
+    peak, lane = tl.max(largest, axis=0, return_indices=True)
+    top = tl.sum(tl.where(lanes == lane, place, 0), axis=0)
+    size = num_tokens.to(tl.int64)
+    at = state + token
+    before = tl.load(at).to(tl.float32)
+    factor = tl.load(inverse + kinds, mask=kinds < num_temperatures, other=0.0).to(tl.float32)
+    rest_at = rest + kinds.to(tl.int64) * size + token
+    total = tl.load(rest_at, mask=kinds < num_temperatures, other=0.0).to(tl.float32)
+    larger = peak > before
+    # The former largest entry joins the sums; the new one leaves them, as in `_merge`.
+    total = tl.where(larger, tl.exp((before - peak) * factor) * (1.0 + total), total)
+    top = tl.where(larger, top, -1)
+    peak = tl.where(larger, peak, before)
+    sums = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
+    for first in range(0, width, BLOCK_V):
+        columns = first + lanes
+        product = tl.load(row + columns, mask=columns < width, other=0.0)
+        z = _head(product, bias, columns, width, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+        counted = (columns < width) & (columns != top)
+        e = tl.exp((z - peak)[:, None] * factor[None, :])
+        sums += tl.where(counted[:, None], e, 0.0)
+    total += tl.sum(sums, axis=0)
+    tl.debug_barrier()  # every thread has read the sums before the first one writes
+    tl.store(rest_at, total.to(tl.float64), mask=kinds < num_temperatures)
+    tl.store(at, peak.to(tl.float64), mask=larger)
+    target = tl.load(targets + token) - start
+    here = (target >= 0) & (target < width)
+    column = tl.where(here, target, 0)
+    z = _head(tl.load(row + column), bias, column, width, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+    tl.store(at + 4 * size, z.to(tl.float64), mask=here)
+    tl.store(at + 5 * size, tl.load(at + 5 * size) + tl.sum(poison, axis=0))

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from calibtrain.ops.head import Head
+
 GRADIENT_BYTES = 2**27
 """Memory for the gradient of a block of logits (128 MiB), if that holds MIN_COLUMNS token ids."""
 MIN_COLUMNS = 1024
@@ -25,6 +27,8 @@ WAVES = 8
 GROUP = 8
 """Column blocks whose programs run side by side in the backward, to share rows in the L2 cache."""
 COMBINE_TOKENS = 128
+TEMPERATURE_TERMS, TEMPERATURE_WARPS = 4096, 4
+"""Logits times temperatures that a program of `temperature_sums` holds at once, and its warps."""
 
 
 class Blocks(NamedTuple):
@@ -85,6 +89,7 @@ def forward(
     partials = hidden.new_empty((5, splits, num_tokens), dtype=torch.float32)
     tops = hidden.new_empty((splits, num_tokens), dtype=torch.int32)
     shared = _shared_arguments(hidden, weight, bias, softcap, logit_scale, blocks)
+    targets = targets.contiguous()
     with torch.cuda.device_of(hidden):
         triton_kernels.partial_statistics[row_blocks, splits](
             targets=targets, partials=partials, tops=tops, blocks_per_split=per_split, **shared
@@ -125,7 +130,7 @@ def backward(
             *logit_coefficients(grad_logprob, grad_entropy, grad_sum_p2, logprob, entropy, sum_p2),
         ]
     )
-    hidden, weight = _rows(hidden), _rows(weight)
+    hidden, weight, targets = _rows(hidden), _rows(weight), targets.contiguous()
     num_tokens, vocabulary = hidden.shape[0], weight.shape[0]
     sums = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=torch.float32)
     grad_weight = weight.new_empty(weight.shape if need_weight else 0)
@@ -148,6 +153,34 @@ def backward(
         if need_bias:
             grad_bias[columns] = bias_sums.sum(dim=0)
     return sums.to(hidden.dtype), grad_weight, grad_bias
+
+
+def update_temperatures(
+    state: Tensor,
+    rest: Tensor,
+    products: Tensor,
+    start: int,
+    targets: Tensor,
+    bias: Tensor | None,
+    head: Head,
+    inverse: Tensor,
+) -> None:
+    """As `block_torch.update_temperatures`, for float32 products and bias, all contiguous: one launch."""
+    import triton
+
+    from calibtrain.ops import triton_kernels
+
+    if not inverse.numel():
+        return
+    num_tokens, width = products.shape
+    kinds = triton.next_power_of_2(inverse.shape[0])
+    with torch.cuda.device_of(products):
+        triton_kernels.temperature_sums[(num_tokens,)](
+            products, products if bias is None else bias, targets, inverse, state, rest, num_tokens, start, width,
+            inverse.shape[0], head.softcap or 1.0, head.logit_scale,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None,
+            BLOCK_V=max(16, TEMPERATURE_TERMS // kinds), BLOCK_K=kinds, num_warps=TEMPERATURE_WARPS,
+        )  # fmt: skip
 
 
 def _launch_gradients(
@@ -188,7 +221,7 @@ def _launch_gradients(
 def _shared_arguments(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float, blocks: Blocks
 ) -> dict[str, Any]:
-    """Arguments of both kernels that make logits."""
+    """Arguments of both kernels that make logits; the kernels read every tensor but `hidden` and `weight` as contiguous."""
     from triton import knobs
 
     hidden, weight = _rows(hidden), _rows(weight)
@@ -207,13 +240,24 @@ def _shared_arguments(
         "HAS_SOFTCAP": softcap is not None,
         "EVEN_H": hidden.shape[1] % blocks.hidden == 0,
         "UPCAST": knobs.runtime.interpret,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": "tf32" if tf32_allowed() else "ieee",
         "BLOCK_N": blocks.tokens,
         "BLOCK_V": blocks.vocabulary,
         "BLOCK_H": blocks.hidden,
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
     }
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 products may run in TF32, by torch's new setting (2.9) or its old one.
+
+    Where a user has set the new one, torch raises for every read of the old. The new one knows of both.
+    """
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

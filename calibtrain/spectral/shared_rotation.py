@@ -62,7 +62,8 @@ class SharedRotationLinear(nn.Module):
         eye = torch.eye(rank, dtype=dtype, device=self.skew.device)
         lower = torch.zeros_like(eye).index_put((self.rows, self.columns), self.skew.to(dtype))
         skew = lower - lower.mT
-        return torch.linalg.solve(eye + skew, eye - skew)
+        # I + K is never singular (its eigenvalues are 1 + i b). `solve` would look, and make the host wait for a GPU.
+        return torch.linalg.solve_ex(eye + skew, eye - skew).result
 
     def merged_weight(self) -> Tensor:
         """W (out, in) in float32 or better."""

@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_values_and_gradients_are_those_of_the_reference(tokens, vocabulary, size, dtype, tolerance, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("CALIBTRAIN_OPS", "triton")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    setting = "fp32_precision" if hasattr(torch.backends.cuda.matmul, "fp32_precision") else "allow_tf32"
+    monkeypatch.setattr(torch.backends.cuda.matmul, setting, "ieee" if setting == "fp32_precision" else False)
     generator = torch.Generator("cuda").manual_seed(tokens)
 
     def draw(*shape):

@@ -59,11 +59,44 @@ def test_low_precision_is_off_by_a_logits_rounding(dtype, tolerance):
 
 
 def test_the_target_itself_keeps_its_logprob():
-    for dtype in (torch.float32, torch.bfloat16):
+    """In bf16 but for the rounding of its own logit, which `stats` has and the set has not."""
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 0.02)):
         hidden, weight, _, targets = inputs(dtype)
         stats = fused_linear_token_stats(hidden, weight, targets)
         ours = token_set_logprobs(hidden, weight, targets, stats.logprob, targets)
-        torch.testing.assert_close(ours.diagonal(), stats.logprob, rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(ours.diagonal(), stats.logprob, rtol=1e-6, atol=tolerance)
+
+
+def test_bf16_differences_between_tokens_are_those_of_float32_logits():
+    """Of 41 answers with logits near 20, bf16 logits tell a few apart and move P(yes) by percents."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 512, generator=generator).bfloat16()
+    direction = weight[4].float() + weight[9].float()
+    hidden = (direction * 0.035 + 0.01 * torch.randn(41, 512, generator=generator)).bfloat16()
+    targets = torch.randint(64, (41,), generator=generator)
+    stats = fused_linear_token_stats(hidden, weight, targets)
+    ours = token_set_logprobs(hidden, weight, targets, stats.logprob, torch.tensor([4, 9]))
+    exact = hidden.double() @ weight.double()[[4, 9]].t()
+    assert exact.min() > 10
+    difference = (exact[:, 0] - exact[:, 1]).sigmoid()
+    rounded = (hidden @ weight[[4, 9]].t()).double()
+    assert ((rounded[:, 0] - rounded[:, 1]).sigmoid() - difference).abs().max() > 0.01  # the regime it speaks of
+    torch.testing.assert_close((ours[:, 0] - ours[:, 1]).sigmoid().double(), difference, rtol=0, atol=2e-5)
+    assert (ours[:, 0] - ours[:, 1]).unique().numel() == 41
+
+
+def test_bf16_gradients_of_thousands_of_equal_rows_are_summed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    hidden = (1.0 + 0.1 * torch.randn(8192, 4, generator=generator)).bfloat16()
+    weight = torch.randn(31, 4, generator=generator).bfloat16().requires_grad_()
+    targets = torch.full((8192,), 3)
+    logprob, token_set = torch.zeros(8192) - 5.0, torch.tensor([4, 0, 3, 4])
+    token_set_logprobs(hidden, weight, targets, logprob, token_set).sum().backward()
+    wide = weight.detach().double().requires_grad_()
+    logits = hidden.double() @ wide.t()
+    (logits[:, token_set] - logits[:, 3:4]).sum().backward()
+    assert wide.grad[3].abs().min() > 8192  # terms of 1 beside a sum of thousands: bf16 would stop at 256
+    torch.testing.assert_close(weight.grad.double(), wide.grad, rtol=2**-8, atol=1e-3)
 
 
 def test_never_above_zero_and_the_gradient_passes():
