@@ -13,7 +13,7 @@ from calibtrain.config import EvaluationConfig
 from calibtrain.data.records import Record
 from calibtrain.errors import UserError
 from calibtrain.hooks.callback import AnswerMeter, CalibrationMeter, stats_from_logits
-from calibtrain.losses.causal_lm import batch_from_labels
+from calibtrain.losses.label_batch import batch_from_labels
 from calibtrain.losses.terms import Batch
 from calibtrain.ops import TokenStats
 
