@@ -17,6 +17,7 @@ from calibtrain.errors import UserError
 from calibtrain.losses.isolation import head_forward
 from calibtrain.losses.label_batch import batch_from_labels
 from calibtrain.losses.row_check import CheckedModel, check_rows, row_inputs
+from calibtrain.losses.silence import check_learns
 from calibtrain.losses.terms import Batch, LossTerms, Objective, mean_loss
 from calibtrain.ops import TokenStats, fused_linear_token_stats, token_set_logprobs
 from calibtrain.ops.head import head_of
@@ -36,8 +37,12 @@ def causal_lm_loss(
 
     The arguments are those of `batch_from_labels` and `token_stats_from_model`. A mean over the micro-batch: where several
     make a step, `global_counts` and `normalized_loss` make the gradient independent of how the step is cut.
+
+    Raises UserError as those do, where there is no label to learn, and for a loss that labels alone can never teach (one
+    that reads pairs, grades, roles or advantages).
     """
     batch = batch_from_labels(input_ids, labels, attention_mask, position_ids)
+    check_learns(loss, batch)
     return mean_loss(loss_terms_from_model(model, loss, batch)[0])
 
 
