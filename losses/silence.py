@@ -74,14 +74,11 @@ class Watch:
             self._take(names, values, where)
         names = sorted(counts)
         values = torch.stack([counts[name].detach().double() for name in names])
-        if values.device.type != "cuda":
-            self._take(names, values, where)
-            return
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._coming = names, host, event
+        host, event = _on_its_way(values)
+        if event is None:
+            self._take(names, host, where)
+        else:
+            self._coming = names, host, event
 
     def _take(self, names: list[str], values: Tensor, where: str | None) -> None:
         found = dict(zip(names, values.tolist(), strict=True))
@@ -98,6 +95,17 @@ class Watch:
             elif self._missed[name] == PATIENCE:
                 self._done.add(name)
                 _tell(f"{name} has found nothing in {PATIENCE} steps, and counts as 0: {reads([name])}")
+
+
+def _on_its_way(values: Tensor) -> tuple[Tensor, Any]:
+    """A copy on the host, and the event after which it is there; None where it is already."""
+    if values.device.type != "cuda":
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
 
 
 _watches: WeakKeyDictionary[Any, Watch] = WeakKeyDictionary()

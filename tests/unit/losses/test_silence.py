@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from calibtrain.losses import (
     causal_lm_loss,
     global_counts,
     mean_loss,
+    silence,
 )  # fmt: skip
 from calibtrain.losses.advantages import grpo_advantages, rloo_advantages
 from calibtrain.losses.calibration_aware import isotonic_fit
@@ -245,3 +247,18 @@ def test_every_term_says_what_it_reads():
     batch = batch_from_labels(**labelled())
     names = {term for _, loss in every_loss() for term in loss.counts(batch)} | set(GRPOLoss(beta=0.1).counts(batch))
     assert names <= READS.keys()
+
+
+def test_a_gpu_is_not_waited_for(caplog, monkeypatch):
+    """The copy of a step's counts is read when it has arrived; steps in between are not looked at."""
+    arrived = []
+    monkeypatch.setattr(
+        silence, "_on_its_way", lambda values: (values.clone(), SimpleNamespace(query=lambda: bool(arrived)))
+    )
+    watch, nothing = silence.Watch(), {"nll": torch.tensor(0)}
+    for _ in range(5):
+        watch.see(nothing, "a step")
+    assert not caplog.records
+    arrived.append(1)
+    watch.see(nothing, "a step")
+    assert caplog.text.count("a step found nothing to learn from") == 1
