@@ -21,7 +21,8 @@ from calibtrain.losses.isolation import changed_tokens, has_experts, head_forwar
 from calibtrain.losses.label_batch import batch_from_labels
 from calibtrain.losses.terms import Batch
 
-ROW, ROWS, LEFT, GIVEN = "a packed row", "packed rows", "padding on the left", "rows as given"
+ROW, ROWS, LEFT = "a packed row", "packed rows", "padding on the left"
+GIVEN, ALONE = "packed rows with inputs of their maker's", "the same with one sequence a row"
 LENGTH, SEQUENCES = 6, 3  # of the tried row
 MASK = "attention_mask=calibtrain.models.attention_mask.attention_mask(batch, model)"
 _found: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str | None]] = WeakKeyDictionary()
@@ -110,18 +111,20 @@ def check_rows(model: CheckedModel, batch: Batch, inputs: Mapping[str, Any]) -> 
     if torch.compiler.is_compiling():
         return
     given = _given(inputs)
-    layout = GIVEN if given else LEFT if not batch.packed else ROW if batch.input_ids.shape[0] == 1 else ROWS
+    if given:
+        layout = GIVEN if batch.packed else ALONE
+    else:
+        layout = LEFT if not batch.packed else ROW if batch.input_ids.shape[0] == 1 else ROWS
     known = _found.setdefault(model.causal_model, {})
     key = (model.attention, model.dtype, *sorted(inputs))
     if batch.packed and "attention_mask" not in given:
         _check_expressible(model, batch, first=(layout, *key) not in known)
     if (layout, *key) not in known:
-        sharded = model.sharded
-        if given and not (batch.packed or sharded):
-            return
+        tried = (layout,) if not model.sharded else (GIVEN,) if given else (ROW, ROWS, LEFT)
         with quietly(model.causal_model.modules(), batch.input_ids.device):
-            for one in (GIVEN,) if given else (ROW, ROWS, LEFT) if sharded else (layout,):
-                known[(one, *key)] = _fault(model, one, batch, inputs)
+            for one in tried:
+                known[(one, *key)] = None if one == ALONE else _fault(model, one, batch, inputs)
+        known.setdefault((layout, *key), None)
     fault = known[(layout, *key)]
     if fault and (layout != LEFT or bool(((batch.segment_ids[:, 0] == 0) & (batch.segment_ids[:, -1] > 0)).any())):
         raise UserError(fault)
@@ -147,7 +150,8 @@ def _fault(model: CheckedModel, layout: str, batch: Batch, inputs: Mapping[str, 
     """Why `layout` is not for this model; None where it is."""
     name = f"{type(model.causal_model).__name__} with {model.attention} attention"
     if layout == GIVEN:
-        if not batch.packed or _given_keeps_apart(model, batch, inputs):
+        apart: bool | None = _given_keeps_apart(model, batch, inputs)  # also by a rank whose rows are not packed
+        if apart or not batch.packed:
             return None
         return (
             f"{name} lets the sequences of a packed row see each other, also with {', '.join(sorted(inputs))}: give one "

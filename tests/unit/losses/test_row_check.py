@@ -280,3 +280,23 @@ def test_positions_of_padding_say_nothing() -> None:
     batch = batch_from_labels(ids, ids, mask, torch.tensor([[1, 1, 0, 1, 2]]))
     assert batch.segment_ids.tolist() == [[0, 0, 1, 1, 1]]
     assert not batch.packed
+
+
+def test_ranks_with_sharded_weights_make_as_many_passes_however_their_rows_are_laid_out(monkeypatch) -> None:
+    """Each pass is collective there: one that only one rank made would be waited for for ever."""
+    monkeypatch.setattr(row_check.CheckedModel, "sharded", True)
+
+    def passes(batch, **inputs) -> list[int]:
+        model, found = model_of("llama"), []
+        model.register_forward_hook(lambda *_: found.append(1))
+        counts = []
+        for _ in range(2):
+            logprobs(model, batch, **inputs)
+            counts.append(len(found))
+        return counts
+
+    mask = attention_mask(packed(), model_of("llama"))
+    rows = padded("right")
+    assert passes(packed()) == passes(packed(2)) == passes(rows) == [10, 11]
+    own = {"attention_mask": (rows.segment_ids > 0).long()}
+    assert passes(packed(), attention_mask=mask) == passes(rows, **own) == [3, 4]
