@@ -36,7 +36,6 @@ from calibtrain.losses.calibration_aware import CalibrationAwareLoss
 from calibtrain.losses.calibration_tuning import CorrectnessQueryLoss, DivergenceAnchor
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.causal_lm import (
-    batch_from_labels,
     causal_lm_loss,
     loss_terms_from_model,
     token_stats_from_hidden,
@@ -44,6 +43,7 @@ from calibtrain.losses.causal_lm import (
 )
 from calibtrain.losses.focal import ConfidencePenalty, FocalLoss, LabelSmoothingLoss, focal_loss
 from calibtrain.losses.idk import IDKLoss, idk_loss
+from calibtrain.losses.label_batch import batch_from_labels
 from calibtrain.losses.orpo import ORPOLoss, orpo_odds_ratio_loss
 from calibtrain.losses.policy_gradient import GRPOLoss, PPOLoss, RLOOLoss
 from calibtrain.losses.pooled import MMCELoss, SoftBinnedECELoss

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
+from calibtrain.losses.silence import watch_of
 from calibtrain.ops import at_least_float32
 
 STD_EPSILON = 1e-4
@@ -34,15 +35,23 @@ def grpo_advantages(rewards: Tensor, group_ids: Tensor, *, scale: AdvantageScale
     arXiv 2503.20783). Dividing a proper score by a group's own spread rescales it by what was sampled, so that honest
     confidence is only nearly best: take "none" for such rewards. A group whose rewards are equal has advantage exactly 0.
 
-    `rewards` (S,) floating, NaN where there is none; `group_ids` (S,) int64. Returns (S,) float64, without gradient.
+    `rewards` (S,) floating, NaN where there is none; `group_ids` (S,) int64. Returns (S,) float64, without gradient. Raises
+    UserError where every completion is alone in its group, so that no advantage could differ from 0; logs once that all
+    were 0 in the first 20 calls.
     """
     if scale not in ("group", "batch", "none"):
         raise UserError(f"scale must be group|batch|none, got {scale!r}")
     values, known = _known(rewards)
     counts = group_sums(known, group_ids)
+    if rewards.numel() and not bool((group_sums(torch.ones_like(values), group_ids) > 1).any()):
+        raise UserError(
+            f"advantages: each of the {rewards.numel()} completions is alone in its group, and is compared with nothing; "
+            "completions of one prompt share a group id, and several ranks' are gathered first"
+        )
     shifted = torch.where(known > 0, values - _group_min(values, known, group_ids), 0.0)  # equal rewards: exactly 0
     centered = shifted - group_sums(shifted, group_ids) / counts.clamp(min=1.0)
     centered = torch.where((known > 0) & (counts > 1), centered, 0.0)
+    watch_of(("advantages",)).see({"advantages": (centered != 0).sum()})
     if scale == "none":
         return centered
     if scale == "group":

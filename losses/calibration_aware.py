@@ -7,21 +7,28 @@ accuracy as a function of confidence, and an M-step that moves confidence there.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
+from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.terms import Batch, LossTerm
 from calibtrain.losses.token_terms import answer_logprob, own_answers, sum_term
 from calibtrain.ops import TokenStats, at_least_float32
 
+logger = logging.getLogger(__name__)
+
 
 def isotonic_fit(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
     """Non-decreasing least-squares fit of accuracy to confidence, by pooling adjacent violators (Ayer et al. 1955).
 
-    `confidence` and `correct` (M,), both in [0, 1], M >= 1. Returns its distinct confidences, ascending, and the
-    accuracy at each, (K,) float64 without gradient.
+    `confidence` and `correct` (M,), both in [0, 1]. Returns its distinct confidences, ascending, and the accuracy at each,
+    (K,) float64 without gradient. Raises UserError without any.
     """
+    if not confidence.numel():
+        raise UserError("isotonic_fit needs held-out answers, and got none")
     knots, place = confidence.detach().double().unique(return_inverse=True)
     weights = torch.zeros_like(knots).index_add(0, place, torch.ones_like(place, dtype=torch.float64))
     totals = torch.zeros_like(knots).index_add(0, place, correct.detach().double())
@@ -55,8 +62,8 @@ class CalibrationAwareLoss(nn.Module):
     """Penalty: mean of (q - acc(q))^2 over the ANSWER sequences, q the likelihood of the whole answer.
 
     Their grades are not used. Call `fit` with held-out answers, which are not among those trained on, before training and
-    every so often; until then the term is 0. The fit is in the module's state. Not a proper score: q = acc(q) holds for
-    every calibrated model, also for one that tells nothing apart, so it stands beside an objective.
+    every so often; as long as there are none the term is 0. The fit is in the module's state. Not a proper score:
+    q = acc(q) holds for every calibrated model, also for one that tells nothing apart, so it stands beside an objective.
 
     Args:
         weight: of the term in the loss.
@@ -68,12 +75,16 @@ class CalibrationAwareLoss(nn.Module):
         super().__init__()
         self.weight = weight
         self.knots: tuple[Tensor, Tensor] | None = None
+        self._asked = False  # whether anything has been given to `fit`
 
     def fit(self, confidence: Tensor, correct: Tensor) -> None:
         """E-step: measure accuracy as a function of confidence, (M,) each, on held-out answers; none changes nothing.
 
-        Call it on every rank with the same answers.
+        Call it on every rank with the same answers. Logs that there were none where there is no fit yet.
         """
+        if not (confidence.numel() or self._asked):
+            logger.warning("calibration_aware has no held-out answers to be fitted to, and is 0 until it has")
+        self._asked = True
         if confidence.numel():
             self.knots = isotonic_fit(confidence, correct)
 
@@ -82,7 +93,9 @@ class CalibrationAwareLoss(nn.Module):
         return {"calibration_aware": own_answers(batch, graded=False).sum()}
 
     def forward(self, stats: TokenStats, batch: Batch) -> dict[str, LossTerm]:
-        """One term, `calibration_aware`."""
+        """One term, `calibration_aware`. Raises UserError in training before the first `fit`."""
+        if self.training and not self._asked:
+            raise UserError("calibration_aware: call fit with held-out answers before training; without a fit it is 0")
         answers = own_answers(batch, graded=False)
         confidence = answer_logprob(stats, batch, answers).exp()
         if self.knots is None:
@@ -98,6 +111,7 @@ class CalibrationAwareLoss(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take up the fit of a `state_dict`."""
+        self._asked = True
         self.knots = (state[0], state[1]) if state.numel() else None
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from calibtrain.errors import UserError
-from calibtrain.losses.terms import CHOSEN, REJECTED, Batch, LossTerms, Objective, mean_loss
+from calibtrain.losses.isolation import head_forward
+from calibtrain.losses.label_batch import batch_from_labels
+from calibtrain.losses.row_check import CheckedModel, check_rows, row_inputs
+from calibtrain.losses.silence import check_learns
+from calibtrain.losses.terms import Batch, LossTerms, Objective, mean_loss
 from calibtrain.ops import TokenStats, fused_linear_token_stats, token_set_logprobs
 from calibtrain.ops.head import head_of
-
-IGNORED = -100
-"""Label of a token that is no target, as in `torch.nn.functional.cross_entropy` and every Hugging Face collator."""
 
 PROBED = 4  # target tokens whose fused log-probs are compared with the model's own logits, once a model
 
@@ -36,64 +37,13 @@ def causal_lm_loss(
 
     The arguments are those of `batch_from_labels` and `token_stats_from_model`. A mean over the micro-batch: where several
     make a step, `global_counts` and `normalized_loss` make the gradient independent of how the step is cut.
+
+    Raises UserError as those do, where there is no label to learn, and for a loss that labels alone can never teach (one
+    that reads pairs, grades, roles or advantages).
     """
     batch = batch_from_labels(input_ids, labels, attention_mask, position_ids)
+    check_learns(loss, batch)
     return mean_loss(loss_terms_from_model(model, loss, batch)[0])
-
-
-def batch_from_labels(
-    input_ids: Tensor,
-    labels: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    *,
-    completion_mask: Tensor | None = None,
-    pairs: bool = False,
-) -> Batch:
-    """Batch of a collator's tensors, all (R, T): the targets are the labels that are not -100, not shifted.
-
-    Args:
-        input_ids: int64.
-        labels: int64; `labels[r, t]` is predicted by the hidden state at t - 1. A sequence's first token is never a target.
-        attention_mask: 0 on padding, on either side; None for none.
-        position_ids: restart at 0 with each sequence of a packed row; None for one sequence a row.
-        completion_mask: False for prompt tokens among the targets (for losses with nll_scope=full); None for none.
-        pairs: the rows are the chosen completions followed by the rejected ones in the same order, as TRL's preference
-            collators lay them out.
-
-    Raises:
-        UserError: shapes or dtypes do not fit, or `pairs` with an odd number of rows or packed ones.
-    """
-    _check_shapes(input_ids, labels, attention_mask, position_ids, completion_mask)
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if position_ids is None:
-        segments = real.int()
-        position_ids = (real.long().cumsum(1) - 1).clamp(min=0)
-    else:
-        segments = ((position_ids == 0) & real).cumsum(1).int() * real
-    in_row = segments.amax(1).clamp(min=1).long()  # a row of padding is an empty sequence
-    first = in_row.cumsum(0) - in_row
-    predicted = (labels[:, 1:] != IGNORED) & (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-    rows, columns = predicted.nonzero(as_tuple=True)
-    num_sequences = int(in_row.sum())
-    roles, pair_ids = _roles(num_sequences, input_ids, pairs)
-    is_completion = torch.ones_like(rows, dtype=torch.bool)
-    if completion_mask is not None:
-        is_completion = completion_mask[rows, columns + 1].bool()
-    return Batch(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        segment_ids=segments,
-        target_positions=rows * input_ids.shape[1] + columns,
-        targets=labels[rows, columns + 1],
-        sequence_ids=first[rows] + segments[rows, columns + 1].long() - 1,
-        is_completion=is_completion,
-        roles=roles,
-        pair_ids=pair_ids,
-        correct=torch.full((num_sequences,), float("nan"), device=input_ids.device),
-        record_ids=torch.arange(num_sequences, device=input_ids.device),
-        branch_ids=torch.zeros_like(segments) if num_sequences > input_ids.shape[0] else None,
-    )
 
 
 def token_stats_from_hidden(
@@ -133,7 +83,9 @@ def token_stats_from_model(model: nn.Module, batch: Batch, **inputs: Any) -> Tok
         inputs: what else the model's forward takes, or what it takes instead of these.
 
     Raises:
-        UserError: the head is not linear, or the model does something to its logits that the fused head does not know.
+        UserError: the head is not linear, or the model does something to its logits that the fused head does not know; or
+            it lets the sequences of a packed row see each other, or does not look past padding on the left. That is tried
+            with a few tokens, once for each of the model's attention implementations, and says what to give instead.
     """
     return _through_head(model, batch, None, inputs)[0]
 
@@ -186,17 +138,13 @@ def _through_head(
         # DDP looks for used parameters in the graph of what the model returns: keep the statistics in it.
         return probe[None] + output.sum() * 0.0
 
-    own_forward = head.__dict__.get("forward")
+    check_rows(CheckedModel(model, causal_model, head), batch, inputs)
     handle = head.register_forward_hook(capture)
-    head.forward = statistics  # type: ignore[method-assign]
     try:
-        result = model(**{"input_ids": batch.input_ids, "use_cache": False, **_layout(batch), **inputs})
+        with head_forward(head, statistics):
+            result = model(**row_inputs(batch, causal_model, inputs))
     finally:
         handle.remove()
-        if own_forward is None:
-            del head.forward
-        else:
-            head.forward = own_forward  # type: ignore[method-assign]
     if len(found) != 1 or len(outputs) != 1:
         raise UserError(
             f"{type(causal_model).__name__} called its head {len(found)} times in one forward pass, not once: its forward "
@@ -207,39 +155,6 @@ def _through_head(
         _compare(stats.logprob, result.logits, batch.targets, causal_model)
         causal_model._calibtrain_checked = True
     return stats, outputs[0][3:].t()
-
-
-def _check_shapes(input_ids: Tensor, labels: Tensor, *others: Tensor | None) -> None:
-    if input_ids.ndim != 2 or labels.shape != input_ids.shape or labels.dtype != torch.int64:
-        raise UserError(
-            f"input_ids and labels must be (R, T) int64 alike, got {tuple(input_ids.shape)} {input_ids.dtype} and "
-            f"{tuple(labels.shape)} {labels.dtype}"
-        )
-    for name, tensor in zip(("attention_mask", "position_ids", "completion_mask"), others, strict=True):
-        if tensor is not None and tensor.shape != input_ids.shape:
-            raise UserError(f"{name} must be {tuple(input_ids.shape)} as input_ids, got {tuple(tensor.shape)}")
-
-
-def _roles(num_sequences: int, input_ids: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
-    """Roles and pair ids, (S,) int64 each."""
-    roles = torch.full((num_sequences,), CHOSEN, device=input_ids.device)
-    if not pairs:
-        return roles, torch.full_like(roles, -1)
-    half, odd = divmod(num_sequences, 2)
-    if odd or num_sequences != input_ids.shape[0]:
-        raise UserError(
-            f"pairs: {num_sequences} sequences in {input_ids.shape[0]} rows; there must be one a row, the chosen ones "
-            "first and then as many rejected ones"
-        )
-    roles[half:] = REJECTED
-    return roles, torch.arange(num_sequences, device=input_ids.device) % half
-
-
-def _layout(batch: Batch) -> dict[str, Tensor]:
-    """What tells the model where sequences are: without a mask, transformers finds packed ones by their positions."""
-    if batch.packed:
-        return {"position_ids": batch.position_ids}
-    return {"attention_mask": (batch.segment_ids > 0).long()}
 
 
 def _causal_model(model: nn.Module) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
+from calibtrain.losses.silence import watch_of
 from calibtrain.losses.terms import Batch, LossTerm
 from calibtrain.losses.token_terms import NLLScope, learned_tokens, readable, sum_term
 from calibtrain.ops import TokenStats, at_least_float32, log1mexp
@@ -102,9 +103,13 @@ class LabelSmoothingLoss(nn.Module):
         return {"label_smoothing": learned_tokens(batch, self.nll_scope).sum()}
 
     def forward(self, stats: TokenStats, batch: Batch, set_logprob: Tensor) -> dict[str, LossTerm]:
-        """One term, `label_smoothing`; `set_logprob` (N, K) are the log-probs of `token_set` at every target."""
+        """One term, `label_smoothing`; `set_logprob` (N, K) are the log-probs of `token_set` at every target.
+
+        Logs once that no target of the first 20 micro-batches is of the set: so far this is cross-entropy.
+        """
         read = learned_tokens(batch, self.nll_scope)
         in_set = read & torch.isin(batch.targets, self.token_set)
+        watch_of(self).see({"smoothed": in_set.sum()})
         safe = torch.where(in_set[:, None], set_logprob, 0.0)
         values = smoothed_nll(readable(stats, read).logprob, safe, in_set, self.epsilon)
         return {"label_smoothing": sum_term(values, read)}

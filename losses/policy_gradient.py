@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
 from calibtrain.losses.kl import KL_ESTIMATORS, KLEstimator, tangent_exp
+from calibtrain.losses.silence import watch_of
 from calibtrain.losses.terms import ANSWER, Batch, LossTerm, sequence_sums, sequence_token_counts
 from calibtrain.ops import TokenStats, at_least_float32
 
@@ -106,11 +107,15 @@ class GRPOLoss(nn.Module):
         return {"policy": count, "kl": count} if self.beta else {"policy": count}
 
     def forward(self, stats: TokenStats, batch: Batch) -> dict[str, LossTerm]:
-        """`policy` with weight 1 and, with beta, `kl` with weight beta."""
+        """`policy` with weight 1 and, with beta, `kl` with weight beta.
+
+        Raises UserError where the batch lacks a field that this reads. Logs once that the advantages of the first 20
+        micro-batches were all 0.
+        """
         losses = clipped_policy_loss(
             stats.logprob,
             _old_logprob(stats, batch),
-            _needed(batch.advantages, "advantages"),
+            _credit(self, batch),
             clip_low=self.clip_low,
             clip_high=self.clip_high,
         )
@@ -145,7 +150,11 @@ class RLOOLoss(nn.Module):
         return {"policy": (self._tokens(batch) > 0).sum()}
 
     def forward(self, stats: TokenStats, batch: Batch) -> dict[str, LossTerm]:
-        """One term, `policy`."""
+        """One term, `policy`.
+
+        Raises UserError where the batch lacks a field that this reads. Logs once that the advantages of the first 20
+        micro-batches were all 0.
+        """
         mask, size, tokens = sampled(batch), batch.roles.shape[0], self._tokens(batch)
 
         def per_sequence(values: Tensor) -> Tensor:
@@ -154,7 +163,7 @@ class RLOOLoss(nn.Module):
         losses = clipped_policy_loss(
             per_sequence(stats.logprob),
             per_sequence(_old_logprob(stats, batch)),
-            per_sequence(_needed(batch.advantages, "advantages")) / tokens.clamp(min=1),
+            per_sequence(_credit(self, batch)) / tokens.clamp(min=1),
             clip_low=self.clip_low,
             clip_high=self.clip_high,
         )
@@ -198,12 +207,16 @@ class PPOLoss(nn.Module):
         return {"policy": count, "value": count}
 
     def forward(self, stats: TokenStats, batch: Batch) -> dict[str, LossTerm]:
-        """`policy` with weight 1, `value` with weight `value_weight`."""
+        """`policy` with weight 1, `value` with weight `value_weight`.
+
+        Raises UserError where the batch lacks a field that this reads. Logs once that the advantages of the first 20
+        micro-batches were all 0.
+        """
         mask = sampled(batch)
         policy = clipped_policy_loss(
             stats.logprob,
             _old_logprob(stats, batch),
-            _needed(batch.advantages, "advantages"),
+            _credit(self, batch),
             clip_low=self.clip_low,
             clip_high=self.clip_high,
         )
@@ -239,6 +252,13 @@ def _kl(stats: TokenStats, batch: Batch, estimator: KLEstimator) -> Tensor:
     reference = _needed(batch.reference_logprob, "reference_logprob")
     # NaN stands where no reference was asked: those tokens are not sampled ones, and must not spoil the gradient.
     return KL_ESTIMATORS[estimator](stats.logprob, torch.where(reference.isnan(), stats.logprob.detach(), reference))
+
+
+def _credit(loss: nn.Module, batch: Batch) -> Tensor:
+    """The batch's advantages (N,). Logs once that all of the first 20 micro-batches were 0."""
+    advantages = _needed(batch.advantages, "advantages")
+    watch_of(loss).see({"advantages": (advantages != 0).sum()})
+    return advantages
 
 
 def _needed(values: Tensor | None, name: str) -> Tensor:

@@ -13,6 +13,7 @@ take a smaller one or a proper score (answer_score), which needs no bank.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -26,21 +27,31 @@ from calibtrain.losses.terms import Batch, LossTerm
 from calibtrain.losses.token_terms import answer_logprob, own_answers, sum_term
 from calibtrain.ops import TokenStats, at_least_float32
 
+logger = logging.getLogger(__name__)
+
 LEAST_MASS = 1e-12
 """Bins with less soft mass count as empty."""
+MOST_PENDING = 64
+"""Micro-batches that a first step may have, before `after_step` is asked for."""
 
 
 def mmce_squared(confidence: Tensor, correct: Tensor, width: float = 0.4) -> Tensor:
     """MMCE^2 as a U-statistic: mean over i != j of (c_i - r_i)(c_j - r_j) exp(-|r_i - r_j| / width).
 
     Kumar, Sarawagi, Jain 2018 (ICML) without the diagonal: unbiased, so it may be negative. `confidence` (M,)
-    floating and `correct` (M,), both in [0, 1]; returns (), 0 for fewer than two. Differentiable in `confidence`.
+    floating and `correct` (M,), both in [0, 1]; returns (). Differentiable in `confidence`. Raises UserError for fewer
+    than two answers, which make no pair.
     """
+    if confidence.shape[0] < 2:
+        raise UserError(
+            f"mmce_squared compares answers with each other, and got {confidence.shape[0]}; where a micro-batch holds so "
+            "few, MMCELoss compares them with those of earlier steps"
+        )
     confidence = at_least_float32(confidence)
     residual = correct - confidence
     pairs = residual[:, None] * residual * torch.exp(-(confidence[:, None] - confidence).abs() / width)
     size = confidence.shape[0]
-    return (pairs.sum() - pairs.diagonal().sum()) / max(1, size * (size - 1))
+    return (pairs.sum() - pairs.diagonal().sum()) / (size * (size - 1))
 
 
 def mmce_against(confidence: Tensor, correct: Tensor, bank: Tensor, comparable: Tensor, width: float = 0.4) -> Tensor:
@@ -64,13 +75,15 @@ def soft_binned_ece_squared(confidence: Tensor, correct: Tensor, bins: int = 15,
     """Square of the soft-binned ECE: sum_k S_k/M (conf_k - acc_k)^2 (Karandikar et al. 2021, arXiv 2108.00106, eq. 11).
 
     Without the root, whose gradient is infinite at 0. `confidence` (M,) floating and `correct` (M,), both in [0, 1];
-    returns (), 0 without answers. Biased upward by the number of answers, like every binned ECE.
+    returns (). Biased upward by the number of answers, like every binned ECE. Raises UserError without answers.
     """
+    if confidence.shape[0] == 0:
+        raise UserError("soft_binned_ece_squared got no answers; SoftBinnedECELoss has a memory of earlier ones")
     confidence = at_least_float32(confidence)
     membership = soft_bins(confidence, bins, temperature)
     mass = membership.sum(dim=0)
     excess = (membership * (confidence - correct)[:, None]).sum(dim=0)
-    return (excess * excess / mass.clamp(min=LEAST_MASS)).sum() / max(1, confidence.shape[0])
+    return (excess * excess / mass.clamp(min=LEAST_MASS)).sum() / confidence.shape[0]
 
 
 def soft_binned_ece_against(
@@ -103,14 +116,25 @@ class MemoryBank:
             raise UserError(f"capacity (bank_size) must be at least 1, got {capacity}")
         self.capacity = capacity
         self.items = torch.zeros((0, 3), dtype=torch.float64)
+        self._ended = False
         self._pending: list[Tensor] = []
 
     def add(self, confidence: Tensor, correct: Tensor, record_ids: Tensor) -> None:
-        """Note answers (M,) of the running step; what is not finite is left out. Does not wait for the device."""
+        """Note answers (M,) of the running step; what is not finite is left out. Does not wait for the device.
+
+        Logs once that `end_step` is never called, without which the bank stays empty and every comparison with it 0.
+        """
+        if not self._ended and len(self._pending) == MOST_PENDING:
+            logger.warning(
+                "%d micro-batches have ended no step: call the loss's after_step() after each optimiser step, or it has no "
+                "earlier answers to compare with and stays 0",
+                MOST_PENDING,
+            )
         self._pending.append(torch.stack([one.detach().double() for one in (confidence, correct, record_ids)], dim=1))
 
     def end_step(self) -> None:
         """Take in all ranks' answers of the step that ended. Collective over the default process group."""
+        self._ended = True
         rows = torch.cat(self._pending) if self._pending else self.items[:0]
         self._pending = []
         rows = _gather_rows(rows[rows.isfinite().all(dim=1)])

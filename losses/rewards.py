@@ -73,6 +73,12 @@ def check_accuracy_weight(
         )
 
 
+def check_any_weight(accuracy_weight: float, score_weight: float) -> None:
+    """Raise UserError where every answer would earn the same."""
+    if accuracy_weight == 0 and score_weight == 0:
+        raise UserError("accuracy_weight and score_weight are both 0: every answer would earn 0, and nothing be learnt")
+
+
 def calibrated_reward(
     correct: Tensor,
     confidence: Tensor,
@@ -85,8 +91,9 @@ def calibrated_reward(
     """Correctness and confidence, a * c + b * S(q, c); RLCR is Brier with a = b (Damani et al. 2025, arXiv 2507.16806).
 
     `correct` (S,) in [0, 1], NaN where nobody could grade (the reward is NaN there too); `confidence` (S,) in [0, 1].
-    Returns (S,). Raises UserError as `check_accuracy_weight` does.
+    Returns (S,). Raises UserError as `check_accuracy_weight` and `check_any_weight` do.
     """
+    check_any_weight(accuracy_weight, score_weight)
     check_accuracy_weight(accuracy_weight, score_weight, score=score, clip=clip)
     return accuracy_weight * correct + score_weight * proper_score(confidence, correct, score=score, clip=clip)
 

@@ -71,13 +71,15 @@ class DenseMatrix:
 
     @classmethod
     def of(cls, penalty: str, parameter: nn.Parameter, *, name: str = "", polar: Tensor | None = None) -> DenseMatrix:
-        """A parameter (rows, columns) that is whole in this process; W0 is what it holds now.
+        """A trained parameter (rows, columns) that is whole in this process; W0 is what it holds now.
 
         polar_drift also takes `polar`, from `calibtrain.spectral.polar.polar_factor(parameter)`. Raises UserError for a
-        parameter that is no contiguous matrix, or of half precision.
+        parameter that is no contiguous matrix, of half precision, frozen or 0 everywhere.
         """
         if parameter.ndim != 2 or not parameter.is_contiguous():
             raise UserError(f"{penalty} {name}: a contiguous matrix is held, not one of shape {tuple(parameter.shape)}")
+        if not parameter.requires_grad:
+            raise UserError(f"{penalty} {name}: the parameter is frozen, and does not leave where it is")
         if parameter.dtype not in (torch.float32, torch.float64):
             raise UserError(
                 f"{penalty} {name}: the weights are {parameter.dtype}, in which so small a step is rounded away; hold the "
@@ -87,6 +89,8 @@ class DenseMatrix:
             raise UserError(f"{penalty} {name}: polar(W0) is what polar_drift takes, and no other penalty")
         initial = parameter.detach().clone()
         norms = penalty_norm(penalty, initial), float(initial.square().sum())
+        if not norms[0] > 0:
+            raise UserError(f"{penalty} {name}: the matrix is 0 everywhere, and nothing relative to it can be held")
         flat = None if polar is None else polar.reshape(-1)
         return cls(name, Held.parameter(parameter), initial.view(-1), *norms, flat)
 

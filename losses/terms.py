@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calibtrain.errors import UserError
+from calibtrain.losses.silence import watch_of
 from calibtrain.ops import TokenStats, at_least_float32
 
 CHOSEN, REJECTED, ANSWER, QUERY = 0, 1, 2, 3
@@ -103,7 +104,11 @@ class Objective(Protocol):
 
 
 def mean_loss(terms: LossTerms) -> Tensor:
-    """Weighted sum of the terms, each over its own count: the loss of one process and one micro-batch. () float32."""
+    """Weighted sum of the terms, each over its own count: the loss of one process and one micro-batch. () float32.
+
+    Logs once that a micro-batch had nothing for any term, and that a term finds nothing in its first 20.
+    """
+    watch_of(tuple(sorted(terms))).see({name: term.count for name, term in terms.items()}, "a micro-batch")
     return normalized_loss(terms, {name: term.count for name, term in terms.items()})
 
 
@@ -121,6 +126,8 @@ def global_counts(loss: Objective, batches: Iterable[Batch]) -> dict[str, Tensor
     """Each term's count over `batches`, the accumulation window of this rank, and over all ranks. () float64 each.
 
     Collective where torch.distributed is initialised: one all-reduce, so every rank calls it, with one batch at least.
+    Logs once that a step had nothing for any term, and that a term finds nothing in its first 20 steps. Raises UserError
+    without a batch.
     """
     counts: dict[str, Tensor] = {}
     for batch in batches:
@@ -132,7 +139,9 @@ def global_counts(loss: Objective, batches: Iterable[Batch]) -> dict[str, Tensor
     totals = torch.stack([counts[name] for name in names])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(totals)
-    return dict(zip(names, totals, strict=True))
+    counts = dict(zip(names, totals, strict=True))
+    watch_of(loss).see(counts, "an optimiser step")
+    return counts
 
 
 def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:

@@ -13,7 +13,7 @@ from calibtrain.config import EvaluationConfig
 from calibtrain.data.records import Record
 from calibtrain.errors import UserError
 from calibtrain.hooks.callback import AnswerMeter, CalibrationMeter, stats_from_logits
-from calibtrain.losses.causal_lm import batch_from_labels
+from calibtrain.losses.label_batch import batch_from_labels
 from calibtrain.losses.terms import Batch
 from calibtrain.ops import TokenStats
 
@@ -50,7 +50,7 @@ class CalibrationCallback(TrainerCallback):
         self._answers = AnswerMeter(questions, template=template, split=split, settings=settings) if questions else None
         self._tokenizer = tokenizer
         self._answered: tuple[int, dict[str, float]] = (-1, {})
-        self._attached = self._warned = False
+        self._attached = self._warned = self._unread = False
         self._handle: Any = None
 
     def attach(self, trainer: Trainer) -> CalibrationCallback:
@@ -135,5 +135,11 @@ class CalibrationCallback(TrainerCallback):
         ids, labels, logits = kwargs.get("input_ids"), kwargs.get("labels"), getattr(output, "logits", None)
         if not module.training or ids is None or labels is None or logits is None or logits.shape[:2] != labels.shape:
             return
-        batch = batch_from_labels(ids, labels, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        try:
+            batch = batch_from_labels(ids, labels, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        except UserError as error:  # it only looks on: the training goes on without it
+            if not self._unread:
+                logger.warning("CalibrationCallback cannot read this batch: %s", error)
+            self._unread = True
+            return
         self._meter.update(stats_from_logits(logits, batch), batch)

@@ -45,7 +45,7 @@ from calibtrain.training.checkpoint import Progress, find_checkpoint, load_check
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.engine import Engine, start_engine
 from calibtrain.training.host_memory import release_freed_memory
-from calibtrain.training.losses import build_losses, term_names
+from calibtrain.training.losses import build_losses, check_learns, term_names
 from calibtrain.training.reference import with_reference_logprobs
 from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts
@@ -83,6 +83,8 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     torch.manual_seed(config.seed + world.rank)
     model = build_model(config, template)
     examples = training_examples(config, prepared, template, model, world)
+    if examples:
+        check_learns(config, model, examples)
     layout = row_layout(config, model.policy)
     engine = start_engine(model, config, world)
     trainer = _trainer(config, prepared, template, engine, world, layout, examples)

@@ -18,6 +18,7 @@ from calibtrain.data.loader import permutation
 from calibtrain.data.queries import confidence_queries, correctness_queries
 from calibtrain.data.records import Record
 from calibtrain.distributed import World, gather_rows, shard
+from calibtrain.errors import UserError
 
 TEMPERATURES = tuple(2.0 ** (step / 3) for step in range(-6, 7))
 """Where answers are scored before solving for the scale: 1/4 to 4."""
@@ -55,6 +56,11 @@ class AnswerStream:
         self.correct: list[bool] = []
         order = permutation(len(self.questions), f"questions {seed}")
         self.held_out = set(order[1::2]) if "calibration_aware" in self.in_loss else set()
+        if "calibration_aware" in self.in_loss and not self.held_out:
+            raise UserError(
+                f"penalties.calibration_aware holds out every second question of the calibration split, which has "
+                f"{len(self.questions)}: set data.splits.calibration to 128..512"
+            )
 
     def before_step(self, step: int) -> None:
         """Answer anew before step `step` (from 0) when a term in the loss is due. Collective."""

@@ -14,10 +14,13 @@ from torch import nn
 
 from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
+from calibtrain.data.encode import Encoded
 from calibtrain.data.queries import choice_ids
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.losses import build_loss
+from calibtrain.losses.silence import reads
+from calibtrain.models.loss_model import LossModel
 from calibtrain.models.new_token import add_token
 
 TOKENS: Mapping[str, str] = {
@@ -27,6 +30,9 @@ TOKENS: Mapping[str, str] = {
     "correctness_query": "choices",
 }
 """Losses with a `token_set`, and the key of their section that holds its tokens as text."""
+
+CHECKED_TOGETHER = 64
+"""Examples that are looked at as one batch: a loss may count what several have together."""
 
 TokenIds = Callable[[Any, Sequence[str]], Sequence[int]]
 
@@ -63,6 +69,31 @@ def term_names(config: RunConfig) -> list[str]:
 
     losses = [_built(section, no_ids) for section in (config.objective, *config.penalties_in_loss)]
     return sorted({name for loss in losses for name in _term_names(loss)})
+
+
+def check_learns(config: RunConfig, model: LossModel, examples: Sequence[tuple[Encoded, ...]]) -> None:
+    """Raise UserError where the objective, or a penalty, finds nothing in any of the run's `examples`.
+
+    It would be 0 from the first step to the last. What reads the model's own answers is left out: there are none yet.
+    """
+    assert model.objective is not None
+    answered = {penalty.name for penalty in config.penalties_on_answers}
+    losses = [model.objective, *(one for one in model.penalties if one.name not in answered)]
+    missing = {loss: set(_term_names(loss)) for loss in losses}
+    device = next(model.parameters()).device
+    for start in range(0, len(examples), CHECKED_TOGETHER):
+        together = [one for group in examples[start : start + CHECKED_TOGETHER] for one in group]
+        batch = collate(together, 0, config.nll_scope).to(device)
+        for loss, names in missing.items():
+            names -= {name for name, count in loss.counts(batch).items() if count}  # type: ignore[operator]
+        if not any(missing.values()):
+            return
+    for loss, names in missing.items():
+        if names:
+            raise UserError(
+                f"{loss.name}: none of the {len(examples)} training examples has anything for {', '.join(sorted(names))}, "
+                f"which would be 0 in every step: {reads(names)}"
+            )
 
 
 def import_loss(path: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -21,6 +21,7 @@ from calibtrain.losses.advantages import (
 from calibtrain.losses.rewards import (
     calibrated_reward,
     check_accuracy_weight,
+    check_any_weight,
     confidence_target,
     proper_score,
     ternary_reward,
@@ -58,6 +59,7 @@ def check_rewards(config: RunConfig) -> None:
     rollouts, score = config.rollouts, config.rollouts.reward
     if score not in ("brier", "log"):
         return
+    check_any_weight(rollouts.accuracy_weight, rollouts.score_weight)
     if not (rollouts.confidence == "stated" and rollouts.decoupled):
         check_accuracy_weight(rollouts.accuracy_weight, rollouts.score_weight, score=score)
     if rollouts.confidence == "stated":
@@ -82,6 +84,8 @@ def credit(
     rewards = _rewards(samples, ids, config)
     kl = _kl(samples, owners)
     means = _means(samples, rewards)
+    # PPO's baseline is its value head; the others praise only what differs within a group.
+    means["alike"] = _share_alike(rewards, torch.zeros_like(ids) if isinstance(objective, PPOConfig) else ids)
     if kl is not None:
         means["kl"] = float(sequence_sums(kl, owners, len(samples)).mean())
     returns = None
@@ -134,6 +138,18 @@ def _rewards(samples: Sequence[Sample], ids: Tensor, config: RunConfig) -> Tenso
     if rollouts.confidence == "stated":
         rewards = with_format_penalty(rewards, ~missing, penalty=_penalty(config), worst=_worst(config))
     return torch.stack([rewards, nothing])
+
+
+def _share_alike(rewards: Tensor, ids: Tensor) -> float:
+    """Share of the groups in which every answer earns the same, (2, S) rewards: nothing is learnt from these."""
+    if not ids.numel():
+        return 0.0
+    groups = int(ids.max()) + 1
+    low, high = (
+        torch.stack([one.new_zeros(groups).scatter_reduce(0, ids, one, how, include_self=False) for one in rewards])
+        for how in ("amin", "amax")
+    )
+    return float((high == low).all(0).double().mean())
 
 
 def _worst(config: RunConfig) -> float:

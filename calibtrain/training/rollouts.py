@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -25,6 +26,11 @@ from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.models.loss_model import LogprobStep, LossModel
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.rollout_credit import Credit, Sample, check_rewards, credit
+
+logger = logging.getLogger(__name__)
+
+ROUNDS_ALIKE = 3
+"""Rounds without any difference in reward, before that is said."""
 
 
 class Rollouts(Sequence[tuple[Encoded, ...]]):
@@ -55,6 +61,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         self.off_policy = config.rollouts.steps_per_round > 1
         self.samples: list[Sample] = []
         self.metrics: dict[str, float] = {}
+        self._alike = 0  # rounds in a row without any difference in reward
         self._groups: dict[int, list[int]] = {}  # question -> its samples
         self._credit: list[Credit] = []
         room = config.data.max_length - config.evaluation.max_new_tokens
@@ -126,6 +133,16 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             samples[start].question: list(range(start, start + size)) for start in range(0, len(samples), size)
         }
         self._credit, self.metrics = credit(samples, groups, self.config)
+        self._alike = self._alike + 1 if self.metrics["alike"] == 1.0 else 0
+        if self._alike == ROUNDS_ALIKE and self.answerer.world.is_main:
+            logger.warning(
+                "rollouts: in %d rounds in a row every answer earned what the others of its group did (correct %.2f, tokens "
+                "%.1f), and nothing was learnt: look at what is graded as right, at evaluation.max_new_tokens and at "
+                "rollouts.group_size",
+                ROUNDS_ALIKE,
+                self.metrics["correct"],
+                self.metrics["tokens"],
+            )
 
     def _sampled(self, asked: Sequence[int], step: int) -> list[Sample]:
         answerer, evaluation = self.answerer, self.config.evaluation

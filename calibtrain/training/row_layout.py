@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
+from calibtrain.losses.isolation import changed_tokens, has_experts, keeps_apart, quietly
 from calibtrain.losses.terms import CHOSEN, REJECTED
 from calibtrain.models.attention_mask import block_mask_obstacle
 from calibtrain.models.policy import Policy
@@ -33,7 +35,6 @@ def row_layout(config: RunConfig, policy: Policy) -> dict[str, Any]:
     return {"packing_tokens": None, "shared_prefix": False}
 
 
-@torch.no_grad()
 def block_mask_failure(policy: Policy) -> str | None:
     """Try the mask on a few tokens: what the model gives packed must be what it gives alone. None if it is.
 
@@ -42,23 +43,37 @@ def block_mask_failure(policy: Policy) -> str | None:
     model = policy.causal_model
     vocabulary = model.get_output_embeddings().weight.shape[0]
     ids = [(7 * i + i * i) % vocabulary for i in range(1, 40)]
-    encoded = [
-        Encoded((*ids[start : start + 5], *ids[end : end + 4]), 5, role, pair, pair)
-        for start, pair in ((0, 0), (10, 1))
-        for role, end in ((CHOSEN, start + 20), (REJECTED, start + 25))
-    ]
+    others = changed_tokens(torch.tensor(ids), vocabulary).tolist()
+    encoded, changed = _two_pairs(ids, ids), _two_pairs(ids, others)
     device = next(policy.parameters()).device
-    was_training = policy.training
-    policy.eval()
+    alone, packed, packed_changed = (
+        collate(sequences, 0, packing_tokens=tokens, shared_prefix=bool(tokens)).to(device)
+        for sequences, tokens in ((encoded, None), (encoded, 64), (changed, 64))
+    )
+    watched, experts = alone.sequence_ids == len(encoded) - 1, has_experts(model.config.get_text_config())
     try:
-        alone, packed = (
-            policy.hidden_at_targets(collate(encoded, 0, packing_tokens=tokens, shared_prefix=bool(tokens)).to(device))
-            for tokens in (None, 64)
-        )
+        with quietly(policy.modules(), device):
+            apart = keeps_apart(
+                policy.hidden_at_targets,
+                alone,
+                (packed, packed_changed),
+                watched,
+                dtype=next(policy.parameters()).dtype,
+                experts=experts,
+            )
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         return f"{type(model).__name__} takes no block masks ({str(error).splitlines()[0]})"
-    finally:
-        policy.train(was_training)
-    tolerance = 1e-3 if alone.dtype == torch.float32 else 0.1
-    distance = ((packed - alone).float().norm() / alone.float().norm()).item()
-    return None if distance < tolerance else f"{type(model).__name__} does not keep packed sequences apart"
+    return None if apart else f"{type(model).__name__} does not keep packed sequences apart"
+
+
+def _two_pairs(ids: Sequence[int], others: Sequence[int]) -> list[Encoded]:
+    """Two pairs of completions of `ids`; all but the last one, and the prompt it shares, take theirs from `others`."""
+    return [
+        Encoded((*prompts[start : start + 5], *answers[end : end + 4]), 5, role, pair, pair)
+        for pair, role, prompts, start, answers, end in (
+            (0, CHOSEN, others, 0, others, 20),
+            (0, REJECTED, others, 0, others, 25),
+            (1, CHOSEN, ids, 10, others, 30),
+            (1, REJECTED, ids, 10, ids, 35),
+        )
+    ]

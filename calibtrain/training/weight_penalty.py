@@ -7,6 +7,7 @@ finite and before it copies masters into weights: a skipped step skips the penal
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,11 @@ from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.losses.rotation_probes import Shard, penalty_norm
 from calibtrain.losses.rotation_step import DecoupledPenalty, DenseMatrix, Held, LoRAMatrix, share
+from calibtrain.losses.silence import PATIENCE
 from calibtrain.spectral.polar import polar_factor
 from calibtrain.training.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 
 class WeightPenalties:
@@ -29,6 +33,7 @@ class WeightPenalties:
     def __init__(self, penalties: Mapping[str, DecoupledPenalty], optimizer: torch.optim.Optimizer) -> None:
         self.penalties = penalties
         self._armed: int | None = None
+        self._still = dict.fromkeys(penalties, 0)  # steps in a row in which the weights stood where they began
         self._values: dict[str, float] = {}
         optimizer.register_step_pre_hook(self._before_update)
 
@@ -49,6 +54,16 @@ class WeightPenalties:
         step, self._armed = self._armed, None
         rate = float(optimizer.param_groups[0]["lr"])
         self._values = {name: float(one.step(step, rate)) for name, one in self.penalties.items()}
+        for name, value in self._values.items():
+            within = name == "angle_budget" and self.penalties[name].budget > 0
+            self._still[name] = 0 if value or within else self._still[name] + 1
+            if self._still[name] == PATIENCE and (not dist.is_initialized() or dist.get_rank() == 0):
+                logger.warning(
+                    "weight_penalties.%s has been exactly 0 for %d steps: the matrices it holds do not move; look at "
+                    "what is trained, and at training.learning_rate",
+                    name,
+                    PATIENCE,
+                )
 
 
 def build_weight_penalties(config: RunConfig, engine: Engine, world: World) -> WeightPenalties | None:
@@ -97,17 +112,30 @@ def _linear_layers(module: Any) -> list[tuple[str, nn.Module]]:
 
 
 def _lora_layers(module: Any) -> list[tuple[str, nn.Module]]:
-    return [(name, layer) for name, layer in module.policy.named_modules() if hasattr(layer, "lora_A")]
+    return [
+        (name, layer) for name, layer in module.policy.named_modules() if hasattr(layer, "lora_A") and _trained(layer)
+    ]
+
+
+def _trained(layer: Any) -> bool:
+    return all(getattr(layer, key)["default"].weight.requires_grad for key in ("lora_A", "lora_B"))
 
 
 def _targets(layers: Sequence[tuple[str, nn.Module]], penalty: WeightPenaltyConfig) -> list[tuple[str, nn.Module]]:
     wanted = penalty.target_modules
-    chosen = [(name, one) for name, one in layers if wanted == "all-linear" or name.rpartition(".")[2] in wanted]
-    if not chosen:
+    names = sorted({name.rpartition(".")[2] for name, _ in layers})
+    missing = sorted(set(() if wanted == "all-linear" else wanted) - set(names))
+    if missing or not layers:
         raise UserError(
-            f"weight_penalties.{penalty.name}.target_modules: no trained linear layer is called {', '.join(wanted)}"
+            f"weight_penalties.{penalty.name}.target_modules: "
+            + (f"no trained linear layer is called {', '.join(missing)}; " if missing else "")
+            + (
+                f"there are {', '.join(names)}"
+                if names
+                else "the run trains no linear layer, so that nothing can drift"
+            )
         )
-    return chosen
+    return [(name, one) for name, one in layers if wanted == "all-linear" or name.rpartition(".")[2] in wanted]
 
 
 def _matrix(name: str, layer: Any, penalty: str, engine: Engine, world: World, number: int) -> DenseMatrix | LoRAMatrix:
@@ -120,6 +148,11 @@ def _matrix(name: str, layer: Any, penalty: str, engine: Engine, world: World, n
     shape = _shape(base)
     whole = _gather(shape, own, start, held is not None and held.replicated, world)
     norm, squared_norm = penalty_norm(penalty, whole), float(whole.square().sum())
+    if not norm > 0:
+        raise UserError(
+            f"weight_penalties.{penalty}: {name} is 0 everywhere, and nothing relative to it can be held; leave it out of "
+            "target_modules"
+        )
     # In the model's dtype, in which the run began: exact, and half the memory of fp32.
     initial, polar = own.to(base.dtype, copy=True), None
     if penalty == "polar_drift":

@@ -15,11 +15,13 @@ import torch.distributed as dist
 from calibtrain.losses import (
     LabelSmoothingLoss,
     ORPOLoss,
+    SFTLoss,
     batch_from_labels,
     global_counts,
     loss_terms_from_model,
     normalized_loss,
 )
+from calibtrain.losses.terms import Batch
 from tests.tiny import tiny_model
 
 STEPS, PAIRS = 2, 4
@@ -38,6 +40,14 @@ def micro_batches(rank: int, ranks: int) -> list[dict[str, torch.Tensor]]:
         labels[1, -2:] = -100
         batches.append({"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(input_ids)})
     return batches[rank::ranks]
+
+
+def batch_of(inputs: dict[str, torch.Tensor], kind: str) -> Batch:
+    """Pairs, or rows to learn; "packed": the first rank has its rows in one, the others have not."""
+    if kind == "packed" and dist.get_rank() == 0:
+        ids, labels = (inputs[name].reshape(1, -1) for name in ("input_ids", "labels"))
+        return batch_from_labels(ids, labels, None, torch.arange(ids.shape[1] // 2).repeat(2)[None])
+    return batch_from_labels(**inputs, pairs=kind not in ("packed", "sft"))
 
 
 def wrap(name: str) -> tuple[torch.nn.Module, Any, Any]:
@@ -67,12 +77,13 @@ def run_case(name: str) -> dict[str, Any]:
     """Gradients before, and loss after one SGD step."""
     model, backward, gradient_of = wrap(name)
     ranks = dist.get_world_size()
-    reads_a_set = name.endswith("token_set")
-    loss = LabelSmoothingLoss(token_set=range(3, 200), epsilon=0.3) if reads_a_set else ORPOLoss(beta=0.5)
+    kind = name.rpartition("_")[2]
+    smoothing = LabelSmoothingLoss(token_set=range(3, 200), epsilon=0.3)
+    loss = {"set": smoothing, "sft": SFTLoss(), "packed": SFTLoss()}.get(kind, ORPOLoss(beta=0.5))
     gradients: list[dict[str, torch.Tensor]] = []
     losses = []
     for _ in range(STEPS):
-        window = [batch_from_labels(**inputs, pairs=True) for inputs in micro_batches(dist.get_rank(), ranks)]
+        window = [batch_of(inputs, kind) for inputs in micro_batches(dist.get_rank(), ranks)]
         counts = global_counts(loss, window)
         shares = []
         for number, batch in enumerate(window):

@@ -11,24 +11,24 @@ from tests.distributed.ranks import run, torchrun
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 CASES = ("ddp", "ddp_find_unused", "ddp_checkpointed", "zero0", "zero1", "zero2", "zero3", "zero3_checkpointed")
-CASES += ("zero3_token_set",)
-REFERENCES = ("ddp", "ddp_token_set")
+CASES += ("zero3_token_set", "zero3_packed", "ddp_packed")
+REFERENCES = {"set": "ddp_token_set", "packed": "ddp_sft", "": "ddp"}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("causal_lm")
     script = str(__file__).replace("test_causal_lm", "causal_lm_cases")
-    for ranks, names in ((1, REFERENCES), (2, CASES)):
+    for ranks, names in ((1, REFERENCES.values()), (2, CASES)):
         ended = run(torchrun(ranks, script, str(folder), ",".join(names)), folder)
         assert ended.code == 0, ended.output[-6000:]
     return {(name, ranks): torch.load(folder / f"{name}-{ranks}.pt", weights_only=True)
-            for name, ranks in [*((name, 1) for name in REFERENCES), *((name, 2) for name in CASES)]}  # fmt: skip
+            for name, ranks in [*((name, 1) for name in REFERENCES.values()), *((name, 2) for name in CASES)]}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_gradients_and_losses(results, name):
-    found, expected = results[name, 2], results[REFERENCES[name.endswith("token_set")], 1]
+    found, expected = results[name, 2], results[REFERENCES.get(name.rpartition("_")[2], "ddp"), 1]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["losses"][1] < found["losses"][0]
     for step in range(STEPS):

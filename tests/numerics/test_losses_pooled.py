@@ -183,7 +183,7 @@ def test_gradcheck(name):
 
 
 @pytest.mark.parametrize("function", [mmce_squared, soft_binned_ece_squared])
-@pytest.mark.parametrize("points", [[], [0.0], [1.0], [0.0, 1.0, 0.5, 0.5]])
+@pytest.mark.parametrize("points", [[0.0, 0.0], [1.0, 1.0], [0.0, 1.0, 0.5, 0.5]])
 def test_edges_are_finite(function, points):
     for grade in (0.0, 1.0):
         confidence = torch.tensor(points, requires_grad=True)
@@ -191,7 +191,14 @@ def test_edges_are_finite(function, points):
         value.backward()
         assert value.isfinite()
         assert confidence.grad.isfinite().all()
-    assert function(torch.zeros(0), torch.zeros(0)) == 0
+
+
+@pytest.mark.parametrize("function", [mmce_squared, soft_binned_ece_squared])
+def test_answers_that_cannot_be_pooled_are_refused(function):
+    """Alone in its micro-batch an answer has no MMCE: 0 would look like calibration."""
+    for count in range(2 if function is mmce_squared else 1):
+        with pytest.raises(UserError, match="earlier"):
+            function(torch.rand(count), torch.ones(count))
 
 
 def test_calibration_is_the_minimum():

@@ -264,3 +264,22 @@ def test_a_policy_learns_what_is_rewarded(objective, monkeypatch):
         optimizer.step()
     assert sum(correct[:10]) / 10 < 0.65
     assert sum(correct[-10:]) / 10 > 0.85
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo", "ppo"])
+def test_rewards_that_do_not_differ_are_told_of_once(objective, monkeypatch, caplog):
+    """Within a group for grpo and rloo, between groups for ppo, whose baseline is its value head."""
+    run = config(objective, rollouts={"group_size": 2, "reward": "accuracy"})
+    right: list[str] = ["0"]
+    monkeypatch.setattr("calibtrain.training.rollouts.grade", lambda text, accepted, method: accepted[0] in right)
+    rollouts, _ = rollouts_of(run, ValueLossModel if objective == "ppo" else LossModel)
+    for step in range(8):
+        rollouts.before_step(step)
+        assert rollouts.metrics["alike"] == (objective != "ppo" or rollouts.metrics["correct"] in (0.0, 1.0))
+    if objective != "ppo":
+        assert caplog.text.count("in 3 rounds in a row every answer earned") == 1
+        return
+    right.clear()
+    for step in range(3):
+        rollouts.before_step(step)
+    assert "correct 0.00" in caplog.text
