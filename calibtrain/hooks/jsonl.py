@@ -35,7 +35,7 @@ class JsonlHook(Hook):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = read_metrics(path)[: self._lines] if record.first_step else []
         replacement = path.with_suffix(".jsonl.tmp")
-        replacement.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
+        replacement.write_text("".join(map(_line, kept)), encoding="utf-8", errors="backslashreplace")
         os.replace(replacement, path)
         self._path, self._lines = path, len(kept)
 
@@ -61,6 +61,7 @@ class JsonlHook(Hook):
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         if self._path is not None:
+            # Half of a surrogate pair becomes \ud83d, which is how JSON writes it.
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(_line(entry))
             self._lines += 1

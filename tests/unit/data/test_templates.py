@@ -107,6 +107,14 @@ def test_a_merge_across_the_boundary_is_not_taken():
     assert tokenizer.decode(completion[:-1]) == " France"
 
 
+def test_a_tokenizer_that_opens_texts_with_a_space_keeps_indentation():
+    template = Template("plain", sentencepiece_like())
+    prompt = template.prompt_ids(LYON)
+    for text in (" France", "    France\n"):
+        joined = template.tokenizer.decode([*prompt, *template.completion_ids(text)[:-1]])
+        assert joined.endswith("Answer:" + text)
+
+
 def test_a_tokenizer_that_opens_texts_with_a_space_gets_one_space():
     tokenizer = sentencepiece_like()
     template = Template("plain", tokenizer)
