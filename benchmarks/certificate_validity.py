@@ -28,6 +28,7 @@ from calibtrain.abstention.certificate import certify
 from calibtrain.abstention.hallucination import control_hallucinations
 from calibtrain.calibration.intervals import clopper_pearson
 from calibtrain.errors import UserError
+from calibtrain.lines import lines_of
 
 Array = NDArray[Any]
 Pool = tuple[Array, Array]  # confidences, whether correct
@@ -63,7 +64,7 @@ def synthetic_pools(target_risk: float, rng: np.random.Generator) -> dict[str, P
 def read_answers(path: Path) -> Pool:
     """Confidences and grades of a JSONL file with `confidence` and `correct`; ungraded answers are left out."""
     confidence, correct = [], []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8")), 1):
         if not line.strip():
             continue
         try:

@@ -27,6 +27,8 @@ import httpx
 import numpy as np
 from _report import print_table, write_json
 
+from calibtrain.lines import lines_of
+
 HOSTILE = {
     "malformed": b'{"model": "demo", "messages": [',
     "nested": b"[" * 60_000,
@@ -64,7 +66,7 @@ def main() -> None:
 
 def test_questions(output_dir: Path, count: int) -> list[str]:
     """Different questions that the run was tested on."""
-    lines = (output_dir / "answers" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = lines_of((output_dir / "answers" / "test.jsonl").read_text(encoding="utf-8"))
     return list(dict.fromkeys(json.loads(line)["question"] for line in lines))[:count]
 
 

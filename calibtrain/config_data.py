@@ -5,9 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from calibtrain.config_base import Count, Section, Weight
+
+
+def _only_strata_is_a_list(columns: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+    for field, named in columns.items():
+        if isinstance(named, list) != (field == "strata"):
+            raise ValueError(f"{field}: " + ("a list of columns" if field == "strata" else "one column, not a list"))
+    if len(set(strata := columns.get("strata", []))) < len(strata):
+        raise ValueError("strata: names a column twice")
+    return columns
+
+
+Columns = Annotated[dict[str, str | list[str]], AfterValidator(_only_strata_is_a_list)]
 
 
 class GeographySource(Section):
@@ -26,8 +38,9 @@ class FileSource(Section):
     kind: Literal["file"]
     path: Path
     """In a YAML file, relative to that file; on the command line, to the working directory."""
-    columns: dict[str, str] = Field(default={})
-    """Maps our field (prompt, completion, chosen, rejected, messages, question, answers) to the file's column."""
+    columns: Columns = Field(default={})
+    """Maps our field (prompt, completion, chosen, rejected, messages, question, answers) to the file's column; `strata`
+    lists the columns whose values group the questions."""
 
 
 class HubSource(Section):
@@ -46,8 +59,9 @@ class HubSource(Section):
     """Read rows over the network as they are needed, without downloading the whole set."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many rows are read; required when streaming."""
-    columns: dict[str, str] = Field(default={})
-    """Maps our field (prompt, completion, chosen, rejected, messages, question, answers) to the data set's column."""
+    columns: Columns = Field(default={})
+    """Maps our field (prompt, completion, chosen, rejected, messages, question, answers) to the data set's column; `strata`
+    lists the columns whose values group the questions."""
 
     @model_validator(mode="after")
     def _streaming_needs_limit(self) -> HubSource:
@@ -62,8 +76,8 @@ Source = Annotated[GeographySource | FileSource | HubSource, Field(discriminator
 class SplitSizes(Section):
     """At most so many records in each split; a record's split is a pure function of its question."""
 
-    train: Annotated[int, Field(ge=0)] = 400
-    """Records to learn from."""
+    train: int | None = Field(default=None, ge=0)
+    """Records to learn from; null takes all of this split."""
     calibration: Annotated[int, Field(ge=0)] = 512
     """Questions the model answers during training, for the calibration term (128 to 512 are enough)."""
     temperature: Annotated[int, Field(ge=0)] = 512

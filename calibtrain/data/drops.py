@@ -13,6 +13,8 @@ class DropReport:
     """Counts of dropped or shortened records by reason, with the places of the first few."""
 
     dropped: Counter[str] = field(default_factory=Counter)
+    unused: dict[str, int] = field(default_factory=dict)
+    """Records of each split beyond the size that was asked for."""
     shortened: int = 0
     """Records kept with a prompt cut from its left."""
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -34,6 +36,8 @@ class DropReport:
             f"{count} dropped: {reason} (e.g. {', '.join(self.examples[reason])})"
             for reason, count in sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
         ]
+        if self.unused.get("train"):
+            lines.append(f"{self.unused['train']} not trained on: data.splits.train asks for fewer (null takes all)")
         if self.shortened:
             lines.append(f"{self.shortened} prompts cut from the left to fit max_length")
         return lines

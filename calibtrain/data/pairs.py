@@ -76,7 +76,8 @@ def with_confidence_statements(records: Sequence[Record], *, keep: bool) -> list
 def _stating(record: Record, answer: str) -> tuple[str, str]:
     """The answer with high and with low confidence, as `calibtrain.confidence.stated` reads it."""
     high, low = (10 * int(4 * unit_hash("confidence", side, record.id, answer)) for side in ("high", "low"))
-    return f"{answer} (confidence: {70 + high}%)", f"{answer} (confidence: {low}%)"
+    said = answer.rstrip()
+    return f"{said} (confidence: {70 + high}%)", f"{said} (confidence: {low}%)"
 
 
 def _right(text: str, record: Record, method: Grading) -> bool:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator, Mapping
+import logging
+import re
+from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from calibtrain.config import FileSource, GeographySource, HubSource
+from calibtrain.data.files import Row, as_written, file_rows, narrow_floats
 from calibtrain.data.geography import load_geography
 from calibtrain.data.records import Record, unit_hash
-from calibtrain.data.rows import check_columns, record_from_row
+from calibtrain.data.rows import READABLE, Layout, find_layout, record_from_row
+from calibtrain.data.strata import check_strata
 from calibtrain.errors import UserError
 
-Row = tuple[str, Mapping[str, Any]]
-"""Its place ("file.jsonl:17") and its values by column."""
+logger = logging.getLogger(__name__)
+
+_WHOLE_FLOAT = re.compile(r"\s*(-?\d+)\.0\s*")
 
 
 def load_records(source: GeographySource | FileSource | HubSource, seed: int = 0) -> list[Record]:
@@ -28,85 +30,41 @@ def load_records(source: GeographySource | FileSource | HubSource, seed: int = 0
     if isinstance(source, GeographySource):
         return load_geography(source, seed)
     name = str(source.path) if isinstance(source, FileSource) else source.name
-    rows = _file_rows(source.path) if isinstance(source, FileSource) else _hub_rows(source)
-    records: list[Record] = []
+    cells = isinstance(source, FileSource) and source.path.suffix.lower() == ".csv"
+    rows = file_rows(source.path) if isinstance(source, FileSource) else _hub_rows(source)
+    strata = source.columns.get("strata", [])
+    wanted = READABLE | {one for one in source.columns.values() if isinstance(one, str)} | set(strata)
+    found: dict[str, None] = {}  # columns of the whole set in order: any row may lack one
+    kept: list[Row] = []
     for place, row in rows:
-        if not records:
-            check_columns([str(column) for column in row], source.columns, name)
-        records.append(record_from_row(row, source.columns, place))
-    if not records:
+        found.update(dict.fromkeys(row))
+        kept.append((place, {column: value for column, value in row.items() if column in wanted}))
+    if not kept:
         raise UserError(f"{name}: the data set is empty")
+    layout = find_layout(list(found), source.columns, name, cells)
+    unread = [column for column in found if column not in {*layout.columns.values(), *layout.strata}]
+    if unread:
+        logger.info("%s: columns not read: %s", name, ", ".join(map(str, unread)))
+    records = [record_from_row(row, layout, place) for place, row in (_whole(kept, layout, name) if cells else kept)]
+    check_strata(records, layout.strata, name)
     # The sort is stable: rows that ask the same stay in the source's order.
     return sorted(records, key=lambda record: (unit_hash("draw", seed, record.id), record.id))
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: unknown file type {path.suffix!r}; accepted are {', '.join(readers)}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file (data.source.path is taken from the working directory, {Path.cwd()})")
-    try:
-        yield from readers[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                place = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{place}: not JSON: {error}") from error
-                yield place, _object(row, place)
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig") or "[]")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: a .json file holds one list of objects; for one object a line name it .jsonl")
-    for index, row in enumerate(rows):
-        place = f"{path}[{index}]"
-        yield place, _object(row, place)
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        previous = 0
-        try:
-            previous = reader.line_num if reader.fieldnames else 0
-            for row in reader:
-                # A quoted cell may hold line breaks: a row is named by its first line.
-                place, previous = f"{path}:{previous + 1}", reader.line_num
-                if None in row:
-                    raise UserError(f"{place}: more cells than the header has columns; quote cells that hold commas")
-                yield place, row
-        except csv.Error as error:
-            raise UserError(f"{path}:{previous + 1}: not CSV: {error}; .jsonl has no such limits") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            index = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    yield f"{path}[{index}]", row
-                    index += 1
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file: {error}") from error
+def _whole(rows: list[Row], layout: Layout, name: str) -> list[Row]:
+    """CSV rows with 1925 for 1925.0 in columns that hold nothing else: whole numbers that pandas made floats."""
+    floats = []
+    for column in dict.fromkeys([*layout.columns.values(), *layout.strata]):
+        filled = [cell for _, row in rows if (cell := row.get(column))]
+        if filled and all(_WHOLE_FLOAT.fullmatch(cell) for cell in filled):
+            logger.info("%s: column %r holds whole numbers as floats; %s is read without .0", name, column, filled[0])
+            floats.append(column)
+    if not floats:
+        return rows
+    return [
+        (place, {key: _WHOLE_FLOAT.sub(r"\1", cell) if key in floats and cell else cell for key, cell in row.items()})
+        for place, row in rows
+    ]
 
 
 def _hub_rows(source: HubSource) -> Iterator[Row]:
@@ -116,9 +74,11 @@ def _hub_rows(source: HubSource) -> Iterator[Row]:
         rows = datasets.load_dataset(
             source.name, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
         )
+        features: Any = getattr(rows, "features", None)  # a streamed set may not know them
+        narrow = narrow_floats(features.arrow_schema) if features else {}
         # Rows of a streamed set are fetched here, so that this too can meet the network.
         for index, row in enumerate(islice(rows, source.limit)):
-            yield f"{source.name}[{source.split}][{index}]", row
+            yield f"{source.name}[{source.split}][{index}]", as_written(row, narrow)
     except Exception as error:  # the hub, the network, the cache and the builders each raise their own kinds
         raise UserError(f"data.source.name {source.name!r}: {_hub_advice(error)} ({_first_line(error)})") from error
 
@@ -139,9 +99,3 @@ def _hub_advice(error: Exception) -> str:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
-def _object(row: Any, place: str) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: each row is an object with named columns, got {type(row).__name__}")
-    return row

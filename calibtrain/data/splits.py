@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 from calibtrain.config import SplitSizes
 from calibtrain.data.calibration_set import choose_calibration_set
@@ -33,41 +33,72 @@ def split_records(
     questions: Sequence[Record] | None = None,
     drops: DropReport | None = None,
 ) -> dict[str, list[Record]]:
-    """Records of each split, in draw order, exactly as many as `sizes` asks for.
+    """Records of each split, in draw order, exactly as many as `sizes` asks for (train: all, where it asks for null).
 
     With `questions` (their own source) all of `records` may train and the other splits are made of `questions`; records
     whose question belongs to a split that is asked for are then left out of training. Train needs an answer to learn,
-    the other splits need accepted answers to grade by. Duplicates are dropped and counted in `drops`. Raises UserError
-    that says how many there are when a split cannot be filled.
+    and keeps every row of a question that says something else; the other splits need accepted answers to grade by, and
+    ask a question once. What is dropped or not used is counted in `drops`. Raises UserError that says how many there are
+    when a split cannot be filled.
     """
     drops = DropReport() if drops is None else drops
-    asked = sizes.model_dump()
+    names = tuple(SHARES) if questions is None else EVALUATION_SPLITS
     pools: dict[str, list[Record]] = {name: [] for name in SHARES}
-    graded = unique_records(records if questions is None else questions, drops)
-    if questions is None:
-        for record in graded:
-            pools[split_of(record.id, seed)].append(record)
-    else:
-        for record in graded:
-            pools[split_of(record.id, seed, EVALUATION_SPLITS)].append(record)
-        # All questions of a split are kept out, not only those within today's size: sizes may grow tomorrow.
-        held_out = {record.id for name in EVALUATION_SPLITS if asked[name] for record in pools[name]}
-        for record in unique_records(records, drops):
-            if record.id in held_out:
-                drops.drop("question held out for evaluation", record.origin or record.question)
-            else:
-                pools["train"].append(record)
-    pools["train"] = [record for record in pools["train"] if record.chosen is not None]
+    for record in records if questions is None else questions:
+        pools[split_of(record.id, seed, names)].append(record)
+    if questions is not None:
+        pools["train"] = _not_held_out(records, pools, sizes, drops)
+    pools["train"] = _learnable(pools["train"], drops)
     for name in EVALUATION_SPLITS:
-        pools[name] = [record for record in pools[name] if record.accepted]
+        pools[name] = _gradable(pools[name], drops if getattr(sizes, name) else DropReport())
+    asked = {name: len(pools[name]) if size is None else size for name, size in sizes.model_dump().items()}
     for name, size in asked.items():
         if len(pools[name]) < size:
-            raise UserError(_cannot_fill(name, size, len(pools[name]), questions is not None))
+            raise UserError(_cannot_fill(name, size, len(pools[name]), questions is not None, drops))
+        drops.unused[name] = len(pools[name]) - size
     splits = {name: pools[name][:size] for name, size in asked.items()}
+    drawn = unique_records(records if questions is None else questions, DropReport())
     splits["calibration"] = _stratified(
-        pools["calibration"], asked["calibration"], [one for one in graded if one.accepted]
+        pools["calibration"], asked["calibration"], [one for one in drawn if one.accepted]
     )
     return splits
+
+
+def _not_held_out(
+    records: Sequence[Record], pools: Mapping[str, Sequence[Record]], sizes: SplitSizes, drops: DropReport
+) -> list[Record]:
+    # All questions of a split are kept out, not only those within today's size: sizes may grow tomorrow.
+    held_out = {record.id for name in EVALUATION_SPLITS if getattr(sizes, name) for record in pools[name]}
+    return _kept(records, lambda record: record.id not in held_out, "question held out for evaluation", drops)
+
+
+def _learnable(records: Sequence[Record], drops: DropReport) -> list[Record]:
+    """Rows with an answer to learn, each once: of two that say the same the second is dropped."""
+    answered = _kept(records, lambda record: record.chosen is not None, "no answer to learn", drops)
+    seen: set[Hashable] = set()
+
+    def new(record: Record) -> bool:
+        said = (record.prompt, record.chosen, record.rejected, record.accepted)
+        known = len(seen)
+        seen.add(said)
+        return len(seen) > known
+
+    return _kept(answered, new, "the same row again", drops)
+
+
+def _gradable(records: Sequence[Record], drops: DropReport) -> list[Record]:
+    graded = _kept(records, lambda record: bool(record.accepted), "no accepted answers to grade by", drops)
+    return unique_records(graded, drops)
+
+
+def _kept(records: Sequence[Record], keeps: Callable[[Record], bool], reason: str, drops: DropReport) -> list[Record]:
+    kept = []
+    for record in records:
+        if keeps(record):
+            kept.append(record)
+        else:
+            drops.drop(reason, record.origin or record.question)
+    return kept
 
 
 def _stratified(pool: Sequence[Record], size: int, drawn: Sequence[Record]) -> list[Record]:
@@ -84,11 +115,11 @@ def unique_records(records: Iterable[Record], drops: DropReport) -> list[Record]
     first: dict[str, Record] = {}
     for record in records:
         if first.setdefault(record.id, record) is not record:
-            drops.drop("duplicate question", record.origin or record.question)
+            drops.drop("question asked before", record.origin or record.question)
     return list(first.values())
 
 
-def _cannot_fill(name: str, size: int, found: int, separate: bool) -> str:
+def _cannot_fill(name: str, size: int, found: int, separate: bool, drops: DropReport) -> str:
     kind = "records with an answer to learn" if name == "train" else "questions with accepted answers"
     names = EVALUATION_SPLITS if separate else tuple(SHARES)
     share = 1.0 if separate and name == "train" else SHARES[name] / sum(SHARES[one] for one in names)
@@ -96,7 +127,8 @@ def _cannot_fill(name: str, size: int, found: int, separate: bool) -> str:
     advice = f"set data.splits.{name} to at most {found}"
     if name != "train" and not found:
         advice = f"give graded questions ({source} with an `answers` column) or set data.splits.{name} to 0"
+    left_out = f" (of all rows, {'; '.join(drops.lines())})" if drops.total else ""
     return (
         f"data.splits.{name}: {size} asked for, but only {found} of the {kind} in {source} fall into this split "
-        f"(always {share:.0%} of the questions, so that no split ever shares one); {advice}, or bring more data"
+        f"(always {share:.0%} of the questions, so that no split ever shares one); {advice}, or bring more data{left_out}"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 PLAIN_QUESTION = "Question: {}\nAnswer:"
 PLAIN_ANSWER = " {}"
 PLAIN_BETWEEN = "\n\n"
+_BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 _PROBE = Record(prompt=(Message("user", "Which one?"),))
 _PROBE_ANSWER = "This one"
 
@@ -63,20 +65,24 @@ class Template:
     def completion_ids(self, text: str) -> list[int]:
         """Token ids of an answer as they follow a prompt, and the token that ends it. Raises UserError if they cannot.
 
+        The text is kept as it is, with its indentation and last line break. `plain` puts its space only before a text
+        that does not open with whitespace of its own, and leaves out blank lines before it, which would end the answer.
+
         An answer encoded on its own may not be what follows a prompt (a SentencePiece tokenizer opens every text with a
         space), and encoded together with the prompt it may merge with the prompt's last characters. So it is cut from
         the joint encoding where that keeps the prompt's ids, else encoded alone; either way the joined ids must decode
         to the joined text.
         """
-        text = text.strip()
-        text = PLAIN_ANSWER.format(text) if self.kind == "plain" and text else text
+        if self.kind == "plain":
+            text = _BLANK_LINES.sub("", text)
+            text = PLAIN_ANSWER.format(text) if text and not text[0].isspace() else text
         if not text:
             return [self.end_id]
         prompt, joint = self._probe_ids, self._encode(self._probe_text + text)
         if self.kind == "plain":
             joint = [*self._prefix_ids, *joint]
         wanted = self._decode(joint)
-        candidates = [self._encode(text), self._encode(text.lstrip())]
+        candidates = [self._encode(text), self._encode(text.removeprefix(" "))]
         if joint[: len(prompt)] == prompt:
             candidates.insert(0, joint[len(prompt) :])
         for ids in candidates:

@@ -12,7 +12,7 @@ from torch import Tensor
 from calibtrain.confidence.answering import Answerer, answer_metrics
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.records import Record
-from calibtrain.data.rows import record_from_row
+from calibtrain.data.rows import find_layout, record_from_row
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
@@ -68,7 +68,7 @@ class AnswerMeter:
         settings: EvaluationConfig | None = None,
     ) -> None:
         self.records = [
-            one if isinstance(one, Record) else record_from_row(one, {}, f"questions[{index}]")
+            one if isinstance(one, Record) else _record(one, f"questions[{index}]")
             for index, one in enumerate(questions)
         ]
         for index, record in enumerate(self.records):
@@ -120,3 +120,7 @@ def _world(model: Any) -> World:
     if not (dist.is_available() and dist.is_initialized()):
         return World(0, 1, 0, device)
     return World(dist.get_rank(), dist.get_world_size(), device.index or 0, device)
+
+
+def _record(row: Mapping[str, Any], place: str) -> Record:
+    return record_from_row(row, find_layout(list(row), {}, place), place)

@@ -11,6 +11,7 @@ from typing import Any
 
 from calibtrain.hooks.base import Hook
 from calibtrain.hooks.records import EndRecord, EvaluationRecord, LogRecord, RunRecord
+from calibtrain.lines import lines_of
 
 
 class JsonlHook(Hook):
@@ -34,7 +35,7 @@ class JsonlHook(Hook):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = read_metrics(path)[: self._lines] if record.first_step else []
         replacement = path.with_suffix(".jsonl.tmp")
-        replacement.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
+        replacement.write_text("".join(map(_line, kept)), encoding="utf-8", errors="backslashreplace")
         os.replace(replacement, path)
         self._path, self._lines = path, len(kept)
 
@@ -60,7 +61,8 @@ class JsonlHook(Hook):
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
+            # Half of a surrogate pair becomes \ud83d, which is how JSON writes it.
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(_line(entry))
             self._lines += 1
 
@@ -70,7 +72,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines_of(path.read_text(encoding="utf-8")):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:

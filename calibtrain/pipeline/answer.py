@@ -16,6 +16,7 @@ from calibtrain.confidence.scorer import Scorer, before_answering
 from calibtrain.confidence.source import Cost
 from calibtrain.config_file import load_config
 from calibtrain.data.records import Message, Record
+from calibtrain.data.values import unreadable
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibrate import Calibrated, read_calibration, weights_hash
 from calibtrain.pipeline.confidence import asker_of
@@ -194,6 +195,8 @@ class Answerer:
         question = question.strip()
         if not question:
             raise UserError("the question is empty")
+        if half := unreadable(question):
+            raise UserError(f"the question holds {half}, half of a character, which no tokenizer can read")
         for token in self.control_tokens:
             if token in question:
                 raise UserError(

@@ -27,6 +27,7 @@ from calibtrain.confidence.sources import FAMILIES, SOURCES, families_of
 from calibtrain.config_file import load_config
 from calibtrain.data.records import Record
 from calibtrain.errors import UserError
+from calibtrain.lines import lines_of
 from calibtrain.models.loss_model import AnswerFeatures
 from calibtrain.pipeline import probe
 from calibtrain.pipeline.calibrate import weights_hash
@@ -114,7 +115,7 @@ def score_split(
         # Last, so that answers on disk always have the scores that only they can give.
         lines = [json.dumps({**asdict(answer), "strata": dict(answer.strata)}) for answer in answered.answers]
         _write(path, "\n".join(lines) + "\n")
-    answers = [_answer(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    answers = [_answer(line) for line in lines_of(path.read_text(encoding="utf-8"))]
     if answered is None:
         nothing = torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         answered = Answered(answers, AnswerFeatures(*nothing, torch.zeros(len(answers))))
@@ -235,7 +236,7 @@ def _lines(measured: Scored, names: Sequence[str]) -> list[str]:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)
 
 

@@ -24,6 +24,7 @@ from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
+from calibtrain.lines import lines_of
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy, check_head
@@ -149,7 +150,8 @@ def write_measurement(measurement: Measurement, path: Path) -> None:
     Scores of the tokens, where kept, lie beside it as .tokens.safetensors.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    # Half of a surrogate pair becomes \ud83d, which is how JSON writes it.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for answer, row in zip(measurement.answers, measurement.table.tolist(), strict=True):
             line = {**answer.as_dict(), "logprobs_at": [round(value, 6) for value in row]}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -163,7 +165,7 @@ def read_measurement(path: Path) -> Measurement:
     if not path.is_file():
         raise UserError(f"{path}: no such file; run `calibtrain calibrate` first")
     answers, table = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8")), start=1):
         try:
             row = json.loads(line)
             table.append(row.pop("logprobs_at"))

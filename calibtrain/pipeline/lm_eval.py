@@ -21,6 +21,7 @@ from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.stated import read_statement
 from calibtrain.data.grading import normalize
 from calibtrain.errors import UserError
+from calibtrain.lines import lines_of
 from calibtrain.pipeline.report import Measured, ReportData, write_report
 
 QUESTION_KEYS = ("question", "query", "ctx", "problem", "input", "sentence")
@@ -55,7 +56,7 @@ def read_samples(path: Path) -> Measured:
         raise UserError(f"{path}: no such file; give the samples_TASK_DATE.jsonl of `lm_eval --log_samples`")
     answers: list[Answer] = []
     chosen, seen = None, set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8")), start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"

@@ -20,6 +20,7 @@ from calibtrain.abstention.words import Scale, WordAudit, audit_words, scale_of,
 from calibtrain.calibration.intervals import wilson
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
+from calibtrain.lines import lines_of
 from calibtrain.pipeline.calibrate import read_calibration, source_folder, write_json
 
 STATE = "monitor.json"
@@ -85,7 +86,7 @@ def run(output_dir: Path, audited: Path, *, source: str | None = None) -> Servic
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the audited answers, one JSON a line")
-    return path.read_text(encoding="utf-8").splitlines()
+    return lines_of(path.read_text(encoding="utf-8"))
 
 
 def _counted(path: Path, lines: list[str], logs: dict[str, Any]) -> int:

@@ -16,7 +16,8 @@ from calibtrain.data.drops import DropReport
 from calibtrain.data.pairs import add_rejected
 from calibtrain.data.records import Record
 from calibtrain.data.sources import load_records
-from calibtrain.data.splits import split_records
+from calibtrain.data.splits import split_records, unique_records
+from calibtrain.data.strata import check_named
 from calibtrain.data.summary import data_hash
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
@@ -39,6 +40,21 @@ class Prepared:
     shots: list[Record]  # examples for a model that has not learned the format
     composition: Composition | None  # of the calibration set against its source
     drops: DropReport
+    read: int  # rows of the source of training records
+    graded: int | None = None  # rows of the source of graded questions, where it is another
+
+    @property
+    def available(self) -> dict[str, int]:
+        """How many records each split could hold."""
+        return {name: len(records) + self.drops.unused.get(name, 0) for name, records in self.splits.items()}
+
+    def lines(self) -> list[str]:
+        """How many of how many records are used, a line a split."""
+        sources = f"{self.read} rows read" + ("" if self.graded is None else f", and {self.graded} of data.questions")
+        return [sources] + [
+            f"{name}: {len(self.splits[name])} of the {count} records of this split"
+            for name, count in self.available.items()
+        ]
 
     @property
     def data_hash(self) -> str:
@@ -53,14 +69,18 @@ def prepare(config: RunConfig) -> Prepared:
     if not records:
         raise UserError("data.source: the data set is empty")
     questions = None if config.data.questions is None else load_records(config.data.questions, config.seed)
+    graded = records if questions is None else questions
+    strata = {"calibration.domain": config.calibration.domain, "abstention.groups": config.abstention.groups}
+    check_named([record for record in graded if record.accepted], strata)
     splits = split_records(records, config.data.splits, config.seed, questions, drops)
-    shots = [record for record in splits["train"] if record.chosen][: config.data.few_shot_raw]
+    if config.trains_on_rollouts or config.objective.name == "refusal":
+        # The model answers each question itself: what else its rows say is not learned from.
+        splits["train"] = unique_records(splits["train"], drops)
+    shots = unique_records(splits["train"], DropReport())[: config.data.few_shot_raw]
     composition = None
     if splits["calibration"]:
-        composition = composition_distance(
-            splits["calibration"], records if questions is None else questions, config.seed
-        )
-    return Prepared(splits, shots, composition, drops)
+        composition = composition_distance(splits["calibration"], graded, config.seed)
+    return Prepared(splits, shots, composition, drops, len(records), None if questions is None else len(questions))
 
 
 def needs_rejected(config: RunConfig, prepared: Prepared) -> bool:

@@ -70,7 +70,9 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         config = settled(config)
     prepared = prepare(config)
     if not prepared.splits["train"]:
-        raise UserError("data.splits.train: 0 records to train on")
+        raise UserError("; ".join(["data.splits.train: 0 records to train on", *prepared.drops.lines()]))
+    for line in prepared.lines():
+        logger.info("data: %s", line)
     tokenizer = load_tokenizer(config.model)
     template = Template(config.data.template, tokenizer)
     if config.objective.name == "reward_model":
@@ -194,7 +196,9 @@ def write_provenance(config: RunConfig, prepared: Prepared, template: Template, 
         "total_steps": trainer.total_steps,
         "data_hash": trainer.data_hash,
         "template_hash": template.hash,
+        "records_read": prepared.read,
         "splits": {name: len(records) for name, records in prepared.splits.items()},
+        "available": prepared.available,
         "dropped": prepared.drops.lines(),
     }
     (output / "run.json").write_text(json.dumps(run_facts, indent=2), encoding="utf-8")
@@ -238,7 +242,7 @@ def _trainer(
     elif isinstance(config.objective, RefusalConfig):
         examples = rollouts = RefusalExamples(config.objective, answerer, train, config.data.max_length)
     for line in prepared.drops.lines() if world.is_main else []:
-        logger.warning("dropped: %s", line)
+        logger.warning("data: %s", line)
     steps = config.training.max_steps or total_steps(len(examples), config.training.epochs, plan.global_batch_size)
     questions = prepared.splits["calibration"]
     stream = None

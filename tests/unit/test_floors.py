@@ -12,7 +12,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = {name: ROOT / name for name in ("launchers", "losses", "configs")} | {"": ROOT / "calibtrain"}
 FLOORS = (
-    {"config", "config_base", "config_data", "config_losses", "config_file", "distributed", "errors", "version"},
+    {
+        "config",
+        "config_base",
+        "config_data",
+        "config_losses",
+        "config_file",
+        "distributed",
+        "errors",
+        "lines",
+        "version",
+    },
     {"ops", "calibration"},
     {"losses", "models", "data", "confidence", "abstention", "spectral", "quantization"},
     {"training", "hooks"},

@@ -1,6 +1,9 @@
 import csv
 import json
+from datetime import date, datetime
+from decimal import Decimal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +13,7 @@ from calibtrain.data.records import Message
 from calibtrain.data.sources import load_records
 from calibtrain.errors import UserError
 
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 QA = [
     {"question": "Capital of France?", "answers": ["Paris", "paris, France"]},
     {"question": "2 + 2?", "answers": ["4"]},
@@ -134,9 +138,116 @@ def test_columns_are_mapped(tmp_path):
     assert (record.question, record.accepted) == ("Capital of Peru?", ("Lima",))
 
 
-def test_numbers_and_text_that_looks_like_a_list_of_answers(tmp_path):
-    assert one(tmp_path, {"question": "2+2?", "answers": 4}).accepted == ("4",)
-    assert one(tmp_path, {"question": "q", "answers": '["a", "b"]'}).accepted == ("a", "b")
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("text", ["[0, 3, 5]", "[0, 1)", "(-1, 1)", '["a", "b"]', "[", "{}", "null"])
+def test_text_is_text_whatever_it_looks_like(tmp_path, suffix, text):
+    rows = [{"question": text, "answers": text}, {"question": "q", "answers": "a"}]
+    found = {record.question: record for record in load_records(source(write(tmp_path / f"rows{suffix}", rows)))}
+    assert (found[text].chosen, found[text].accepted) == (text, (text,))
+
+
+@pytest.mark.parametrize(
+    ("cell", "accepted"),
+    [
+        ("[0, 3, 5]", ("0", "3", "5")),
+        ('["a", "b"]', ("a", "b")),
+        ("[0, 1)", ("[0, 1)",)),
+        ("(-1, 1)", ("(-1, 1)",)),
+        ("[1 2 3]", ("[1 2 3]",)),
+        ("2.50", ("2.50",)),
+    ],
+)
+def test_a_csv_cell_is_a_list_where_it_is_a_json_list(tmp_path, cell, accepted):
+    path = write(tmp_path / "rows.csv", [{"question": "q", "answers": cell}])
+    assert load_records(source(path))[0].accepted == accepted
+
+
+@pytest.mark.parametrize("cell", ["['Paris', 'paris']", "['Paris' 'paris']", "[\"it's\", 'x']"])
+def test_lists_of_answers_as_python_prints_them_are_refused(tmp_path, cell):
+    path = write(tmp_path / "rows.csv", [{"question": "q", "answers": cell}])
+    with pytest.raises(UserError, match=r"rows\.csv:2: answers holds a list as Python prints it.*json\.dumps"):
+        load_records(source(path))
+
+
+REPR = "[{'role': 'user', 'content': 'What is 0 plus 0?'}, {'role': 'assistant', 'content': 'It is 0.'}]"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"prompt": REPR, "completion": "It is 0."}, "prompt"),
+        ({"prompt": "q", "completion": REPR}, "completion"),
+        ({"messages": REPR}, "messages"),
+        ({"prompt": "q", "chosen": REPR.replace(", {", "\n {"), "rejected": "x"}, "chosen"),  # numpy's
+        ({"messages": f"array({REPR}, dtype=object)"}, "messages"),
+    ],
+)
+def test_messages_as_python_prints_them_are_refused(tmp_path, suffix, row, field):
+    with pytest.raises(UserError, match=rf"rows{suffix}.*: {field} holds a list as Python prints it.*json\.dumps"):
+        load_records(source(write(tmp_path / f"rows{suffix}", [row])))
+
+
+def test_messages_in_text_are_messages_in_csv_and_in_the_messages_column_alone(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        [record] = load_records(source(write(tmp_path / f"m{suffix}", [{"messages": json.dumps(turns)}])))
+        assert (record.question, record.chosen) == ("q", "a")
+    row = {"prompt": json.dumps(turns[:1]), "completion": "a"}
+    assert load_records(source(write(tmp_path / "p.csv", [row])))[0].question == "q"
+    with pytest.raises(UserError, match=r"p\.jsonl:1: prompt is text that holds a list of messages"):
+        load_records(source(write(tmp_path / "p.jsonl", [row])))
+    row["prompt"] = '[{"role": "user"}] lacks a key; which?'
+    assert load_records(source(write(tmp_path / "p.jsonl", [row])))[0].question == row["prompt"]
+
+
+def test_whole_numbers_of_a_float_column_are_written_as_people_write_them(tmp_path):
+    years = [None, 1925.0, 1926.0, -44.0]
+    rows = [{"question": f"q{i}", "answers": year, "completion": f"In {i}."} for i, year in enumerate(years)]
+    for suffix in (".parquet", ".jsonl", ".json", ".csv"):
+        path = write(tmp_path / f"years{suffix}", rows)
+        found = {record.question: record.accepted for record in load_records(source(path))}
+        assert found == {"q0": (), "q1": ("1925",), "q2": ("1926",), "q3": ("-44",)}
+    rows[0]["answers"] = 2.5
+    found = {record.question: record.accepted for record in load_records(source(write(tmp_path / "m.csv", rows)))}
+    assert found["q1"] == ("1925.0",)  # a column of measurements
+    lists = [{"question": "q", "answers": [1925.0, 0.5]}]
+    assert load_records(source(write(tmp_path / "l.parquet", lists)))[0].accepted == ("1925", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "text"),
+    [
+        (0.1, pa.float32(), "0.1"),
+        (7.0, pa.float32(), "7"),
+        (Decimal("1925.00"), pa.decimal128(10, 2), "1925"),
+        (Decimal("12.50"), pa.decimal128(10, 2), "12.50"),
+        (date(1925, 3, 1), pa.date32(), "1925-03-01"),
+        (datetime(1925, 3, 1), pa.timestamp("us"), "1925-03-01"),
+        (datetime(1925, 3, 1, 12, 30), pa.timestamp("us"), "1925-03-01 12:30:00"),
+        (2**60, pa.int64(), str(2**60)),
+        (1e300, pa.float64(), "1e+300"),
+    ],
+)
+def test_typed_columns_as_people_write_them(tmp_path, value, kind, text):
+    pq.write_table(pa.table({"question": ["q"], "answers": pa.array([value], kind)}), tmp_path / "t.parquet")
+    assert load_records(source(tmp_path / "t.parquet"))[0].accepted == (text,)
+    pq.write_table(pa.table({"prompt": ["q"], "completion": pa.array([value], kind)}), tmp_path / "c.parquet")
+    assert load_records(source(tmp_path / "c.parquet"))[0].chosen == text
+
+
+def test_numpy_values_of_a_hub_set(monkeypatch):
+    import datasets
+
+    turns = np.array([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], dtype=object)
+    rows = [
+        {"messages": turns, "answers": np.array(["a", "b"])},
+        {"messages": [*turns[:1], {"role": "assistant", "content": "a"}], "answers": np.float32(0.1)},
+    ]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: iter(rows))
+    found = load_records(HubSource(kind="hub", name="some/set"))
+    assert [record.accepted for record in found] == [("a", "b"), ("0.1",)]
+    assert {record.question for record in found} == {"q"}
 
 
 @pytest.mark.parametrize(
@@ -150,8 +261,16 @@ def test_numbers_and_text_that_looks_like_a_list_of_answers(tmp_path):
         ({"messages": [{"role": "assistant", "content": "a"}]}, "no question"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "each message of messages"),
         ({"messages": [{"role": "user"}]}, "each message of messages"),
-        ({"messages": 3}, "text or a list of messages"),
-        ({"question": "q", "answers": '["a", '}, "like a JSON list"),
+        ({"messages": 3}, "messages must be a list of messages"),
+        ({"messages": "hello"}, "messages must be a list of messages"),
+        ({"prompt": {"a": 1}, "completion": "x"}, "text or a list of messages"),
+        ({"prompt": "q", "completion": True}, "text or a list of messages"),
+        ({"question": "q", "answers": True}, 'say true and false in words, e.g. "yes"'),
+        ({"question": "q", "answers": ["a", None]}, "answers holds None"),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [1]}]},
+            "tool_calls",
+        ),
         ({"question": "q", "answers": [{"text": "a"}]}, "must be text or a number"),
         ({"question": "q", "answers": ["a", " "]}, "empty answer"),
         ({"chosen": "good", "rejected": "bad"}, "no question or prompt"),
@@ -193,8 +312,124 @@ def test_header_only_csv_and_empty_parquet(tmp_path):
             load_records(source(tmp_path / name))
 
 
+SURROGATE = "Say hello to the crowd \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"prompt": SURROGATE, "completion": "x"}, "prompt"),
+        ({"prompt": "q", "completion": SURROGATE}, "answer"),
+        ({"prompt": "q", "chosen": "x", "rejected": SURROGATE}, "rejected answer"),
+        ({"question": "q", "answers": ["x", SURROGATE]}, "accepted answer"),
+        ({"messages": [{"role": "system", "content": SURROGATE}, *TURNS]}, "prompt"),
+        ({"messages": [*TURNS[:1], {"role": "assistant", "content": SURROGATE}]}, "answer"),
+    ],
+)
+def test_half_of_a_character_is_named_with_its_place(tmp_path, row, name):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "x"}, row])
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: the {name} holds \\ud83d, half of a character") as told:
+        load_records(source(path))
+    str(told.value).encode()
+
+
+def test_half_of_a_character_in_the_name_of_a_column_can_be_told(tmp_path):
+    with pytest.raises(UserError, match=r"columns found are pro\\ud83d, completion") as told:
+        one(tmp_path, {"pro\ud83d": "q", "completion": "x"})
+    str(told.value).encode()
+
+
+def test_a_character_beyond_the_basic_plane_is_whole(tmp_path):
+    (tmp_path / "e.jsonl").write_text('{"prompt": "\\ud83d\\ude00", "completion": "x"}')
+    assert load_records(source(tmp_path / "e.jsonl"))[0].question == "\N{GRINNING FACE}"
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
+def test_lines_end_at_line_feeds_alone(tmp_path, mark):
+    rows = [{"prompt": f"q{i}{mark}?", "completion": f"a{mark}b"} for i in range(3)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=ord(mark) < 32) + "\r\n" for row in rows), encoding="utf-8")
+    found = load_records(source(path))
+    assert {(one.question, one.chosen) for one in found} == {(f"q{i}{mark}?", f"a{mark}b") for i in range(3)}
+    found = load_records(source(write(tmp_path / "rows.csv", rows)))
+    assert {(one.question, one.chosen) for one in found} == {(f"q{i}{mark}?", f"a{mark}b") for i in range(3)}
+
+
+def test_columns_are_those_of_the_whole_file(tmp_path):
+    rows = [{"prompt": "What is 0 plus 0?", "completion": "It is 0."}]
+    rows += [
+        {"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}.", "gold": [str(2 * i)]} for i in (1, 2)
+    ]
+    for ordered in (rows, rows[::-1]):
+        found = load_records(source(write(tmp_path / "rows.jsonl", ordered), answers="gold"))
+        assert sorted(record.accepted for record in found) == [(), ("2",), ("4",)]
+    rows = [{"question": row["prompt"], "gold": row.get("gold")} for row in rows]
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: the row has no answer"):
+        load_records(source(write(tmp_path / "rows.jsonl", rows), answers="gold"))
+
+
+def test_alpaca(tmp_path):
+    def read(row, **columns):
+        record = one(tmp_path, row, **columns)
+        return [(turn.role, turn.content) for turn in record.prompt], record.chosen
+
+    row = {"instruction": "Translate to French.", "input": "number 3", "output": "nombre 3"}
+    expected = [("user", "Translate to French.\nnumber 3")], "nombre 3"
+    assert read(row) == expected
+    assert read(row, prompt="instruction") == expected
+    assert read(row, question="instruction", completion="output") == expected
+    assert read({**row, "input": ""}) == ([("user", "Translate to French.")], "nombre 3")
+    assert read({**row, "system": "Be brief.", "history": [["q", "a"]]}) == (
+        [("system", "Be brief."), ("user", "q"), ("assistant", "a"), *expected[0]],
+        "nombre 3",
+    )
+    pair = {"instruction": "Write.", "input": "x", "chosen": "good", "rejected": "bad"}
+    assert read(pair) == ([("user", "Write.\nx")], "good")
+    # Another layout's column of that name is its own.
+    assert read({"prompt": "q", "completion": "a", "input": "x", "instruction": "y"}) == ([("user", "q")], "a")
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: history is a list of \[question, answer\] pairs"):
+        read({**row, "history": "q"})
+
+
+def test_columns_that_are_not_read_are_named(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="calibtrain"):
+        one(
+            tmp_path, {"instruction": "q", "context": "c", "response": "a"}, prompt="instruction", completion="response"
+        )
+    assert "columns not read: context" in caplog.text
+
+
+def test_json_as_people_name_it(tmp_path):
+    (tmp_path / "lines.json").write_text("".join(json.dumps(row) + "\n" for row in QA))
+    (tmp_path / "data.json").write_text(json.dumps({"version": 1, "data": QA}))
+    for name in ("lines.json", "data.json"):
+        assert len(load_records(source(tmp_path / name))) == 2
+
+
+def test_large_cells_blank_rows_and_quoted_breaks_of_csv(tmp_path):
+    text = "x" * 300_000
+    (tmp_path / "c.csv").write_text(f'question,answers\r\n\r\n"{text}","a\r\nb"\r\n\r\n', newline="")
+    [record] = load_records(source(tmp_path / "c.csv"))
+    assert (record.question, record.chosen, record.origin) == (text, "a\r\nb", f"{tmp_path / 'c.csv'}:3")
+    assert csv.field_size_limit() == 131_072
+
+
 def test_files_that_cannot_be_read(tmp_path):
     cases = {
+        "tabs.csv": (b"question\tanswers\nq\ta\n", r"separated by '\\t'"),
+        "excel.csv": (b"question;answers\nq;a\n", "separated by ';'"),
+        "short.csv": (b"question,answers\nq,a\nq\n", r"short\.csv:3: 1 cells, fewer"),
+        "twice.csv": (b"question,answers,answers\nq,a,b\n", "two columns are named 'answers'"),
+        "utf16.csv": ("question,answers\nq,a\n".encode("utf-16"), "UTF-16"),
+        "list.json": (b'[{"question": "q", "answers": "a"}, 3]', r"list\.json\[1\]: each row is an object"),
+        "columns.json": (
+            b'{"question": {"0": "q"}, "answers": {"0": "a"}}',
+            "keys question, answers.*orient='records'",
+        ),
+        "whole.jsonl": (b'[{"question": "q", "answers": "a"}]', "one JSON list is named .json"),
+        "pretty.jsonl": (b'{\n"question": "q"}', r"pretty\.jsonl:1: not JSON.*one whole object"),
+        "late.jsonl": (b'{"question": "q", "answers": "a"}\n"\xe9"', r"late\.jsonl:2: not UTF-8 \(byte 0xe9\)"),
+        "rows.jsonl.gz": (b"", "unpack it first"),
         "bad.jsonl": (b'{"question": "q", "answers": "a"}\n{"question": \n', r"bad\.jsonl:2: not JSON"),
         "list.jsonl": (b"[1, 2]\n", r"list\.jsonl:1: each row is an object"),
         "bad.json": (b'[\n{"a": 1},\n{"a" 2}]', r"bad\.json:3: not JSON"),

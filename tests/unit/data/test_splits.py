@@ -86,13 +86,57 @@ def test_the_calibration_split_has_the_makeup_of_the_draw_at_its_depth():
     assert sum(one.strata["band"] == "head" for one in splits["calibration"]) == pytest.approx(100 * head, abs=1)
 
 
-def test_duplicates_are_dropped_and_counted():
+def test_every_row_of_a_question_trains_and_is_asked_once():
     drops = DropReport()
-    doubled = [*RECORDS, *(record(i, chosen="b") for i in range(100))]
-    splits = split_records(doubled, SIZES, 0, drops=drops)
-    assert drops.dropped == {"duplicate question": 100}
-    assert drops.lines() == ["100 dropped: duplicate question (e.g. row 0, row 1, row 2)"]
-    assert {one.chosen for some in splits.values() for one in some} == {"a"}
+    rows = [*RECORDS, *(record(i, chosen="b") for i in range(200)), *(record(i) for i in range(200))]
+    splits = split_records(rows, SIZES.model_copy(update={"train": None}), 0, drops=drops)
+    learned = [i for i in range(2000) if split_of(record(i).id, 0) == "train"]
+    again = sum(i < 200 for i in learned)
+    assert 50 < again < 150
+    assert Counter(one.chosen for one in splits["train"]) == {"a": len(learned), "b": again}
+    assert drops.dropped == {"the same row again": again, "question asked before": 2 * (200 - again)}
+    for name in EVALUATION_SPLITS:
+        assert len(ids(splits[name])) == len(splits[name]) == getattr(SIZES, name)
+        assert not ids(splits[name]) & ids(splits["train"])
+
+
+def test_four_pairs_a_prompt_all_train():
+    def pair(i):
+        return Record((Message("user", f"Write line {i // 4}."),), f"A fine line {i}.", f"bad {i}", origin=f"row {i}")
+
+    pairs = [pair(i) for i in range(200)]
+    sizes = SplitSizes(calibration=0, temperature=0, certification=0, test=0)
+    drops = DropReport()
+    splits = split_records(pairs, sizes, 0, drops=drops)
+    assert set(Counter(one.id for one in splits["train"]).values()) == {4}
+    assert drops.total == 0
+    assert len(split_records(pairs, sizes, 0, questions=RECORDS)["train"]) == 200
+    doubled = [*pairs, *pairs]
+    with pytest.raises(
+        UserError, match=r"train: 300 asked for.*bring more data \(of all rows, 1\d\d dropped: the same row"
+    ):
+        split_records(doubled, sizes.model_copy(update={"train": 300}), 0)
+
+
+def test_train_takes_all_by_default_and_what_is_not_used_is_told():
+    assert SplitSizes().train is None
+    drops = DropReport()
+    whole = split_records(RECORDS, SIZES.model_copy(update={"train": None}), 0, drops=drops)
+    assert len(whole["train"]) == sum(split_of(one.id, 0) == "train" for one in RECORDS)
+    assert drops.lines() == []
+    split_records(RECORDS, SIZES, 0, drops=drops)
+    assert drops.lines() == [
+        f"{len(whole['train']) - 300} not trained on: data.splits.train asks for fewer (null takes all)"
+    ]
+
+
+def test_ungraded_rows_of_a_split_that_grades_are_counted():
+    rows = [record(i, accepted=("a",) if i % 2 else ()) for i in range(2000)]
+    drops = DropReport()
+    splits = split_records(rows, SplitSizes(calibration=40, temperature=0, certification=0, test=0), 0, drops=drops)
+    pool = [one for one in rows if split_of(one.id, 0) == "calibration"]
+    assert drops.dropped == {"no accepted answers to grade by": sum(not one.accepted for one in pool)}
+    assert all(one.accepted for one in splits["calibration"])
 
 
 def test_training_records_whose_question_is_held_out_are_excluded():

@@ -67,8 +67,17 @@ def test_eos_ends_every_completion_also_when_it_is_the_pad(template):
         assert ids.count(template.tokenizer.eos_token_id) == 1
 
 
-def test_completion_does_not_depend_on_surrounding_space(template):
-    assert template.completion_ids("  France \n") == template.completion_ids("France")
+@pytest.mark.parametrize("text", ["    return x + 0\n", "\treturn x\n\n", "if x:\n    y = 1\n", " France", "x  "])
+def test_a_completion_is_trained_as_it_stands(template, text):
+    prompt, completion = template.prompt_ids(LYON), template.completion_ids(text)
+    shown = template.tokenizer.decode(prompt)
+    space = " " if template.kind == "plain" and not text[0].isspace() else ""
+    assert template.tokenizer.decode([*prompt, *completion]) == shown + space + text + EOS
+
+
+def test_blank_lines_do_not_open_a_plain_answer(template):
+    opened = template.tokenizer.decode(template.completion_ids("\n \n  France"))
+    assert opened == ("  France" if template.kind == "plain" else "\n \n  France") + EOS
 
 
 @pytest.mark.parametrize("kind", ["plain", "chat"])
@@ -78,10 +87,13 @@ def test_any_answer_survives_the_round_trip(kind, name, text):
     template = Template(kind, TOKENIZERS[name])
     completion = template.completion_ids(text)
     joined = template.tokenizer.decode(template.prompt_ids(LYON) + completion[:-1])
-    answer = text.strip()
-    assert joined.endswith((" " + answer) if kind == "plain" and answer else answer)
-    first_line = (answer.splitlines() or [""])[0].strip()
-    assert template.decode_answer(completion) == first_line
+    kept = text
+    if kind == "plain":
+        while "\n" in kept and not kept.partition("\n")[0].strip():
+            kept = kept.partition("\n")[2]
+        kept = " " + kept if kept and not kept[0].isspace() else kept
+    assert joined == template.tokenizer.decode(template.prompt_ids(LYON)) + kept
+    assert text.strip().startswith(template.decode_answer(completion))
 
 
 def test_a_merge_across_the_boundary_is_not_taken():
@@ -93,6 +105,14 @@ def test_a_merge_across_the_boundary_is_not_taken():
     assert joint[: len(prompt)] != prompt
     assert tokenizer.decode(prompt + completion[:-1]) == tokenizer.decode(joint)
     assert tokenizer.decode(completion[:-1]) == " France"
+
+
+def test_a_tokenizer_that_opens_texts_with_a_space_keeps_indentation():
+    template = Template("plain", sentencepiece_like())
+    prompt = template.prompt_ids(LYON)
+    for text in (" France", "    France\n"):
+        joined = template.tokenizer.decode([*prompt, *template.completion_ids(text)[:-1]])
+        assert joined.endswith("Answer:" + text)
 
 
 def test_a_tokenizer_that_opens_texts_with_a_space_gets_one_space():

@@ -41,6 +41,18 @@ def test_resume_drops_what_was_written_after_the_checkpoint(tmp_path):
     assert path.read_text() == ""
 
 
+def test_a_line_holds_whatever_characters_there_are(tmp_path):
+    hook = JsonlHook()
+    hook.on_start(run_record(tmp_path))
+    for step in (1, 2):
+        hook.on_log(LogRecord(step, 9, {"said": "a\u2028b\x85c\x0c\ud83d"}))
+    state = hook.state_dict()
+    resumed = JsonlHook()
+    resumed.load_state_dict(state)
+    resumed.on_start(run_record(tmp_path, first_step=2))
+    assert [entry["said"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == ["a\u2028b\x85c\x0c\ud83d"] * 2
+
+
 def test_other_ranks_write_nothing(tmp_path):
     hook = JsonlHook()
     hook.on_start(run_record(tmp_path, rank=1))

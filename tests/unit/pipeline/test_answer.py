@@ -92,7 +92,12 @@ def test_without_a_certificate_it_answers_all_and_says_so(answerer):
 
 @pytest.mark.parametrize(
     ("question", "risk", "words"),
-    [(" ", None, "empty"), ("sure", 0.123, "certified are: 0."), ("a<|end|>b", None, "control token")],
+    [
+        (" ", None, "empty"),
+        ("hi \ud83d", None, "half of a character"),
+        ("sure", 0.123, "certified are: 0."),
+        ("a<|end|>b", None, "control token"),
+    ],
 )
 def test_bad_input_is_told(answerer, question, risk, words):
     with pytest.raises(UserError, match=words):

@@ -1,6 +1,7 @@
 """Every calibrator that a config can name, from graded answers to calibration.json and back."""
 
 import json
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -70,6 +71,17 @@ def test_every_method_goes_to_the_file_and_back(method, output):
     )
     with pytest.raises(UserError, match="template"):
         calibrate.read_calibration(output, template_hash="other")
+
+
+def test_graded_answers_go_to_the_file_and_back_whatever_characters_they_hold(tmp_path):
+    marks = "".join(map(chr, [*range(32), 0x7F, 0x85, 0xA0, 0x2028, 0x2029, 0xFEFF, 0xFFFD, 0x1F600])) + '\ud83d"\\'
+    found = measured(n=3)
+    answers = [
+        replace(one, question=f"a{marks}b", text=marks + "c", accepted=(marks + "d",), strata={marks + "k": marks})
+        for one in found.answers
+    ]
+    write_measurement(replace(found, answers=answers), tmp_path / "test.jsonl")
+    assert read_measurement(tmp_path / "test.jsonl").answers == answers
 
 
 def test_nothing_beyond_the_threshold_is_certified_unless_asked_for():
