@@ -13,7 +13,7 @@ from calibtrain.data.calibration_set import Composition
 from calibtrain.errors import UserError
 from calibtrain.hooks.jsonl import read_metrics
 from calibtrain.hooks.wandb import attach
-from calibtrain.pipeline.calibrate import read_calibration
+from calibtrain.pipeline.calibration_file import read_calibration
 from calibtrain.pipeline.evaluate import measured_metrics, read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.report import CompositionRow, Measured, ReportData, write_report

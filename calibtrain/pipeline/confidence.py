@@ -29,7 +29,7 @@ from calibtrain.data.records import Record
 from calibtrain.errors import UserError
 from calibtrain.models.loss_model import AnswerFeatures
 from calibtrain.pipeline import probe
-from calibtrain.pipeline.calibrate import weights_hash
+from calibtrain.pipeline.calibration_file import weights_hash
 from calibtrain.pipeline.evaluate import Loaded
 from calibtrain.pipeline.prepare import prepare
 

@@ -100,7 +100,7 @@ def test_calibration_json_holds_what_answer_needs(finished):
 
 def test_a_question_is_answered_as_it_was_measured(finished):
     from calibtrain.pipeline.answer import load
-    from calibtrain.pipeline.calibrate import read_calibration
+    from calibtrain.pipeline.calibration_file import read_calibration
     from calibtrain.pipeline.evaluate import read_measurement
 
     measured = read_measurement(finished.output_dir / "answers" / "certification.jsonl")
@@ -124,7 +124,7 @@ def test_splits_share_no_question(finished):
 
 
 def test_calibration_is_void_for_other_weights_or_template(finished):
-    from calibtrain.pipeline.calibrate import read_calibration
+    from calibtrain.pipeline.calibration_file import read_calibration
 
     with pytest.raises(UserError, match="template"):
         read_calibration(finished.output_dir, template_hash="another")
