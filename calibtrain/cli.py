@@ -26,7 +26,8 @@ Source = Annotated[
     str, typer.Option(help="Where the confidence comes from: likelihood, or what `calibrate --source` calibrated.")
 ]
 Uncertified = Annotated[
-    bool, typer.Option("--uncertified", help="Without a certificate go on, and promise nothing. Default: answer nothing.")
+    bool,
+    typer.Option("--uncertified", help="Without a certificate go on, and promise nothing. Default: answer nothing."),
 ]
 OutputDir = Annotated[Path, typer.Argument(help="The output_dir of a run.")]
 
@@ -176,7 +177,9 @@ def monitor(
     except UserError:
         raise
     except Exception as error:  # whatever it is, 1 is the alarm's alone
-        typer.echo(f"monitor failed, and nothing is known of the certificate: {type(error).__name__}: {error}", err=True)
+        typer.echo(
+            f"monitor failed, and nothing is known of the certificate: {type(error).__name__}: {error}", err=True
+        )
         raise typer.Exit(3) from None
     if failed:
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,10 @@ def group_risks(
         for pair in one.items():
             members.setdefault(pair, []).append(index)
     tested = sum(bool(answered[indices].any()) for indices in members.values())
+    interval = lru_cache(None)(clopper_pearson)  # many small groups have the same counts
     found = []
     for (key, value), indices in members.items():
         given, mistaken = int(answered[indices].sum()), int((answered & wrong)[indices].sum())
-        low, high = clopper_pearson(mistaken, given, 1 - (1 - level) / max(tested, 1))
+        low, high = interval(mistaken, given, 1 - (1 - level) / max(tested, 1))
         found.append(GroupRisk(key, value, len(indices), given, mistaken, low, high, low > target_risk))
     return sorted(found, key=lambda one: (-one.breaks, -one.n_wrong / max(one.n_answered, 1), one.key, one.value))

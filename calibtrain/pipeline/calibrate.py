@@ -90,7 +90,9 @@ def check_strata(config: RunConfig, splits: Mapping[str, Sequence[Record]]) -> N
             ("calibration.domain", config.calibration.domain),
         ):
             if name is not None and name not in known:
-                raise UserError(f"{key}: no question has the stratum {name!r}; strata are: {', '.join(known) or 'none'}")
+                raise UserError(
+                    f"{key}: no question has the stratum {name!r}; strata are: {', '.join(known) or 'none'}"
+                )
 
 
 def keeps_earlier(
@@ -174,7 +176,9 @@ def certified_claims(
     groups = None if by is None else _by_group(confidence, correct, strata, by, target_risk, delta)
     failures = [f"no certificate: {main.reason}"] if main.certificate is None else []
     if rate is not None and hallucination is None:
-        failures.append(f"no hallucination certificate: {len(answers)} graded answers are too few for a rate of {rate:g}")
+        failures.append(
+            f"no hallucination certificate: {len(answers)} graded answers are too few for a rate of {rate:g}"
+        )
     if groups is not None and not any(one.certificate for one in groups.groups.values()):
         failures.append(f"no certificate by {by}: none of the groups could be certified")
     return Calibrated(
@@ -239,7 +243,9 @@ def show(calibrated: Calibrated, path: Path, *, written: bool) -> None:
         return
     console.print(f"written: {path}", markup=False)
     if certificate is None:
-        console.print("without a certificate the model answers nothing, unless --uncertified is given", style="bold red")
+        console.print(
+            "without a certificate the model answers nothing, unless --uncertified is given", style="bold red"
+        )
 
 
 def _fitted(calibrator: Calibrator) -> str:

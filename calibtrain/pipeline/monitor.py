@@ -68,7 +68,9 @@ def run(output_dir: Path, audited: Path, *, source: str | None = None, uncertifi
             "target_risk by --uncertified"
         )
     risk, delta = (
-        (abstention.target_risk, abstention.delta) if certificate is None else (certificate.risk_bound, certificate.delta)
+        (abstention.target_risk, abstention.delta)
+        if certificate is None
+        else (certificate.risk_bound, certificate.delta)
     )
     state = _read(folder / STATE)
     key = f"uncertified {risk} {delta}" if certificate is None else _key(certificate)

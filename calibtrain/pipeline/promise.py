@@ -116,7 +116,13 @@ class Promises:
         known = ", ".join(map(plain, groups.groups))
         why = found.reason if found else f"none was graded (graded: {known})"
         return Level(
-            math.inf, None, 0.0, None, f"No certificate for questions of {kind}: {why}.", "It answers none of them.", group
+            math.inf,
+            None,
+            0.0,
+            None,
+            f"No certificate for questions of {kind}: {why}.",
+            "It answers none of them.",
+            group,
         )
 
     def _certified(self, found: Certification) -> Level:

@@ -144,9 +144,7 @@ def _placeholder(names: tuple[str, ...], fingerprint: Fingerprint) -> Ensemble:
     return Ensemble(names, (0.0,) * n, (1.0,) * n, (0.0,) * n, 0.0, 1.0, 0, fingerprint)
 
 
-def _combine(
-    found: dict[str, Scored], names: tuple[str, ...], fingerprint: Fingerprint, seed: int
-) -> Ensemble:
+def _combine(found: dict[str, Scored], names: tuple[str, ...], fingerprint: Fingerprint, seed: int) -> Ensemble:
     """Fit the ensemble and add its scores."""
     fit = found["temperature"]
     known = {one: fit.scores[one].values for one in names}
