@@ -43,7 +43,9 @@ class Level:
 
     @property
     def reservation(self) -> str:
-        """After a sentence of how sure it is: the group that this is known not to hold for; "" without any."""
+        """After a sentence of how sure it is: the groups that it may not be said of; "" without any."""
+        if self.group is not None and self.certificate is None:
+            return ", over all groups together; nothing is certified for this one"
         if not self.exceptions:
             return ""
         first, more = self.exceptions[0], len(self.exceptions) - 1

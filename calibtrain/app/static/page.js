@@ -76,6 +76,7 @@ function showReply() {
   at("gauge").setAttribute("aria-valuenow", (100 * reply.confidence).toFixed(0));
   at("gauge").setAttribute("aria-valuetext", `${percent(reply.confidence)}, ${reply.word}`);
   place(at("fill"), reply.confidence);
+  at("measure").hidden = one.threshold === null; // a chance that nothing vouches for is not shown at a glance
   at("mark").hidden = at("mark-label").hidden = one.risk === null;
   if (one.risk !== null) {
     place(at("mark"), one.threshold);
