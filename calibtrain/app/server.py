@@ -25,7 +25,7 @@ from calibtrain.errors import UserError
 from calibtrain.pipeline.answer import Answerer, Reply
 from calibtrain.pipeline.evaluate import read_measurement
 from calibtrain.pipeline.promise import Level
-from calibtrain.pipeline.scope import at_most
+from calibtrain.pipeline.scope import at_least, at_most
 
 try:
     from fastapi import FastAPI, Request
@@ -161,6 +161,7 @@ def render_page(answerer: Answerer, name: str, examples: Sequence[str] = ()) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["at_least"] = at_least
     levels, groups = answerer.levels(), answerer.calibrated.groups
     certificates = [level.certificate for level in levels if level.certificate is not None]
     return environment.get_template("page.html.j2").render(

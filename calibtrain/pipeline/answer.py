@@ -69,7 +69,7 @@ class Reply:
     def told(self) -> str:
         """The reply for a terminal: what is promised, the answer or that it is not known, and what is not promised."""
         if not self.abstained:
-            line = f"{plain(self.text, 2000)}  ({self.word}, {percent(self.probability)})"
+            line = f"{plain(self.text, 2000)}  ({self.word}, {percent(self.probability)}{self.reservation})"
         elif self.threshold is None:
             line = self.spoken
         else:

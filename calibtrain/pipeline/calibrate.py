@@ -23,7 +23,14 @@ from calibtrain.data.grading import normalize
 from calibtrain.data.records import Record
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
-from calibtrain.pipeline.calibration_file import Calibrated, made_by, read_calibration, weights_hash, write_calibration
+from calibtrain.pipeline.calibration_file import (
+    Calibrated,
+    file_hash,
+    made_by,
+    read_calibration,
+    weights_hash,
+    write_calibration,
+)
 from calibtrain.pipeline.evaluate import (
     Loaded,
     Measurement,
@@ -69,11 +76,12 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
     certificate_delta = config.abstention.delta if delta is None else delta
     calibrated = certified(config, calibrator, measured["certification"], certificate_risk, certificate_delta)
     stays = keeps_earlier(output_dir, calibrated, template_hash=hashes[0])
+    facts = {"fitted_on": file_hash(answers / "temperature.new.jsonl")}
     for split in SPLITS:
         move_measurement(answers / f"{split}.new.jsonl", None if stays else answers / f"{split}.jsonl")
     if not stays:
         data_hashes = {split: data_hash(prepared.splits[split]) for split in measured}
-        write_calibration(output_dir / "calibration.json", calibrated, config, data_hashes)
+        write_calibration(output_dir / "calibration.json", calibrated, config, data_hashes, facts)
     show(calibrated, output_dir / "calibration.json", written=not stays)
     return calibrated
 

@@ -77,12 +77,14 @@ def answering(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file; "" where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
 def parts_hashes(output_dir: Path, parts: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of files (relative to the run) that a source's scores rest on; "" for one that is missing."""
-    files = {part: output_dir / part for part in parts}
-    return {
-        part: hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "" for part, file in files.items()
-    }
+    """Hashes of files (relative to the run) that a source's scores rest on."""
+    return {part: file_hash(output_dir / part) for part in parts}
 
 
 def write_calibration(

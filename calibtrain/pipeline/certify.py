@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibrate import certified, show
-from calibtrain.pipeline.calibration_file import Calibrated, claims, made_by, read_calibration, write_json
+from calibtrain.pipeline.calibration_file import Calibrated, claims, file_hash, made_by, read_calibration, write_json
 from calibtrain.pipeline.evaluate import Measurement, read_measurement
 from calibtrain.pipeline.prepare import prepare
 
@@ -37,9 +36,15 @@ def run(
     before = read_calibration(output_dir)
     path = output_dir / "answers" / "certification.jsonl" if answers is None else answers
     held_out = read_measurement(path)
+    target, fitted_on = output_dir / "calibration.json", output_dir / "answers" / "temperature.jsonl"
+    content = json.loads(target.read_text(encoding="utf-8"))
+    if content.get("fitted_on", "unknown") != file_hash(fitted_on):
+        raise UserError(
+            f"{fitted_on}: not the answers that the calibrator was fitted on; run `calibtrain calibrate` again"
+        )
     asked = _asked(config, before, risk, delta, by, hallucination)
     abstention = asked.abstention
-    _check(held_out, path, output_dir / "answers" / "temperature.jsonl", abstention.groups)
+    _check(held_out, path, fitted_on, abstention.groups)
     if held_out.made_by != made_by(before.calibrator.weights_hash, before.calibrator.template_hash):
         raise UserError(
             f"{path}: not known to be answers of this model and template; let it answer with `calibtrain evaluate "
@@ -53,11 +58,10 @@ def run(
         found,
         hallucination=before.hallucination if abstention.target_hallucination is None else found.hallucination,
     )
-    target = output_dir / "calibration.json"
     if not calibrated.failures:
-        content = json.loads(target.read_text(encoding="utf-8")) | claims(calibrated)
+        content |= claims(calibrated)
         if answers is not None:
-            content["data_hashes"]["certification"] = hashlib.sha256(answers.read_bytes()).hexdigest()
+            content["data_hashes"]["certification"] = file_hash(answers)
         write_json(target, content)
     show(calibrated, target, written=not calibrated.failures)
     return calibrated

@@ -13,7 +13,7 @@ from calibtrain.abstention.certificate import Certificate, Certification
 from calibtrain.abstention.strata import GroupRisk
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import Calibrated
-from calibtrain.pipeline.scope import Scope, at_most, plain
+from calibtrain.pipeline.scope import Scope, at_least, at_most, plain
 
 NAMED = 3  # groups that break a promise, named in a reply
 ELSEWHERE = "It cannot tell other questions from these, and of others nothing is promised."
@@ -163,7 +163,7 @@ def _of(
 def _promise(certificate: Certificate, questions: str) -> str:
     return (
         f"Certified for {questions}: at most {at_most(certificate.risk_bound)} of the answers given are wrong "
-        f"({1 - certificate.delta:.0%} confidence)."
+        f"({at_least(1 - certificate.delta)} confidence)."
     )
 
 

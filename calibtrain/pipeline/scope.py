@@ -61,3 +61,8 @@ def plain(text: str, length: int = EXAMPLE_LENGTH) -> str:
 def at_most(risk: float) -> str:
     """A bound in percent, rounded up so that it never says less: "20%", "12.5%"."""
     return f"{math.ceil(1000 * risk - 1e-6) / 10:g}%"
+
+
+def at_least(confidence: float) -> str:
+    """A confidence in percent, rounded down so that it never says more: "95%", "98.7%"."""
+    return f"{math.floor(1000 * confidence + 1e-6) / 10:g}%"

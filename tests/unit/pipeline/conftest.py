@@ -11,7 +11,7 @@ from calibtrain.calibration.scores import TEMPERATURE_GRID, UNSCALED
 from calibtrain.confidence.answer import Answer
 from calibtrain.config_file import dump_config
 from calibtrain.pipeline import calibrate
-from calibtrain.pipeline.calibration_file import made_by, weights_hash, write_calibration
+from calibtrain.pipeline.calibration_file import file_hash, made_by, weights_hash, write_calibration
 from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
 from tests.unit.pipeline.test_calibrate import config_of
 
@@ -61,7 +61,9 @@ def made(tmp_path_factory):
     held_out = read_measurement(tmp_path / "answers" / "certification.jsonl")
     calibrator = calibrate.fit(config, fitting, TEMPLATE, weights_hash(tmp_path / "model"))
     found = calibrate.certified(config, calibrator, held_out, 0.1, 0.05)
-    write_calibration(tmp_path / "calibration.json", found, config, {"temperature": "a", "certification": "b"})
+    facts = {"fitted_on": file_hash(tmp_path / "answers" / "temperature.jsonl")}
+    hashes = {"temperature": "a", "certification": "b"}
+    write_calibration(tmp_path / "calibration.json", found, config, hashes, facts)
     content = json.loads((tmp_path / "calibration.json").read_text())
     (tmp_path / "calibration.json").write_text(json.dumps(content | {"of_another_command": [1]}))
     return tmp_path

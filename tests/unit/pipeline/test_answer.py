@@ -147,6 +147,7 @@ def test_groups_are_answered_by_their_own_certificate_or_not_at_all(out):
     assert "certificates by side are not applied" in unknown.limit
     assert "side right, " in unknown.limit
     assert "over all groups together but not where side is right" in unknown.sentence
+    assert "97%, over all groups together but not where side is right)" in unknown.told()
     assert left.reservation == ""
     with pytest.raises(UserError, match=r"risk 0\.2 is not certified by group; 0\.6 is"):
         answerer.answer("sure", risk=0.2, group="left")

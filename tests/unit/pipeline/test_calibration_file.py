@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from calibtrain.config_file import dump_config, load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import read_calibration, weights_hash
-from calibtrain.pipeline.scope import Scope, at_most, plain
+from calibtrain.pipeline.scope import Scope, at_least, at_most, plain
 
 
 def rewrite(out, change):
@@ -105,3 +105,7 @@ def test_a_scope_is_one_short_line_whatever_the_questions_hold():
 )
 def test_a_bound_is_never_told_smaller_than_it_is(risk, text):
     assert at_most(risk) == text
+
+
+def test_a_confidence_is_never_told_larger_than_it_is():
+    assert [at_least(1 - delta) for delta in (0.05, 0.0125, 0.001, 0.4)] == ["95%", "98.7%", "99.9%", "60%"]

@@ -126,6 +126,16 @@ def test_answers_of_another_or_an_unknown_model_certify_nothing(mark, out, tmp_p
     assert content(out) == before
 
 
+def test_the_questions_that_fitted_the_calibrator_must_be_known(out):
+    fitted_on = out / "answers" / "temperature.jsonl"
+    write_measurement(measured(50, 5), fitted_on, mark_of(out))
+    with pytest.raises(UserError, match="not the answers that the calibrator was fitted on"):
+        certify.run(out)
+    fitted_on.unlink()
+    with pytest.raises(UserError, match="not the answers that the calibrator was fitted on"):
+        certify.run(out)
+
+
 @pytest.mark.parametrize(
     ("spoiled", "words"), [(b"\xff\xfe\x00", "not UTF-8"), (b'"correct": "false"', ":1: .*`correct` is 'false'")]
 )
