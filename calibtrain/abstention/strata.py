@@ -28,11 +28,6 @@ class GroupRisk:
     high: float
     breaks: bool  # the whole interval lies above the promised risk
 
-    @property
-    def name(self) -> str:
-        """Key and value, as they are read."""
-        return f"{self.key} {self.value}"
-
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
