@@ -17,11 +17,12 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(output_dir: str | Path, source: str = "likelihood") -> Answerer:
+def load(output_dir: str | Path, source: str = "likelihood", *, uncertified: bool = False) -> Answerer:
     """Load a finished run, to be asked by `.answer(question)`. Raises UserError when its calibration does not fit it.
 
-    source: of the confidence; any that `calibtrain calibrate OUT --source ...` calibrated.
+    source: of the confidence; any that `calibtrain calibrate OUT --source ...` calibrated. uncertified: where no threshold
+    is certified, answer everything instead of nothing.
     """
     from calibtrain.pipeline.answer import load as load_run  # imports torch: not for those who take a loss alone
 
-    return load_run(output_dir, source)
+    return load_run(output_dir, source, uncertified=uncertified)

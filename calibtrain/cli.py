@@ -25,6 +25,10 @@ Overrides = Annotated[
 Source = Annotated[
     str, typer.Option(help="Where the confidence comes from: likelihood, or what `calibrate --source` calibrated.")
 ]
+Uncertified = Annotated[
+    bool,
+    typer.Option("--uncertified", help="Without a certificate go on, and promise nothing. Default: answer nothing."),
+]
 OutputDir = Annotated[Path, typer.Argument(help="The output_dir of a run.")]
 
 
@@ -108,18 +112,23 @@ def calibrate(
         str | None, typer.Option(help="Members of --source ensemble. Default: likelihoods, and probes where fitted.")
     ] = None,
 ) -> None:
-    """Fit the temperature, or another source's calibrator, and certify the answer/abstain threshold of a trained model."""
+    """Fit the temperature, or another source's calibrator, and certify the answer/abstain threshold of a trained model.
+
+    Exit code 1 where something that was asked for cannot be certified.
+    """
     _shares({"--target-risk": target_risk, "--delta": delta})
     if source != "likelihood" or of is not None:
         from calibtrain.pipeline.confidence import parse_sources
         from calibtrain.pipeline.source import run as calibrate_source
 
         members = parse_sources(of)
-        calibrate_source(_existing(output_dir), source, members=members, target_risk=target_risk, delta=delta)
-        return
-    from calibtrain.pipeline.calibrate import run
+        found = calibrate_source(_existing(output_dir), source, members=members, target_risk=target_risk, delta=delta)
+    else:
+        from calibtrain.pipeline.calibrate import run
 
-    run(_existing(output_dir), target_risk=target_risk, delta=delta)
+        found = run(_existing(output_dir), target_risk=target_risk, delta=delta)
+    if found.failures:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -138,11 +147,16 @@ def certify(
         typer.Option(help="New graded answers, from `evaluate --output`. Default: those kept by calibrate."),
     ] = None,
 ) -> None:
-    """Certify a calibrated model anew, from kept or new answers, without running it."""
+    """Certify a calibrated model anew, from kept or new answers, without running it.
+
+    Exit code 1, and nothing written, where something that was asked for cannot be certified.
+    """
     _shares({"--risk": risk, "--delta": delta, "--hallucination": hallucination})
     from calibtrain.pipeline.certify import run
 
-    run(_existing(output_dir), risk=risk, delta=delta, by=by, hallucination=hallucination, answers=answers)
+    found = run(_existing(output_dir), risk=risk, delta=delta, by=by, hallucination=hallucination, answers=answers)
+    if found.failures:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -150,11 +164,24 @@ def monitor(
     output_dir: OutputDir,
     audited: Annotated[Path, typer.Argument(help="Audited answers, one JSON a line with `abstained` and `correct`.")],
     source: Source = "likelihood",
+    uncertified: Uncertified = False,
 ) -> None:
-    """Watch refusals, hallucinations and the certificate in service; exit code 1 when it no longer holds."""
-    from calibtrain.pipeline.monitor import run
+    """Watch refusals, hallucinations and the certificate in service.
 
-    if run(_existing(output_dir), audited, source=source).failed:
+    Exit code 1: the certificate or a word no longer holds. 2: bad input, or no certificate. 3: it failed and says nothing.
+    """
+    try:
+        from calibtrain.pipeline.monitor import run
+
+        failed = run(_existing(output_dir), audited, source=source, uncertified=uncertified).failed
+    except UserError:
+        raise
+    except Exception as error:  # whatever it is, 1 is the alarm's alone
+        typer.echo(
+            f"monitor failed, and nothing is known of the certificate: {type(error).__name__}: {error}", err=True
+        )
+        raise typer.Exit(3) from None
+    if failed:
         raise typer.Exit(1)
 
 
@@ -212,21 +239,17 @@ def answer(
     output_dir: OutputDir,
     question: Annotated[str, typer.Argument(help="In plain words.")],
     source: Source = "likelihood",
+    group: Annotated[
+        str | None, typer.Option(help="Value of the stratum that `certify --by` certified, e.g. Africa.")
+    ] = None,
+    uncertified: Uncertified = False,
 ) -> None:
-    """Answer a question with a calibrated probability, or abstain."""
+    """Answer a question with a calibrated probability, or abstain; first of all say what is certified, and of what."""
     if not question.strip():
         raise UserError("the question is empty")
     from calibtrain.pipeline.answer import load
 
-    reply = load(_existing(output_dir), source).answer(question)
-    if reply.abstained:
-        typer.echo(f"{reply.spoken} (best guess at {reply.probability:.0%}, below the threshold {reply.threshold:.0%})")
-    else:
-        typer.echo(f"{reply.text}  ({reply.word}, {reply.probability:.0%})")
-    if reply.certified:
-        typer.echo(f"Certified: at most {reply.risk:.0%} of the answers given are wrong.")
-    else:
-        typer.echo("No certificate: see calibration.json.")
+    typer.echo(load(_existing(output_dir), source, uncertified=uncertified).answer(question, group=group).told())
 
 
 @app.command()
@@ -236,11 +259,19 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     requests_per_minute: Annotated[int, typer.Option(min=0, help="Of one address; 0: as many as it likes.")] = 600,
     source: Source = "likelihood",
+    uncertified: Uncertified = False,
 ) -> None:
     """Open a page to ask the model, and an OpenAI-compatible API whose replies carry their confidence."""
     from calibtrain.app.server import run
 
-    run(_existing(output_dir), host=host, port=port, requests_per_minute=requests_per_minute, source=source)
+    run(
+        _existing(output_dir),
+        host=host,
+        port=port,
+        requests_per_minute=requests_per_minute,
+        source=source,
+        uncertified=uncertified,
+    )
 
 
 @app.command()

@@ -249,6 +249,8 @@ class TrackingConfig(Section):
     """W&B tags."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online with a W&B key, else offline."""
+    log_answers: bool = False
+    """Also send questions, answers, grades and names of groups to W&B; without it numbers alone leave the machine."""
 
 
 class RunConfig(Section):

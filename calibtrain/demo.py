@@ -16,6 +16,7 @@ from calibtrain.config_file import dump_config
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled, told
 from calibtrain.pipeline import calibrate, collect
+from calibtrain.pipeline.calibration_file import made_by, weights_hash
 from calibtrain.pipeline.evaluate import (
     Loaded,
     Measurement,
@@ -67,13 +68,18 @@ def run(config: RunConfig) -> Path:
         raise UserError(f"training ended with exit code {code}; its cause is above and in {output / 'errors'}")
     console.rule("3/4  the fine-tuned model", align="left")
     test = prepare(config).splits["test"]
-    tuned = with_progress(Loaded(config, output / "model"), test, (), "answering test questions")
-    write_measurement(tuned, output / "answers" / "test.jsonl")
+    loaded = Loaded(config, output / "model")
+    tuned = with_progress(loaded, test, (), "answering test questions")
+    mark = made_by(weights_hash(output / "model"), loaded.template.hash)
+    write_measurement(tuned, output / "answers" / "test.jsonl", mark)
+    del loaded  # calibration loads its own
     calibrated = calibrate.run(output)
     console.rule("4/4  the report", align="left")
     report = collect.run(output)
     console.print(_table(raw, tuned, calibrated.calibrator))
     console.print(f"report: {report}   ({(time.monotonic() - started) / 60:.1f} minutes)")
+    for failure in calibrated.failures:
+        console.print(f"{failure}; so it answers nothing that is not certified", style="bold red", markup=False)
     console.print(f'ask it: calibtrain answer {output} "In which country is the city of Lyon?"')
     return report
 

@@ -38,6 +38,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binom
 
+from calibtrain.abstention.strata import GroupRisk
 from calibtrain.calibration.intervals import clopper_pearson_upper
 from calibtrain.errors import UserError
 
@@ -74,11 +75,30 @@ class Certificate:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Certificate:
-        """Certificate of `as_dict()` values; UserError for other keys."""
+        """Certificate of `as_dict()` values; UserError for other keys, and for numbers that do not prove the claim."""
         names = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
             raise UserError(f"certificate: expected the keys {sorted(names)}; run `calibtrain calibrate` again")
-        return cls(**values)
+        found = cls(**values)
+        if not found._is_proof():
+            raise UserError(f"certificate: its numbers do not prove it ({values}); run `calibtrain calibrate` again")
+        return found
+
+    def _is_proof(self) -> bool:
+        """Whether the counts show the claim. False for NaN, null and text, by which nothing could be refused."""
+        numbers = (self.threshold, self.target_risk, self.risk_bound, self.delta, self.coverage)
+        counts = (self.n, self.n_answered, self.n_wrong)
+        if not all(type(one) in (int, float) for one in numbers) or not all(type(one) is int for one in counts):
+            return False
+        return bool(
+            0 <= self.threshold <= np.nextafter(1.0, 2.0)
+            and 0 < self.risk_bound <= self.target_risk < 1
+            and 0 < self.delta < 1
+            and 0 <= self.n_wrong <= self.n_answered <= self.n
+            and self.n_answered > 0
+            and math.isclose(self.coverage, self.n_answered / self.n)
+            and binom.cdf(self.n_wrong, self.n_answered, self.target_risk) <= self.delta
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
@@ -95,6 +115,7 @@ class Certification:
 
     certificate: Certificate | None
     reason: str
+    exceptions: tuple[GroupRisk, ...] = ()  # groups of the graded answers that break the promise
 
 
 def certify(

@@ -24,6 +24,7 @@ class GroupCertification:
     groups: Mapping[str, Certification]
     delta: float  # chance that any of the certificates is wrong
     share: float  # delta of each certificate
+    by: str = ""  # stratum whose values are the groups
 
     def answers(self, confidence: ArrayLike, groups: Sequence[str]) -> NDArray[np.bool_]:
         """True (n,) where the model should answer; never in a group that is unknown or has no certificate."""

@@ -116,8 +116,17 @@ class RiskAlarm:
             alarm.n, alarm.n_wrong, alarm.fired_at = values["n"], values["n_wrong"], values["fired_at"]
             alarm._largest = float(values["largest_log_evidence"])
             capital = [-math.inf if value is None else float(value) for value in values["log_capital"]]
+            sound = (
+                all(type(one) is int for one in (alarm.n, alarm.n_wrong))
+                and 0 <= alarm.n_wrong <= alarm.n
+                and (alarm.fired_at is None or 0 < alarm.fired_at <= alarm.n)
+                and 0 <= alarm._largest < math.inf
+                and not any(math.isnan(value) or value == math.inf for value in capital)
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"alarm: its state cannot be read ({error}); start a new alarm") from error
+        if not sound:  # a NaN would never reach the bound
+            raise UserError("alarm: its state holds impossible numbers; start a new alarm")
         if len(capital) != len(ODDS_RATIOS):
             raise UserError(f"alarm: state of {len(capital)} accounts, expected {len(ODDS_RATIOS)}; start a new alarm")
         alarm._log_capital = np.array(capital)

@@ -61,10 +61,11 @@ class StreamOptions(BaseModel):
 
 
 class Choice(BaseModel):
-    """Our own part of a request: which certified risk to answer at."""
+    """Our own part of a request: which certified risk to answer at, and the question's group where it is known."""
 
     model_config = ConfigDict(extra="forbid")
     risk: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
+    group: str | None = None
 
 
 class ChatRequest(BaseModel):
@@ -141,8 +142,11 @@ def check(request: ChatRequest, model: str, max_new_tokens: int) -> None:
 
 
 def confidence_part(reply: Reply) -> dict[str, Any]:
-    """What a reply says of itself: the `calibtrain` object."""
+    """What a reply says of itself: the `calibtrain` object, first of all what is certified and of which questions."""
     return {
+        "promise": reply.promise,
+        "limit": reply.limit,
+        "group": reply.group,
         "confidence": reply.probability,
         "word": reply.word,
         "sentence": reply.sentence,
@@ -160,7 +164,8 @@ def confidence_part(reply: Reply) -> dict[str, Any]:
 def page_reply(reply: Reply) -> dict[str, Any]:
     """A reply for the page, which decides itself by the slider what to show of it."""
     tokens = [asdict(token) for token in reply.tokens]
-    return {"question": reply.question, "tokens": tokens, "refusal": REFUSAL, **confidence_part(reply)}
+    found = {**confidence_part(reply), "sentence": reply.sentence.removesuffix(reply.reservation)}
+    return {"question": reply.question, "tokens": tokens, "refusal": REFUSAL, **found}
 
 
 def completion(reply: Reply, request: ChatRequest) -> dict[str, Any]:

@@ -22,8 +22,10 @@ from calibtrain.app.openai_api import (
     stream,
 )
 from calibtrain.errors import UserError
-from calibtrain.pipeline.answer import Answerer, Level, Reply
+from calibtrain.pipeline.answer import Answerer, Reply
 from calibtrain.pipeline.evaluate import read_measurement
+from calibtrain.pipeline.promise import Level
+from calibtrain.pipeline.scope import at_least, at_most
 
 try:
     from fastapi import FastAPI, Request
@@ -136,9 +138,10 @@ def create_app(
         asked: ChatRequest = parse(ChatRequest, await request.body())
         check(asked, name, answerer.max_new_tokens)
         try:
-            level = answerer.default if asked.calibtrain.risk is None else answerer.level(asked.calibtrain.risk)
+            level = answerer.level(asked.calibtrain.risk, asked.calibtrain.group)
         except UserError as error:
-            raise Refusal(400, str(error), code="invalid_value", param="calibtrain.risk") from None
+            param = "calibtrain.risk" if asked.calibtrain.risk is not None else "calibtrain.group"
+            raise Refusal(400, str(error), code="invalid_value", param=param) from None
         reply = await reply_to(request, asked.question(), level)
         if asked.stream:
             return StreamingResponse(stream(reply, asked), media_type="text/event-stream")
@@ -158,24 +161,51 @@ def render_page(answerer: Answerer, name: str, examples: Sequence[str] = ()) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    levels = answerer.levels()
-    promised = [level for level in levels if level.certificate is not None]
-    joint = 1 - sum(level.certificate.delta for level in promised if level.certificate)
+    environment.filters["at_least"] = at_least
+    levels, groups = answerer.levels(), answerer.calibrated.groups
+    certificates = [level.certificate for level in levels if level.certificate is not None]
     return environment.get_template("page.html.j2").render(
         name=name,
         examples=examples,
         source=answerer.source,
-        levels=[{"threshold": one.threshold, "risk": one.risk, "coverage": one.coverage} for one in levels],
+        levels=[_shown(level) for level in levels],
         chosen=levels.index(answerer.default),
-        certificate=answerer.default.certificate,
-        promised=promised,
-        joint=joint,
+        default=answerer.default,
+        certificates=certificates,
+        joint=1 - sum(certificate.delta for certificate in certificates),
+        by=None if groups is None else groups.by,
+        groups_delta=None if groups is None else groups.delta,
+        groups=[{"name": name, **_shown(level)} for name, level in answerer.promises.groups.items()],
         words=[{"name": word.name, "low": word.low, "high": word.high} for word in answerer.scale],
     )
 
 
-def run(output_dir: Path, *, host: str, port: int, requests_per_minute: int, source: str = "likelihood") -> None:
-    """Serve a finished run until interrupted. Raises UserError when the address is taken or the run incomplete."""
+def _shown(level: Level) -> dict[str, Any]:
+    """A level for the page's script; threshold null where nothing is answered."""
+    return {
+        "threshold": level.threshold if level.answers else None,
+        "risk": None if level.risk is None else at_most(level.risk),
+        "coverage": level.coverage,
+        "promise": level.promise,
+        "limit": level.limit,
+        "reservation": level.reservation,
+    }
+
+
+def run(
+    output_dir: Path,
+    *,
+    host: str,
+    port: int,
+    requests_per_minute: int,
+    source: str = "likelihood",
+    uncertified: bool = False,
+) -> None:
+    """Serve a finished run until interrupted. Raises UserError when the address is taken or the run incomplete.
+
+    uncertified: without a certificate everything is answered, and the page may be set to answer everything; no client can
+    ask for that by itself.
+    """
     import uvicorn
     from rich.console import Console
 
@@ -184,7 +214,7 @@ def run(output_dir: Path, *, host: str, port: int, requests_per_minute: int, sou
 
     listener = _listen(host, port)
     try:
-        answerer = load(output_dir, source)
+        answerer = load(output_dir, source, uncertified=uncertified)
         loopback = _is_loopback(host)
         app = create_app(
             answerer,
@@ -197,6 +227,12 @@ def run(output_dir: Path, *, host: str, port: int, requests_per_minute: int, sou
         shown = f"[{host}]" if ":" in host else host
         console.print(
             f"{answerer.loaded.config.name} answers at http://{shown}:{listener.getsockname()[1]}", markup=False
+        )
+        certified = answerer.default.certificate is not None
+        console.print(
+            f"{answerer.default.promise} {answerer.default.limit}",
+            markup=False,
+            style=None if certified else "bold red",
         )
         if not loopback:
             console.print(

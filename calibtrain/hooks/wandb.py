@@ -60,6 +60,8 @@ class WandbHook(Hook):
             "dir": str(record.output_dir),
             "config": {**record.config, "world_size": record.world_size},
         }
+        if self._tracking.log_answers and resolve_mode(self._tracking.mode) != "disabled":
+            print("W&B gets questions, answers and grades as well as numbers (tracking.log_answers: true)", flush=True)
         record.output_dir.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._work, args=(arguments,), name="wandb", daemon=True)
         self._thread.start()
@@ -70,10 +72,10 @@ class WandbHook(Hook):
         self._submit(lambda run: run.log(entry))
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        """Queue the numbers, the charts and the answers."""
+        """Queue the numbers, the charts and, where the config says so, the answers."""
         entry = {**record.metrics, "train/step": record.step}
-        answers, split = record.answers, record.split
-        self._submit(lambda run: run.log({**entry, **(evaluation_charts(split, answers) if answers else {})}))
+        answers, split, texts = record.answers, record.split, self._tracking.log_answers
+        self._submit(lambda run: run.log({**entry, **(evaluation_charts(split, answers, texts) if answers else {})}))
 
     def on_end(self, record: EndRecord) -> None:
         """Attach summary and artefacts, finish, and say how to upload an offline run."""
@@ -143,6 +145,8 @@ class WandbHook(Hook):
         import wandb
 
         settings: dict[str, Any] = {"init_timeout": INIT_SECONDS, "console": "off", "silent": True}
+        # By itself the SDK also sends the working tree's diff, which may hold data, and code.
+        settings |= {"disable_git": True, "disable_code": True, "save_code": False}
         if "finish_timeout" in wandb.Settings.model_fields:  # since 0.24; before, only our own deadline holds
             settings["finish_timeout"] = FINISH_SECONDS
         online = resolve_mode(self._tracking.mode) == "online"

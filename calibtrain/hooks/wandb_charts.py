@@ -18,11 +18,11 @@ CURVE_POINTS = 200
 TABLE_ROWS = 200  # of the answers, spread evenly over their order
 
 
-def evaluation_charts(split: str, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Reliability diagram, confidence histograms of right and wrong answers, risk-coverage curve, table of answers.
+def evaluation_charts(split: str, answers: Sequence[Answer], texts: bool) -> dict[str, Any]:
+    """Reliability diagram, confidence histograms of right and wrong answers, risk-coverage curve; a table of texts.
 
-    Keys are `calib/<split>/answer/<chart>`. Model text enters tables as text, never as HTML or markdown. {} without
-    graded answers.
+    Keys are `calib/<split>/answer/<chart>`. Without `texts` nothing holds a question or an answer. Model text enters the
+    table as text, never as HTML or markdown. {} without graded answers.
     """
     import wandb
 
@@ -33,17 +33,18 @@ def evaluation_charts(split: str, answers: Sequence[Answer]) -> dict[str, Any]:
     correct = np.array([bool(answer.correct) for answer in graded])
     state = state_of(torch.from_numpy(confidence), torch.from_numpy(correct))
     edges = np.linspace(0.0, 1.0, BINS + 1)
-    rows = [graded[i] for i in np.unique(np.linspace(0, len(graded) - 1, min(TABLE_ROWS, len(graded))).astype(int))]
     charts = {
         **_reliability(state),
         **_risk_coverage(state),
         "confidence_right": wandb.Histogram(np_histogram=np.histogram(confidence[correct], edges)),
         "confidence_wrong": wandb.Histogram(np_histogram=np.histogram(confidence[~correct], edges)),
-        "answers": wandb.Table(
+    }
+    if texts:
+        rows = [graded[i] for i in np.unique(np.linspace(0, len(graded) - 1, min(TABLE_ROWS, len(graded))).astype(int))]
+        charts["answers"] = wandb.Table(
             columns=["question", "answer", "correct", "confidence"],
             data=[[answer.question, answer.text, bool(answer.correct), answer.confidence] for answer in rows],
-        ),
-    }
+        )
     return {f"calib/{split}/answer/{name}": chart for name, chart in charts.items()}
 
 

@@ -18,25 +18,14 @@ from calibtrain.config_file import load_config
 from calibtrain.data.records import Message, Record
 from calibtrain.data.values import unreadable
 from calibtrain.errors import UserError
-from calibtrain.pipeline.calibrate import Calibrated, read_calibration, weights_hash
+from calibtrain.pipeline.calibration_file import LIKELIHOOD, Calibrated, read_calibration, weights_hash
 from calibtrain.pipeline.confidence import asker_of
 from calibtrain.pipeline.evaluate import Loaded
+from calibtrain.pipeline.promise import Level, Promises
+from calibtrain.pipeline.scope import at_most, plain
 from calibtrain.pipeline.source import load_scorer
 
 REFUSAL = "I do not know."
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """One promise that can be chosen: answering from `threshold` on, at most `risk` of the answers are wrong.
-
-    Without a certificate everything is answered and nothing promised: threshold 0, risk None.
-    """
-
-    threshold: float
-    risk: float | None
-    coverage: float  # share of the certification questions that it answers
-    certificate: Certificate | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +45,8 @@ class Reply:
     probability: float  # calibrated chance that `text` is right
     word: str
     sentence: str  # word and number in the first person
+    promise: str  # what is certified and of which questions: say it first
+    limit: str  # what is not
     abstained: bool
     reason: str  # why it answered or abstained
     threshold: float | None  # None: no certificate
@@ -65,7 +56,9 @@ class Reply:
     tokens: tuple[Token, ...]
     finished: bool  # False: cut at max_new_tokens
     prompt_tokens: int
-    source: str = "likelihood"  # of the confidence
+    reservation: str = ""  # end of the sentence: the group that it is known not to hold for
+    group: str | None = None  # of the question, where it was named
+    source: str = LIKELIHOOD  # of the confidence
     forward_passes: float = 0.0  # that the confidence cost beside the answer's own
     tokens_read: float = 0.0  # by those passes
 
@@ -74,62 +67,83 @@ class Reply:
         """What to show a person: the answer, or that it is not known."""
         return REFUSAL if self.abstained else self.text
 
+    def told(self) -> str:
+        """The reply for a terminal: what is promised, the answer or that it is not known, and what is not promised."""
+        if not self.abstained:
+            line = f"{plain(self.text, 2000)}  ({self.word}, {percent(self.probability)}{self.reservation})"
+        elif self.threshold is None:
+            line = self.spoken
+        else:
+            chance, threshold = percent(self.probability), percent(self.threshold)
+            line = f"{self.spoken} (best guess at {chance}, below the threshold {threshold})"
+        return f"{self.promise}\n{line}\n{self.limit}"
+
 
 class Answerer:
-    """The model and calibration of a finished run; `scorer` where the confidence is not the answer's likelihood."""
+    """The model and calibration of a finished run; `scorer` where the confidence is not the answer's likelihood.
 
-    def __init__(self, loaded: Loaded, calibrated: Calibrated, scorer: Scorer | None = None) -> None:
+    uncertified: without a certificate answer everything instead of nothing; whoever runs the model decides that.
+    """
+
+    def __init__(
+        self, loaded: Loaded, calibrated: Calibrated, scorer: Scorer | None = None, *, uncertified: bool = False
+    ) -> None:
         self.loaded = loaded
         self.calibrated = calibrated
         self.scorer = scorer
-        self.source = "likelihood" if scorer is None else scorer.name
-        self.default = level_of(calibrated.certification.certificate)
+        self.source = LIKELIHOOD if scorer is None else scorer.name
+        self.promises = Promises(calibrated, uncertified=uncertified)
+        self.default = self.promises.default
         self.control_tokens = loaded.template.control_tokens
         self.max_new_tokens: int = loaded.config.evaluation.max_new_tokens
         self.scale: Scale = scale_of(loaded.config.abstention.words)
 
     def levels(self) -> list[Level]:
-        """Promises to choose from, ascending in risk, and last to answer everything. The default one is among them."""
-        curve = [found.certificate for found in self.calibrated.curve.values()]
-        default = self.calibrated.certification.certificate
-        kept = [one for one in curve if one and (default is None or one.target_risk != default.target_risk)]
-        certificates = sorted([*kept, *([default] if default else [])], key=lambda one: one.target_risk)
-        return [*map(level_of, certificates), level_of(None)]
+        """Promises to choose from, ascending in risk; the default one is among them."""
+        return self.promises.levels()
 
-    def answer(self, question: str, *, risk: float | None = None) -> Reply:
-        """Reply to one question: `answers` of one."""
-        return self.answers([question], risk=risk)[0]
+    def level(self, risk: float | None = None, group: str | None = None) -> Level:
+        """The level of a certified risk or of a group of questions: see `Promises.level`."""
+        return self.promises.level(risk, group)
 
-    def answers(self, questions: Sequence[str], *, risk: float | None = None) -> list[Reply]:
+    def answer(self, question: str, *, risk: float | None = None, group: str | None = None) -> Reply:
+        """Reply to one question: `answers` of one, with its group where that is known."""
+        level = self.level(risk, group)
+        return self.decide(self.guess([question])[0], level)
+
+    def answers(
+        self, questions: Sequence[str], *, risk: float | None = None, groups: Sequence[str | None] | None = None
+    ) -> list[Reply]:
         """Replies in the order of the questions, which go through the model together.
 
-        risk: one of `levels()`; by default the run's own certificate. Without one it never abstains and says so in
-        `certified`. In bf16 a probability may differ by rounding from the one that the question gets alone. Raises
-        UserError for an empty question or a risk that is not certified.
+        risk: one of `levels()`; by default the run's own certificate. groups: of each question, the value of the stratum
+        that `certify --by` named, None where it is not known; a group is answered by its own certificate or not at all.
+        Without a certificate it abstains from everything, unless loaded with uncertified=True. In bf16 a probability may
+        differ by rounding from the one that the question gets alone. Raises UserError for an empty question, a risk that
+        is not certified, and groups where none are.
         """
-        level = self.default if risk is None else self.level(risk)
-        return [self.decide(reply, level) for reply in self.guess(questions)]
-
-    def level(self, risk: float) -> Level:
-        """The certified level of this risk; UserError naming those there are."""
-        certified = [one for one in self.levels() if one.risk is not None]
-        for one in certified:
-            if one.certificate and math.isclose(one.certificate.target_risk, risk):
-                return one
-        known = ", ".join(f"{one.certificate.target_risk:g}" for one in certified if one.certificate) or "none"
-        raise UserError(f"risk {risk:g} is not certified; certified are: {known}")
+        named = [None] * len(questions) if groups is None else list(groups)
+        if len(named) != len(questions):
+            raise UserError(f"groups: {len(named)} for {len(questions)} questions; give one each, None where not known")
+        levels = [self.level(risk, group) for group in named]
+        return [self.decide(reply, level) for reply, level in zip(self.guess(questions), levels, strict=True)]
 
     def decide(self, reply: Reply, level: Level) -> Reply:
-        """The same guess under another level: only whether it is given, and why, can change."""
-        abstained = reply.probability < level.threshold
+        """The same guess under another level: whether it is given and why, and what is promised of it."""
+        abstained = not reply.probability >= level.threshold  # so that a NaN abstains
         return replace(
             reply,
+            sentence=phrase(reply.probability, self.scale) + level.reservation,
+            reservation=level.reservation,
+            promise=level.promise,
+            limit=level.limit,
             abstained=abstained,
             reason=_reason(reply.probability, level, abstained),
             threshold=None if level.certificate is None else level.threshold,
             risk=level.risk,
             certified=level.certificate is not None,
             certificate=level.certificate,
+            group=level.group,
         )
 
     def prompt_tokens(self, question: str) -> int:
@@ -137,7 +151,7 @@ class Answerer:
         return len(self.loaded.template.prompt_ids(self._record(question)))
 
     def guess(self, questions: Sequence[str]) -> list[Reply]:
-        """Replies under the level that answers everything, for `decide` to judge."""
+        """Best guesses for `decide` to judge: as they come they are withheld."""
         records = [self._record(question) for question in questions]
         if not records:
             return []
@@ -150,7 +164,9 @@ class Answerer:
                 probability=probability,
                 word=word_for(probability, self.scale).name,
                 sentence=phrase(probability, self.scale),
-                abstained=False,
+                promise="",
+                limit="",
+                abstained=True,
                 reason="",
                 threshold=None,
                 risk=None,
@@ -205,17 +221,11 @@ class Answerer:
         return Record(prompt=(Message("user", question),))
 
 
-def level_of(certificate: Certificate | None) -> Level:
-    """What a certificate lets the model answer; everything without one."""
-    if certificate is None:
-        return Level(0.0, None, 1.0, None)
-    return Level(certificate.threshold, certificate.risk_bound, certificate.coverage, certificate)
-
-
-def load(output_dir: str | Path, source: str = "likelihood") -> Answerer:
+def load(output_dir: str | Path, source: str = LIKELIHOOD, *, uncertified: bool = False) -> Answerer:
     """Load a finished run. Raises UserError when it lacks a model or a calibration that fits it.
 
     source: where its confidence comes from; others than the likelihood need `calibtrain calibrate OUT --source ...`.
+    uncertified: without a certificate answer everything instead of nothing.
     """
     folder = Path(output_dir)
     config = load_config(folder / "config.yaml")
@@ -223,9 +233,10 @@ def load(output_dir: str | Path, source: str = "likelihood") -> Answerer:
         raise UserError(f"{folder}: no exported model (model/config.json); train first")
     loaded = Loaded(config, folder / "model")
     scorer = None
-    if source != "likelihood":
+    if source != LIKELIHOOD:
         scorer = load_scorer(folder, source, Fingerprint(weights_hash(folder / "model"), loaded.template.hash))
-    return Answerer(loaded, read_calibration(folder, template_hash=loaded.template.hash, source=source), scorer)
+    calibrated = read_calibration(folder, template_hash=loaded.template.hash, source=source)
+    return Answerer(loaded, calibrated, scorer, uncertified=uncertified)
 
 
 def _tokens(answer: Answer) -> tuple[Token, ...]:
@@ -234,8 +245,11 @@ def _tokens(answer: Answer) -> tuple[Token, ...]:
 
 
 def _reason(probability: float, level: Level, abstained: bool) -> str:
+    if not level.answers:
+        return "Nothing is certified here, so I do not answer."
     chance = f"My best guess has a {percent(probability)} chance of being right"
     if level.certificate is None or level.risk is None:
         return f"{chance}. No threshold is certified, so I answer whatever the chance."
-    rule = f"I answer from {percent(level.threshold)} on, so that at most {level.risk:.0%} of my answers are wrong"
+    mine = "my answers" if level.group is None else f"my answers about {plain(level.group)}"
+    rule = f"I answer from {percent(level.threshold)} on, so that at most {at_most(level.risk)} of {mine} are wrong"
     return f"{chance}; {rule}." if abstained else f"{rule}."

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibtrain.abstention.certificate import Certificate, Certification, certified_curve, certify
+from calibtrain.abstention.certificate import Certification, certified_curve, certify
 from calibtrain.abstention.groups import GroupCertification, certify_groups
-from calibtrain.abstention.hallucination import HallucinationCertificate, control_hallucinations
-from calibtrain.abstention.words import scale_of
+from calibtrain.abstention.hallucination import control_hallucinations
+from calibtrain.abstention.strata import group_risks
 from calibtrain.calibration.calibrators import Calibrator, fit_calibrator
 from calibtrain.calibration.intervals import sample_ids
 from calibtrain.calibration.unlabelled import fit_base_alignment
@@ -24,40 +20,53 @@ from calibtrain.confidence.answer import Answer
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.data.grading import normalize
+from calibtrain.data.records import Record
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
-from calibtrain.pipeline.evaluate import Loaded, Measurement, read_measurement, with_progress, write_measurement
+from calibtrain.pipeline.calibration_file import (
+    Calibrated,
+    file_hash,
+    made_by,
+    read_calibration,
+    weights_hash,
+    write_calibration,
+)
+from calibtrain.pipeline.evaluate import (
+    Loaded,
+    Measurement,
+    move_measurement,
+    read_measurement,
+    with_progress,
+    write_measurement,
+)
 from calibtrain.pipeline.prepare import prepare
+from calibtrain.pipeline.scope import at_most, plain, scope_of
 
-
-@dataclass(frozen=True, slots=True)
-class Calibrated:
-    """What `calibration.json` holds."""
-
-    calibrator: Calibrator
-    certification: Certification
-    curve: dict[float, Certification]
-    hallucination: HallucinationCertificate | None = None  # where the config asks for a rate
-    groups: GroupCertification | None = None  # where the config names the groups
+SPLITS = ("temperature", "certification")
+"""The first fits the calibrator, the second certifies; each is used for nothing else."""
 
 
 def run(output_dir: Path, *, target_risk: float | None = None, delta: float | None = None) -> Calibrated:
-    """Fit and certify the model of a finished run; writes calibration.json and the graded answers it rests on."""
+    """Fit and certify the model of a finished run; writes calibration.json and the graded answers it rests on.
+
+    Where nothing can be certified, a calibration that holds and has a certificate stays as it is, with its answers; else
+    the new one is written without a certificate, by which nothing is answered. `failures` of what is returned says so.
+    """
     config = load_config(output_dir / "config.yaml")
     model = output_dir / "model"
     if not (model / "config.json").is_file():
         raise UserError(f"{output_dir}: no exported model (model/config.json); train first")
     prepared = prepare(config)
+    check_strata(config, prepared.splits)
     loaded = Loaded(config, model)
-    measured: dict[str, Measurement] = {}
-    for split in ("temperature", "certification"):
-        records = prepared.splits[split]
-        if not records:
-            raise UserError(f"data.splits.{split}: 0 questions; calibration needs some")
-        kept = output_dir / "answers" / f"{split}.jsonl"
-        write_measurement(with_progress(loaded, records, (), f"answering {split}"), kept)
-        measured[split] = read_measurement(kept)  # as rounded there, so that `calibtrain certify` finds the same
-    fitting, hashes = measured["temperature"], (loaded.template.hash, weights_hash(model))
+    hashes = (loaded.template.hash, weights_hash(model))
+    answers, measured = output_dir / "answers", {}
+    for split in SPLITS:
+        found = with_progress(loaded, prepared.splits[split], (), f"answering {split}")
+        write_measurement(found, answers / f"{split}.new.jsonl", made_by(hashes[1], hashes[0]))
+        # As rounded there, so that `calibtrain certify` finds the same.
+        measured[split] = read_measurement(answers / f"{split}.new.jsonl")
+    fitting = measured["temperature"]
     if config.calibration.method == "base_alignment":
         base = with_progress(Loaded(config), prepared.splits["temperature"], prepared.shots, "answering with the base")
         calibrator = align(fitting, base, *hashes)
@@ -66,10 +75,45 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
     certificate_risk = config.abstention.target_risk if target_risk is None else target_risk
     certificate_delta = config.abstention.delta if delta is None else delta
     calibrated = certified(config, calibrator, measured["certification"], certificate_risk, certificate_delta)
-    data_hashes = {split: data_hash(prepared.splits[split]) for split in measured}
-    write_calibration(output_dir / "calibration.json", calibrated, config, data_hashes)
-    show(calibrated, output_dir)
+    stays = keeps_earlier(output_dir, calibrated, template_hash=hashes[0])
+    facts = {"fitted_on": file_hash(answers / "temperature.new.jsonl")}
+    for split in SPLITS:
+        move_measurement(answers / f"{split}.new.jsonl", None if stays else answers / f"{split}.jsonl")
+    if not stays:
+        data_hashes = {split: data_hash(prepared.splits[split]) for split in measured}
+        write_calibration(output_dir / "calibration.json", calibrated, config, data_hashes, facts)
+    show(calibrated, output_dir / "calibration.json", written=not stays)
     return calibrated
+
+
+def check_strata(config: RunConfig, splits: Mapping[str, Sequence[Record]]) -> None:
+    """UserError, before anything is answered, for a split without questions and for a stratum that no question has."""
+    for split in SPLITS:
+        records = splits[split]
+        if not records:
+            raise UserError(f"data.splits.{split}: 0 questions; calibration needs some")
+        known = sorted({key for record in records for key in record.strata})
+        for key, name in (
+            ("abstention.groups", config.abstention.groups),
+            ("calibration.domain", config.calibration.domain),
+        ):
+            if name is not None and name not in known:
+                raise UserError(
+                    f"{key}: no question has the stratum {name!r}; strata are: {', '.join(known) or 'none'}"
+                )
+
+
+def keeps_earlier(
+    output_dir: Path, calibrated: Calibrated, *, template_hash: str | None = None, source: str | None = None
+) -> bool:
+    """Whether this calibration has no certificate, where the one on disk has one and still holds."""
+    if calibrated.certification.certificate is not None:
+        return False
+    try:
+        before = read_calibration(output_dir, template_hash=template_hash, source=source)
+    except UserError:
+        return False
+    return before.certification.certificate is not None
 
 
 def fit(config: RunConfig, measurement: Measurement, template_hash: str, model_hash: str) -> Calibrator:
@@ -98,11 +142,19 @@ def align(measurement: Measurement, base: Measurement, template_hash: str, model
 
 
 def certified(
-    config: RunConfig, calibrator: Calibrator, held_out: Measurement, target_risk: float, delta: float
+    config: RunConfig,
+    calibrator: Calibrator,
+    held_out: Measurement,
+    target_risk: float,
+    delta: float,
+    file: str | None = None,
 ) -> Calibrated:
-    """What the config asks to certify, on graded answers used for nothing else. Each claim holds at its own delta."""
+    """What the config asks to certify, on graded answers used for nothing else. Each claim holds at its own delta.
+
+    file: name of the answers, where they are not those of the config's certification split.
+    """
     confidence = calibrator.apply(held_out.scores(config.calibration.domain))
-    return certified_claims(config, calibrator, confidence, held_out.answers, target_risk, delta)
+    return certified_claims(config, calibrator, confidence, held_out.answers, target_risk, delta, file)
 
 
 def certified_claims(
@@ -112,140 +164,78 @@ def certified_claims(
     answers: Sequence[Answer],
     target_risk: float,
     delta: float,
+    file: str | None = None,
 ) -> Calibrated:
     """The same for calibrated confidences (N,) of any source."""
     correct = np.array([bool(answer.correct) for answer in answers])
-    rate, group = config.abstention.target_hallucination, config.abstention.groups
-    names = None if group is None else [answer.strata.get(group, "") for answer in answers]
+    strata = [answer.strata for answer in answers]
+    rate, by = config.abstention.target_hallucination, config.abstention.groups
+
+    def with_exceptions(found: Certification) -> Certification:
+        one = found.certificate
+        if one is None:
+            return found
+        risks = group_risks(confidence, correct, strata, one.threshold, one.risk_bound)
+        return replace(found, exceptions=tuple(risk for risk in risks if risk.breaks))
+
+    main = certify(confidence, correct, target_risk, delta)
+    curve = certified_curve(confidence, correct, config.abstention.report_risks, delta)
+    hallucination = None if rate is None else control_hallucinations(confidence, correct, rate)
+    groups = None if by is None else _by_group(confidence, correct, strata, by, target_risk, delta)
+    failures = [f"no certificate: {main.reason}"] if main.certificate is None else []
+    if rate is not None and hallucination is None:
+        failures.append(
+            f"no hallucination certificate: {len(answers)} graded answers are too few for a rate of {rate:g}"
+        )
+    if groups is not None and not any(one.certificate for one in groups.groups.values()):
+        failures.append(f"no certificate by {by}: none of the groups could be certified")
     return Calibrated(
         calibrator,
-        certify(confidence, correct, target_risk, delta),
-        certified_curve(confidence, correct, config.abstention.report_risks, delta),
-        None if rate is None else control_hallucinations(confidence, correct, rate),
-        None if names is None else certify_groups(confidence, correct, names, target_risk, delta),
+        with_exceptions(main),
+        {risk: with_exceptions(found) for risk, found in curve.items()},
+        scope_of(config, answers, file),
+        hallucination,
+        groups,
+        tuple(failures),
     )
 
 
-def weights_hash(model: Path) -> str:
-    """SHA-256 over the weight files of a Hugging Face directory; a calibrator holds for these weights alone."""
-    digest = hashlib.sha256()
-    files = sorted(model.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{model}: no safetensors weights")
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+def _by_group(
+    confidence: NDArray[np.float64],
+    correct: NDArray[np.bool_],
+    strata: Sequence[Mapping[str, str]],
+    by: str,
+    target_risk: float,
+    delta: float,
+) -> GroupCertification:
+    """Certificates of the groups; answers without this stratum are in none."""
+    named = np.array([by in one for one in strata])
+    names = [one[by] for one in strata if by in one]
+    return replace(certify_groups(confidence[named], correct[named], names, target_risk, delta), by=by)
 
 
-def source_folder(output_dir: Path, source: str | None) -> Path:
-    """Where the calibration of a source lies: beside the model for the likelihood, which None stands for too."""
-    return output_dir if source in (None, "likelihood") else output_dir / "sources" / source
-
-
-def write_calibration(
-    path: Path,
-    calibrated: Calibrated,
-    config: RunConfig,
-    data_hashes: dict[str, str],
-    facts: Mapping[str, Any] | None = None,
-) -> None:
-    """calibration.json: calibrator, certificate (or why there is none), certified curve, word scale, and `facts`."""
-    content = {
-        **(facts or {}),
-        "calibrator": calibrated.calibrator.as_dict(),
-        **claims(calibrated),
-        "template": config.data.template,
-        "data_hashes": data_hashes,
-        "words": [asdict(word) for word in scale_of(config.abstention.words)],
-    }
-    write_json(path, content)
-
-
-def claims(calibrated: Calibrated) -> dict[str, Any]:
-    """What calibration.json says of certificates."""
-    certification, groups = calibrated.certification, calibrated.groups
-    return {
-        "certificate": _certification(certification)["certificate"],
-        "certification": certification.reason,
-        "curve": [{"target_risk": risk, **_certification(one)} for risk, one in sorted(calibrated.curve.items())],
-        "hallucination": calibrated.hallucination and calibrated.hallucination.as_dict(),
-        "groups": groups
-        and {
-            "delta": groups.delta,
-            "share": groups.share,
-            "groups": {name: _certification(one) for name, one in groups.groups.items()},
-        },
-    }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    os.replace(partial, path)
-
-
-def read_calibration(output_dir: Path, *, template_hash: str | None = None, source: str | None = None) -> Calibrated:
-    """Calibration of a run, or of one of its sources. UserError when there is none or it is of other weights or template."""
-    path = source_folder(output_dir, source) / "calibration.json"
-    command = f"calibtrain calibrate {output_dir}" + ("" if path.parent == output_dir else f" --source {source}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run `{command}`")
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        fitted = content["calibrator"]
-        calibrator = Calibrator.from_dict(
-            fitted,
-            template_hash=fitted["template_hash"] if template_hash is None else template_hash,
-            weights_hash=weights_hash(output_dir / "model"),
-        )
-        hallucination, groups = content["hallucination"], content["groups"]
-        return Calibrated(
-            calibrator,
-            Certification(_certificate(content["certificate"]), content["certification"]),
-            {one["target_risk"]: _read_certification(one) for one in content["curve"]},
-            hallucination and HallucinationCertificate.from_dict(hallucination),
-            groups
-            and GroupCertification(
-                {name: _read_certification(one) for name, one in groups["groups"].items()},
-                groups["delta"],
-                groups["share"],
-            ),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run `{command}` again") from error
-
-
-def _certification(found: Certification) -> dict[str, Any]:
-    return {"reason": found.reason, "certificate": found.certificate and found.certificate.as_dict()}
-
-
-def _read_certification(values: dict[str, Any]) -> Certification:
-    return Certification(_certificate(values["certificate"]), values["reason"])
-
-
-def _certificate(values: dict[str, Any] | None) -> Certificate | None:
-    return None if values is None else Certificate.from_dict(values)
-
-
-def show(calibrated: Calibrated, output_dir: Path) -> None:
-    """Print the calibrator and what is certified."""
+def show(calibrated: Calibrated, path: Path, *, written: bool) -> None:
+    """Print the calibrator, what is certified and of which questions, and whether it was written."""
     from rich.console import Console
 
     console = Console(highlight=False)
     fitted, certificate = calibrated.calibrator, calibrated.certification.certificate
     console.print(_fitted(fitted))
-    if certificate is None:
-        console.print(f"no certificate: {calibrated.certification.reason}")
-    else:
+    for failure in calibrated.failures:
+        console.print(failure, style="bold red", markup=False)
+    if certificate is not None:
+        bound = at_most(certificate.risk_bound)
         console.print(
-            f"certified: answering at {certificate.threshold:.2f} and above, at most {certificate.risk_bound:.0%} of the "
-            f"answers are wrong (confidence {1 - certificate.delta:.0%}, n={certificate.n}); it answers "
-            f"{certificate.coverage:.0%}"
+            f"certified: answering at {certificate.threshold:.2f} and above, at most {bound} of the answers are wrong "
+            f"(confidence {1 - certificate.delta:.0%}, n={certificate.n}); it answers {certificate.coverage:.0%}"
+        )
+        console.print(f"it holds for questions like {calibrated.scope}", markup=False)
+    for broken in calibrated.certification.exceptions:
+        console.print(
+            f"not kept where {broken.key} is {plain(broken.value)}: {broken.n_wrong} of {broken.n_answered} answers wrong "
+            f"({broken.low:.0%} to {broken.high:.0%})",
+            markup=False,
+            style="yellow",
         )
     if calibrated.hallucination is not None:
         found = calibrated.hallucination
@@ -255,8 +245,15 @@ def show(calibrated: Calibrated, output_dir: Path) -> None:
         )
     for name, one in (calibrated.groups.groups if calibrated.groups else {}).items():
         answered = "not answered: " if one.certificate is None else f"at {one.certificate.threshold:.2f} and above: "
-        console.print(f"group {name}, {answered}{one.reason}", markup=False)
-    console.print(f"written: {output_dir / 'calibration.json'}")
+        console.print(f"group {plain(name)}, {answered}{one.reason}", markup=False)
+    if not written:
+        console.print(f"nothing is written: {path} stays as it was", markup=False)
+        return
+    console.print(f"written: {path}", markup=False)
+    if certificate is None:
+        console.print(
+            "without a certificate the model answers nothing, unless --uncertified is given", style="bold red"
+        )
 
 
 def _fitted(calibrator: Calibrator) -> str:

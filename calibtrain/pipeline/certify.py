@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,10 @@ from pathlib import Path
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
-from calibtrain.pipeline.calibrate import Calibrated, certified, claims, read_calibration, show, write_json
+from calibtrain.pipeline.calibrate import certified, show
+from calibtrain.pipeline.calibration_file import Calibrated, claims, file_hash, made_by, read_calibration, write_json
 from calibtrain.pipeline.evaluate import Measurement, read_measurement
+from calibtrain.pipeline.prepare import prepare
 
 
 def run(
@@ -25,36 +26,58 @@ def run(
 ) -> Calibrated:
     """Certify anew and put the outcome into calibration.json, whose other entries stay as they are.
 
-    Defaults are the config's; group certificates and a hallucination rate that are not asked for stay as they were.
-    answers: graded answers that `calibtrain evaluate --output` wrote; by default those of the certification split.
-    Raises UserError for answers that fitted the calibrator, lack a grade or lack the group.
+    Nothing is written where something that was asked for cannot be certified; `failures` of what is returned says so.
+    Defaults are the config's. Groups that were certified before are certified anew with the same risk, so that no group
+    keeps an easier promise; a hallucination rate that is not asked for stays as it was. answers: graded answers that
+    `calibtrain evaluate --output` wrote; by default those of the certification split. Raises UserError for answers of
+    another model, and for those that trained it, fitted the calibrator, lack a grade, occur twice or lack the group.
     """
     config = load_config(output_dir / "config.yaml")
     before = read_calibration(output_dir)
     path = output_dir / "answers" / "certification.jsonl" if answers is None else answers
     held_out = read_measurement(path)
-    _check(held_out, path, output_dir / "answers" / "temperature.jsonl", by)
-    asked = _asked(config, risk, delta, by, hallucination)
+    target, fitted_on = output_dir / "calibration.json", output_dir / "answers" / "temperature.jsonl"
+    content = json.loads(target.read_text(encoding="utf-8"))
+    if content.get("fitted_on", "unknown") != file_hash(fitted_on):
+        raise UserError(
+            f"{fitted_on}: not the answers that the calibrator was fitted on; run `calibtrain calibrate` again"
+        )
+    asked = _asked(config, before, risk, delta, by, hallucination)
     abstention = asked.abstention
-    found = certified(asked, before.calibrator, held_out, abstention.target_risk, abstention.delta)
+    _check(held_out, path, fitted_on, abstention.groups)
+    if held_out.made_by != made_by(before.calibrator.weights_hash, before.calibrator.template_hash):
+        raise UserError(
+            f"{path}: not known to be answers of this model and template; let it answer with `calibtrain evaluate "
+            f"--model {output_dir / 'model'} --output FILE`, or calibrate again"
+        )
+    if answers is not None:
+        _check_untrained(config, held_out, answers)
+    file = None if answers is None else answers.name
+    found = certified(asked, before.calibrator, held_out, abstention.target_risk, abstention.delta, file)
     calibrated = replace(
         found,
         hallucination=before.hallucination if abstention.target_hallucination is None else found.hallucination,
-        groups=before.groups if abstention.groups is None else found.groups,
     )
-    file = output_dir / "calibration.json"
-    content = json.loads(file.read_text(encoding="utf-8")) | claims(calibrated)
-    if answers is not None:
-        content["data_hashes"]["certification"] = hashlib.sha256(answers.read_bytes()).hexdigest()
-    write_json(file, content)
-    show(calibrated, output_dir)
+    if not calibrated.failures:
+        content |= claims(calibrated)
+        if answers is not None:
+            content["data_hashes"]["certification"] = file_hash(answers)
+        write_json(target, content)
+    show(calibrated, target, written=not calibrated.failures)
     return calibrated
 
 
 def _asked(
-    config: RunConfig, risk: float | None, delta: float | None, by: str | None, hallucination: float | None
+    config: RunConfig,
+    before: Calibrated,
+    risk: float | None,
+    delta: float | None,
+    by: str | None,
+    hallucination: float | None,
 ) -> RunConfig:
-    """The config with what the command names instead of its own."""
+    """The config with what the command names instead of its own, and the groups that were certified before."""
+    if by is None and before.groups is not None:
+        by = before.groups.by
     named = {"target_risk": risk, "delta": delta, "groups": by, "target_hallucination": hallucination}
     update = {name: value for name, value in named.items() if value is not None}
     return config.model_copy(update={"abstention": config.abstention.model_copy(update=update)})
@@ -63,7 +86,8 @@ def _asked(
 def _check(held_out: Measurement, path: Path, fitted_on: Path, by: str | None) -> None:
     if not held_out.answers:
         raise UserError(f"{path}: no answers")
-    fitted = {answer.question_id for answer in read_measurement(fitted_on).answers} if fitted_on.is_file() else set()
+    fitted = {answer.question_id for answer in read_measurement(fitted_on).answers}
+    seen: set[str] = set()
     for number, answer in enumerate(held_out.answers, start=1):
         if answer.correct is None:
             raise UserError(f"{path}:{number}: `correct` is null; a certificate needs graded answers, leave others out")
@@ -71,6 +95,20 @@ def _check(held_out: Measurement, path: Path, fitted_on: Path, by: str | None) -
             raise UserError(
                 f"{path}:{number}: the calibrator was fitted on this question ({answer.question!r}); certify on others"
             )
+        if answer.question_id in seen:
+            raise UserError(f"{path}:{number}: this question ({answer.question!r}) occurs twice; each counts once")
+        seen.add(answer.question_id)
         if by is not None and by not in answer.strata:
             known = ", ".join(sorted(answer.strata)) or "none"
             raise UserError(f"{path}:{number}: `strata` has no {by!r} to group by; it has: {known}")
+
+
+def _check_untrained(config: RunConfig, held_out: Measurement, path: Path) -> None:
+    """UserError for an answer to a question that the model has learned from."""
+    splits = prepare(config).splits
+    trained = {record.id for split in ("train", "calibration") for record in splits[split]}
+    for number, answer in enumerate(held_out.answers, start=1):
+        if answer.question_id in trained:
+            raise UserError(
+                f"{path}:{number}: the model was trained on this question ({answer.question!r}); certify on others"
+            )

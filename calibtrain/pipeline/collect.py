@@ -3,30 +3,59 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from calibtrain.abstention.strata import group_risks
 from calibtrain.config_file import load_config
 from calibtrain.data.calibration_set import Composition
 from calibtrain.errors import UserError
 from calibtrain.hooks.jsonl import read_metrics
 from calibtrain.hooks.wandb import attach
-from calibtrain.pipeline.calibrate import read_calibration
+from calibtrain.pipeline.calibration_file import made_by, read_calibration, write_json
 from calibtrain.pipeline.evaluate import measured_metrics, read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.report import CompositionRow, Measured, ReportData, write_report
 
+NUMBERS = ("certificate", "certification", "hallucination", "answering", "data_hashes", "words")
+"""Of calibration.json, what goes to W&B without tracking.log_answers, beside the calibrator's and the curve's numbers."""
+
 
 def run(output_dir: Path) -> Path:
-    """Write report.html from a run's config, metrics, calibration and graded answers, and attach it to the W&B run."""
+    """Write report.html from a run's config, metrics, calibration and graded answers, and attach it to the W&B run.
+
+    Without tracking.log_answers what is attached holds no question, no answer and no name of a group.
+    """
     data = report_data(output_dir)
     report = write_report(output_dir / "report.html", data)
     config = load_config(output_dir / "config.yaml")
     described = {**data.config, "world_size": _facts(output_dir / "run.json")["world_size"]}
-    attach(output_dir, described, config.tracking, [output_dir / "calibration.json", report], _summary(data))
+    with TemporaryDirectory() as folder:
+        files = [output_dir / "calibration.json", report]
+        if not config.tracking.log_answers:
+            files = _without_answers(output_dir, data, Path(folder))
+        attach(output_dir, described, config.tracking, files, _summary(data))
     return report
+
+
+def _without_answers(output_dir: Path, data: ReportData, folder: Path) -> list[Path]:
+    """calibration.json and report.html without questions, answers and names of groups: what may leave the machine."""
+    content = json.loads((output_dir / "calibration.json").read_text(encoding="utf-8"))
+    numbers = {key: content[key] for key in NUMBERS}
+    fitted = content["calibrator"]
+    parameters = {name: value for name, value in fitted["parameters"].items() if isinstance(value, float | int)}
+    numbers["calibrator"] = {"method": fitted["method"], "n": fitted["n"], "parameters": parameters}
+    numbers["curve"] = [
+        {"target_risk": one["target_risk"], "certificate": one["certificate"]} for one in content["curve"]
+    ]
+    write_json(folder / "calibration.json", numbers)
+    scope = data.scope and replace(data.scope, examples=())
+    bare = replace(data, samples=False, scope=scope, group_risks=(), groups=None, composition=())
+    return [folder / "calibration.json", write_report(folder / "report.html", replace(bare, composition_verdict=""))]
 
 
 def _summary(data: ReportData) -> dict[str, float]:
@@ -46,6 +75,12 @@ def report_data(output_dir: Path) -> ReportData:
     facts = _facts(output_dir / "run.json")
     calibrated = read_calibration(output_dir)
     test = read_measurement(output_dir / "answers" / "test.jsonl")
+    fitted = calibrated.calibrator
+    if test.made_by != made_by(fitted.weights_hash, fitted.template_hash):
+        raise UserError(
+            f"{output_dir / 'answers' / 'test.jsonl'}: not known to be answers of this model; run `calibtrain evaluate "
+            f"{output_dir / 'config.yaml'} --model {output_dir / 'model'} --output {output_dir / 'answers' / 'test.jsonl'}`"
+        )
     raw_path = output_dir / "answers" / "raw_test.jsonl"
     measured = [Measured("raw model", read_measurement(raw_path).answers)] if raw_path.is_file() else []
     measured.append(Measured("fine-tuned", test.answers))
@@ -55,7 +90,20 @@ def report_data(output_dir: Path) -> ReportData:
     composition = prepare(config).composition
     metrics = output_dir / "metrics.jsonl"
     # `calibrate` and `certify` take another risk or delta than the config's: the certificate says which.
-    promise = calibrated.certification.certificate or config.abstention
+    certificate = calibrated.certification.certificate
+    promise = certificate or config.abstention
+    graded = [(q, one) for q, one in zip(confidence, test.answers, strict=True) if one.correct is not None]
+    risks = (
+        group_risks(
+            [q for q, _ in graded],
+            [bool(one.correct) for _, one in graded],
+            [one.strata for _, one in graded],
+            certificate.threshold,
+            certificate.risk_bound,
+        )
+        if certificate
+        else []
+    )
     return ReportData(
         run_name=config.name,
         config=config.resolved(),
@@ -69,6 +117,9 @@ def report_data(output_dir: Path) -> ReportData:
         certified_curve=calibrated.curve,
         composition=[] if composition is None else composition_rows(composition),
         composition_verdict="" if composition is None else composition.verdict,
+        scope=calibrated.scope,
+        group_risks=risks,
+        groups=calibrated.groups,
         temperature=calibrated.calibrator.temperature,
         training=read_metrics(metrics) if metrics.is_file() else [],
     )

@@ -30,7 +30,7 @@ from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
 from calibtrain.models.loss_model import AnswerFeatures
 from calibtrain.pipeline import probe
-from calibtrain.pipeline.calibrate import weights_hash
+from calibtrain.pipeline.calibration_file import weights_hash
 from calibtrain.pipeline.evaluate import Loaded
 from calibtrain.pipeline.prepare import prepare
 

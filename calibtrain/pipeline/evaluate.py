@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from calibtrain.lines import lines_of
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy, check_head
+from calibtrain.pipeline.calibration_file import made_by, weights_hash
 from calibtrain.pipeline.prepare import prepare
 
 
@@ -38,6 +40,7 @@ class Measurement:
     answers: list[Answer]
     table: NDArray[np.float64]  # (answers, temperatures)
     tokens: TokenScores | None = None  # kept for calibration.method: adaptive_temperature alone
+    made_by: str | None = None  # mark of the model and template that gave all of them, where a file says so
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -107,7 +110,8 @@ def run(config: RunConfig, *, model: Path | None, split: str, output: Path | Non
     loaded = Loaded(config, model)
     measurement = with_progress(loaded, records, () if model is not None else prepared.shots, f"answering {split}")
     if output is not None:
-        write_measurement(measurement, output)
+        mark = None if model is None else made_by(weights_hash(model), loaded.template.hash)
+        write_measurement(measurement, output, mark)
     metrics = measured_metrics(measurement.confidence, measurement.correct)
     _print(metrics, f"{model or config.model.source}, {split}")
     return metrics
@@ -144,32 +148,51 @@ def measured_metrics(confidence: NDArray[np.float64], correct: NDArray[np.bool_]
     return summary(state_of(torch.from_numpy(confidence), torch.from_numpy(correct)))
 
 
-def write_measurement(measurement: Measurement, path: Path) -> None:
-    """One JSON object per answer; `logprobs_at` holds its log-prob at each temperature of the grid.
+def write_measurement(measurement: Measurement, path: Path, made_by: str | None = None) -> None:
+    """One JSON object per answer, whole or not at all; `logprobs_at` is its log-prob at each temperature of the grid.
 
-    Scores of the tokens, where kept, lie beside it as .tokens.safetensors.
+    made_by: mark of the model and template, without which nothing can be certified by these answers. Scores of the tokens,
+    where kept, lie beside it as .tokens.safetensors.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
     # Half of a surrogate pair becomes \ud83d, which is how JSON writes it.
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for answer, row in zip(measurement.answers, measurement.table.tolist(), strict=True):
-            line = {**answer.as_dict(), "logprobs_at": [round(value, 6) for value in row]}
+            line = {**answer.as_dict(), "logprobs_at": [round(value, 6) for value in row], "made_by": made_by}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    _tokens_file(path).unlink(missing_ok=True)  # an earlier file's
     if measurement.tokens is not None:
         tokens = asdict(measurement.tokens)
         save_file({name: np.ascontiguousarray(array) for name, array in tokens.items()}, _tokens_file(path))
+    os.replace(partial, path)
+
+
+def move_measurement(path: Path, target: Path | None) -> None:
+    """Let the answers of `path` take the place of those at `target`; None removes them."""
+    if target is None:
+        path.unlink()
+        _tokens_file(path).unlink(missing_ok=True)
+        return
+    _tokens_file(target).unlink(missing_ok=True)
+    if _tokens_file(path).is_file():
+        os.replace(_tokens_file(path), _tokens_file(target))
+    os.replace(path, target)
 
 
 def read_measurement(path: Path) -> Measurement:
     """Answers that `write_measurement` wrote. Raises UserError when the file is missing or not its work."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; run `calibtrain calibrate` first")
-    answers, table = [], []
-    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8")), start=1):
+    answers, table, marks = [], [], set()
+    for number, line in enumerate(lines_of(_text(path)), start=1):
         try:
             row = json.loads(line)
+            if not isinstance(row["correct"], bool | None):
+                raise ValueError(f"`correct` is {row['correct']!r}; say true, false or null")
             table.append(row.pop("logprobs_at"))
             row.pop("confidence")
+            marks.add(row.pop("made_by", None))
             row["token_logprobs"], row["accepted"] = tuple(row["token_logprobs"]), tuple(row["accepted"])
             row["tokens"] = tuple(row.get("tokens", ()))
             answers.append(Answer(**row))
@@ -178,7 +201,15 @@ def read_measurement(path: Path) -> Measurement:
                 f"{path}:{number}: not a graded answer ({error}); run `calibtrain calibrate` again"
             ) from error
     tokens = TokenScores(**load_file(_tokens_file(path))) if _tokens_file(path).is_file() else None
-    return Measurement(answers, np.array(table, dtype=np.float64).reshape(len(answers), len(TEMPERATURE_GRID)), tokens)
+    grid = np.array(table, dtype=np.float64).reshape(len(answers), len(TEMPERATURE_GRID))
+    return Measurement(answers, grid, tokens, marks.pop() if len(marks) == 1 else None)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); give graded answers, one JSON a line") from error
 
 
 def _tokens_file(path: Path) -> Path:

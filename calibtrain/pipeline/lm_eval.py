@@ -56,7 +56,11 @@ def read_samples(path: Path) -> Measured:
         raise UserError(f"{path}: no such file; give the samples_TASK_DATE.jsonl of `lm_eval --log_samples`")
     answers: list[Answer] = []
     chosen, seen = None, set()
-    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8")), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); give the .jsonl of `lm_eval --log_samples`") from error
+    for number, line in enumerate(lines_of(text), start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"

@@ -21,7 +21,8 @@ from calibtrain.calibration.intervals import wilson
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
-from calibtrain.pipeline.calibrate import read_calibration, source_folder, write_json
+from calibtrain.pipeline.calibration_file import read_calibration, source_folder, write_json
+from calibtrain.pipeline.scope import at_most
 
 STATE = "monitor.json"
 
@@ -52,30 +53,38 @@ class Service:
         return self.alarm.n_wrong / self.n if self.n else float("nan")
 
 
-def run(output_dir: Path, audited: Path, *, source: str | None = None) -> Service:
+def run(output_dir: Path, audited: Path, *, source: str | None = None, uncertified: bool = False) -> Service:
     """Count the new lines of an audit log, print the rates and say whether the certificate still holds.
 
-    After another certificate the counts and the alarm start anew, with the lines not counted yet. Raises UserError naming
-    file, line and key for a bad line, for a log whose counted lines have changed, and where nothing is certified.
+    After another certificate the counts and the alarm start anew, with the lines not counted yet. uncertified: where nothing
+    is certified, watch the config's target_risk. Raises UserError naming file, line and key for a bad line, for a log
+    without lines or whose counted ones have changed, and where nothing is certified.
     """
+    abstention = load_config(output_dir / "config.yaml").abstention
     certificate = read_calibration(output_dir, source=source).certification.certificate
     folder = source_folder(output_dir, source)
-    if certificate is None:
-        raise UserError(f"{output_dir}: no certificate that could stop holding; see calibration.json, certify first")
+    if certificate is None and not uncertified:
+        raise UserError(
+            f"{folder / 'calibration.json'}: no certificate that could stop holding; certify first, or watch the config's "
+            "target_risk by --uncertified"
+        )
+    risk, delta = (
+        (abstention.target_risk, abstention.delta)
+        if certificate is None
+        else (certificate.risk_bound, certificate.delta)
+    )
     state = _read(folder / STATE)
-    key = _key(certificate)
+    key = f"uncertified {risk} {delta}" if certificate is None else _key(certificate)
     restarted = bool(state) and state["certificate"] != key
     logs: dict[str, Any] = dict(state.get("logs", {}))
     lines = _lines(audited)
     rows = _rows(audited, lines, _counted(audited, lines, logs))
     goes_on = bool(state) and not restarted
-    alarm = (
-        RiskAlarm.from_json(json.dumps(state["alarm"]))
-        if goes_on
-        else RiskAlarm(certificate.risk_bound, certificate.delta)
-    )
+    alarm = RiskAlarm.from_json(json.dumps(state["alarm"])) if goes_on else RiskAlarm(risk, delta)
+    if (alarm.target_risk, alarm.delta) != (risk, delta):
+        raise UserError(f"{folder / STATE}: its alarm is for another risk; delete it to count from the start")
     alarm.observe_all(not correct for abstained, correct in rows if not abstained)
-    words = _words(audited, lines, scale_of(load_config(output_dir / "config.yaml").abstention.words))
+    words = _words(audited, lines, scale_of(abstention.words))
     service = Service(alarm, (state["n"] if goes_on else 0) + len(rows), len(rows), restarted, words)
     logs[audited.name] = {"lines": len(lines), "sha256": _hash(lines)}
     write_json(folder / STATE, {"certificate": key, "n": service.n, "logs": logs, "alarm": alarm.as_dict()})
@@ -86,7 +95,13 @@ def run(output_dir: Path, audited: Path, *, source: str | None = None) -> Servic
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the audited answers, one JSON a line")
-    return lines_of(path.read_text(encoding="utf-8"))
+    try:
+        lines = lines_of(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); give the audited answers, one JSON a line") from error
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{path}: no audited answers in it, by which nothing is known of the certificate")
+    return lines
 
 
 def _counted(path: Path, lines: list[str], logs: dict[str, Any]) -> int:
@@ -148,8 +163,12 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
+        for log in state["logs"].values():
+            int(log["lines"]), str(log["sha256"])
+        if type(state["n"]) is not int or state["n"] < int(state["alarm"]["n"]):
+            raise ValueError("impossible counts")
         return {name: state[name] for name in ("certificate", "n", "logs", "alarm")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it to count from the start") from error
 
 
@@ -161,7 +180,7 @@ def _hash(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _print(service: Service, certificate: Certificate) -> None:
+def _print(service: Service, certificate: Certificate | None) -> None:
     from rich.console import Console
 
     console, alarm = Console(highlight=False), service.alarm
@@ -173,18 +192,20 @@ def _print(service: Service, certificate: Certificate) -> None:
             low, high = wilson(count, service.n)
             console.print(f"{name}: {count} ({count / service.n:.1%} of all questions, {low:.1%} to {high:.1%})")
     low, high = alarm.risk_interval()
-    console.print(
-        f"wrong among the {alarm.n} given: {low:.1%} to {high:.1%} at any time (95%), certified at most "
-        f"{certificate.risk_bound:.1%}; certified coverage was {certificate.coverage:.1%}"
-    )
+    promise = f"{'wanted' if certificate is None else 'certified'} at most {at_most(alarm.target_risk)}"
+    coverage = "" if certificate is None else f"; certified coverage was {certificate.coverage:.1%}"
+    console.print(f"wrong among the {alarm.n} given: {low:.1%} to {high:.1%} at any time (95%), {promise}{coverage}")
+    what = "the certificate" if certificate else "the wanted risk"
     if alarm.fired:
         console.print(
-            f"ALARM at given answer {alarm.fired_at}: the certificate no longer holds (p = {alarm.p_value:.2g}, false "
+            f"ALARM at given answer {alarm.fired_at}: {what} no longer holds (p = {alarm.p_value:.2g}, false "
             f"with probability at most {alarm.delta:g}); certify on new answers",
             style="bold red",
         )
+    elif alarm.n == 0:
+        console.print(f"no answer that was given has been audited: nothing is known of {what}", style="yellow")
     else:
-        console.print(f"no alarm: nothing speaks against the certificate (p = {alarm.p_value:.2g})")
+        console.print(f"no alarm: nothing speaks against {what} (p = {alarm.p_value:.2g})")
     for word in service.words:
         if word.n:
             console.print(

@@ -30,7 +30,7 @@ from calibtrain.config_file import load_config
 from calibtrain.data.records import Record
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
-from calibtrain.pipeline.calibrate import weights_hash
+from calibtrain.pipeline.calibration_file import weights_hash
 from calibtrain.pipeline.evaluate import Loaded, Measurement, read_measurement, with_progress, write_measurement
 from calibtrain.pipeline.prepare import prepare
 

@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from calibtrain.abstention.certificate import Certification
+from calibtrain.abstention.groups import GroupCertification
+from calibtrain.abstention.strata import GroupRisk
 from calibtrain.abstention.words import Scale, percent, scale_of, word_for
 from calibtrain.confidence.answer import Answer
 from calibtrain.pipeline import report_figures as figures
 from calibtrain.pipeline.report_numbers import Stage, comparison, stage_of, threshold_table, words_table
+from calibtrain.pipeline.scope import Scope, at_most
 
 SAMPLES = 8  # answers shown of each kind
+GROUPS = 30  # shown of each stratum
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,13 @@ class ReportData:
     certified_curve: Mapping[float, Certification] = field(default_factory=dict)
     composition: Sequence[CompositionRow] = ()
     composition_verdict: str = ""
+    scope: Scope | None = None  # the questions that the certificate is about
+    group_risks: Sequence[GroupRisk] = ()  # of the test questions at the certified threshold, the worst first
+    groups: GroupCertification | None = None
     temperature: float | None = None
     training: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
     bootstrap_replicates: int = 400
+    samples: bool = True  # show some questions with their answers
 
 
 def write_report(output: Path, report: ReportData) -> Path:
@@ -85,7 +93,7 @@ def render_report(report: ReportData) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        share=_share, number=_number, word=lambda q: word_for(q, _words(report)).name, percent=percent
+        share=_share, number=_number, at_most=at_most, word=lambda q: word_for(q, _words(report)).name, percent=percent
     )
     return environment.get_template("report.html.j2").render(**_context(report))
 
@@ -111,9 +119,26 @@ def _context(report: ReportData) -> dict[str, Any]:
         "comparison": comparison(stages, report.bootstrap_replicates),
         "words": words_table(after, _words(report)) if has_answers and after else [],
         "figures": figures.all_figures(stages, table, report.target_risk, report.training),
-        "samples": _samples(report, threshold),
+        "samples": _samples(report, threshold) if report.samples else [],
+        **_strata(report),
         "config": json.dumps(report.config, indent=2, ensure_ascii=False, default=str),
         "curve": sorted(report.certified_curve.items()),
+    }
+
+
+def _strata(report: ReportData) -> dict[str, Any]:
+    """Groups of the test questions: those that break the promise, and at most GROUPS of each stratum."""
+    rows: dict[str, list[GroupRisk]] = {}
+    for one in report.group_risks:
+        rows.setdefault(one.key, []).append(one)
+    left_out = {key: len(found) - GROUPS for key, found in rows.items() if len(found) > GROUPS}
+    certified = report.groups.groups if report.groups else {}
+    return {
+        "broken": [one for one in report.group_risks if one.breaks],
+        "group_rows": [one for found in rows.values() for one in found[:GROUPS]],
+        "left_out": left_out,
+        "by": report.groups.by if report.groups else None,
+        "group_certificates": {name: one.certificate for name, one in certified.items()},
     }
 
 

@@ -25,10 +25,10 @@ from calibtrain.config_file import load_config
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
 from calibtrain.pipeline import probe as probes_of_run
-from calibtrain.pipeline.calibrate import (
+from calibtrain.pipeline.calibrate import SPLITS, certified_claims, check_strata, keeps_earlier, show
+from calibtrain.pipeline.calibration_file import (
     Calibrated,
-    certified_claims,
-    show,
+    parts_hashes,
     source_folder,
     weights_hash,
     write_calibration,
@@ -38,7 +38,6 @@ from calibtrain.pipeline.confidence import Scored, asker_of, score_split, with_p
 from calibtrain.pipeline.evaluate import Loaded
 from calibtrain.pipeline.prepare import prepare
 
-SPLITS = ("temperature", "certification")
 CHEAP = next(iter(FAMILIES))
 """Members of an ensemble unless they are named, with the run's probes: they cost at most one more pass."""
 
@@ -62,9 +61,7 @@ def run(
         raise UserError(f"{output_dir}: no exported model (model/config.json); train first")
     _check(name, members)
     prepared = prepare(config)
-    for split in SPLITS:
-        if not prepared.splits[split]:
-            raise UserError(f"data.splits.{split}: 0 questions; calibrating a source needs some")
+    check_strata(config, prepared.splits)
     loaded = Loaded(config, model)
     fingerprint = Fingerprint(weights_hash(model), loaded.template.hash)
     fitted = probes_of_run.load_probes(output_dir, fingerprint)
@@ -79,8 +76,7 @@ def run(
             scored, asker, records, {one: fitted[one] for one in names if one in PROBES}, fingerprint
         )
     folder = source_folder(output_dir, name)
-    if name == ENSEMBLE:
-        _combine(found, names, fingerprint, config.seed, folder)
+    made = _combine(found, names, fingerprint, config.seed) if name == ENSEMBLE else None
     fit, held_out = found["temperature"], found["certification"]
     calibrator = fit_calibrator(
         "platt", fit.scores[name].values, fit.correct, ids=sample_ids(fit.ids), **asdict(fingerprint)
@@ -93,11 +89,23 @@ def run(
         config.abstention.target_risk if target_risk is None else target_risk,
         config.abstention.delta if delta is None else delta,
     )
-    facts = {"source": name, "members": list(names), "cost": held_out.scores[name].cost.mean()}
-    hashes = {split: data_hash(prepared.splits[split]) for split in SPLITS}
-    write_calibration(folder / "calibration.json", calibrated, config, hashes, facts)
-    show(calibrated, folder)
+    stays = keeps_earlier(output_dir, calibrated, template_hash=fingerprint.template_hash, source=name)
+    if not stays:
+        if made is not None:
+            write_json(folder / "ensemble.json", json.loads(made.to_json()))
+        parts = parts_hashes(output_dir, _parts(names, name))
+        facts = {"source": name, "members": list(names), "cost": held_out.scores[name].cost.mean(), "parts": parts}
+        hashes = {split: data_hash(prepared.splits[split]) for split in SPLITS}
+        write_calibration(folder / "calibration.json", calibrated, config, hashes, facts)
+    show(calibrated, folder / "calibration.json", written=not stays)
     return calibrated
+
+
+def _parts(names: Sequence[str], name: str) -> list[str]:
+    """Files of the run that the source's scores rest on: with another probe or ensemble its calibration says nothing."""
+    fitted = {PROBES[0]: "probe", PROBES[1]: f"probe/{PROBES[1]}"}
+    files = [f"{fitted[one]}/{file}" for one in names if one in fitted for file in ("probe.json", "probe.safetensors")]
+    return [*files, *(["sources/ensemble/ensemble.json"] if name == ENSEMBLE else [])]
 
 
 def load_scorer(output_dir: Path, name: str, fingerprint: Fingerprint) -> Scorer:
@@ -136,14 +144,11 @@ def _placeholder(names: tuple[str, ...], fingerprint: Fingerprint) -> Ensemble:
     return Ensemble(names, (0.0,) * n, (1.0,) * n, (0.0,) * n, 0.0, 1.0, 0, fingerprint)
 
 
-def _combine(
-    found: dict[str, Scored], names: tuple[str, ...], fingerprint: Fingerprint, seed: int, folder: Path
-) -> None:
-    """Fit the ensemble, keep it, and add its scores."""
+def _combine(found: dict[str, Scored], names: tuple[str, ...], fingerprint: Fingerprint, seed: int) -> Ensemble:
+    """Fit the ensemble and add its scores."""
     fit = found["temperature"]
     known = {one: fit.scores[one].values for one in names}
     made = fit_ensemble(known, fit.correct, fingerprint, sources=names, seed=seed)
-    write_json(folder / "ensemble.json", json.loads(made.to_json()))
     for split, scored in found.items():
         values = (
             cross_scores(known, fit.correct, fingerprint, sources=names, seed=seed)
@@ -152,3 +157,4 @@ def _combine(
         )
         cost = cost_of({one: scored.scores[one] for one in names})
         scored.scores[ENSEMBLE] = SourceScores(np.asarray(values), cost, True)
+    return made

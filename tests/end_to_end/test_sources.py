@@ -20,23 +20,29 @@ QUESTIONS = ["What is 900?", "What is 901?", "What is 902?"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run with probes; every other answer is called right, since a random model's never is."""
+    """A run with probes; three of four answers are called right, since a random model's never is."""
     folder = tmp_path_factory.mktemp("sources")
     sizes = {"train": 8, "calibration": 48, "temperature": 40, "certification": 80, "test": 24}
     output = finished_run(folder, sizes, 3)
     asked, fitted = confidence.answer_questions, probe.with_progress
 
-    def half_right(found):
-        return replace(found, answers=[replace(one, correct=i % 2 == 0) for i, one in enumerate(found.answers)])
+    def mostly_right(found):
+        return replace(found, answers=[replace(one, correct=i % 4 > 0) for i, one in enumerate(found.answers)])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(confidence, "answer_questions", lambda *args, **more: half_right(asked(*args, **more)))
-        patch.setattr(probe, "with_progress", lambda *args: half_right(fitted(*args)))
+        patch.setattr(confidence, "answer_questions", lambda *args, **more: mostly_right(asked(*args, **more)))
+        patch.setattr(probe, "with_progress", lambda *args: mostly_right(fitted(*args)))
         probe.run(output, layers=(1, 2))
         for name in ("probe", "p_ik", "ensemble"):
             command = ["calibrate", str(output), "--source", name, "--target-risk", "0.7"]
             done = CliRunner().invoke(cli.app, command, catch_exceptions=False)
             assert done.exit_code == 0, done.output
+        kept = {path: path.read_bytes() for path in (output / "sources").rglob("*.json")}
+        for name in ("probe", "ensemble"):
+            failing = ["calibrate", str(output), "--source", name, "--target-risk", "0.001"]
+            done = CliRunner().invoke(cli.app, failing, catch_exceptions=False)
+            assert done.exit_code == 1, done.output
+        assert {path: path.read_bytes() for path in (output / "sources").rglob("*.json")} == kept
     return output
 
 
@@ -104,6 +110,15 @@ def test_what_was_not_calibrated_or_is_of_other_weights_is_refused(finished, tmp
     ):
         with pytest.raises(UserError, match=words):
             source.run(finished, **arguments)
+    probe_json = finished / "probe" / "probe.json"
+    whole = probe_json.read_text()
+    try:  # fitted anew, for the same model: its scores are others
+        probe_json.write_text(whole + "\n")
+        for name in ("probe", "ensemble"):
+            with pytest.raises(UserError, match=r"probe\.json has changed since"):
+                calibtrain.load(finished, source=name)
+    finally:
+        probe_json.write_text(whole)
     for name in ("probe", "sources", "config.yaml"):
         (tmp_path / name).symlink_to(finished / name)
     tiny_model(len(tiny_tokenizer()), seed=1, max_position_embeddings=512).save_pretrained(tmp_path / "model")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -58,7 +60,10 @@ def test_calibration_and_report_join_the_wandb_run_of_the_training(finished):
     assert len({path.stem for path in runs}) == 1
     after = list(records(runs[-1]))
     (artifact,) = (one.artifact for one in after if one.WhichOneof("record_type") == "artifact")
-    assert {entry.path for entry in artifact.manifest.contents} == {"calibration.json", "report.html"}
+    sent = {entry.path: entry for entry in artifact.manifest.contents}
+    assert sent.keys() == {"calibration.json", "report.html"}
+    # Not the files of the run, which hold questions and answers.
+    assert all(sent[name].size < (finished.output_dir / name).stat().st_size for name in sent)
     summaries = {item.key for one in after if one.WhichOneof("record_type") == "summary" for item in one.summary.update}
     assert {"calib/test/raw_model/ece15", "calib/test/with_temperature/ece15"} <= summaries
 
@@ -100,7 +105,7 @@ def test_calibration_json_holds_what_answer_needs(finished):
 
 def test_a_question_is_answered_as_it_was_measured(finished):
     from calibtrain.pipeline.answer import load
-    from calibtrain.pipeline.calibrate import read_calibration
+    from calibtrain.pipeline.calibration_file import read_calibration
     from calibtrain.pipeline.evaluate import read_measurement
 
     measured = read_measurement(finished.output_dir / "answers" / "certification.jsonl")
@@ -110,9 +115,43 @@ def test_a_question_is_answered_as_it_was_measured(finished):
         reply = answerer.answer(measured.answers[index].question)
         assert reply.text == measured.answers[index].text
         assert reply.probability == pytest.approx(float(probabilities[index]), abs=1e-4)
-        assert reply.abstained == (reply.certified and reply.probability < reply.threshold)
+        assert reply.abstained == (not reply.certified or reply.probability < reply.threshold)
     with pytest.raises(UserError, match="empty"):
         answerer.answer("  ")
+
+
+def test_a_calibration_that_certifies_nothing_leaves_the_one_that_does(finished, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from calibtrain import cli
+    from calibtrain.pipeline import calibrate
+
+    def invoke(*call):
+        return CliRunner().invoke(cli.app, [str(one) for one in call], catch_exceptions=False)
+
+    output = shutil.copytree(finished.output_dir, tmp_path / "run")
+    answered = calibrate.with_progress
+
+    def all_right(*args):
+        found = answered(*args)
+        return replace(found, answers=[replace(one, correct=True) for one in found.answers])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "with_progress", all_right)
+        assert invoke("calibrate", output, "--target-risk", 0.5).exit_code == 0
+    files = [output / "calibration.json", *(output / "answers").iterdir()]
+    kept = {path: path.read_bytes() for path in files}
+    failed = invoke("calibrate", output, "--target-risk", 0.5)  # this model is never right
+    assert failed.exit_code == 1
+    assert "nothing is written" in failed.output
+    assert {path: path.read_bytes() for path in [files[0], *(output / "answers").iterdir()]} == kept
+    # For the first time it is written, and answers nothing.
+    files[0].unlink()
+    assert invoke("calibrate", output, "--target-risk", 0.5).exit_code == 1
+    for more, words in (((), "I do not know."), (("--uncertified",), "It answers everything")):
+        said = invoke("answer", output, "What is 3 plus 4?", *more)
+        assert said.output.startswith("No certificate: ")
+        assert words in said.output
 
 
 def test_splits_share_no_question(finished):
@@ -124,7 +163,7 @@ def test_splits_share_no_question(finished):
 
 
 def test_calibration_is_void_for_other_weights_or_template(finished):
-    from calibtrain.pipeline.calibrate import read_calibration
+    from calibtrain.pipeline.calibration_file import read_calibration
 
     with pytest.raises(UserError, match="template"):
         read_calibration(finished.output_dir, template_hash="another")

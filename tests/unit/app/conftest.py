@@ -10,9 +10,9 @@ import pytest
 from calibtrain.calibration.scores import TEMPERATURE_GRID
 from calibtrain.confidence.answer import Answer
 from calibtrain.pipeline.answer import Answerer
-from calibtrain.pipeline.calibrate import read_calibration
+from calibtrain.pipeline.calibration_file import read_calibration
 from calibtrain.pipeline.evaluate import Measurement
-from tests.unit.pipeline.conftest import out  # noqa: F401
+from tests.unit.pipeline.conftest import made, out  # noqa: F401
 from tests.unit.pipeline.test_calibrate import config_of
 
 

@@ -3,15 +3,18 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed (pip install 'calibtrain[serve]')")
 from fastapi.testclient import TestClient
 
+from calibtrain.abstention.certificate import Certification
+from calibtrain.abstention.groups import GroupCertification
 from calibtrain.app.limits import Limits, RateLimiter
 from calibtrain.app.server import LOOPBACK, create_app
-from calibtrain.pipeline.answer import REFUSAL
+from calibtrain.pipeline.answer import REFUSAL, Answerer
 
 CHAT = "/v1/chat/completions"
 
@@ -41,6 +44,8 @@ def test_a_chat_completion_carries_its_confidence(client, answerer):
     ours, reply = found["calibtrain"], answerer.answer("what is it")
     assert (ours["confidence"], ours["word"], ours["abstained"]) == (reply.probability, reply.word, False)
     assert ours["certificate"] == answerer.default.certificate.as_dict()
+    assert next(iter(ours)) == "promise"  # the first thing that is said
+    assert ours["promise"].startswith("Certified for questions like the 1,200 graded ones from questions.jsonl")
 
 
 def test_it_abstains_in_words_and_in_the_reply(client):
@@ -52,13 +57,65 @@ def test_it_abstains_in_words_and_in_the_reply(client):
 
 
 def test_a_certified_risk_can_be_chosen_and_another_cannot(client, answerer):
-    for level in answerer.levels()[:-1]:
+    for level in answerer.levels():
         risk = level.certificate.target_risk
         found = client.post(CHAT, json=body(calibtrain={"risk": risk})).json()
         assert found["calibtrain"]["threshold"] == level.threshold
     refused = client.post(CHAT, json=body(calibtrain={"risk": 0.123}))
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "calibtrain.risk"
+
+
+def without_certificate(answerer, **more):
+    none = replace(answerer.calibrated, certification=Certification(None, "too few answers"), curve={})
+    return Answerer(answerer.loaded, none, **more)
+
+
+def test_without_a_certificate_every_door_abstains(answerer):
+    with make(without_certificate(answerer)) as client:
+        found = client.post(CHAT, json=body("what is it")).json()
+        assert found["choices"][0]["message"]["content"] == REFUSAL
+        assert found["calibtrain"]["promise"] == "No certificate: too few answers."
+        assert (found["calibtrain"]["abstained"], found["calibtrain"]["threshold"]) == (True, None)
+        streamed = events(client.post(CHAT, json=body("what is it", stream=True)))
+        assert "".join(one["choices"][0]["delta"].get("content", "") for one in streamed) == REFUSAL
+        assert client.post("/api/answer", json={"question": "what is it"}).json()["abstained"] is True
+        page = client.get("/").text
+        assert "No certificate: too few answers." in page
+        (level,) = json.loads(page.split('id="levels" type="application/json">')[1].split("</script>")[0])
+        assert level["threshold"] is None
+        # A client cannot allow by itself what the operator did not.
+        for own in ({"uncertified": True}, {"risk": 0.99}, {"threshold": 0}):
+            assert client.post(CHAT, json=body(calibtrain=own)).status_code == 400
+        assert client.post("/api/answer", json={"question": "q", "uncertified": True}).status_code == 400
+
+
+def test_an_operator_may_allow_uncertified_answers(answerer):
+    with make(without_certificate(answerer, uncertified=True)) as client:
+        found = client.post(CHAT, json=body("doubt")).json()
+    assert found["choices"][0]["message"]["content"] == "echo doubt"
+    assert found["calibtrain"]["promise"] == "No certificate: too few answers."
+    assert "how often it is wrong is not known" in found["calibtrain"]["limit"]
+
+
+def test_a_group_that_is_named_is_answered_by_its_own_certificate_or_not_at_all(answerer, client):
+    refused = client.post(CHAT, json=body(calibtrain={"group": "left"}))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "calibtrain.group")
+    left = replace(answerer.calibrated.certification, exceptions=())
+    groups = GroupCertification({"left": left, "right": Certification(None, "too few")}, 0.05, 0.025, "side")
+    grouped = Answerer(answerer.loaded, replace(answerer.calibrated, groups=groups))
+    with make(grouped) as client:
+        said = {
+            group: client.post(CHAT, json=body("what", calibtrain={"group": group})).json()
+            for group in ("left", "right", "</script>")
+        }
+        page = client.get("/").text
+    texts = {group: one["choices"][0]["message"]["content"] for group, one in said.items()}
+    assert texts == {"left": "echo what", "right": REFUSAL, "</script>": REFUSAL}
+    assert said["left"]["calibtrain"]["group"] == "left"
+    assert said["right"]["calibtrain"]["promise"].startswith("No certificate for questions of side right")
+    assert '<select id="group">' in page
+    assert "right (not answered)" in page
 
 
 def events(response):

@@ -12,6 +12,8 @@ from calibtrain.hooks.records import EndRecord, EvaluationRecord, LogRecord, Run
 from calibtrain.hooks.wandb import WandbHook, resolve_mode
 from tests.wandb_file import history, records
 
+SECRET = "a-persons-own-words"
+
 
 @pytest.fixture(autouse=True)
 def _no_credentials(monkeypatch, tmp_path):
@@ -20,14 +22,14 @@ def _no_credentials(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
-def job(tmp_path, first_step=0, state=None):
-    hook = WandbHook(TrackingConfig(project="test"), "a run")
+def job(tmp_path, first_step=0, state=None, **tracking):
+    hook = WandbHook(TrackingConfig(project="test", **tracking), "a run")
     if state:
         hook.load_state_dict(state)
     hook.on_start(RunRecord({"seed": 7}, tmp_path, 9, first_step, rank=0, world_size=2))
     for step in (first_step + 1, first_step + 2):
         hook.on_log(LogRecord(step, 9, {"train/loss/nll": 1.0 / step}))
-    answers = [Answer(str(i), "<script>?", "<b>x</b>", (-0.1 * i,), i % 3 > 0) for i in range(30)]
+    answers = [Answer(str(i), f"{SECRET}?", f"<b>{SECRET}</b>", (-0.1 * i,), i % 3 > 0) for i in range(30)]
     hook.on_evaluation(EvaluationRecord(first_step + 2, "test", {"calib/test/answer/acc": 0.5}, answers))
     artifact = tmp_path / "calibration.json"
     artifact.write_text("{}")
@@ -43,7 +45,8 @@ def test_offline_run_holds_keys_in_step_order_and_a_resume_keeps_its_id(tmp_path
     assert [row["train/step"] for row in rows] == [1, 2, 2]
     assert rows[0]["train/loss/nll"] == 1.0
     charts = {key.split("/")[3] for key in rows[2] if key.startswith("calib/test/answer/")}
-    assert {"acc", "reliability", "confidence_right", "confidence_wrong", "answers"} <= charts
+    assert {"acc", "reliability", "confidence_right", "confidence_wrong"} <= charts
+    assert "answers" not in charts
     assert any("risk_coverage" in chart for chart in charts)
     (run,) = (r.run for r in records(first) if r.WhichOneof("record_type") == "run")
     assert run.run_id == state["run_id"]
@@ -55,6 +58,19 @@ def test_offline_run_holds_keys_in_step_order_and_a_resume_keeps_its_id(tmp_path
     assert len(files) == 2
     assert {path.stem for path in files} == {f"run-{state['run_id']}"}
     assert capsys.readouterr().out.count("offline-run-") == 2
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_questions_and_answers_leave_only_where_the_config_says_so(tmp_path, capsys, texts):
+    job(tmp_path, log_answers=texts)
+    wandb.teardown()
+    kept = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert bool(kept) is texts
+    assert ("gets questions, answers and grades" in capsys.readouterr().out) is texts
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    environment = [one.environment for one in records(path) if one.WhichOneof("record_type") == "environment"]
+    assert not any(one.HasField("git") for one in environment)
+    assert not list((tmp_path / "wandb").rglob("diff*.patch"))
 
 
 def test_unreachable_server_falls_back_to_the_same_run_offline(tmp_path, monkeypatch, caplog):

@@ -1,6 +1,7 @@
 """A calibrated run without a model, for commands that work on its files."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from calibtrain.calibration.scores import TEMPERATURE_GRID, UNSCALED
 from calibtrain.confidence.answer import Answer
 from calibtrain.config_file import dump_config
 from calibtrain.pipeline import calibrate
+from calibtrain.pipeline.calibration_file import file_hash, made_by, weights_hash, write_calibration
 from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
 from tests.unit.pipeline.test_calibrate import config_of
 
@@ -22,28 +24,53 @@ def measured(n, seed):
     right = rng.random(n) < 1 / (1 + np.exp(-logit / 1.5))
     answers = [
         Answer(f"q{seed}-{i}", "?", "a", (float(table[i, UNSCALED]),), bool(right[i]), ("a",),
-               {"side": "left" if i % 3 else "right"})
+               {"side": "left" if i % 3 else "right", "each": str(i)})
         for i in range(n)
     ]  # fmt: skip
     return Measurement(answers, table)
 
 
-@pytest.fixture
-def out(tmp_path):
-    """A calibrated run: no model that could answer, but its weights' hash."""
+TEMPLATE = "t" * 64
+SPLITS = {"train": 10, "calibration": 0, "temperature": 0, "certification": 0, "test": 0}
+
+
+def mark_of(out):
+    """What a line of answers by the run's own model carries."""
+    return made_by(weights_hash(out / "model"), TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """The run that every test gets a copy of."""
+    tmp_path = tmp_path_factory.mktemp("made")
     (tmp_path / "model").mkdir()
     save_file({"w": np.ones(3)}, tmp_path / "model" / "model.safetensors")
-    config = config_of("temperature", target_hallucination=0.1, target_risk=0.1)
+    (tmp_path / "model" / "config.json").write_text('{"rope_theta": 1, "transformers_version": "5"}')
+    rows = [{"question": f"What is {i}?", "answers": ["a"]} for i in range(40)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(
+        "temperature",
+        data={"source": {"kind": "file", "path": tmp_path / "questions.jsonl"}, "splits": SPLITS},
+        target_hallucination=0.1,
+        target_risk=0.1,
+    )
     dump_config(config, tmp_path / "config.yaml")
     fitting, held_out = (measured(1200, seed) for seed in (0, 1))
-    write_measurement(fitting, tmp_path / "answers" / "temperature.jsonl")
-    write_measurement(held_out, tmp_path / "answers" / "certification.jsonl")
+    write_measurement(fitting, tmp_path / "answers" / "temperature.jsonl", mark_of(tmp_path))
+    write_measurement(held_out, tmp_path / "answers" / "certification.jsonl", mark_of(tmp_path))
     held_out = read_measurement(tmp_path / "answers" / "certification.jsonl")
-    calibrator = calibrate.fit(config, fitting, "t" * 64, calibrate.weights_hash(tmp_path / "model"))
+    calibrator = calibrate.fit(config, fitting, TEMPLATE, weights_hash(tmp_path / "model"))
     found = calibrate.certified(config, calibrator, held_out, 0.1, 0.05)
-    calibrate.write_calibration(
-        tmp_path / "calibration.json", found, config, {"temperature": "a", "certification": "b"}
-    )
+    facts = {"fitted_on": file_hash(tmp_path / "answers" / "temperature.jsonl")}
+    hashes = {"temperature": "a", "certification": "b"}
+    write_calibration(tmp_path / "calibration.json", found, config, hashes, facts)
     content = json.loads((tmp_path / "calibration.json").read_text())
     (tmp_path / "calibration.json").write_text(json.dumps(content | {"of_another_command": [1]}))
+    return tmp_path
+
+
+@pytest.fixture
+def out(made, tmp_path):
+    """A calibrated run: no model that could answer, but its weights' hash."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path

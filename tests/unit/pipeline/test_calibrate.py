@@ -11,8 +11,10 @@ from safetensors.numpy import save_file
 from calibtrain.calibration.scores import TEMPERATURE_GRID, UNSCALED, TokenScores
 from calibtrain.confidence.answer import Answer
 from calibtrain.config import CalibrationConfig, RunConfig
+from calibtrain.config_file import dump_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import calibrate
+from calibtrain.pipeline.calibration_file import write_calibration
 from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
 
 METHODS = get_args(CalibrationConfig.model_fields["method"].annotation)
@@ -33,9 +35,9 @@ def measured(n=300, seed=0):
     return Measurement(answers, table, TokenScores(tokens, rng.normal(0, 1, (2 * n, 5)), owner))
 
 
-def config_of(method, **abstention):
+def config_of(method, data=None, **abstention):
     domain = "side" if method == "domain_temperature" else None
-    return RunConfig(calibration={"method": method, "domain": domain}, abstention=abstention)
+    return RunConfig(calibration={"method": method, "domain": domain}, abstention=abstention, data=data or {})
 
 
 @pytest.fixture
@@ -48,6 +50,7 @@ def output(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_goes_to_the_file_and_back(method, output):
     config = config_of(method, target_hallucination=0.1, groups="side", target_risk=0.4, words="ipcc")
+    dump_config(config, output / "config.yaml")
     hashes = ("t" * 64, calibrate.weights_hash(output / "model"))
     fitting = measured()
     if method == "base_alignment":
@@ -57,7 +60,7 @@ def test_every_method_goes_to_the_file_and_back(method, output):
     assert calibrator.method == method
     held_out = measured(seed=1)
     found = calibrate.certified(config, calibrator, held_out, 0.4, 0.05)
-    calibrate.write_calibration(output / "calibration.json", found, config, {})
+    write_calibration(output / "calibration.json", found, config, {})
     assert calibrate.read_calibration(output, template_hash="t" * 64) == found
     content = json.loads((output / "calibration.json").read_text())
     assert content["words"][0]["name"] == "exceptionally unlikely"

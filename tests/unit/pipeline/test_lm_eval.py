@@ -125,6 +125,17 @@ def test_files_that_hold_no_samples(tmp_path):
         lm_eval.read_samples(written(tmp_path, []))
 
 
+def test_a_binary_file_is_named_and_a_line_may_hold_any_character(tmp_path):
+    path = written(tmp_path, [])
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        lm_eval.read_samples(path)
+    row = choice_row(0, [-1.0, -2.0], 0)
+    row["doc"]["question"] = "a\u2028b"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert lm_eval.read_samples(path).answers[0].question == "a\u2028b"
+
+
 def test_the_report_is_written_beside_the_samples(tmp_path):
     rows = [choice_row(i, [-1.0 - i % 3, -1.5, -2.0], i % 2) for i in range(40)]
     page = lm_eval.run(written(tmp_path, rows))

@@ -1,6 +1,7 @@
 """The alarm over an audit log that grows: each line counts once, whatever the calls, and a bad line counts nothing."""
 
 import json
+import math
 import random
 
 import pytest
@@ -92,11 +93,86 @@ def test_a_changed_log_a_broken_state_and_a_missing_certificate_are_told(out, tm
     (out / monitor.STATE).write_text("{}")
     with pytest.raises(UserError, match="delete it to count"):
         monitor.run(out, path)
-    certify.run(out, risk=0.001)
+    (out / monitor.STATE).unlink()
+    forget_certificate(out)
     with pytest.raises(UserError, match="no certificate"):
         monitor.run(out, path)
     with pytest.raises(UserError, match="no such file"):
         monitor._lines(tmp_path / "none.jsonl")
+
+
+def forget_certificate(out):
+    content = json.loads((out / "calibration.json").read_text())
+    content |= {"certificate": None, "certification": "too few", "exceptions": []}
+    (out / "calibration.json").write_text(json.dumps(content))
+
+
+def test_without_a_certificate_the_wanted_risk_is_watched_where_that_is_asked_for(out, tmp_path):
+    forget_certificate(out)
+    path = log(tmp_path / "audit.jsonl", rows(400, 0.5))
+    call = ["monitor", str(out), str(path), "--uncertified"]
+    done = CliRunner().invoke(cli.app, call)
+    assert done.exit_code == 1
+    assert "the wanted risk no longer holds" in " ".join(done.output.split())
+    assert "certified" not in done.output
+
+
+def test_no_audited_answer_is_no_good_news(out, tmp_path):
+    for empty in ("", "\n \n"):
+        (tmp_path / "empty.jsonl").write_text(empty)
+        with pytest.raises(UserError, match="no audited answers"):
+            monitor.run(out, tmp_path / "empty.jsonl")
+    done = CliRunner().invoke(cli.app, ["monitor", str(out), str(log(tmp_path / "refused.jsonl", rows(9, 0, 1.0)))])
+    assert done.exit_code == 0
+    assert "nothing is known of the certificate" in done.output
+    assert "no alarm" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("largest_log_evidence", math.nan),
+        ("n", -3),
+        ("n_wrong", 900),
+        ("log_capital", [math.nan] * 9),
+        ("target_risk", 0.9),
+    ],
+)
+def test_a_state_that_could_never_alarm_is_refused(key, value, out, tmp_path):
+    path = log(tmp_path / "audit.jsonl", rows(20, 0.1))
+    monitor.run(out, path)
+    state = json.loads((out / monitor.STATE).read_text())
+    state["alarm"][key] = value
+    (out / monitor.STATE).write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"impossible|another risk|delete it"):
+        monitor.run(out, path)
+
+
+def test_alarm_bad_input_and_failure_have_codes_of_their_own(out, tmp_path, monkeypatch, capsys):
+    def code(path):
+        monkeypatch.setattr("sys.argv", ["calibtrain", "monitor", str(out), str(path)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code
+
+    assert code(log(tmp_path / "good.jsonl", rows(50, 0.05))) == 0
+    assert code(log(tmp_path / "bad.jsonl", rows(400, 0.6))) == 1
+    (tmp_path / "binary.jsonl").write_bytes(b"\x89PNG\r\n\xff\x00")
+    assert code(tmp_path / "binary.jsonl") == 2
+    assert code(tmp_path / "none.jsonl") == 2
+    assert code(out) == 2
+    monkeypatch.setattr(monitor, "_print", lambda *args: 1 / 0)
+    assert code(log(tmp_path / "more.jsonl", rows(5, 0.05))) == 3
+    told = capsys.readouterr().err
+    assert "not UTF-8" in told
+    assert "nothing is known of the certificate: ZeroDivisionError" in told
+    assert "Traceback" not in told
+
+
+def test_a_line_may_hold_any_character(out, tmp_path):
+    line = json.dumps({"abstained": False, "correct": True, "question": "a\u2028b\x85c"}, ensure_ascii=False)
+    (tmp_path / "audit.jsonl").write_text(line + "\n" + line, encoding="utf-8")
+    assert monitor.run(out, tmp_path / "audit.jsonl").n == 2
 
 
 def test_words_that_are_not_kept_fail_the_command(out, tmp_path):

@@ -7,8 +7,8 @@ from torch import nn
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
 from calibtrain.losses.rotation import polar_drift, row_gram_drift
-from calibtrain.models.export import export_model, gathered_weights
 from calibtrain.models.arithmetic import DTYPES
+from calibtrain.models.export import export_model, gathered_weights
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.policy import Policy
 from calibtrain.spectral.polar import polar_factor

@@ -1,0 +1,64 @@
+"""The report of a run: which groups break the promise, and what of it may leave the machine."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from calibtrain.errors import UserError
+from calibtrain.pipeline import certify, collect
+from calibtrain.pipeline.evaluate import write_measurement
+from calibtrain.pipeline.report import render_report
+from tests.unit.pipeline.conftest import mark_of, measured
+
+SECRET = "a-persons-own-words"
+
+
+@pytest.fixture
+def tested(out):
+    """The run with answers to test questions, of which those of one side are wrong."""
+    found = measured(300, 3)
+    answers = [
+        replace(one, question=f"{SECRET} {i}", text=SECRET, correct=one.correct and one.strata["side"] == "left",
+                strata={"side": one.strata["side"], "patient": f"{SECRET} {i % 40}"})
+        for i, one in enumerate(found.answers)
+    ]  # fmt: skip
+    write_measurement(replace(found, answers=answers), out / "answers" / "test.jsonl", mark_of(out))
+    (out / "run.json").write_text(json.dumps({"versions": {}, "git": None, "data_hash": None, "world_size": 1}))
+    return out
+
+
+def test_the_group_that_breaks_the_promise_is_named_first(tested):
+    certify.run(tested, risk=0.1, by="side")
+    page = render_report(replace(collect.report_data(tested), bootstrap_replicates=10))
+    verdict = page[page.index('<div class="verdict') : page.index("<h2>")]
+    assert "on questions like the 1,200 graded ones from questions.jsonl" in verdict
+    assert "Not in every group: where side is right, " in verdict
+    table = page[page.index("Does the promise hold in every group?") :]
+    assert table.index(">right<") < table.index(">left<")
+    assert "✕ broken" in table
+    assert "By patient, 10 more groups are left out" in table
+    assert "Own certificate" in table
+
+
+def test_what_leaves_the_machine_holds_no_question_answer_or_name_of_a_group(tested, tmp_path):
+    certify.run(tested, risk=0.1, by="side")
+    data = replace(collect.report_data(tested), bootstrap_replicates=10)
+    assert SECRET in render_report(data)
+    (tmp_path / "sent").mkdir()
+    files = collect._without_answers(tested, data, tmp_path / "sent")
+    assert {path.name for path in files} == {"calibration.json", "report.html"}
+    for path in files:
+        text = path.read_text("utf-8")
+        assert SECRET not in text
+        assert '"left"' not in text
+    sent = json.loads(files[0].read_text())
+    assert sent["certificate"]["target_risk"] == 0.1
+    assert sent["calibrator"]["parameters"].keys() == {"temperature"}
+    assert {"scope", "groups", "exceptions"}.isdisjoint(sent)
+
+
+def test_test_answers_of_another_model_are_not_reported_as_this_ones(tested):
+    write_measurement(measured(30, 3), tested / "answers" / "test.jsonl")
+    with pytest.raises(UserError, match="not known to be answers of this model"):
+        collect.report_data(tested)
