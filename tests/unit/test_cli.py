@@ -111,7 +111,7 @@ def test_dry_run_of_a_local_model_prints_everything_and_runs_nothing(tmp_path):
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
     ).save_pretrained(tmp_path / "m")
     done = command(
-        "train", "demo", "--dry-run", "--num-processes", "2",
+        "train", "demo", "--dry-run", "--num-processes", "2", "training.micro_batch_size=4",
         f"model.source={tmp_path / 'm'}", f"output_dir={tmp_path / 'out'}", "model.lora={r: 2}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -59,7 +59,8 @@ def test_shipped_jsons_are_filled(name):
     offload = "offload" in name
     loaded = load_config(
         "demo",
-        [f"training.deepspeed=configs/deepspeed/{name}.json", f"training.zero_stage={name[4]}",
+        ["training.micro_batch_size=4", "model.dtype=bf16",
+         f"training.deepspeed=configs/deepspeed/{name}.json", f"training.zero_stage={name[4]}",
          f"training.offload_optimizer={offload}", f"training.offload_parameters={offload}"],
     )  # fmt: skip
     path = Path(__file__).parents[2] / "configs" / "deepspeed" / f"{name}.json"

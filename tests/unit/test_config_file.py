@@ -25,7 +25,9 @@ def test_every_shipped_config_loads_survives_a_round_trip_and_gives_a_deepspeed_
         config = load_config(name)
         dump_config(config, tmp_path / "deep" / f"{name}.yaml")
         assert load_config(tmp_path / "deep" / f"{name}.yaml") == config
-        deepspeed = deepspeed_dict(config, 2, hidden_size=4096)
+        deepspeed = deepspeed_dict(
+            config, config.training.global_batch_size // config.training.micro_batch_size, hidden_size=4096
+        )
         assert deepspeed["train_batch_size"] == config.training.global_batch_size
         assert "auto" not in json.dumps(deepspeed)
 
