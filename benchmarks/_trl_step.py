@@ -20,6 +20,7 @@ def trl_worker(
     dtype: str = "float32",
     micro_batches: int = 1,
     compiled: bool = False,
+    precision: str = "bf16",
 ) -> None:
     """ORPOTrainer.train(); a callback at the end of each step reports it and waits for the next."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -51,7 +52,8 @@ def trl_worker(
     arguments = ORPOConfig(
         output_dir=tempfile.mkdtemp(dir=model.parent), beta=BETA, learning_rate=LEARNING_RATE, max_length=512,
         per_device_train_batch_size=PAIRS // micro_batches, gradient_accumulation_steps=micro_batches,
-        max_steps=1_000_000, lr_scheduler_type="constant", bf16=True, use_cpu=True, gradient_checkpointing=False,
+        max_steps=1_000_000, lr_scheduler_type="constant",
+        bf16=precision == "bf16", use_cpu=True, gradient_checkpointing=False,
         optim="adamw_torch_fused", weight_decay=0.0, report_to=[], save_strategy="no", disable_tqdm=True,
         logging_steps=5, torch_compile=compiled,
     )  # fmt: skip

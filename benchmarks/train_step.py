@@ -5,8 +5,10 @@
 Each contender meets calibtrain in turn. Both live in processes of their own, with the same number of threads and the
 same settings of the allocator; the parent lets one of them take one step at a time, alternating, and waits. A step is
 the whole loop's: fetching and collating, forward, backward, clipping, AdamW, bookkeeping. All take the same 8 pairs a
-step, minimise the same loss (negative log-likelihood of prompt and chosen answer, beta 0.5), compute in bf16; the
-losses of their first step are in the report, to be compared.
+step, minimise the same loss (negative log-likelihood of prompt and chosen answer, beta 0.5), compute in `--dtype`; the
+losses of their first step are in the report, to be compared. With `--shares` only the shares of our own step are
+measured: products of the layers, attention, head, optimiser, communication, the rest, and cores that wait, of one
+process with all cores and of two that share them.
 
 - `calibtrain`: Trainer on DeepSpeed ZeRO-2, bf16 weights and fp32 masters, the default hooks.
 - `calibtrain_responses`: the same with nll_scope=completion, our default and the paper's formula; TRL has no such option.
@@ -38,6 +40,7 @@ from typing import Any
 
 from _report import print_table, write_json
 from _step_pairs import BETA, LEARNING_RATE, PAIRS, SHAPES, token_ids
+from _step_shares import measure_shares
 from _trl_step import trl_worker
 
 from calibtrain.launchers.local import local_environment
@@ -53,25 +56,32 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--shares", action="store_true", help="where the seconds of our own step go, without peers")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model and few steps: does it run")
     args = parser.parse_args()
     if args.smoke:
         args.steps, args.blocks = 2, 2
+    if args.dtype == "fp32":
+        args.only = [name for name in args.only if not name.startswith("trl_bf16")]
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = _model_directory(Path(folder), args.smoke)
+        if args.shares:
+            show_shares(model, args.shapes, args.dtype, args.threads, args.json)
+            return
         for shape in args.shapes:
             ratios = {}
             for name in args.only:
-                found = measure(["calibtrain", name], model, shape, args.steps, args.threads)
+                found = measure(["calibtrain", name], model, shape, args.steps, args.threads, args.dtype)
                 rows += found
                 ratios[name] = found[0]["pairs_per_second"] / found[1]["pairs_per_second"]
             summary.update(summarize(shape, ratios))
-        hooks = measure_hooks(model, args.shapes[-1], args.blocks, args.threads)
+        hooks = measure_hooks(model, args.shapes[-1], args.blocks, args.threads, args.dtype)
         rows.append(hooks)
         summary["hooks_overhead"] = hooks["seconds"] / hooks["seconds_without"] - 1
-    print_table("ORPO steps", [{key: row.get(key, "") for key in rows[0]} for row in rows])
+    print_table(f"ORPO steps in {args.dtype}", [{key: row.get(key, "") for key in rows[0]} for row in rows])
     print({key: round(value, 4) for key, value in summary.items()})
     if args.json:
         write_json(args.json, rows, summary)
@@ -95,10 +105,22 @@ def summarize(shape: str, ratios: dict[str, float]) -> dict[str, float]:
     return summary
 
 
-def measure(names: list[str], model: Path, shape: str, steps: int, threads: int) -> list[dict[str, Any]]:
+def show_shares(model: Path, shapes: list[str], dtype: str, threads: int, path: Path | None) -> None:
+    """Print and write the shares of a step of each shape, on one process and on two."""
+    rows = [measure_shares(trainer_for, model, shape, dtype, ranks, threads) for shape in shapes for ranks in (1, 2)]
+    print_table(f"shares of a step in {dtype}", rows)
+    summary = {f"{name}_{row['shape']}_{row['ranks']}": row[name] for row in rows for name in ("seconds", "products")}
+    print({key: round(value, 4) for key, value in summary.items()})
+    if path:
+        write_json(path, rows, summary)
+
+
+def measure(
+    names: list[str], model: Path, shape: str, steps: int, threads: int, dtype: str = "bf16"
+) -> list[dict[str, Any]]:
     """One row a contender: median seconds of a step, and the loss of the first one. One warm-up step each."""
     targets = {"calibtrain": calibtrain_worker, **CONTENDERS}
-    workers = {name: Worker(targets[name], threads, model, shape) for name in names}
+    workers = {name: Worker(partial(targets[name], precision=dtype), threads, model, shape) for name in names}
     try:
         losses = {name: worker.step()["loss"] for name, worker in workers.items()}
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -122,9 +144,9 @@ def measure(names: list[str], model: Path, shape: str, steps: int, threads: int)
     ]
 
 
-def measure_hooks(model: Path, shape: str, blocks: int, threads: int) -> dict[str, Any]:
+def measure_hooks(model: Path, shape: str, blocks: int, threads: int, dtype: str) -> dict[str, Any]:
     """Blocks of steps, one log each, with every hook and without any, in turn, in one process."""
-    worker = Worker(hooks_worker, threads, model, shape)
+    worker = Worker(partial(hooks_worker, precision=dtype), threads, model, shape)
     try:
         worker.step()
         timed = [worker.step() for _ in range(blocks)]
@@ -161,7 +183,14 @@ class Worker:
         self.process.join()
 
 
-def trainer_for(model: Path, shape: str, scope: str, hooks: Callable[[Any], list[Any]], compiled: bool = False) -> Any:
+def trainer_for(
+    model: Path,
+    shape: str,
+    scope: str,
+    hooks: Callable[[Any], list[Any]],
+    compiled: bool = False,
+    precision: str = "bf16",
+) -> Any:
     """The Trainer as `calibtrain train` makes it, over the shared token ids."""
     from calibtrain.confidence.answering import Answerer
     from calibtrain.config import RunConfig
@@ -179,11 +208,11 @@ def trainer_for(model: Path, shape: str, scope: str, hooks: Callable[[Any], list
     config = RunConfig.model_validate(
         {
             "output_dir": tempfile.mkdtemp(dir=model.parent),
-            "model": {"source": str(model), "compile": compiled},
+            "model": {"source": str(model), "compile": compiled, "dtype": precision},
             "data": {"max_length": 512},
             "objective": {"name": "orpo", "beta": BETA, "nll_scope": scope},
-            "training": {"micro_batch_size": PAIRS, "global_batch_size": PAIRS, "learning_rate": LEARNING_RATE,
-                         "schedule": "constant", "warmup_ratio": 0.0},
+            "training": {"micro_batch_size": PAIRS // int(os.environ.get("WORLD_SIZE", 1)), "global_batch_size": PAIRS,
+                         "learning_rate": LEARNING_RATE, "schedule": "constant", "warmup_ratio": 0.0},
             "tracking": {"mode": "offline"},
         }
     )  # fmt: skip
@@ -215,7 +244,9 @@ def trainer_for(model: Path, shape: str, scope: str, hooks: Callable[[Any], list
     )
 
 
-def calibtrain_worker(pipe: Connection, model: Path, shape: str, scope: str = "full", compiled: bool = False) -> None:
+def calibtrain_worker(
+    pipe: Connection, model: Path, shape: str, scope: str = "full", compiled: bool = False, precision: str = "bf16"
+) -> None:
     """The Trainer's own loop; a hook at the end of each step reports it and waits for the next."""
     from calibtrain.hooks.base import Hook
     from calibtrain.hooks.factory import default_hooks
@@ -241,7 +272,7 @@ def calibtrain_worker(pipe: Connection, model: Path, shape: str, scope: str = "f
 
     pace = Pace()
     trainer = trainer_for(
-        model, shape, scope, lambda config: [*default_hooks(config, 0, term_names(config)), pace], compiled
+        model, shape, scope, lambda config: [*default_hooks(config, 0, term_names(config)), pace], compiled, precision
     )
     _start_hooks(trainer)
     gc.collect()
@@ -250,14 +281,16 @@ def calibtrain_worker(pipe: Connection, model: Path, shape: str, scope: str = "f
     trainer.fit(Progress())
 
 
-def hooks_worker(pipe: Connection, model: Path, shape: str) -> None:
+def hooks_worker(pipe: Connection, model: Path, shape: str, precision: str = "bf16") -> None:
     """Blocks of `log_every` steps with all hooks and with none."""
     from calibtrain.hooks.base import HookList
     from calibtrain.hooks.factory import default_hooks
     from calibtrain.training.checkpoint import Progress
     from calibtrain.training.losses import term_names
 
-    trainer = trainer_for(model, shape, "full", lambda config: default_hooks(config, 0, term_names(config)))
+    trainer = trainer_for(
+        model, shape, "full", lambda config: default_hooks(config, 0, term_names(config)), precision=precision
+    )
     _start_hooks(trainer)
     lists = {"with": trainer.hooks, "without": HookList([])}
     progress, size = Progress(), trainer.config.training.log_every
@@ -280,14 +313,14 @@ def _start_hooks(trainer: Any) -> None:
     trainer.hooks.dispatch("on_start", RunRecord(config.resolved(), config.output_dir, 1000, 0, 0, 1))
 
 
-def plain_worker(pipe: Connection, model: Path, shape: str) -> None:
-    """The same forward and optimiser without DeepSpeed: bf16 weights, fp32 masters, clipping, fused AdamW."""
+def plain_worker(pipe: Connection, model: Path, shape: str, precision: str = "bf16") -> None:
+    """The same forward and optimiser without DeepSpeed: fp32 masters, clipping, fused AdamW."""
     import torch
 
     from calibtrain.models.loss_model import TrainStep
     from calibtrain.training.engine import optimizer_groups
 
-    trainer = trainer_for(model, shape, "full", lambda config: [])
+    trainer = trainer_for(model, shape, "full", lambda config: [], precision=precision)
     config, batch = trainer.config, trainer._window(0)[0].batch
     trainer.engine.deepspeed.destroy()
     from calibtrain.pipeline.train import build_model

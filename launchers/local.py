@@ -25,8 +25,11 @@ def local_argv(
 ) -> list[str]:
     """Command line of the deepspeed launcher for `num_processes` ranks on this machine; no shell reads it.
 
-    `visible_devices` is CUDA_VISIBLE_DEVICES: deepspeed ignores it beside --num_gpus, so that the devices are named.
+    One rank needs no launcher, whose two processes hold half a gigabyte. `visible_devices` is CUDA_VISIBLE_DEVICES:
+    deepspeed ignores it beside --num_gpus, so that the devices are named.
     """
+    if num_processes == 1:
+        return [sys.executable, "-u", "-m", TRAIN_MODULE, str(config), *overrides]
     devices = [device for device in (visible_devices or "").split(",") if device.strip()]
     if len(devices) >= num_processes:
         where = ["--include", f"localhost:{','.join(devices[:num_processes])}"]

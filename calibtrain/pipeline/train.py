@@ -89,6 +89,8 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         check_learns(config, model, examples)
     layout = row_layout(config, model.policy)
     engine = start_engine(model, config, world)
+    if world.device.type == "cpu":
+        release_freed_memory()  # what flattening the weights left behind would be fragmented by the first steps
     trainer = _trainer(config, prepared, template, engine, world, layout, examples)
     checkpoint = find_checkpoint(config, world, trainer.data_hash)
     if world.is_main:

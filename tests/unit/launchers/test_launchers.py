@@ -55,6 +55,8 @@ def test_local_argv():
     named = local.local_argv("c", num_processes=2, port=1, visible_devices="4,6,7")
     assert named[named.index("--include") + 1] == "localhost:4,6"
     assert "--num_accelerators" not in named
+    alone = local.local_argv("my config.yaml", ["a=1"], num_processes=1, port=1)
+    assert alone[-4:] == ["-m", "calibtrain.launchers.train", "my config.yaml", "a=1"]
 
 
 @pytest.mark.parametrize(
