@@ -13,7 +13,13 @@ from pathlib import Path
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.launchers.environment import adopt_slurm_ranks, read_environment_file
-from calibtrain.launchers.errors import END_GRACE_SECONDS, clear_errors, end_within, report_error
+from calibtrain.launchers.errors import (
+    END_GRACE_SECONDS,
+    clear_errors,
+    end_within,
+    end_without_teardown,
+    report_error,
+)
 
 USAGE = "usage: python -m calibtrain.launchers.train [--env-file FILE] CONFIG [a.b=c ...]"
 
@@ -66,4 +72,5 @@ def main(arguments: Sequence[str] | None = None, environment: MutableMapping[str
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    note_code = end_without_teardown()
+    sys.exit(note_code(main()))
