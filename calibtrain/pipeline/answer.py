@@ -20,7 +20,7 @@ from calibtrain.errors import UserError
 from calibtrain.pipeline.calibrate import Calibrated, read_calibration, weights_hash
 from calibtrain.pipeline.confidence import asker_of
 from calibtrain.pipeline.evaluate import Loaded
-from calibtrain.pipeline.source import load_scorer
+from calibtrain.pipeline.source import check_calibrated, load_scorer
 
 REFUSAL = "I do not know."
 
@@ -218,6 +218,7 @@ def load(output_dir: str | Path, source: str = "likelihood") -> Answerer:
     config = load_config(folder / "config.yaml")
     if not (folder / "model" / "config.json").is_file():
         raise UserError(f"{folder}: no exported model (model/config.json); train first")
+    check_calibrated(folder, source)  # before the model is loaded
     loaded = Loaded(config, folder / "model")
     scorer = None
     if source != "likelihood":
