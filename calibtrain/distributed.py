@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -90,10 +91,10 @@ def leave_world(seconds: float = CLOSE_SECONDS) -> None:
 
 
 def _destroy_groups() -> None:
-    from deepspeed import comm
-
+    deepspeed = sys.modules.get("deepspeed")  # it keeps groups of its own, where it was used
+    started = deepspeed is not None and deepspeed.comm.is_initialized()
     try:
-        (comm if comm.is_initialized() else dist).destroy_process_group()
+        (deepspeed.comm if deepspeed is not None and started else dist).destroy_process_group()
     except Exception as error:  # a peer that died closes nothing in order
         logger.debug("the process group did not close in order: %s", error)
 

@@ -112,7 +112,14 @@ def test_dry_run_of_a_local_model_prints_everything_and_runs_nothing(tmp_path):
         f"model.source={tmp_path / 'm'}", f"output_dir={tmp_path / 'out'}", "model.lora={r: 2}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for words in ("answer_score", '"train_batch_size": 8', "local rank", "optimizer states", "parameters", "steps of 8 records"):
+    for words in (
+        "answer_score",
+        '"train_batch_size": 8',
+        "local rank",
+        "optimizer states",
+        "parameters",
+        "steps of 8 records",
+    ):
         assert words in done.stdout
     linear = 2 * (2 * (16 + 16) + 2 * (16 + 16) + 3 * (16 + 32))
     assert f"{linear} trained" in done.stdout

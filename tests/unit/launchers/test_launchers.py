@@ -95,6 +95,17 @@ def test_a_process_that_hangs_at_exit_is_ended():
     assert time.monotonic() - started < 45
 
 
+def test_a_process_ends_behind_its_exit_handlers_with_its_own_code():
+    code = (
+        "from calibtrain.launchers.errors import end_without_teardown\nnote = end_without_teardown()\n"
+        "import atexit, sys\natexit.register(print, 'a handler')\n"
+        "class Loud:\n    def __del__(self): print('taken apart')\nloud = Loud()\nsys.exit(note(3))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 3
+    assert done.stdout == "a handler\n"
+
+
 def test_the_environment_travels_by_a_private_file(tmp_path):
     given = {"WANDB_API_KEY": "k", "HF_HOME": "/h", "CALIBTRAIN_CACHE": "/c", "PATH": "/bin", "AWS_SECRET": "s"}
     file = environment.write_environment_file(tmp_path / "launch" / "environment.json", given)
