@@ -176,6 +176,22 @@ def test_multinode_reaches_pdsh_without_keys_on_the_command_line(tmp_path, code)
     assert not (out / "launch" / "environment.json").exists()
 
 
+def test_multinode_looks_before_it_launches(tmp_path, capsys):
+    hosts = tmp_path / "hosts"
+    hosts.write_text((ROOT / "launchers" / "hostfile.example").read_text())
+    assert multinode.slots_of(hosts) == 16
+    fake(tmp_path / "bin", "pdsh", "raise SystemExit('launched')\n")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+        assert multinode.main([str(hosts), "demo", f"output_dir={tmp_path / 'out'}"]) == 2
+    assert "on 16 process(es)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    for text in ("", "node-1 8\n", "node-1 slots=many\n"):
+        hosts.write_text(text)
+        with pytest.raises(UserError, match="slots=8"):
+            multinode.slots_of(hosts)
+
+
 def test_multinode_ends_everywhere_when_one_rank_has_failed(tmp_path):
     errors.report_error(ValueError("boom"), tmp_path, 3)
     launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
