@@ -83,9 +83,8 @@ def check(config: RunConfig, world_size: int) -> Checked:
         check_rejected(prepared)
     drops = DropReport()
     examples: list[tuple[Encoded, ...]] = []
-    if answers_itself(config):
-        _ask(template, train[:READ_WHOLE])
-    else:
+    _ask(template, train[:READ_WHOLE])
+    if not answers_itself(config):
         pairs = config.trains_on_pairs and not wanting
         examples = encode_records(train[:READ_WHOLE], template, config.data.max_length, pairs, drops)
     for split in ("calibration", "temperature", "certification", "test"):
@@ -180,11 +179,12 @@ def _certificate_advice(config: RunConfig, temperature: int, certification: int)
 
 
 def _ask(template: Template, records: Sequence[Record], shots: Sequence[Record] = ()) -> None:
-    """Try the template on questions; UserError names the first that it refuses."""
-    for record in records:
-        template.prompt_text(record)
-    for record in records[:1]:
-        template.prompt_text(record, shots)
+    """Try the template on questions, the first also behind the examples; UserError names the one that it refuses."""
+    for index, record in enumerate(records):
+        try:
+            template.prompt_text(record, shots if index == 0 else ())
+        except UserError as error:
+            raise UserError(f"{record.origin or record.question}: {error}") from None
 
 
 def evaluations(config: RunConfig, steps: int, questions: int) -> list[str]:

@@ -62,10 +62,10 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
 
     `last_weights` also gets the weights of the last step, as they are before averaging and scale, to compare with.
     """
+    _show_messages(main=os.environ.get("RANK", "0") == "0")
     # A mistake is told before anything is compiled or loaded, and before the ranks wait for each other.
     checked = check(config, int(os.environ.get("WORLD_SIZE", 1)))
     world = start_world()
-    _show_messages(world)
     prepared, template = checked.prepared, checked.template
     for line in advice(config, checked) if world.is_main else []:
         logger.warning("%s", line)
@@ -107,10 +107,10 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     return target
 
 
-def _show_messages(world: World) -> None:
+def _show_messages(*, main: bool) -> None:
     """Print calibtrain's own messages: all of rank 0's, warnings of the others."""
     root = logging.getLogger("calibtrain")
-    root.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    root.setLevel(logging.INFO if main else logging.WARNING)
     if not root.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
