@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from calibtrain.launchers.errors import (
 )
 
 USAGE = "usage: python -m calibtrain.launchers.train [--env-file FILE] CONFIG [a.b=c ...]"
+
+LINGER_SECONDS = 2.5
+"""A rank that fails waits so long before it ends. Often a peer was killed, and the launcher, which looks once a second and
+names the first dead process that it sees, must see that one."""
 
 
 def parse(arguments: Sequence[str]) -> tuple[Path | None, str, list[str]]:
@@ -66,6 +71,8 @@ def main(arguments: Sequence[str] | None = None, environment: MutableMapping[str
         if isinstance(error, SystemExit) and error.code in (0, None):
             return 0
         code = report_error(error, output_dir, rank)
+        if code == 1 and int(environment.get("WORLD_SIZE", 1)) > 1:
+            time.sleep(LINGER_SECONDS)
         end_within(END_GRACE_SECONDS, code)
         return code
     return 0
