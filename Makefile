@@ -20,8 +20,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt Makefile
 demo: $(STAMP)
 	$(BIN)/calibtrain demo
 
+# Two processes, each with whole files: what a file's tests share is made once.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not peer"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not peer"
 
 peers: $(VENV)/.peers
 

@@ -52,11 +52,11 @@ def train(
 
         show(loaded, num_processes or int(os.environ.get("WORLD_SIZE", 0)) or max(1, gpu_count()))
         return
-    from calibtrain.training.deepspeed_config import deepspeed_dict
-
     processes = num_processes or max(1, gpu_count())
-    deepspeed_dict(loaded, processes)  # a mistake in the batch sizes is told once, before any process starts
     if processes > 1:
+        from calibtrain.pipeline.check import check
+
+        check(loaded, processes)  # a mistake is told once, before any process starts
         code = launch(config, overrides or [], num_processes=processes, output_dir=loaded.output_dir)
         if code:
             raise typer.Exit(code)
@@ -85,8 +85,8 @@ def evaluate(
     loaded = load_config(config, overrides or [])
     if split not in ("calibration", "temperature", "certification", "test"):
         raise UserError(f"--split: {split!r} is none of calibration, temperature, certification, test")
-    if model is not None and not (model / "config.json").is_file():
-        raise UserError(f"--model: {model} is not a Hugging Face model directory (no config.json)")
+    if model is not None:
+        _check_model(model)
     from calibtrain.pipeline.evaluate import run, run_forced
 
     if force:
@@ -122,11 +122,11 @@ def calibrate(
         from calibtrain.pipeline.source import run as calibrate_source
 
         members = parse_sources(of)
-        found = calibrate_source(_existing(output_dir), source, members=members, target_risk=target_risk, delta=delta)
+        found = calibrate_source(_trained(output_dir), source, members=members, target_risk=target_risk, delta=delta)
     else:
         from calibtrain.pipeline.calibrate import run
 
-        found = run(_existing(output_dir), target_risk=target_risk, delta=delta)
+        found = run(_trained(output_dir), target_risk=target_risk, delta=delta)
     if found.failures:
         raise typer.Exit(1)
 
@@ -197,7 +197,7 @@ def probe(
     """Fit a probe on hidden states that tells right answers from wrong ones, and compare it with likelihood."""
     from calibtrain.pipeline.probe import parse_kind, parse_layers, run
 
-    run(_existing(output_dir), layers=parse_layers(layers), kind=parse_kind(kind), questions=questions)
+    run(_trained(output_dir), layers=parse_layers(layers), kind=parse_kind(kind), questions=questions)
 
 
 @app.command()
@@ -211,7 +211,7 @@ def confidence(
     """Compare sources of confidence on held-out questions: ranking, calibration and cost."""
     from calibtrain.pipeline.confidence import parse_sources, run
 
-    run(_existing(output_dir), sources=parse_sources(sources), questions=questions)
+    run(_trained(output_dir), sources=parse_sources(sources), questions=questions)
 
 
 @app.command()
@@ -249,7 +249,7 @@ def answer(
         raise UserError("the question is empty")
     from calibtrain.pipeline.answer import load
 
-    typer.echo(load(_existing(output_dir), source, uncertified=uncertified).answer(question, group=group).told())
+    typer.echo(load(_trained(output_dir), source, uncertified=uncertified).answer(question, group=group).told())
 
 
 @app.command()
@@ -265,7 +265,7 @@ def serve(
     from calibtrain.app.server import run
 
     run(
-        _existing(output_dir),
+        _trained(output_dir),
         host=host,
         port=port,
         requests_per_minute=requests_per_minute,
@@ -310,9 +310,28 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def _check_model(model: Path) -> None:
+    if not (model / "config.json").is_file():
+        raise UserError(f"--model: {model} is not a Hugging Face model directory (no config.json)")
+    if not any(any(model.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        raise UserError(f"--model: {model} holds no weights (*.safetensors)")
+
+
 def _existing(output_dir: Path) -> Path:
     if not output_dir.is_dir():
         raise UserError(f"{output_dir}: no such directory; give the output_dir of a finished run")
+    if not (output_dir / "config.yaml").is_file():
+        raise UserError(f"{output_dir}: not the output_dir of a run (it has no config.yaml)")
+    return output_dir
+
+
+def _trained(output_dir: Path) -> Path:
+    model = _existing(output_dir) / "model"
+    if not (model / "config.json").is_file() or not any(model.glob("*.safetensors")):
+        raise UserError(
+            f"{output_dir}: training has not finished (no exported model in {model}); go on with "
+            f"`calibtrain train {output_dir / 'config.yaml'} training.resume=auto`"
+        )
     return output_dir
 
 

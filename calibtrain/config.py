@@ -127,7 +127,7 @@ class TrainingConfig(Section):
     epochs: Positive = 1.0
     """Passes over the training split; a fraction is allowed."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps; stops earlier than `epochs` when it is smaller."""
+    """Optimiser steps, in the place of `epochs`, fewer or more."""
     learning_rate: Positive = 2e-5
     """Peak of the schedule."""
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)

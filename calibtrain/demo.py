@@ -17,6 +17,7 @@ from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled, told
 from calibtrain.pipeline import calibrate, collect
 from calibtrain.pipeline.calibration_file import made_by, weights_hash
+from calibtrain.pipeline.check import check
 from calibtrain.pipeline.evaluate import (
     Loaded,
     Measurement,
@@ -44,6 +45,9 @@ def run(config: RunConfig) -> Path:
     console = Console(highlight=False)
     started = time.monotonic()
     output = config.output_dir
+    for name, records in check(config, 1).prepared.splits.items():
+        if not records:
+            raise UserError(f"data.splits.{name}: 0; the demo needs some of each split")
     if (output / "model").exists():
         console.print(f"{output} holds an earlier run: its results are replaced")
         for name in ("model", "checkpoints", "answers"):

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import socket
+import sys
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A rank that waits longer for the others gives up; it must outlast the slowest rank's share of an evaluation."""
+CLOSE_SECONDS = 10.0
+"""A process that leaves waits no longer than this for its workers, and as long for its group: a peer may be dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +46,10 @@ class World:
 
 
 def start_world() -> World:
-    """Join the process group that the launcher's environment describes (gloo on CPU, NCCL on GPUs), or one of one."""
+    """Join the process group that the launcher's environment describes (gloo on CPU, NCCL on GPUs), or one of one.
+
+    The process leaves the group by itself when it ends (`leave_world`).
+    """
     import deepspeed
 
     # DeepSpeed 0.19 calls names that torch 2.13 deprecates, once a step.
@@ -53,7 +66,69 @@ def start_world() -> World:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+        atexit.unregister(leave_world)
+        atexit.register(leave_world)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def leave_world(seconds: float = CLOSE_SECONDS) -> None:
+    """Let the group's workers finish and leave it, in bounded time. An exit handler; harmless when called again.
+
+    A gloo worker drops the tensors of a collective after it has woken the thread that waits for it, and needs Python's
+    lock to do so. On a busy machine it may get there when the interpreter is already shutting down: the lock then ends
+    the thread inside a C++ destructor, which aborts a process whose work was done. Destroying the group does not wait for
+    the workers as long as anything (DeepSpeed's engine and its gradient hooks) refers to the group.
+    """
+    if not _wait_for_workers(seconds):
+        logger.warning("a collective has not ended within %g s; its process group is left as it is", seconds)
+        return
+    if dist.is_initialized():
+        # In a thread of its own: NCCL waits for peers that may be gone.
+        closing = threading.Thread(target=_destroy_groups, name="leave-world", daemon=True)
+        closing.start()
+        closing.join(seconds)
+    _wait_for_workers(seconds)
+
+
+def _destroy_groups() -> None:
+    deepspeed = sys.modules.get("deepspeed")  # it keeps groups of its own, where it was used
+    started = deepspeed is not None and deepspeed.comm.is_initialized()
+    try:
+        (deepspeed.comm if deepspeed is not None and started else dist).destroy_process_group()
+    except Exception as error:  # a peer that died closes nothing in order
+        logger.debug("the process group did not close in order: %s", error)
+
+
+def _wait_for_workers(seconds: float) -> bool:
+    """Until every gloo worker of this process sleeps, waiting for work. True when they do; elsewhere than on Linux, at once.
+
+    The caller sleeps without Python's lock, so that a worker which sleeps throughout does not wait for the lock.
+    """
+    deadline = time.monotonic() + seconds
+    asleep = 0
+    while asleep < 3:
+        states = [_state(task) for task in Path("/proc/self/task").glob("*") if _comm(task) == "pt_gloo_runloop"]
+        asleep = asleep + 1 if all(state == "S" for state in states) else 0
+        if not states:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def _comm(task: Path) -> str:
+    try:
+        return (task / "comm").read_text().strip()
+    except OSError:  # it has just ended
+        return ""
+
+
+def _state(task: Path) -> str:
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "S"
 
 
 def all_agree(flag: bool, device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""What `calibtrain train --dry-run` prints: the resolved config, the DeepSpeed JSON, the ranks and the memory."""
+"""What `calibtrain train --dry-run` prints: the resolved config, the DeepSpeed JSON, ranks, data, steps and memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.errors import UserError
-from calibtrain.models.arithmetic import settled
+from calibtrain.models.arithmetic import settled, told
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,8 @@ def show(config: RunConfig, world_size: int) -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.rule("config")
     console.print(render_config(config).rstrip())
+    if config.model.dtype == "auto":
+        console.print(told(config))
     console.rule("DeepSpeed")
     console.print(json.dumps(resolved, indent=2))
     console.rule("ranks")
@@ -119,10 +124,59 @@ def show(config: RunConfig, world_size: int) -> None:
         f"{plan.global_batch_size} records a step = {plan.micro_batch_size} x {plan.accumulation_steps} micro-batches "
         f"x {plan.world_size} processes"
     )
+    console.rule("data")
+    mistake: UserError | None = None
+    try:
+        show_data(config, world_size, console)
+    except UserError as error:
+        mistake = error
+        console.print("see the message at the end")
     console.rule("memory of each rank")
     if size is None:
         console.print(f"unknown: {unknown}")
-        return
+    else:
+        _show_memory(config, size, plan, console)
+    if mistake is not None:
+        raise mistake
+
+
+def show_data(config: RunConfig, world_size: int, console: Console) -> None:
+    """Print what the run reads, trains on and asks. Raises UserError as the run would."""
+    from calibtrain.pipeline.check import advice, check, count_tokens, evaluations, expected_steps, longest
+
+    checked = check(config, world_size)
+    splits, seen = checked.prepared.splits, len(checked.examples)
+    for line in [*checked.prepared.lines(), *checked.prepared.drops.lines()]:
+        console.print(line)
+    of = "" if checked.whole else f"of the first {seen + checked.drops.total:,} training records: "
+    for line in checked.drops.lines():
+        console.print(of + line)
+    steps, about = expected_steps(config, checked), "" if checked.whole else "about "
+    console.print(f"{about}{steps:,} optimiser steps of {checked.plan.global_batch_size} records")
+    if checked.examples:
+        tokens = count_tokens(config, checked)
+        rows = (
+            f"packed into rows of {config.data.packing_tokens}" if config.data.packing_tokens else "one a row, padded"
+        )
+        console.print(
+            f"{tokens.held / tokens.steps:,.0f} tokens a step, {rows}: {1 - tokens.held / tokens.passed:.1%} padding "
+            f"(over {tokens.steps} steps); about {tokens.passed * steps // tokens.steps:,} tokens pass in all"
+        )
+        found = ", ".join(f"{count} ({place})" for count, place in longest(checked))
+        if config.trains_on_pairs and len(checked.examples[0]) == 1:
+            console.print("rejected answers are still to be sampled from the model: these are the chosen ones' tokens")
+        console.print(f"data.max_length {config.data.max_length}; {of}the longest are {found}")
+    else:
+        console.print("the model trains on its own answers, whose length nobody knows yet")
+    for line in evaluations(config, steps, len(splits["calibration"])):
+        console.print(f"asked while training: {line}")
+    for line in advice(config, checked):
+        console.print(f"look at {line}")
+
+
+def _show_memory(config: RunConfig, size: ModelSize, plan: BatchPlan, console: Console) -> None:
+    from rich.table import Table
+
     console.print(f"{size.parameters:,} parameters, {size.trainable:,} trained")
     states = Table("what", "GiB", "where")
     for name, (count, where) in memory_estimate(config, size, plan).items():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import logging
 import os
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from calibtrain.errors import UserError
@@ -66,6 +70,29 @@ def end_within(seconds: float, code: int) -> None:
         os._exit(code)
 
     threading.Thread(target=end, daemon=True, name="end-of-process").start()
+
+
+def end_without_teardown() -> Callable[[int], int]:
+    """Have this process end behind its exit handlers, before Python takes itself apart. Call it first of all.
+
+    Threads of torch, gloo or NCCL that still run would be ended in the middle by the interpreter, which aborts the process:
+    a job that is done must not end with an error, nor a user's mistake with another code. Returns what notes the code.
+    """
+    codes = [1]
+
+    def end() -> None:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(codes[-1])
+
+    def note(code: int) -> int:
+        codes.append(code)
+        return code
+
+    atexit.register(end)  # handlers run last in, first out
+    return note
 
 
 def _words_of(output_dir: Path, rank: int) -> str | None:

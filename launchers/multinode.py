@@ -47,10 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if shutil.which("pdsh") is None:
             raise UserError("pdsh is not installed here: install it, or use Slurm (launchers/slurm.sbatch)")
         config = load_config(arguments[1], arguments[2:])
+        from calibtrain.pipeline.check import check
+
+        check(config, slots_of(hostfile))  # a mistake is told here, once
         return _launch(hostfile.resolve(), config.model_copy(update={"output_dir": config.output_dir.resolve()}))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def slots_of(hostfile: Path) -> int:
+    """Processes of all machines of a hostfile."""
+    lines = [line.partition("#")[0].split() for line in hostfile.read_text("utf-8").splitlines()]
+    total = 0
+    for words in filter(None, lines):
+        name, _, slots = words[-1].partition("=")
+        if len(words) != 2 or name != "slots" or not slots.isdecimal():
+            raise UserError(f"{hostfile}: {' '.join(words)!r}: each line is `machine slots=8`, see hostfile.example")
+        total += int(slots)
+    if not total:
+        raise UserError(f"{hostfile}: names no machine; each line is `machine slots=8`, see hostfile.example")
+    return total
 
 
 def _launch(hostfile: Path, config: RunConfig) -> int:

@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.launchers.environment import adopt_slurm_ranks, read_environment_file
-from calibtrain.launchers.errors import END_GRACE_SECONDS, clear_errors, end_within, report_error
+from calibtrain.launchers.errors import (
+    END_GRACE_SECONDS,
+    clear_errors,
+    end_within,
+    end_without_teardown,
+    report_error,
+)
 
 USAGE = "usage: python -m calibtrain.launchers.train [--env-file FILE] CONFIG [a.b=c ...]"
+
+LINGER_SECONDS = 2.5
+"""A rank that fails waits so long before it ends. Often a peer was killed, and the launcher, which looks once a second and
+names the first dead process that it sees, must see that one."""
 
 
 def parse(arguments: Sequence[str]) -> tuple[Path | None, str, list[str]]:
@@ -60,10 +71,13 @@ def main(arguments: Sequence[str] | None = None, environment: MutableMapping[str
         if isinstance(error, SystemExit) and error.code in (0, None):
             return 0
         code = report_error(error, output_dir, rank)
+        if code == 1 and int(environment.get("WORLD_SIZE", 1)) > 1:
+            time.sleep(LINGER_SECONDS)
         end_within(END_GRACE_SECONDS, code)
         return code
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    note_code = end_without_teardown()
+    sys.exit(note_code(main()))

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from functools import lru_cache
 
+from calibtrain.config import TrainingConfig
 from calibtrain.errors import UserError
 
 
@@ -43,6 +44,11 @@ def step_indices(step: int, global_batch_size: int, n: int, seed: int) -> list[i
 def total_steps(n: int, epochs: float, global_batch_size: int) -> int:
     """Optimiser steps that show each record `epochs` times (the last one runs on into the next epoch); at least 1."""
     return max(1, math.ceil(round(n * epochs, 6) / global_batch_size))
+
+
+def planned_steps(training: TrainingConfig, n: int, global_batch_size: int) -> int:
+    """Optimiser steps of a run over n records: `max_steps` where it is given, else those of the epochs."""
+    return training.max_steps or total_steps(n, training.epochs, global_batch_size)
 
 
 def epoch_at(step: int, global_batch_size: int, n: int) -> float:

@@ -49,6 +49,13 @@ def local_path(source: str) -> str:
     return str(path) if path.is_dir() else source
 
 
+def check_weights(config: ModelConfig) -> None:
+    """Raise UserError where the model is a directory without weights. Nothing is read."""
+    path = Path(local_path(config.source))
+    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        raise UserError(f"model.source: {config.source} holds no weights (*.safetensors)")
+
+
 def load_tokenizer(config: ModelConfig) -> Any:
     """Tokenizer of the model, with a pad token (the end token where it has none)."""
     from transformers import AutoTokenizer

@@ -23,7 +23,7 @@ from calibtrain.pipeline.confidence import asker_of
 from calibtrain.pipeline.evaluate import Loaded
 from calibtrain.pipeline.promise import Level, Promises
 from calibtrain.pipeline.scope import at_most, plain
-from calibtrain.pipeline.source import load_scorer
+from calibtrain.pipeline.source import check_calibrated, load_scorer
 
 REFUSAL = "I do not know."
 
@@ -231,6 +231,7 @@ def load(output_dir: str | Path, source: str = LIKELIHOOD, *, uncertified: bool 
     config = load_config(folder / "config.yaml")
     if not (folder / "model" / "config.json").is_file():
         raise UserError(f"{folder}: no exported model (model/config.json); train first")
+    check_calibrated(folder, source)  # before the model is loaded
     loaded = Loaded(config, folder / "model")
     scorer = None
     if source != LIKELIHOOD:

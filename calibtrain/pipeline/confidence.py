@@ -67,7 +67,11 @@ def run(output_dir: Path, *, sources: Sequence[str] | None = None, questions: in
     model = output_dir / "model"
     if not (model / "config.json").is_file():
         raise UserError(f"{output_dir}: no exported model (model/config.json); train first")
-    prepared, loaded = prepare(config), Loaded(config, model)
+    prepared = prepare(config)
+    for use, split in SPLITS.items():
+        if not prepared.splits[split]:
+            raise UserError(f"data.splits.{split}: 0 questions; comparing sources needs some to {use}")
+    loaded = Loaded(config, model)
     fingerprint = Fingerprint(weights_hash(model), loaded.template.hash)
     asker = asker_of(loaded)
     probes = probe.load_probes(output_dir, fingerprint)
@@ -78,8 +82,6 @@ def run(output_dir: Path, *, sources: Sequence[str] | None = None, questions: in
     found: dict[str, Scored] = {}
     for use, split in SPLITS.items():
         records = prepared.splits[split][:questions]
-        if not records:
-            raise UserError(f"data.splits.{split}: 0 questions; comparing sources needs some to {use}")
         found[use] = score_split(asker, records, folder / "work" / split, names, fingerprint)
         found[use] = with_probes(found[use], asker, records, probes, fingerprint)
     rows = []

@@ -89,13 +89,18 @@ def needs_rejected(config: RunConfig, prepared: Prepared) -> bool:
     return config.trains_on_pairs and all(record.rejected is None for record in train)
 
 
-def add_own_wrong_answers(config: RunConfig, prepared: Prepared, template: Template, sample: Sampler) -> None:
-    """Give every training record a rejected answer that the starting model itself produced; cached by content."""
-    train = prepared.splits["train"]
-    if any(not record.accepted and not record.chosen for record in train):
+def check_rejected(prepared: Prepared) -> None:
+    """Raise UserError unless a rejected answer can be found for every training record."""
+    if any(not record.accepted and not record.chosen for record in prepared.splits["train"]):
         raise UserError(
             "training on pairs: training records need a rejected answer, or accepted answers to find one by"
         )
+
+
+def add_own_wrong_answers(config: RunConfig, prepared: Prepared, template: Template, sample: Sampler) -> None:
+    """Give every training record a rejected answer that the starting model itself produced; cached by content."""
+    check_rejected(prepared)
+    train = prepared.splits["train"]
     parts: list[object] = [
         config.model.source,
         config.model.revision,

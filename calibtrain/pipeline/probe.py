@@ -49,6 +49,9 @@ def run(
     if not (model / "config.json").is_file():
         raise UserError(f"{output_dir}: no exported model (model/config.json); train first")
     prepared = prepare(config)
+    for use, split in SPLITS.items():
+        if not prepared.splits[split]:
+            raise UserError(f"data.splits.{split}: 0 questions; a probe needs some to {use}")
     loaded = Loaded(config, model)
     depth = depth_of(loaded.model)
     chosen = default_layers(depth) if layers is None else layers
@@ -58,8 +61,6 @@ def run(
     features: dict[str, Features] = {}
     for use, split in SPLITS.items():
         records = prepared.splits[split][:questions]
-        if not records:
-            raise UserError(f"data.splits.{split}: 0 questions; a probe needs some to {use}")
         answered[use] = _answers(loaded, records, fingerprint, folder / "answers" / f"{split}.jsonl", split)
         features[use] = collect_features(
             loaded.model,

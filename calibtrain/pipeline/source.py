@@ -110,11 +110,8 @@ def _parts(names: Sequence[str], name: str) -> list[str]:
 
 def load_scorer(output_dir: Path, name: str, fingerprint: Fingerprint) -> Scorer:
     """The scorer of a source that `run` calibrated. UserError where it was not, or for another model or template."""
-    if name not in (*EVERY, ENSEMBLE):
-        raise UserError(f"--source: {name!r} is none of {', '.join((*EVERY, ENSEMBLE))}")
+    check_calibrated(output_dir, name)
     folder, made = source_folder(output_dir, name), None
-    if not (folder / "calibration.json").is_file():
-        raise UserError(f"{folder}: {name} is not calibrated; run `calibtrain calibrate {output_dir} --source {name}`")
     if name == ENSEMBLE:
         try:
             made = Ensemble.from_json((folder / "ensemble.json").read_text(encoding="utf-8"), fingerprint)
@@ -125,6 +122,16 @@ def load_scorer(output_dir: Path, name: str, fingerprint: Fingerprint) -> Scorer
     needed = [one for one in ((name,) if made is None else made.sources) if one in PROBES]
     fitted: dict[str, Probe] = probes_of_run.load_probes(output_dir, fingerprint) if needed else {}
     return Scorer(name, fingerprint, fitted, made)
+
+
+def check_calibrated(output_dir: Path, name: str) -> None:
+    """Raise UserError unless `run`, or for the likelihood `calibtrain calibrate`, has calibrated the source."""
+    if name not in (*EVERY, ENSEMBLE):
+        raise UserError(f"--source: {name!r} is none of {', '.join((*EVERY, ENSEMBLE))}")
+    folder = source_folder(output_dir, name)
+    if not (folder / "calibration.json").is_file():
+        option = "" if name == "likelihood" else f" --source {name}"
+        raise UserError(f"{folder}: {name} is not calibrated; run `calibtrain calibrate {output_dir}{option}`")
 
 
 def _check(name: str, members: Sequence[str] | None) -> None:

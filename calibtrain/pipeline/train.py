@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,11 @@ from calibtrain.confidence.likelihood import sample_answers
 from calibtrain.config import RefusalConfig, RewardModelConfig, RunConfig
 from calibtrain.config_file import dump_config
 from calibtrain.data.encode import Encoded, encode_records
-from calibtrain.data.loader import total_steps
+from calibtrain.data.loader import planned_steps
 from calibtrain.data.pairs import with_confidence_statements
 from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World, barrier, gather_lists, shard, start_world
-from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
@@ -36,9 +36,9 @@ from calibtrain.models.reward import (
     ValueLossModel,
     check_classifier,
     export_reward_model,
-    padding_token,
 )
-from calibtrain.pipeline.prepare import SAMPLES_PER_QUESTION, Prepared, add_own_wrong_answers, needs_rejected, prepare
+from calibtrain.pipeline.check import advice, check
+from calibtrain.pipeline.prepare import SAMPLES_PER_QUESTION, Prepared, add_own_wrong_answers, needs_rejected
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
@@ -63,20 +63,18 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
 
     `last_weights` also gets the weights of the last step, as they are before averaging and scale, to compare with.
     """
-    world = start_world()
-    _show_messages(world)
+    _show_messages(main=os.environ.get("RANK", "0") == "0")
     if config.model.dtype == "auto":
         logger.info("%s", told(config))
         config = settled(config)
-    prepared = prepare(config)
-    if not prepared.splits["train"]:
-        raise UserError("; ".join(["data.splits.train: 0 records to train on", *prepared.drops.lines()]))
+    # A mistake is told before anything is compiled or loaded, and before the ranks wait for each other.
+    checked = check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    world = start_world()
+    prepared, template = checked.prepared, checked.template
     for line in prepared.lines():
         logger.info("data: %s", line)
-    tokenizer = load_tokenizer(config.model)
-    template = Template(config.data.template, tokenizer)
-    if config.objective.name == "reward_model":
-        padding_token(tokenizer, template.end_id)  # a mistake is told before any model is loaded
+    for line in advice(config, checked) if world.is_main else []:
+        logger.warning("%s", line)
     if needs_rejected(config, prepared):
         _add_rejected(config, prepared, template, world)
     if isinstance(config.objective, RewardModelConfig) and config.objective.confidence_statements != "none":
@@ -119,10 +117,10 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     return target
 
 
-def _show_messages(world: World) -> None:
+def _show_messages(*, main: bool) -> None:
     """Print calibtrain's own messages: all of rank 0's, warnings of the others."""
     root = logging.getLogger("calibtrain")
-    root.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    root.setLevel(logging.INFO if main else logging.WARNING)
     if not root.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -245,7 +243,7 @@ def _trainer(
         examples = rollouts = RefusalExamples(config.objective, answerer, train, config.data.max_length)
     for line in prepared.drops.lines() if world.is_main else []:
         logger.warning("data: %s", line)
-    steps = config.training.max_steps or total_steps(len(examples), config.training.epochs, plan.global_batch_size)
+    steps = planned_steps(config.training, len(examples), plan.global_batch_size)
     questions = prepared.splits["calibration"]
     stream = None
     if config.penalties_on_answers:

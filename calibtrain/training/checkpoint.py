@@ -111,8 +111,10 @@ def save_checkpoint(
     return final if written else None
 
 
-def find_checkpoint(config: RunConfig, world: World, data_hash: str) -> Path | None:
+def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> Path | None:
     """Checkpoint that training.resume names, checked against this run; None to start from the beginning.
+
+    data_hash: None while the data are not known yet.
 
     Raises UserError when it is no whole checkpoint, or was written by another world size, config or data set.
     """
@@ -142,7 +144,7 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str) -> Path | N
         raise UserError(
             f"training.resume: {path} was written by another config; these keys differ: " + "; ".join(differing)
         )
-    if run["data_hash"] != data_hash:
+    if data_hash is not None and run["data_hash"] != data_hash:
         raise UserError(f"training.resume: {path} was trained on other data: data.source has changed since")
     return path
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from calibtrain.distributed import leave_world
 from calibtrain.losses import (
     LabelSmoothingLoss,
     ORPOLoss,
@@ -119,4 +120,4 @@ if __name__ == "__main__":
         if dist.get_rank() == 0:
             torch.save(result, folder / f"{name}-{dist.get_world_size()}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave_world()

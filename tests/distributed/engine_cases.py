@@ -18,7 +18,7 @@ from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.data.loader import step_indices
 from calibtrain.data.templates import Template
-from calibtrain.distributed import World, barrier, start_world
+from calibtrain.distributed import World, barrier, leave_world, start_world
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import Hook, HookList
 from calibtrain.models.export import export_model, gathered_weights
@@ -178,4 +178,4 @@ if __name__ == "__main__":
             results[name]["warnings"] = list(lines)
     torch.save(results, folder / f"results-{world.size}-{world.rank}.pt")
     barrier()
-    torch.distributed.destroy_process_group()
+    leave_world()

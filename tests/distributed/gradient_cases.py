@@ -21,7 +21,7 @@ from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import encode_records
 from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
-from calibtrain.distributed import World, barrier, start_world
+from calibtrain.distributed import World, barrier, leave_world, start_world
 from calibtrain.hooks.base import HookList
 from calibtrain.losses import build_loss
 from calibtrain.models.export import gathered_weights
@@ -238,4 +238,4 @@ if __name__ == "__main__":
             assert all(math.isfinite(norm) for norm in result["norms"])
             torch.save(result, folder / f"{name}-{world.size}.pt")
         barrier()
-    torch.distributed.destroy_process_group()
+    leave_world()

@@ -71,13 +71,12 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    import torch.distributed as dist
-
     from calibtrain.config_file import load_config
+    from calibtrain.distributed import leave_world
     from calibtrain.pipeline.train import run
 
     overrides = [one for one in sys.argv[1:] if not one.endswith(".yaml")]
     for path in sys.argv[1:]:
         if path.endswith(".yaml"):
             run(load_config(path, overrides))
-    dist.destroy_process_group()
+    leave_world()

@@ -13,7 +13,7 @@ import torch
 
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
-from calibtrain.distributed import World, barrier, start_world
+from calibtrain.distributed import World, barrier, leave_world, start_world
 from calibtrain.losses.rotation_probes import Shard, run_together
 from calibtrain.losses.rotation_step import DecoupledPenalty, DenseMatrix
 from calibtrain.pipeline.train import build_model
@@ -87,4 +87,4 @@ if __name__ == "__main__":
         if world.is_main:
             torch.save(found, folder / f"{path.stem}-{world.size}.pt")
         barrier()
-    torch.distributed.destroy_process_group()
+    leave_world()

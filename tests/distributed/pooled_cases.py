@@ -17,7 +17,7 @@ from deepspeed.utils import safe_get_full_grad
 from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
-from calibtrain.distributed import World, barrier, start_world
+from calibtrain.distributed import World, barrier, leave_world, start_world
 from calibtrain.losses.brier import TokenizedBrierLoss
 from calibtrain.losses.calibration_tuning import CorrectnessQueryLoss
 from calibtrain.losses.pooled import MMCELoss, SoftBinnedECELoss
@@ -156,4 +156,4 @@ if __name__ == "__main__":
     if world.is_main:
         torch.save(results, folder / f"results-{world.size}.pt")
     barrier()
-    torch.distributed.destroy_process_group()
+    leave_world()

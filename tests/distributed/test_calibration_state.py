@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 
 from calibtrain.calibration.metrics import summary
 from calibtrain.calibration.state import CalibrationState, state_of
+from calibtrain.distributed import leave_world
 
 pytestmark = pytest.mark.distributed
 
@@ -40,7 +41,7 @@ def worker(rank, port, folder):
         for key, tensor in before.items():
             assert torch.equal(tensor, local.state_dict()[key])
     torch.save(merged, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_world()
 
 
 @pytest.fixture(scope="module")

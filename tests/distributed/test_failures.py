@@ -84,7 +84,13 @@ def test_a_users_mistake_on_two_ranks_is_said_once_with_exit_code_2(tmp_path):
     assert ended.code == 2, ended.output[-3000:]
     assert ended.output.count("cannot be cut into micro-batches") == 1
     assert not (tmp_path / "run").exists()
+    ended = run([*CLI, "train", str(config), "data.splits.train=100000", "--num-processes", "2"], tmp_path)
+    assert ended.code == 2, ended.output[-3000:]
+    assert ended.output.count("100000 asked for") == 1
+    assert "shm_comm" not in ended.output  # what DeepSpeed compiles when a rank joins the others
+    assert not (tmp_path / "run").exists()
     ended = run(train(2, config, "data.splits.train=100000"), tmp_path)
+    assert "shm_comm" not in ended.output
     assert "exitcode  : 2" in ended.output
     assert ended.output.count("100000 asked for") == 1
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

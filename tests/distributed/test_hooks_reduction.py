@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from calibtrain.distributed import leave_world
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import Hook, HookList
 from calibtrain.hooks.records import RunRecord
@@ -47,7 +48,7 @@ def rank_main(rank, folder):
         refused = True
     result = {"metrics": metrics, "calls": len(calls), "disabled": sorted(hook_list.disabled), "refused": refused}
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed

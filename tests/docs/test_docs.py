@@ -11,6 +11,7 @@ from typer.main import get_command
 
 from calibtrain import cli
 from calibtrain.config_file import load_config
+from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,10 +33,7 @@ def test_python_snippets_run(text):
 
 @pytest.mark.parametrize("text", blocks("bash run"))
 def test_commands_run(text, tmp_path):
-    from transformers import LlamaConfig
-
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaConfig(vocab_size=64, **size).save_pretrained(tmp_path)  # the documented sizes come from another model
+    write_tiny_model(tmp_path)  # the documented sizes come from another model
     for line in filter(None, text.splitlines()):
         words = shlex.split(line, comments=True)
         assert words[0] == "calibtrain"

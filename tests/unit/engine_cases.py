@@ -9,6 +9,7 @@ import deepspeed
 import torch
 
 from calibtrain.config import RunConfig
+from calibtrain.distributed import leave_world, start_world
 from calibtrain.training.deepspeed_config import deepspeed_dict
 
 WORLD, STEPS, MICRO = 2, 3, 2
@@ -60,7 +61,7 @@ def engine_norms(stage, dtype, offload, rank):
 
 
 if __name__ == "__main__":
-    deepspeed.init_distributed(verbose=False)
+    start_world()
     rank = int(os.environ["RANK"])
     cases = [
         {"stage": stage, "dtype": dtype, "offload": offload, "norms": engine_norms(stage, dtype, offload, rank)}
@@ -71,4 +72,4 @@ if __name__ == "__main__":
     if rank == 0:
         with open(sys.argv[1], "w") as file:
             json.dump({"reference": reference(), "cases": cases}, file)
-    torch.distributed.destroy_process_group()
+    leave_world()

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from calibtrain import cli
 from calibtrain.dry_run import ModelSize, memory_estimate, rank_table
 from calibtrain.training.deepspeed_config import BatchPlan
+from tests.tiny import write_tiny_model
 
 
 def command(*arguments, **environment):
@@ -105,18 +106,21 @@ def test_memory_of_bf16_by_stage(stage, expected):
 
 
 def test_dry_run_of_a_local_model_prints_everything_and_runs_nothing(tmp_path):
-    from transformers import LlamaConfig
-
-    LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
-    ).save_pretrained(tmp_path / "m")
+    write_tiny_model(tmp_path / "m", hidden=16, layers=1, num_attention_heads=2)
     done = command(
         "train", "demo", "--dry-run", "--num-processes", "2", "training.micro_batch_size=4",
         f"model.source={tmp_path / 'm'}", f"output_dir={tmp_path / 'out'}", "model.lora={r: 2}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for words in ("answer_score", '"train_batch_size": 8', "local rank", "optimizer states", "parameters"):
+    for words in (
+        "answer_score",
+        '"train_batch_size": 8',
+        "local rank",
+        "optimizer states",
+        "parameters",
+        "steps of 8 records",
+    ):
         assert words in done.stdout
-    linear = 2 * (4 * (16 + 16) + 3 * (16 + 32))
+    linear = 2 * (2 * (16 + 16) + 2 * (16 + 16) + 3 * (16 + 32))
     assert f"{linear} trained" in done.stdout
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from calibtrain.distributed import leave_world
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.calibration import CalibrationHook
@@ -72,7 +73,7 @@ def rank_main(rank, folder):
         meter.update(*measured(seed))
     result = {"tokens": meter.compute(1), "answers": answers(tiny_model(), tiny_tokenizer())}
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed

@@ -97,6 +97,17 @@ def test_a_process_that_hangs_at_exit_is_ended():
     assert time.monotonic() - started < 45
 
 
+def test_a_process_ends_behind_its_exit_handlers_with_its_own_code():
+    code = (
+        "from calibtrain.launchers.errors import end_without_teardown\nnote = end_without_teardown()\n"
+        "import atexit, sys\natexit.register(print, 'a handler')\n"
+        "class Loud:\n    def __del__(self): print('taken apart')\nloud = Loud()\nsys.exit(note(3))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 3
+    assert done.stdout == "a handler\n"
+
+
 def test_the_environment_travels_by_a_private_file(tmp_path):
     given = {"WANDB_API_KEY": "k", "HF_HOME": "/h", "CALIBTRAIN_CACHE": "/c", "PATH": "/bin", "AWS_SECRET": "s"}
     file = environment.write_environment_file(tmp_path / "launch" / "environment.json", given)
@@ -165,6 +176,22 @@ def test_multinode_reaches_pdsh_without_keys_on_the_command_line(tmp_path, code)
     assert "a b;c" in (out / "launch" / "config.yaml").read_text()
     assert json.loads((tmp_path / "env.json").read_text())["WANDB_API_KEY"] == "secret"
     assert not (out / "launch" / "environment.json").exists()
+
+
+def test_multinode_looks_before_it_launches(tmp_path, capsys):
+    hosts = tmp_path / "hosts"
+    hosts.write_text((ROOT / "launchers" / "hostfile.example").read_text())
+    assert multinode.slots_of(hosts) == 16
+    fake(tmp_path / "bin", "pdsh", "raise SystemExit('launched')\n")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+        assert multinode.main([str(hosts), "demo", f"output_dir={tmp_path / 'out'}"]) == 2
+    assert "on 16 process(es)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    for text in ("", "node-1 8\n", "node-1 slots=many\n"):
+        hosts.write_text(text)
+        with pytest.raises(UserError, match="slots=8"):
+            multinode.slots_of(hosts)
 
 
 def test_multinode_ends_everywhere_when_one_rank_has_failed(tmp_path):

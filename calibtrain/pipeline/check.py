@@ -1,0 +1,200 @@
+"""What a run would do and what keeps it from running, found from its data, its tokenizer and its config.
+
+`calibtrain train` asks this before it launches a process, every rank before it joins the others (DeepSpeed compiles then),
+and `--dry-run` prints it. No weights are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from calibtrain.abstention.certificate import minimum_answers
+from calibtrain.config import RunConfig
+from calibtrain.data.collate import collate, row_tokens
+from calibtrain.data.drops import DropReport
+from calibtrain.data.encode import Encoded, encode_records
+from calibtrain.data.loader import planned_steps, rank_micro_batches, step_indices
+from calibtrain.data.records import Record
+from calibtrain.data.templates import Template
+from calibtrain.distributed import World
+from calibtrain.errors import UserError
+from calibtrain.models.loading import check_weights, load_tokenizer
+from calibtrain.models.reward import padding_token
+from calibtrain.pipeline.prepare import Prepared, check_rejected, needs_rejected, prepare
+from calibtrain.training.checkpoint import find_checkpoint
+from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
+from calibtrain.training.losses import term_names
+
+READ_WHOLE = 2000
+"""So many training records are encoded to look at them; of a larger set, which is in random order, its first ones."""
+STEPS_LAID_OUT = 32
+"""Of so many steps the rows are laid out, to count their padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The data of a run that may start, and its template."""
+
+    prepared: Prepared
+    template: Template
+    plan: BatchPlan
+    examples: list[tuple[Encoded, ...]]
+    """Of the first READ_WHOLE training records, without rejected answers that are still to be found; empty where the
+    model answers the questions itself."""
+    drops: DropReport
+    """Of these records."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether `examples` are all there is."""
+        return len(self.prepared.splits["train"]) <= READ_WHOLE
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What the steps that were laid out pass through the model."""
+
+    steps: int
+    held: int
+    """Tokens of sequences."""
+    passed: int
+    """With the padding of their rows."""
+
+
+def check(config: RunConfig, world_size: int) -> Checked:
+    """Read the data and the tokenizer and try what can be tried without the model. Raises UserError as the run would."""
+    deepspeed_dict(config, world_size)
+    term_names(config)
+    find_checkpoint(config, World(0, world_size, 0, torch.device("cpu")), None)
+    prepared = prepare(config)
+    train = prepared.splits["train"]
+    if not train:
+        raise UserError("; ".join(["data.splits.train: 0 records to train on", *prepared.drops.lines()]))
+    check_weights(config.model)
+    tokenizer = load_tokenizer(config.model)
+    template = Template(config.data.template, tokenizer)
+    if config.objective.name == "reward_model":
+        padding_token(tokenizer, template.end_id)
+    if wanting := needs_rejected(config, prepared):
+        check_rejected(prepared)
+    drops = DropReport()
+    examples: list[tuple[Encoded, ...]] = []
+    _ask(template, train[:READ_WHOLE])
+    if not answers_itself(config):
+        pairs = config.trains_on_pairs and not wanting
+        examples = encode_records(train[:READ_WHOLE], template, config.data.max_length, pairs, drops)
+    for split in ("calibration", "temperature", "certification", "test"):
+        _ask(template, prepared.splits[split][:READ_WHOLE], prepared.shots)
+    return Checked(prepared, template, batch_plan(config.training, world_size), examples, drops)
+
+
+def answers_itself(config: RunConfig) -> bool:
+    """Whether the model trains on its own answers, so that the records bring questions alone."""
+    return config.trains_on_rollouts or config.objective.name == "refusal"
+
+
+def expected_steps(config: RunConfig, checked: Checked) -> int:
+    """Optimiser steps of the run; exact where every record was encoded, else as if no further one were dropped."""
+    n = len(checked.prepared.splits["train"]) - checked.drops.total
+    return planned_steps(config.training, n, checked.plan.global_batch_size)
+
+
+def count_tokens(config: RunConfig, checked: Checked) -> Tokens:
+    """Lay out the first steps of the run as the trainer does: the same records, micro-batches and rows on all ranks."""
+    data, examples, plan = config.data, checked.examples, checked.plan
+    steps = min(STEPS_LAID_OUT, expected_steps(config, checked)) if examples else 0
+    shared = data.shared_prefix and config.objective.name == "orpo"
+    held = passed = 0
+    for step in range(steps):
+        indices = step_indices(step, plan.global_batch_size, len(examples), config.seed)
+        lengths = [row_tokens(examples[index], data.packing_tokens, shared) for index in indices]
+        ranks = rank_micro_batches(
+            indices, lengths, plan.world_size, plan.micro_batch_size, packed=data.packing_tokens is not None
+        )
+        for micro_batch in (one for rank in ranks for one in rank):
+            sequences = [sequence for index in micro_batch for sequence in examples[index]]
+            batch = collate(sequences, 0, config.nll_scope, data.packing_tokens, shared_prefix=shared)
+            held += int((batch.segment_ids > 0).sum())
+            passed += batch.segment_ids.numel()
+    return Tokens(steps, held, passed)
+
+
+def longest(checked: Checked, count: int = 3) -> list[tuple[int, str]]:
+    """(tokens before any cut, place) of the longest training records that were encoded."""
+    train = checked.prepared.splits["train"]
+    by_length = sorted(checked.examples, key=lambda group: -max(len(one.ids) for one in group))
+    found = []
+    for group in by_length[: 4 * count]:  # all that are cut are equally long, so that a few more are looked at
+        record = train[group[0].record_id]
+        whole = len(checked.template.prompt_ids(record)) + max(one.completion_length for one in group)
+        found.append((whole, record.origin or record.question))
+    return sorted(found, reverse=True)[:count]
+
+
+def advice(config: RunConfig, checked: Checked) -> list[str]:
+    """Numbers that can be trained with and are hardly meant, each with what comes of it."""
+    training, splits, plan = config.training, checked.prepared.splits, checked.plan
+    n, total = len(splits["train"]) - checked.drops.total, plan.global_batch_size
+    found = []
+    if n < total:
+        found.append(
+            f"training.global_batch_size: {total} records a step, but there are {n}: a step takes each more than once"
+        )
+    elif training.max_steps is None and n * training.epochs < total:
+        found.append(
+            f"training.epochs: {training.epochs:g} of {n} records is less than one step of {total}: one is taken"
+        )
+    if training.warmup_ratio == 1:
+        found.append("training.warmup_ratio: 1: the learning rate reaches its peak at the last step")
+    asked = len(splits["calibration"])
+    if training.evaluate_every and training.evaluate_questions > asked:
+        found.append(f"training.evaluate_questions: {training.evaluate_questions}, the calibration split holds {asked}")
+    if 0 < len(checked.prepared.shots) < config.data.few_shot_raw:
+        shots = len(checked.prepared.shots)
+        found.append(f"data.few_shot_raw: {config.data.few_shot_raw}, the training split gives {shots}")
+    return found + _certificate_advice(config, len(splits["temperature"]), len(splits["certification"]))
+
+
+def _certificate_advice(config: RunConfig, temperature: int, certification: int) -> list[str]:
+    """What keeps the run from a certificate. A reward model asks for none."""
+    wanted = config.abstention
+    if config.objective.name == "reward_model":
+        return []
+    least = minimum_answers(wanted.target_risk, wanted.delta)
+    if temperature == 0 or certification == 0:
+        empty = " and ".join(
+            name for name, size in (("temperature", temperature), ("certification", certification)) if not size
+        )
+        return [f"data.splits: {empty} 0: the model can be trained, but `calibtrain calibrate` needs questions there"]
+    if certification < least:
+        return [
+            f"data.splits.certification: {certification}: no certificate can come out of it, since abstention.target_risk "
+            f"{wanted.target_risk:g} at delta {wanted.delta:g} needs at least {least} answers, all right"
+        ]
+    return []
+
+
+def _ask(template: Template, records: Sequence[Record], shots: Sequence[Record] = ()) -> None:
+    """Try the template on questions, the first also behind the examples; UserError names the one that it refuses."""
+    for index, record in enumerate(records):
+        try:
+            template.prompt_text(record, shots if index == 0 else ())
+        except UserError as error:
+            raise UserError(f"{record.origin or record.question}: {error}") from None
+
+
+def evaluations(config: RunConfig, steps: int, questions: int) -> list[str]:
+    """How many questions are asked while training, and when."""
+    training, lines = config.training, []
+    if training.evaluate_every:
+        times = math.ceil(steps / training.evaluate_every)
+        lines.append(f"{min(training.evaluate_questions, questions)} questions, {times} times: training.evaluate_every")
+    for penalty in config.penalties_on_answers[:1]:
+        times = math.ceil(steps / penalty.refresh_every)
+        asked = min(penalty.questions_per_refresh, questions)
+        lines.append(f"{asked} questions, {times} times and after the last step: penalties.{penalty.name}")
+    return lines

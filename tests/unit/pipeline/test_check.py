@@ -1,0 +1,158 @@
+"""What is told before a run starts: the same by the dry run, the parent process and each rank."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from calibtrain import cli
+from calibtrain.config import RunConfig
+from calibtrain.data.collate import collate
+from calibtrain.errors import UserError
+from calibtrain.pipeline import check as checks
+from calibtrain.pipeline.check import advice, check, count_tokens, evaluations, expected_steps, longest
+from tests.tiny import write_tiny_model
+
+ROWS = 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model and questions of very different lengths."""
+    path = tmp_path_factory.mktemp("check")
+    write_tiny_model(path / "tiny")
+    rows = [{"question": f"What is {i}{' and more' * (i % 5)}?", "answers": [f"{i}"]} for i in range(ROWS)]
+    (path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(folder, **changes):
+    sections = {
+        "model": {"source": str(folder / "tiny"), "dtype": "fp32"},
+        "data": {
+            "source": {"kind": "file", "path": str(folder / "questions.jsonl")},
+            "max_length": 64,
+            "few_shot_raw": 2,
+            "splits": {"train": 20, "calibration": 3, "temperature": 3, "certification": 4, "test": 3},
+        },
+        "objective": {"name": "sft"},
+        "training": {"micro_batch_size": 2, "global_batch_size": 8, "epochs": 2},
+    }
+    for key, values in changes.items():
+        sections[key] = {**sections.get(key, {}), **values}
+    return RunConfig.model_validate(sections)
+
+
+def test_steps_and_tokens_are_those_of_the_trainer(folder):
+    one = config(folder)
+    checked = check(one, 2)
+    assert expected_steps(one, checked) == 5  # 2 epochs of 20 records, 8 a step
+    tokens = count_tokens(one, checked)
+    assert tokens.steps == 5
+    assert tokens.held == 2 * sum(len(group[0].ids) for group in checked.examples)  # 5 steps of 8 are both epochs whole
+    assert tokens.passed > tokens.held
+    packed = config(folder, data={"packing_tokens": 96})
+    squeezed = count_tokens(packed, check(packed, 2))
+    assert squeezed.held == tokens.held
+    lone = collate([group[0] for group in checked.examples], 0)
+    assert max(count for count, _ in longest(checked)) == int((lone.segment_ids > 0).sum(1).max())
+
+
+def test_the_longest_are_told_as_they_were_before_the_cut(folder):
+    checked = check(config(folder, data={"max_length": 24}), 1)
+    assert checked.drops.shortened > 0
+    assert longest(checked)[0][0] > 24
+
+
+def test_of_a_large_set_the_first_records_are_encoded(folder, monkeypatch):
+    monkeypatch.setattr(checks, "READ_WHOLE", 8)
+    one = config(folder)
+    checked = check(one, 1)
+    assert len(checked.examples) == 8
+    assert not checked.whole
+    assert expected_steps(one, checked) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": {"splits": {"train": 10_000}}}, "10000 asked for"),
+        ({"data": {"splits": {"train": 0}}}, "0 records to train on"),
+        ({"data": {"source": {"kind": "file", "path": "/nowhere.jsonl"}}}, "no such file"),
+        ({"data": {"max_length": 1}}, "no training record is left"),
+        ({"training": {"global_batch_size": 9}}, "cannot be cut into micro-batches"),
+        ({"training": {"resume": "/nowhere"}}, "not a whole checkpoint"),
+        ({"model": {"source": "/nowhere"}}, "no such directory"),
+    ],
+)
+def test_mistakes_are_found(folder, changes, words):
+    if "splits" in changes.get("data", {}):
+        changes = {"data": {"splits": {**config(folder).data.splits.model_dump(), **changes["data"]["splits"]}}}
+    with pytest.raises(UserError, match=words):
+        check(config(folder, **changes), 2)
+
+
+def test_a_template_that_refuses_a_record_is_found(folder, tmp_path):
+    write_tiny_model(tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    for file in (tmp_path / "model").glob("*.jinja"):
+        file.unlink()
+    refusing = "{% if 'more and' in messages[0]['content'] %}{{ raise_exception('too much') }}{% endif %}"
+    plain = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+    settings["chat_template"] = refusing + plain
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"questions.jsonl:\d+: .*too much"):
+        check(config(folder, model={"source": str(tmp_path / "model")}, data={"template": "chat"}), 1)
+
+
+def test_a_model_directory_without_weights_is_found(folder, tmp_path):
+    model = write_tiny_model(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no weights"):
+        check(config(folder, model={"source": str(model)}), 1)
+
+
+def told(folder, **changes):
+    one = config(folder, **changes)
+    return " ".join(advice(one, check(one, 1)))
+
+
+def test_numbers_that_are_hardly_meant_are_told(folder):
+    splits = config(folder).data.splits.model_dump()
+    assert "4: no certificate can come out of it" in told(folder)  # 14 right answers prove 20 % at 95 %
+    assert told(folder, abstention={"target_risk": 0.6, "delta": 0.05}) == ""
+    assert "certification 0" in told(folder, data={"splits": {**splits, "certification": 0}})
+    assert "32 records a step, but there are 20" in told(folder, training={"global_batch_size": 32})
+    assert "less than one step" in told(folder, training={"epochs": 0.1})
+    assert "few_shot_raw: 30" in told(folder, data={"few_shot_raw": 30})
+    assert "the calibration split holds 3" in told(folder, training={"evaluate_every": 1})
+    assert "at the last step" in told(folder, training={"warmup_ratio": 1.0})
+
+
+def test_questions_asked_while_training(folder):
+    one = config(folder, training={"evaluate_every": 2, "evaluate_questions": 2})
+    assert evaluations(one, 5, 3) == ["2 questions, 3 times: training.evaluate_every"]
+
+
+def test_the_dry_run_prints_data_steps_and_tokens(folder):
+    arguments = ["objective={name: sft}", "penalties=[]", f"model.source={folder / 'tiny'}", "model.dtype=fp32"]
+    arguments += [f"data.source={{kind: file, path: {folder / 'questions.jsonl'}}}", "data.max_length=48"]
+    splits = "data.splits={train: 20, calibration: 3, temperature: 3, certification: 4, test: 3}"
+    call = ["train", "demo", "--dry-run", "--num-processes", "2", *arguments]
+    done = CliRunner().invoke(cli.app, [*call, splits])
+    assert done.exit_code == 0, done.output
+    for words in ("10 optimiser steps of 8 records", "tokens a step", "padding", "the longest are", "no certificate"):
+        assert words in done.output
+    done = CliRunner().invoke(cli.app, [*call, splits.replace("20", "2000")])
+    assert isinstance(done.exception, UserError)
+    assert "2000 asked for" in str(done.exception)
+
+
+def test_a_directory_that_is_no_finished_run_is_told(tmp_path):
+    for command in (["calibrate"], ["probe"], ["confidence"], ["answer", "?"], ["serve"], ["report"], ["certify"]):
+        call = [command[0], str(tmp_path), *command[1:]]
+        assert "has no config.yaml" in str(CliRunner().invoke(cli.app, call).exception)
+    (tmp_path / "config.yaml").write_text("name: unfinished\n")
+    for command in (["calibrate"], ["probe"], ["confidence"], ["answer", "?"], ["serve"]):
+        call = [command[0], str(tmp_path), *command[1:]]
+        assert "training has not finished" in str(CliRunner().invoke(cli.app, call).exception)
