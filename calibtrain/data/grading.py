@@ -28,6 +28,16 @@ _STRESS = frozenset("\u0300\u0301")
 _CYRILLIC_VOWELS = frozenset("аеиоуыэюяіє")
 
 
+THINK_START, THINK_END = "<think>", "</think>"
+
+
+def without_thinking(text: str) -> str:
+    """The text behind a block of thinking that it opens with; "" where the block does not end."""
+    if not text.lstrip().startswith(THINK_START):
+        return text
+    return text.partition(THINK_END)[2]
+
+
 def normalize(text: str, *, strokes: bool = True) -> str:
     """Casefold, strip accents, punctuation, a leading "the" and extra spaces; numbers keep sign, point and powers.
 
@@ -38,9 +48,9 @@ def normalize(text: str, *, strokes: bool = True) -> str:
     text = _MIXED_FRACTION.sub(" ", _POWER.sub(lambda found: "^" + unicodedata.normalize("NFKD", found[0]), text))
     # NFKD around casefold makes caseless matching of compatible characters stable (Unicode 3.13, D146).
     text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
-    text = _without_accents(text)
+    text = _without_accents(_MINUS.sub("-", text))
     text = (text.translate(_STROKES) if strokes else text).replace("&", " and ").replace("\u2044", "/")
-    text = _APOSTROPHES.sub("", _BETWEEN_DIGITS.sub(" ", _MINUS.sub("-", text)))
+    text = _APOSTROPHES.sub("", _BETWEEN_DIGITS.sub(" ", text))
     text = _JOINING_HYPHEN.sub(" ", _LOOSE_PERIOD.sub("", _GROUPED_DIGITS.sub("", text)))
     kept = {found.start(found.lastindex or 0) for found in _OPERATOR.finditer(text)}
     text = "".join(
@@ -72,7 +82,10 @@ def _is_accent(base: str, mark: str) -> bool:
 
 
 def grade(text: str, accepted: Iterable[str], method: Grading = "normalized_match") -> bool:
-    """Whether `text` is one of the accepted answers, as a whole. An empty answer is never right."""
+    """Whether `text` is one of the accepted answers, as a whole; thinking before it does not count.
+
+    An empty answer is never right.
+    """
     clean = normalize if method == "normalized_match" else str.strip
-    answer = clean(text)
-    return bool(answer) and any(answer == clean(one) for one in accepted)
+    answer = clean(without_thinking(text))
+    return bool(answer) and any(answer == clean(without_thinking(one)) for one in accepted)

@@ -134,6 +134,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             answerer.module,
             [self._prompts[i] for i in asked],
             stop_ids=answerer.template.stop_ids,
+            goes_on=answerer.template.goes_on,
             pad_id=answerer.template.pad_id,
             max_new_tokens=evaluation.max_new_tokens,
             batch_size=max(1, evaluation.batch_size // self.config.rollouts.group_size),
