@@ -103,9 +103,12 @@ def _lora_layers(module: Any) -> list[tuple[str, nn.Module]]:
 def _targets(layers: Sequence[tuple[str, nn.Module]], penalty: WeightPenaltyConfig) -> list[tuple[str, nn.Module]]:
     wanted = penalty.target_modules
     chosen = [(name, one) for name, one in layers if wanted == "all-linear" or name.rpartition(".")[2] in wanted]
-    if not chosen:
+    known = {name.rpartition(".")[2] for name, _ in chosen}
+    missing = [] if wanted == "all-linear" else [name for name in wanted if name not in known]
+    if missing or not chosen:
         raise UserError(
-            f"weight_penalties.{penalty.name}.target_modules: no trained linear layer is called {', '.join(wanted)}"
+            f"weight_penalties.{penalty.name}.target_modules: no trained linear layer is called "
+            f"{', '.join(missing or [str(wanted)])}"
         )
     return chosen
 
