@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.generation import Generation, generate
+from calibtrain.confidence.likelihood import answer_span
 from calibtrain.confidence.stated import read_statement, statement_tokens
 from calibtrain.config import PolicyGradientConfig, PPOConfig, RunConfig
 from calibtrain.data.collate import collate
@@ -150,7 +151,10 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         template, rollouts = self.answerer.template, self.config.rollouts
         method, accepted = self.config.evaluation.grading, self.questions[index].accepted
         text = template.decode_answer(generation.tokens)
-        confidence, stated = math.exp(min(0.0, math.fsum(generation.logprobs))), tuple[bool, ...]()
+        confidence, stated = (
+            math.exp(min(0.0, math.fsum(answer_span(generation, template).logprobs))),
+            tuple[bool, ...](),
+        )
         if rollouts.confidence == "stated":
             statement = read_statement(text)
             text, confidence = statement.answer, math.nan if statement.confidence is None else statement.confidence
