@@ -69,8 +69,12 @@ def answer_questions(
     made = [samples[0] for samples in generations]
     _tell_thinking(made, template, settings)
     first = [answer_span(one, template) for one in made]
+    texts = [
+        template.decode_answer(one.tokens) for one in made
+    ]  # of the whole: the span alone no longer shows its block
     answers = [
-        _answer(record, generation, template, settings) for record, generation in zip(records, first, strict=True)
+        _answer(record, text, generation, template, settings)
+        for record, text, generation in zip(records, texts, first, strict=True)
     ]
     return Answered(answers, _features(first, answers))
 
@@ -156,8 +160,9 @@ def token_logprob_table(
     return model(step).cpu().double()
 
 
-def _answer(record: Record, generation: Generation, template: Template, settings: EvaluationConfig) -> Answer:
-    text = template.decode_answer(generation.tokens)
+def _answer(
+    record: Record, text: str, generation: Generation, template: Template, settings: EvaluationConfig
+) -> Answer:
     return Answer(
         question_id=record.id,
         question=record.question,

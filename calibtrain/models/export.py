@@ -100,7 +100,7 @@ def _write_generation_config(config: ModelConfig, target: Path, end_id: int) -> 
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     source = source_file(config, "generation_config.json")
     if source is not None:
-        settings |= json.loads(source.read_text(encoding="utf-8"))
+        settings = json.loads(source.read_text(encoding="utf-8"))
     ends = settings.get("eos_token_id")
     ends = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
     ends = ends if end_id in ends else [*ends, end_id]

@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 
+from calibtrain.confidence import likelihood
 from calibtrain.confidence.generation import Generation
 from calibtrain.confidence.likelihood import answer_span
+from calibtrain.config import EvaluationConfig
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import encode_records
 from calibtrain.data.grading import grade
@@ -91,6 +93,23 @@ def test_confidence_reads_the_answer_alone():
     assert span.hidden.shape == (len(said), 4)
     unclosed = Generation(tuple(thought[:-1]), (-1.0,) * (len(thought) - 1), torch.zeros(len(thought) - 1, 4), False)
     assert answer_span(unclosed, template) == unclosed
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat", "opened"])
+def test_an_answer_behind_thinking_is_graded_and_its_confidence_read(kind, monkeypatch):
+    opened = with_template(after="{% if add_generation_prompt %}<think>\n{% endif %}")
+    template = opened if kind == "opened" else Template(kind, tiny_tokenizer())
+    said = "6?</think>\n\n7" if kind == "opened" else " <think>\n\n</think>\n\n7"
+    tokens = (*ids(template, said), template.end_id)
+    made = Generation(tokens, (-1.0,) * len(tokens), torch.zeros(len(tokens), 4), True)
+    monkeypatch.setattr(likelihood, "generate", lambda *arguments, **settings: [[made]])
+    record = Record((Message("user", "What is it?"),), accepted=("7",))
+    found = likelihood.answer_questions(None, template, [record], EvaluationConfig())
+    (answer,) = found.answers
+    assert answer.text == "7"
+    assert answer.correct
+    assert len(answer.token_logprobs) == len(found.features.targets) == len(tokens) - template.answer_start(tokens)
+    assert "".join(answer.tokens).strip() == "7"
 
 
 def test_graded_text_may_stand_behind_thinking():
