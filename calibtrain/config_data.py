@@ -99,6 +99,10 @@ class DataConfig(Section):
     """How many records each split may hold."""
     template: Literal["plain", "chat"] = "plain"
     """`plain` is "Question: ...\\nAnswer: ..."; `chat` is the tokenizer's own chat template."""
+    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(default={})
+    """Given to the chat template wherever it is rendered, e.g. {enable_thinking: false}."""
+    merge_system: bool = False
+    """Put a system turn before the text of the user turn that follows, for chat templates without a system role."""
     few_shot_raw: Annotated[int, Field(ge=0, le=32)] = 8
     """Examples shown to the raw model before a question: without any it misses the format."""
     max_length: Count = 512
@@ -107,6 +111,15 @@ class DataConfig(Section):
     """Pack sequences into rows of so many tokens; null pads one sequence a row."""
     shared_prefix: bool = True
     """Pass the prompt of a preference pair once for both answers, where the model's attention allows it."""
+
+    @model_validator(mode="after")
+    def _kwargs_need_a_chat_template(self) -> DataConfig:
+        if self.template == "plain" and (self.chat_template_kwargs or self.merge_system):
+            raise ValueError("chat_template_kwargs and merge_system are read with template: chat alone")
+        taken = {"tokenize", "add_generation_prompt", "conversation", "messages"} & self.chat_template_kwargs.keys()
+        if taken:
+            raise ValueError(f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be set")
+        return self
 
     @model_validator(mode="after")
     def _row_holds_a_sequence(self) -> DataConfig:

@@ -52,6 +52,8 @@ def start_world() -> World:
     """
     import deepspeed
 
+    from calibtrain.build_locks import clear_abandoned_locks
+
     # DeepSpeed 0.19 calls names that torch 2.13 deprecates, once a step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -63,6 +65,8 @@ def start_world() -> World:
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    for line in clear_abandoned_locks():  # DeepSpeed builds next
+        print(f"calibtrain: {line}", file=sys.stderr, flush=True)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)

@@ -32,7 +32,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Every check, in the order they are shown. Takes some seconds: two processes are started."""
     checks: list[Callable[[], Iterable[Finding]]] = [
-        packages, cpu, memory, gpus, compiler, disk, embedded, wandb_key, processes,
+        packages, cpu, memory, gpus, compiler, builds, disk, embedded, wandb_key, processes,
     ]  # fmt: skip
     return [finding for check in checks for finding in check()]
 
@@ -125,6 +125,20 @@ def compiler() -> Iterable[Finding]:
         yield Finding("ok", "compiler", found)
     else:
         yield Finding("missing", "compiler", "no C++ compiler", "install one, e.g. apt-get install build-essential")
+
+
+def builds() -> Iterable[Finding]:
+    """Locks of extension builds that a killed run left behind: the next build would wait for them."""
+    from calibtrain.build_locks import build_locks, extensions_root, holder_of
+
+    left = [(lock, holder_of(lock)) for lock in build_locks()]
+    for lock, holder in left:
+        if holder != "held":
+            whose = "nobody here holds" if holder == "nobody" else "another machine or user may hold"
+            says = f"{lock} is a build's lock that {whose}: a run may wait for it without end"
+            yield Finding("note", "builds", says, f"rm {lock}, where nobody builds")
+    if all(holder == "held" for _, holder in left):
+        yield Finding("ok", "builds", f"no lock left behind in {extensions_root()}")
 
 
 def disk(path: Path = Path(".")) -> Iterable[Finding]:

@@ -10,11 +10,11 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from calibtrain.app.limits import Refusal
 from calibtrain.pipeline.answer import REFUSAL, Reply
@@ -29,6 +29,39 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "frequency_penalty": (0, "answers are greedy without penalties"),
 }
 """Parameters that are taken at their neutral value alone."""
+ELSEWHERE: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "chat_template_kwargs": (),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": (),
+    "ignore_eos": (False,),
+    "length_penalty": (1,),
+    "logit_bias": (),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "stop": (),
+    "stop_token_ids": (),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": (),
+    "top_k": (-1, 0, 1),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+"""What clients send by default -> values that ask for nothing, beside null and empty ones; any other is refused."""
+TOLD_NOTHING = ("seed", "user", "metadata", "safety_identifier", "prompt_cache_key")
+"""Parameters that change no answer here, whatever they hold: nothing is drawn and nothing is kept."""
 
 
 class TextPart(BaseModel):
@@ -46,6 +79,12 @@ class ChatMessage(BaseModel):
     role: str
     content: str | list[TextPart]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_keys(cls, values: Any) -> Any:
+        """Clients send a message's other keys as null or empty (tool_calls, refusal, audio, ...)."""
+        return _without_empty(values, keep=("role", "content"))
 
     @property
     def text(self) -> str:
@@ -85,11 +124,26 @@ class ChatRequest(BaseModel):
     top_logprobs: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    seed: int | None = None  # nothing is drawn
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
     calibtrain: Choice = Choice()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral_keys(cls, values: Any) -> Any:
+        """Drop what asks for nothing: null and empty values, and the neutral ones of ELSEWHERE."""
+        if not isinstance(values, dict):
+            return values
+        values = _without_empty(values, keep=("model", "messages"))
+        values = {
+            key: value for key, value in values.items()
+            if key not in TOLD_NOTHING and not any(_same(value, one) for one in ELSEWHERE.get(key, ()))
+        }  # fmt: skip
+        bias = values.get("logit_bias")
+        if isinstance(bias, dict) and all(_same(value, 0) for value in bias.values()):
+            del values["logit_bias"]
+        messages = values.get("messages")
+        if isinstance(messages, list):  # an empty system prompt says nothing
+            values["messages"] = [one for one in messages if not _says_nothing(one)]
+        return values
 
     def question(self) -> str:
         """The one user message. Raises Refusal for anything else."""
@@ -105,6 +159,25 @@ class PageRequest(BaseModel):
     question: str
 
 
+def _without_empty(values: Any, keep: Collection[str]) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {key: value for key, value in values.items() if key in keep or value not in (None, "", [], {})}
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal, and not only because True == 1."""
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _says_nothing(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and message.get("role") in ("system", "developer")
+        and message.get("content") in (None, "", [])
+    )
+
+
 def parse(kind: type[BaseModel], body: bytes) -> Any:
     """The request in a JSON body. Raises Refusal that names the key."""
     try:
@@ -115,7 +188,12 @@ def parse(kind: type[BaseModel], body: bytes) -> Any:
         first = max(found, key=lambda one: len(one["loc"]))
         key = ".".join(str(part) for part in first["loc"] if "[" not in str(part))[:100]
         unknown = first["type"] == "extra_forbidden"
-        message = f"{key}: not a parameter that is understood here" if unknown else f"{key or 'body'}: {first['msg']}"
+        message = f"{key or 'body'}: {first['msg']}"
+        if unknown and key in ELSEWHERE:
+            neutral = [json.dumps(value) for value in ELSEWHERE[key]] or ["null"]
+            message = f"{key}: not supported; send {' or '.join(neutral)}, or leave it out"
+        elif unknown:
+            message = f"{key}: not a parameter that is understood here"
         code = (
             "unknown_parameter" if unknown else "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
         )

@@ -43,14 +43,15 @@ def generate(
     all_done: AllDone = bool,
     share_prefix: bool = True,
     not_first: Sequence[int] = (),
+    goes_on: Callable[[Sequence[int]], bool] | None = None,
     on_batch: Callable[[int], None] = lambda prompts_done: None,
 ) -> list[list[Generation]]:
     """Complete every prompt: greedily (samples=0, one completion each) or with `samples` draws at temperature 1.
 
     `model` maps a DecodeStep to (hidden (B, H), logits (B, V), cache). The prompts' longest common prefix (few-shot
     examples, a system prompt) passes through the model once unless `share_prefix` is off; a prompt passes through it once
-    for all its samples. Tokens in `not_first` begin no completion; log-probs stay the model's own. No prompt may be
-    empty.
+    for all its samples. Tokens in `not_first` begin no completion; log-probs stay the model's own. `goes_on` may keep a
+    completion that came to a stop token from ending there. No prompt may be empty.
     """
     prefix, prefix_cache = _read_prefix(model, prompts, share_prefix, device)
     generator = torch.Generator(device=device).manual_seed(seed) if samples else None
@@ -61,7 +62,7 @@ def generate(
         rows = order[start : start + batch_size]
         batch = _Batch(len(rows), len(prefix), prefix_cache, device)
         batch.extend([prompts[index][len(prefix) :] for index in rows], pad_id)
-        found = batch.run(model, frozenset(stop_ids), max_new_tokens, generator, all_done, copies, not_first)
+        found = batch.run(model, frozenset(stop_ids), max_new_tokens, generator, all_done, copies, not_first, goes_on)
         for place, index in enumerate(rows):
             results[index] = found[place * copies : (place + 1) * copies]
         on_batch(min(start + batch_size, len(order)))
@@ -152,6 +153,7 @@ class _Batch:
         all_done: AllDone,
         copies: int,
         not_first: Sequence[int],
+        goes_on: Callable[[Sequence[int]], bool] | None,
     ) -> list[Generation]:
         """`copies` completions of each prompt, those of one prompt together."""
         device = self.mask.device
@@ -160,6 +162,7 @@ class _Batch:
         lengths = torch.zeros(rows, dtype=torch.long, device=device)
         carried = torch.arange(rows, device=device)  # the completions that this batch's rows still are
         done = torch.zeros(rows, dtype=torch.bool, device=device)
+        ended = torch.zeros(rows, dtype=torch.bool, device=device)
         steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for _ in range(max_new_tokens):
             hidden, logits, self.cache = model(DecodeStep(self.inputs()))
@@ -173,7 +176,12 @@ class _Batch:
             token = allowed.argmax(-1) if generator is None else _draw(allowed, rows, carried, generator)
             steps.append((carried, token, logprobs.gather(1, token[:, None])[:, 0], hidden))
             lengths[carried] += ~done
-            done = done | torch.isin(token, stops)
+            stopped = torch.isin(token, stops) & ~done
+            if goes_on is not None:
+                for row in torch.nonzero(stopped)[:, 0].tolist():
+                    stopped[row] = not goes_on(_said(steps, int(carried[row])))
+            done = done | stopped
+            ended[carried] |= stopped
             going = torch.nonzero(~done)[:, 0]
             if all_done(len(going) == 0):
                 break
@@ -184,7 +192,7 @@ class _Batch:
             self.ids = token[:, None]
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(carried), 1)], dim=1)
             self.positions = self.positions[:, -1:] + 1
-        return _completions(steps, lengths, stop_ids)
+        return _completions(steps, lengths, ended)
 
 
 def _draw(logprobs: Tensor, rows: int, carried: Tensor, generator: torch.Generator) -> Tensor:
@@ -199,8 +207,13 @@ def _draw(logprobs: Tensor, rows: int, carried: Tensor, generator: torch.Generat
     return torch.cat(tokens).clamp_(max=logprobs.shape[1] - 1)
 
 
+def _said(steps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], completion: int) -> list[int]:
+    """Tokens of one completion so far."""
+    return [int(token[carried == completion]) for carried, token, _, _ in steps if bool((carried == completion).any())]
+
+
 def _completions(
-    steps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], lengths: Tensor, stop_ids: frozenset[int]
+    steps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], lengths: Tensor, ended: Tensor
 ) -> list[Generation]:
     """Completions from the steps' (which, token, log-prob, hidden state)."""
     rows, width = len(lengths), len(steps)
@@ -215,7 +228,7 @@ def _completions(
             tokens=tuple(tokens[row, :length].tolist()),
             logprobs=tuple(logprobs[row, :length].tolist()),
             hidden=states[row, :length],
-            finished=int(tokens[row, length - 1]) in stop_ids,
+            finished=bool(ended[row]),
         )
         for row, length in enumerate(lengths.tolist())
     ]

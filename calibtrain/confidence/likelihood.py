@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from calibtrain.data.grading import grade
 from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
 from calibtrain.models.loss_model import AnswerFeatures, ScoreStep
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ def answer_questions(
         model,
         prompts,
         stop_ids=template.stop_ids,
+        goes_on=template.goes_on,
         pad_id=template.pad_id,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
@@ -62,11 +66,43 @@ def answer_questions(
         not_first=not_first,
         on_batch=on_batch,
     )
-    first = [samples[0] for samples in generations]
+    made = [samples[0] for samples in generations]
+    _tell_thinking(made, template, settings)
+    first = [answer_span(one, template) for one in made]
+    texts = [
+        template.decode_answer(one.tokens) for one in made
+    ]  # of the whole: the span alone no longer shows its block
     answers = [
-        _answer(record, generation, template, settings) for record, generation in zip(records, first, strict=True)
+        _answer(record, text, generation, template, settings)
+        for record, text, generation in zip(records, texts, first, strict=True)
     ]
     return Answered(answers, _features(first, answers))
+
+
+def answer_span(generation: Generation, template: Template) -> Generation:
+    """The generation from where its answer begins: its confidence is that of the answer, given what was thought before.
+
+    One that is all thinking stays whole.
+    """
+    start = template.answer_start(generation.tokens)
+    if not start or start >= len(generation.tokens):
+        return generation
+    return replace(
+        generation,
+        tokens=generation.tokens[start:],
+        logprobs=generation.logprobs[start:],
+        hidden=generation.hidden[start:],
+    )
+
+
+def _tell_thinking(generations: Sequence[Generation], template: Template, settings: EvaluationConfig) -> None:
+    lost = sum(template.answer_start(one.tokens) is None for one in generations)
+    if lost:
+        logger.warning(
+            "%d of %d answers are thinking that did not end in evaluation.max_new_tokens: %d, and count as empty; raise it, "
+            "or see data.chat_template_kwargs (enable_thinking: false)",
+            lost, len(generations), settings.max_new_tokens,
+        )  # fmt: skip
 
 
 def sample_answers(
@@ -86,6 +122,7 @@ def sample_answers(
         model,
         [template.prompt_ids(record, shots) for record in records],
         stop_ids=template.stop_ids,
+        goes_on=template.goes_on,
         pad_id=template.pad_id,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
@@ -123,8 +160,9 @@ def token_logprob_table(
     return model(step).cpu().double()
 
 
-def _answer(record: Record, generation: Generation, template: Template, settings: EvaluationConfig) -> Answer:
-    text = template.decode_answer(generation.tokens)
+def _answer(
+    record: Record, text: str, generation: Generation, template: Template, settings: EvaluationConfig
+) -> Answer:
     return Answer(
         question_id=record.id,
         question=record.question,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from calibtrain.confidence.generation import generate
-from calibtrain.confidence.likelihood import Answered
+from calibtrain.confidence.likelihood import Answered, answer_span
 from calibtrain.confidence.source import Array, Asker, Cost, SourceScores
 from calibtrain.data.grading import normalize
 from calibtrain.data.records import Record
@@ -91,6 +91,7 @@ def sampled(
         asker.module,
         prompts,
         stop_ids=asker.template.stop_ids,
+        goes_on=asker.template.goes_on,
         pad_id=asker.template.pad_id,
         max_new_tokens=asker.settings.max_new_tokens,
         batch_size=max(1, asker.settings.batch_size // samples),
@@ -103,7 +104,9 @@ def sampled(
         texts = [asker.template.decode_answer(one.tokens) for one in row]
         labels = equivalence(record.question, [answer.text, *texts])
         same = int((labels[1:] == labels[0]).sum())
-        weighed = semantic_entropy(labels[1:], texts, [math.fsum(one.logprobs) for one in row])
+        weighed = semantic_entropy(
+            labels[1:], texts, [math.fsum(answer_span(one, asker.template).logprobs) for one in row]
+        )
         rows.append(((same + 1) / (samples + 2), math.exp(-weighed), math.exp(-count_entropy(labels[1:]))))
     passes = np.array([sum(len(one.tokens) for one in row) for row in drawn], dtype=np.float64)
     read = passes + samples * (np.array([len(prompt) for prompt in prompts]) - 1.0)

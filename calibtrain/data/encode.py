@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +13,11 @@ from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 20
+"""So many records are compared with what the template renders for a whole conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,7 @@ def encode_records(
     room for a prompt is dropped, as is one without the answers it needs. Both are counted in `drops`, and `record_id`
     stays the index in `records`. Raises UserError if nothing is left.
     """
+    _tell_departures(records[:LOOKED_AT], template)
     examples = []
     for index, record in enumerate(records):
         texts = [record.chosen, record.rejected] if pairs else [record.chosen]
@@ -76,6 +84,19 @@ def encode_records(
             f"no training record is left: {'; '.join(drops.lines())}. Raise data.max_length or mend the data"
         )
     return examples
+
+
+def _tell_departures(records: Sequence[Record], template: Template) -> None:
+    """Warn once where what is trained is not what the chat template renders; on the first rank."""
+    for record in records if os.environ.get("RANK", "0") == "0" else ():
+        if found := template.departure(record):
+            logger.warning(
+                "%s: prompt and completion are not what the chat template renders for the whole conversation: %s; "
+                "see data.chat_template_kwargs",
+                record.origin or record.question,
+                found,
+            )
+            return
 
 
 def encode_answer(

@@ -49,7 +49,8 @@ def load_geography(source: GeographySource, seed: int = 0) -> list[Record]:
     cities, countries, mappings, continents = _facts(source.min_population)
     names = country_names(countries, mappings)
     normalized_names = {code: tuple(map(normalize, known)) for code, known in names.items()}
-    normalized = {city["geonameid"]: normalize(city["name"]) for city in cities}
+    # Names key the draw: with folded strokes every sample drawn so far would be another one.
+    normalized = {city["geonameid"]: normalize(city["name"], strokes=False) for city in cities}
     countries_of: dict[str, set[str]] = defaultdict(set)
     for city in cities:
         # Main names only: the alternate ones hold every transliteration and former name, so that half the world's

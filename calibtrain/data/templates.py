@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
+from calibtrain.data.grading import THINK_END, THINK_START
 from calibtrain.data.records import Message, Record
 from calibtrain.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from calibtrain.config import DataConfig
 
 PLAIN_QUESTION = "Question: {}\nAnswer:"
 PLAIN_ANSWER = " {}"
@@ -32,29 +36,49 @@ class Template:
 
     `plain` is "Question: ..." and "Answer:" on two lines, with completion " answer" + EOS; `chat` is the tokenizer's
     chat template with its generation prompt, and the completion ends with the token that the template puts after an
-    assistant's turn. Raises UserError if the tokenizer has no chat template, or no token that can end an answer.
+    assistant's turn. `chat_template_kwargs` go to the chat template (`enable_thinking`); `merge_system` puts a system turn
+    before the first user turn's text, for templates that have no such role. Raises UserError
+    if the tokenizer has no chat template, or no token that can end an answer.
     """
 
-    def __init__(self, kind: Literal["plain", "chat"], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        kind: Literal["plain", "chat"],
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        merge_system: bool = False,
+    ) -> None:
         if kind == "chat" and not tokenizer.chat_template:
             raise UserError("data.template: the tokenizer has no chat template; use data.template: plain")
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token, so no answer could end; set its eos_token")
         self.kind = kind
         self.tokenizer = tokenizer
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.merge_system = merge_system
         self._prefix_ids = self._special_prefix()
         self.end_id: int = self._chat_end_id() if kind == "chat" else tokenizer.eos_token_id
         """Token that ends every completion."""
         self._probe_text = self.prompt_text(_PROBE)
         self._probe_ids = self.prompt_ids(_PROBE)
+        self._thinks = kind == "chat" and self._probe_text.rstrip().endswith(THINK_START)
 
     def prompt_text(self, record: Record, shots: Sequence[Record] = ()) -> str:
-        """What the model is shown: examples with their chosen answers, then the question, up to where it answers."""
+        """What the model is shown: examples with their chosen answers, then the question, up to where it answers.
+
+        Raises UserError that names the record where the chat template refuses it.
+        """
         messages: list[Message] = []
         for shot in shots:
             messages += [*shot.prompt, Message("assistant", shot.chosen or "")]
         messages += record.prompt
-        return self._chat_text(messages) if self.kind == "chat" else _plain_text(messages)
+        if self.kind == "plain":
+            return _plain_text(messages)
+        try:
+            return self._chat_text(messages)
+        except UserError as error:
+            place = record.origin or record.question
+            raise UserError(f"{place}: {error}{self._remedy(messages)}") from error
 
     def prompt_ids(self, record: Record, shots: Sequence[Record] = ()) -> list[int]:
         """Token ids of the prompt, with the special tokens that the tokenizer or the chat template opens with, once."""
@@ -94,12 +118,54 @@ class Template:
         )
 
     def decode_answer(self, ids: Sequence[int]) -> str:
-        """The answer in generated ids: up to the first token that ends it and the first line break, stripped."""
+        """The answer in generated ids: up to the first token that ends it and the first line break, stripped.
+
+        A block of thinking that it opens with is no part of it; one that does not end leaves an empty answer.
+        """
         end = next((i for i, token in enumerate(ids) if token in self._end_ids), len(ids))
-        text = self._decode(ids[:end], skip_special_tokens=True)
+        start = self.answer_start(ids[:end])
+        if start is None:
+            return ""
+        text = self._decode(ids[start:end], skip_special_tokens=True)
+        if start:
+            text = text.lstrip()
         if self.kind == "chat":
             text = text.lstrip()  # some chat models open with a line break
         return (text.splitlines() or [""])[0].strip()
+
+    def answer_start(self, ids: Sequence[int]) -> int | None:
+        """How many of the generated ids are a block of thinking before the answer; None where it does not end."""
+        text = self._decode(ids)
+        if not self._thinks and not text.lstrip().startswith(THINK_START):
+            return 0
+        if THINK_END not in text:
+            return None
+        low, high = 1, len(ids)  # the fewest ids whose text holds the end
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if THINK_END in self._decode(ids[:middle]) else (middle + 1, high)
+        return low
+
+    def goes_on(self, ids: Sequence[int]) -> bool:
+        """Whether a line break at the end of generated ids does not end the answer: it is still to come."""
+        if not ids or ids[-1] in self._end_ids:
+            return False
+        start = self.answer_start(ids)
+        return start is None or (start > 0 and not self._decode(ids[start:], skip_special_tokens=True).strip())
+
+    def departure(self, record: Record) -> str | None:
+        """Where prompt + completion is not what the chat template renders for the whole conversation, in words; or None."""
+        if self.kind == "plain" or not record.chosen:
+            return None
+        shown, text = self.prompt_text(record), record.chosen.strip()
+        try:
+            whole = self._chat_text([*record.prompt, Message("assistant", text)], answered=True)
+        except UserError:
+            return None
+        if whole.startswith(shown + text):
+            return None
+        at = next((i for i, (a, b) in enumerate(zip(shown + text, whole, strict=False)) if a != b), len(whole))
+        return f"{(shown + text)[at : at + 40]!r} is trained where the template writes {whole[at : at + 40]!r}"
 
     def token_texts(self, ids: Sequence[int]) -> tuple[str, ...]:
         """Text that each generated id adds to the ones before it, so that all joined are the text of `ids`.
@@ -153,7 +219,12 @@ class Template:
             tokenizer.eos_token,
             len(tokenizer),
         ]
-        return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
+        # What is not set leaves the hash of runs that were made before it could be.
+        if self.kind == "chat" and self.chat_template_kwargs:
+            parts.append(self.chat_template_kwargs)
+        if self.kind == "chat" and self.merge_system:
+            parts.append("merge_system")
+        return hashlib.sha256(json.dumps(parts, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
 
     @property
     def _end_ids(self) -> frozenset[int]:
@@ -172,12 +243,30 @@ class Template:
         return full[:start]
 
     def _chat_text(self, messages: Sequence[Message], answered: bool = False) -> str:
+        if self.merge_system:
+            messages = _system_merged(messages)
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answered)
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=not answered, **self.chat_template_kwargs
+            )
         except Exception as error:  # jinja's own, or what a template raises about roles
             raise UserError(f"data.template: the chat template refuses the conversation: {error}") from error
         return str(text)
+
+    def _remedy(self, messages: Sequence[Message]) -> str:
+        """What to do about a conversation that the chat template refuses, where that is known."""
+        roles = [message.role for message in messages]
+        if "system" in roles and not self.merge_system:
+            try:
+                self._chat_text(_system_merged(messages))
+            except UserError:
+                pass
+            else:
+                return "; set data.merge_system: true to put the system text before the first question"
+        if any(one == other for one, other in pairwise(roles)):
+            return "; two turns of one role follow each other: join them into one, or use data.template: plain"
+        return "; mend the row, or use data.template: plain"
 
     def _chat_end_id(self) -> int:
         """The special token that the template writes after an assistant's turn; it need not be the EOS (Llama 3)."""
@@ -185,6 +274,26 @@ class Template:
         after = self._encode(text.rpartition(_PROBE_ANSWER)[2])
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         return next((token for token in after if token in special), self.tokenizer.eos_token_id)
+
+
+def template_of(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template of a run, the same wherever one is rendered: in training, evaluation, answering and serving."""
+    return Template(data.template, tokenizer, data.chat_template_kwargs, data.merge_system)
+
+
+def _system_merged(messages: Sequence[Message]) -> list[Message]:
+    """Each system turn before the text of the user turn that follows it."""
+    merged: list[Message] = []
+    held = ""
+    for message in messages:
+        if message.role == "system":
+            held += message.content.strip() + PLAIN_BETWEEN
+        elif message.role == "user":
+            merged.append(Message("user", held + message.content))
+            held = ""
+        else:
+            merged.append(message)
+    return merged
 
 
 def _plain_text(messages: Sequence[Message]) -> str:

@@ -53,6 +53,7 @@ class AnswerMeter:
     Args:
         questions: rows with `question` and `answers` (accepted ones), as in a data file, or Records.
         template: "plain" is "Question: ...", "Answer:"; "chat" is the tokenizer's chat template.
+        chat_template_kwargs: given to the chat template, e.g. {"enable_thinking": False}.
         split: name in the keys.
         settings: how answers are generated and graded.
 
@@ -64,6 +65,7 @@ class AnswerMeter:
         questions: Sequence[Mapping[str, Any] | Record],
         *,
         template: Literal["plain", "chat"] = "plain",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         split: str = "calibration",
         settings: EvaluationConfig | None = None,
     ) -> None:
@@ -75,6 +77,7 @@ class AnswerMeter:
             if not record.accepted:
                 raise UserError(f"questions[{index}]: `answers` is missing, so that no answer could be graded")
         self.template = template
+        self.chat_template_kwargs = chat_template_kwargs
         self.prefix = f"calib/{split}/likelihood"
         self.settings = settings or EvaluationConfig()
 
@@ -91,7 +94,8 @@ class AnswerMeter:
             )
         module = LossModel(Policy(model))
         module.train(model.training)
-        answered = Answerer(module, Template(self.template, tokenizer), self.settings, _world(model))(self.records)
+        template = Template(self.template, tokenizer, self.chat_template_kwargs)
+        answered = Answerer(module, template, self.settings, _world(model))(self.records)
         return {f"{self.prefix}/{key}": value for key, value in answer_metrics(answered.answers).items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import torch_dtype
-from calibtrain.models.loading import add_adapter, add_lora, load_settings
+from calibtrain.models.loading import add_adapter, add_lora, load_settings, source_file
 from calibtrain.models.policy import Policy
 from calibtrain.spectral.shared_rotation import merge_shared_rotations
 
@@ -73,15 +74,39 @@ def _make_room(policy: Policy, weights: dict[str, Tensor]) -> None:
 
 
 def export_model(
-    weights: dict[str, Tensor], config: ModelConfig, tokenizer: Any, target: Path, scale: float = 1.0
+    weights: dict[str, Tensor],
+    config: ModelConfig,
+    tokenizer: Any,
+    target: Path,
+    scale: float = 1.0,
+    end_id: int | None = None,
 ) -> None:
-    """Write `weights` (of `gathered_weights`) as a Hugging Face directory: adapters merged, the logit `scale` folded in."""
+    """Write `weights` (of `gathered_weights`) as a Hugging Face directory: adapters merged, the logit `scale` folded in.
+
+    Its generation_config.json is the source's; `end_id`, which ended the answers in training, joins the tokens that end
+    a generation, so that whatever serves the model stops where it learnt to.
+    """
     model = restored_model(weights, config)
     if scale != 1.0:
         fold_scale(model, scale)
     model.config.use_cache = True
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    _write_generation_config(config, target, tokenizer.eos_token_id if end_id is None else end_id)
+
+
+def _write_generation_config(config: ModelConfig, target: Path, end_id: int) -> None:
+    # As JSON: transformers refuses to save what it had no trouble to load (a temperature without do_sample).
+    file = target / "generation_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    source = source_file(config, "generation_config.json")
+    if source is not None:
+        settings = json.loads(source.read_text(encoding="utf-8"))
+    ends = settings.get("eos_token_id")
+    ends = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = ends if end_id in ends else [*ends, end_id]
+    settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,10 @@ def check_weights(config: ModelConfig) -> None:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """Tokenizer of the model, with a pad token (the end token where it has none)."""
+    """Tokenizer of the model, with a pad token (the end token where it has none).
+
+    Raises UserError without an end token, and where it makes tokens that the model has no embedding of.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, config)
@@ -67,7 +71,49 @@ def load_tokenizer(config: ModelConfig) -> Any:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    rows = getattr(load_settings(config).get_text_config(), "vocab_size", None)
+    beyond = {index: token for token, index in tokenizer.get_vocab().items() if isinstance(rows, int) and index >= rows}
+    if beyond and all(_is_placeholder(token, tokenizer) for token in beyond.values()):
+        logger.warning("%s: the model has no embeddings of %s: no text may hold it", config.source, [*beyond.values()])
+    elif beyond:
+        last, token = max(beyond.items())
+        raise UserError(
+            f"model.source: the tokenizer of {config.source} has token {last} ({token!r}), but the model has embeddings "
+            f"for {rows} tokens alone: bring the model's own tokenizer, or resize_token_embeddings({last + 1}) and save it"
+        )
     return tokenizer
+
+
+def _is_placeholder(token: str, tokenizer: Any) -> bool:
+    """A special token that nothing here writes, as the text models of multimodal families have for images."""
+    named = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token)
+    template = str(tokenizer.chat_template or "")
+    return token in tokenizer.all_special_tokens and token not in named and token not in template
+
+
+def answering_config(config: ModelConfig, model: Path | None = None) -> ModelConfig:
+    """How to load a model that only answers: the run's exported `model`, or the one that it starts from.
+
+    All that loading reads is as in training; adapters are merged in an export, and leave the start as it is.
+    """
+    changes: dict[str, Any] = {"lora": None, "adapter": None, "gradient_checkpointing": False, "compile": False}
+    if model is not None:
+        changes |= {"source": str(model), "revision": None}
+    if config.attention == "flash_attention_2" and not torch.cuda.is_available():
+        changes["attention"] = "sdpa"  # the same sums, on a machine that cannot run the other
+    return config.model_copy(update=changes)
+
+
+LEARNED_POSITIONS = ("biogpt", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt")
+"""Model types with a table of positions, beyond which there is none."""
+
+
+def check_positions(config: ModelConfig, max_length: int) -> None:
+    """Raise UserError where sequences may be longer than the model's table of positions."""
+    settings = load_settings(config).get_text_config()
+    places = getattr(settings, "max_position_embeddings", None)
+    if settings.model_type in LEARNED_POSITIONS and isinstance(places, int) and max_length > places:
+        raise UserError(f"data.max_length: {max_length}, but {config.source} has {places} positions; lower it")
 
 
 def load_settings(config: ModelConfig) -> Any:
@@ -117,6 +163,7 @@ def add_lora(model: Any, config: ModelConfig) -> Any:
     if lora is None:
         return model
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    check_targets(model, lora.target_modules, "model.lora.target_modules")
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
     try:
@@ -143,6 +190,9 @@ def add_adapter(model: Any, config: ModelConfig, *, find_bases: bool = True) -> 
     adapter = config.adapter
     if adapter is None:
         return model
+    check_targets(model, adapter.target_modules, "model.adapter.target_modules", linear=True)
+    if adapter.kind == "oft":
+        _check_blocks(model, adapter.target_modules, adapter.block_size)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
     if adapter.kind == "shared_rotation":
@@ -158,6 +208,69 @@ def add_adapter(model: Any, config: ModelConfig, *, find_bases: bool = True) -> 
         return get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"model.adapter: {error}") from error
+
+
+def check_targets(model: Any, targets: Sequence[str] | str, key: str, *, linear: bool = False) -> None:
+    """Raise UserError for a name that reaches no layer, or one that would not be trained and exported as it stands.
+
+    Losses read the weights of the head beside its module, so that an adapter there would never move; and tied embeddings
+    are the head's as well. `linear`: adapters of other layers than linear ones are refused, too.
+    """
+    if isinstance(targets, str):
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    for target in targets:
+        found = named_layers(model, target)
+        if not found:
+            raise UserError(f"{key}: no layer is called {target!r}; there are {', '.join(_linear_names(model))}")
+        if any(layer is head for layer in found):
+            raise UserError(f"{key}: {target!r} is the language-model head, which is not adapted; leave it out")
+        if any(layer is embedding for layer in found) and (tied or linear):
+            why = "is tied to the head, which is not adapted" if tied else "is not a linear layer"
+            raise UserError(f"{key}: {target!r} {why}; leave it out")
+        if linear and not all(isinstance(layer, torch.nn.Linear) for layer in found):
+            raise UserError(f"{key}: {target!r} is not a linear layer; there are {', '.join(_linear_names(model))}")
+
+
+def named_layers(model: Any, target: str) -> list[Any]:
+    """Modules whose name is `target` or ends with it, as PEFT matches names."""
+    return [one for name, one in model.named_modules() if name == target or name.endswith(f".{target}")]
+
+
+def _linear_names(model: Any) -> list[str]:
+    head = model.get_output_embeddings()
+    linear = [
+        name.rpartition(".")[2]
+        for name, one in model.named_modules()
+        if hasattr(one, "weight") and one.weight.ndim == 2 and one is not head
+        if one is not model.get_input_embeddings()
+    ]
+    return list(dict.fromkeys(linear))
+
+
+def _check_blocks(model: Any, targets: Sequence[str] | str, size: int) -> None:
+    """PEFT would take another block size where this one does not fit, layer by layer."""
+    names = _linear_names(model) if isinstance(targets, str) else targets
+    for name in names:
+        for layer in named_layers(model, name):
+            width = getattr(layer, "in_features", size)
+            if width % size:
+                raise UserError(f"model.adapter.block_size: {size} does not divide the {width} inputs of {name}")
+
+
+def source_file(config: ModelConfig, name: str) -> Path | None:
+    """A file of the model's source, or None where it has none."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        local_path(config.source),
+        name,
+        revision=config.revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
 
 
 def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:

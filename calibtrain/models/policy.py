@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,9 +82,24 @@ class Policy(nn.Module):
         return hidden if self.scale == 1.0 else hidden * self.scale
 
 
+@contextmanager
+def _attention_of(device: torch.device, model: Any) -> Iterator[None]:
+    """FlashAttention runs on GPUs alone: a model that still lies in host memory (ZeRO-3) attends without it."""
+    config = model.config.get_text_config()
+    own = config._attn_implementation
+    if device.type == "cpu" and "flash" in str(own):
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+
+
 @torch.no_grad()
 def check_head(policy: Policy) -> None:
     """Compare the policy's token statistics with the model's own logits on a few tokens.
+
+    It runs where the model lies.
 
     Raises UserError when they differ: the model does something to its logits that the fused head does not know.
     """
@@ -93,10 +110,10 @@ def check_head(policy: Policy) -> None:
     ids = torch.arange(1, 9, device=output.weight.device)[None] % output.weight.shape[0]
     was_training = policy.training
     policy.eval()
-    expected = (
-        model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    )
-    hidden = policy.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+    with _attention_of(ids.device, model):
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        hidden = policy.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+    expected = logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     logprob = policy.token_stats(hidden, ids[0, 1:]).logprob.float()
     policy.train(was_training)
     tolerance = 1e-4 if output.weight.dtype == torch.float32 else 0.1

@@ -19,10 +19,10 @@ from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.loader import planned_steps, rank_micro_batches, step_indices
 from calibtrain.data.records import Record
-from calibtrain.data.templates import Template
+from calibtrain.data.templates import Template, template_of
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
-from calibtrain.models.loading import check_weights, load_tokenizer
+from calibtrain.models.loading import check_positions, check_weights, load_tokenizer
 from calibtrain.models.reward import padding_token
 from calibtrain.pipeline.prepare import Prepared, check_rejected, needs_rejected, prepare
 from calibtrain.training.checkpoint import find_checkpoint
@@ -76,7 +76,8 @@ def check(config: RunConfig, world_size: int) -> Checked:
         raise UserError("; ".join(["data.splits.train: 0 records to train on", *prepared.drops.lines()]))
     check_weights(config.model)
     tokenizer = load_tokenizer(config.model)
-    template = Template(config.data.template, tokenizer)
+    template = template_of(config.data, tokenizer)
+    check_positions(config.model, config.data.max_length)
     if config.objective.name == "reward_model":
         padding_token(tokenizer, template.end_id)
     if wanting := needs_rejected(config, prepared):

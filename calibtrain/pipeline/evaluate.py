@@ -21,12 +21,12 @@ from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.forced import Forced, forced_answers
 from calibtrain.confidence.likelihood import Answered, answer_questions, logprob_table, token_logprob_table
-from calibtrain.config import ModelConfig, RunConfig
+from calibtrain.config import RunConfig
 from calibtrain.data.records import Record
-from calibtrain.data.templates import Template
+from calibtrain.data.templates import template_of
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
-from calibtrain.models.loading import load_model, load_tokenizer
+from calibtrain.models.loading import answering_config, load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy, check_head
 from calibtrain.pipeline.calibration_file import made_by, weights_hash
@@ -63,13 +63,13 @@ class Loaded:
 
     def __init__(self, config: RunConfig, model: Path | None = None) -> None:
         """Load `model` (a Hugging Face directory), or the one that the config starts from."""
-        source = config.model if model is None else ModelConfig(source=str(model), dtype=config.model.dtype)
+        source = answering_config(config.model, model)
         self.config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.template = Template(config.data.template, load_tokenizer(source))
-        policy = Policy(load_model(source.model_copy(update={"lora": None, "gradient_checkpointing": False})))
+        self.template = template_of(config.data, load_tokenizer(source))
+        policy = Policy(load_model(source)).to(self.device)
         check_head(policy)
-        self.model = LossModel(policy).to(self.device).eval()
+        self.model = LossModel(policy).eval()
 
     def answer(
         self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None

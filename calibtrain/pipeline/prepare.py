@@ -108,7 +108,7 @@ def add_own_wrong_answers(config: RunConfig, prepared: Prepared, template: Templ
         data_hash(train),
         data_hash(prepared.shots),
     ]
-    parts += [config.evaluation.max_new_tokens, SAMPLES_PER_QUESTION, config.seed]
+    parts += [config.evaluation.max_new_tokens, SAMPLES_PER_QUESTION, config.seed, "without thinking"]
     path = cache_directory() / "samples" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.json"
     samples = _read(path, len(train))
     if samples is None:

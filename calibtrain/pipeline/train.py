@@ -21,14 +21,14 @@ from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.loader import planned_steps
 from calibtrain.data.pairs import with_confidence_statements
 from calibtrain.data.records import Record
-from calibtrain.data.templates import Template
+from calibtrain.data.templates import Template, template_of
 from calibtrain.distributed import World, barrier, gather_lists, shard, start_world
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
 from calibtrain.models.arithmetic import instruction_set, settled, told
 from calibtrain.models.export import check_scale_folds, export_model, gathered_weights
-from calibtrain.models.loading import load_model, load_tokenizer
+from calibtrain.models.loading import answering_config, load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy, check_head
 from calibtrain.models.reward import (
@@ -81,7 +81,7 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         keep = config.objective.confidence_statements == "added"
         prepared.splits["train"] = with_confidence_statements(prepared.splits["train"], keep=keep)
     torch.manual_seed(config.seed + world.rank)
-    model = build_model(config, template)
+    model = build_model(config, template, world.device)
     examples = training_examples(config, prepared, template, model, world)
     if examples:
         check_learns(config, model, examples)
@@ -135,22 +135,26 @@ def _export(config: RunConfig, engine: Engine, template: Template, target: Path,
         if world.is_main:
             export_reward_model(weights, score["weight"], config.model, template.tokenizer, template.end_id, target)
     elif world.is_main:
-        export_model(weights, config.model, template.tokenizer, target, scale)
+        export_model(weights, config.model, template.tokenizer, target, scale, template.end_id)
     barrier()
 
 
-def build_model(config: RunConfig, template: Template | None = None) -> LossModel:
+def build_model(config: RunConfig, template: Template | None = None, device: torch.device | str = "cpu") -> LossModel:
     """The module that DeepSpeed wraps; a token that its losses need is added to the model and the template's tokenizer.
+
+    It goes to `device` at once where each rank holds it whole: some attention runs there alone. ZeRO-3 shards it first.
 
     Raises UserError when the model's head is not supported, or a loss cannot be built.
     """
     policy = Policy(load_model(config.model))
+    if config.training.zero_stage < 3:
+        policy.to(device)
     check_head(policy)
     # A penalty that moves only the logit scale is solved by the answer stream, outside the gradient.
     if len(config.penalties_in_loss) < len(config.penalties):
         check_scale_folds(policy.causal_model)
     if template is None:
-        template = Template(config.data.template, load_tokenizer(config.model))
+        template = template_of(config.data, load_tokenizer(config.model))
     objective, penalties = build_losses(config, template, policy.causal_model)
     if config.objective.name == "reward_model":
         check_classifier(policy.causal_model)
@@ -275,8 +279,12 @@ def _trainer(
 def _rollouts(config: RunConfig, train: Sequence[Record], answerer: Answerer, plan: BatchPlan) -> Rollouts:
     reference = None
     if config.objective.beta > 0 and config.model.lora is None:  # type: ignore[union-attr]
-        start = config.model.model_copy(update={"adapter": None, "gradient_checkpointing": False})
-        reference = LossModel(Policy(load_model(start))).to(answerer.world.device).eval().requires_grad_(False)
+        reference = (
+            LossModel(Policy(load_model(answering_config(config.model))))
+            .to(answerer.world.device)
+            .eval()
+            .requires_grad_(False)
+        )
     return Rollouts(config, answerer, train, plan, reference)
 
 

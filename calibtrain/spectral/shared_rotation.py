@@ -101,13 +101,13 @@ def merge_shared_rotations(model: Any) -> Any:
 
 
 def _linear_layers(model: Any, target_modules: Sequence[str] | str) -> list[tuple[nn.Module, str, nn.Linear]]:
-    head = model.get_output_embeddings()
+    head, names = model.get_output_embeddings(), {layer: name for name, layer in model.named_modules()}
     found = [
         (parent, name, layer)
         for parent in model.modules()
         for name, layer in parent.named_children()
         if isinstance(layer, nn.Linear) and layer is not head
-        if target_modules == "all-linear" or name in target_modules
+        if target_modules == "all-linear" or any(f".{names[layer]}".endswith(f".{one}") for one in target_modules)
     ]
     if not found:
         raise UserError(f"model.adapter.target_modules: no linear layer is called {', '.join(target_modules)}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.generation import Generation, generate
+from calibtrain.confidence.likelihood import answer_span
 from calibtrain.confidence.stated import read_statement, statement_tokens
 from calibtrain.config import PolicyGradientConfig, PPOConfig, RunConfig
 from calibtrain.data.collate import collate
@@ -151,6 +152,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             answerer.module,
             [self._prompts[i] for i in asked],
             stop_ids=answerer.template.stop_ids,
+            goes_on=answerer.template.goes_on,
             pad_id=answerer.template.pad_id,
             max_new_tokens=evaluation.max_new_tokens,
             batch_size=max(1, evaluation.batch_size // self.config.rollouts.group_size),
@@ -166,7 +168,10 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         template, rollouts = self.answerer.template, self.config.rollouts
         method, accepted = self.config.evaluation.grading, self.questions[index].accepted
         text = template.decode_answer(generation.tokens)
-        confidence, stated = math.exp(min(0.0, math.fsum(generation.logprobs))), tuple[bool, ...]()
+        confidence, stated = (
+            math.exp(min(0.0, math.fsum(answer_span(generation, template).logprobs))),
+            tuple[bool, ...](),
+        )
         if rollouts.confidence == "stated":
             statement = read_statement(text)
             text, confidence = statement.answer, math.nan if statement.confidence is None else statement.confidence

@@ -157,7 +157,13 @@ def test_a_withheld_guess_is_not_streamed(client):
         ({"n": 2}, "n", "one answer"),
         ({"top_logprobs": 3}, "top_logprobs", "only the tokens"),
         ({"max_tokens": 1}, "max_tokens", "cut shorter"),
-        ({"tools": []}, "tools", "not a parameter"),
+        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"stop": ["."]}, "stop", "not supported; send null"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", '{"type": "text"}'),
+        ({"store": True}, "store", "send false"),
+        ({"best_of": True}, "best_of", "send 1"),
+        ({"temprature": 0}, "temprature", "not a parameter"),
         ({"calibtrain": {"risk": 2}}, "calibtrain.risk", "less than 1"),
         ({"calibtrain": {"rsk": 0.1}}, "calibtrain.rsk", "not a parameter"),
         ({"messages": []}, "messages", "one user message"),
@@ -176,6 +182,25 @@ def test_what_the_certificate_does_not_cover_is_refused_by_name(client, change, 
     assert error["type"] == "invalid_request_error"
     assert words in error["message"]
     assert param is None or error["param"] == param
+
+
+NEUTRAL = [
+    *({name: None} for name in ("stop", "tools", "logit_bias", "response_format", "stream_options", "seed", "calibtrain",
+                                "max_tokens", "a_parameter_of_tomorrow")),
+    *({name: []} for name in ("stop", "tools", "functions")),
+    {"logit_bias": {}}, {"logit_bias": {"7": 0}}, {"metadata": {}}, {"stream_options": {}}, {"stop": ""},
+    {"response_format": {"type": "text"}}, {"tool_choice": "none"}, {"parallel_tool_calls": True},
+    {"presence_penalty": 0.0, "frequency_penalty": 0}, {"modalities": ["text"]}, {"service_tier": "auto"},
+    {"store": False}, {"top_k": -1}, {"repetition_penalty": 1.0}, {"metadata": {"run": 3}, "user": 5}, {"stream": None},
+    {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "what is it", "tool_calls": None}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sent", NEUTRAL, ids=str)
+def test_what_clients_send_by_default_changes_nothing(client, sent):
+    response = client.post(CHAT, json=body("what is it") | sent)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["message"]["content"] == "echo what is it"
 
 
 def test_neutral_parameters_and_text_parts_are_taken(client):

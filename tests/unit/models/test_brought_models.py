@@ -1,0 +1,217 @@
+"""Models that people bring: what loading, adapters and the export make of them, or refuse before the start."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import calibtrain
+from calibtrain.config import ModelConfig, RunConfig
+from calibtrain.errors import UserError
+from calibtrain.models.export import export_model, gathered_weights
+from calibtrain.models.loading import (
+    LEARNED_POSITIONS,
+    answering_config,
+    check_positions,
+    load_model,
+    load_settings,
+    load_tokenizer,
+)
+from calibtrain.models.policy import Policy, check_head
+from calibtrain.pipeline import train
+from tests.tiny import tiny_tokenizer, write_tiny_model
+
+IDS = torch.arange(20, 40)[None]
+
+
+def lora(path, targets):
+    return ModelConfig(source=str(path), dtype="fp32", lora={"r": 4, "target_modules": targets})
+
+
+def adapter(path, kind, targets, **settings):
+    return ModelConfig(source=str(path), dtype="fp32", adapter={"kind": kind, "target_modules": targets, **settings})
+
+
+def test_a_tokenizer_that_outgrows_the_embedding_is_refused(tmp_path):
+    path = write_tiny_model(tmp_path / "m")
+    rows = load_settings(ModelConfig(source=str(path))).vocab_size
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(path)
+    with pytest.raises(UserError, match=rf"token {rows} \('<\|new\|>'\).* {rows} tokens alone"):
+        load_tokenizer(ModelConfig(source=str(path)))
+
+
+def test_a_placeholder_of_a_multimodal_family_is_told(tmp_path, caplog):
+    path = write_tiny_model(tmp_path / "m")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(path)
+    load_tokenizer(ModelConfig(source=str(path)))
+    assert "<image_soft_token>" in caplog.text
+
+
+def test_padded_embeddings_are_fine(tmp_path):
+    from tests.tiny import tiny_model
+
+    path = write_tiny_model(tmp_path / "m")
+    tiny_model(512).save_pretrained(path)
+    load_tokenizer(ModelConfig(source=str(path)))
+
+
+def test_a_table_of_positions_bounds_max_length(tmp_path):
+    from transformers import GPT2Config
+
+    assert "gpt2" in LEARNED_POSITIONS
+    GPT2Config(n_positions=64).save_pretrained(tmp_path)
+    check_positions(ModelConfig(source=str(tmp_path)), 64)
+    with pytest.raises(UserError, match=r"data.max_length: 65, but .* has 64 positions"):
+        check_positions(ModelConfig(source=str(tmp_path)), 65)
+
+
+@pytest.mark.parametrize(
+    ("tied", "targets", "words"),
+    [
+        (True, ["q_proj", "lm_head"], "'lm_head' is the language-model head"),
+        (False, ["lm_head"], "'lm_head' is the language-model head"),
+        (True, ["q_proj", "embed_tokens"], "'embed_tokens' is tied to the head"),
+        (False, ["q_proj", "query"], "no layer is called 'query'; there are q_proj"),
+        (False, ["input_layernorm"], "target_modules"),
+        (False, ["mlp"], "target_modules"),
+    ],
+)
+def test_adapters_that_would_not_move_are_refused(tmp_path, tied, targets, words):
+    path = write_tiny_model(tmp_path / "m", tied=tied)
+    with pytest.raises(UserError, match=words):
+        load_model(lora(path, targets))
+    for kind in ("oft", "shared_rotation"):
+        with pytest.raises(UserError, match="target_modules"):
+            load_model(adapter(path, kind, targets))
+
+
+def test_blocks_must_divide_the_inputs(tmp_path):
+    path = write_tiny_model(tmp_path / "m")
+    with pytest.raises(UserError, match=r"block_size: 24 does not divide the 32 inputs of q_proj"):
+        load_model(adapter(path, "oft", "all-linear", block_size=24))
+
+
+ADAPTED = {
+    "lora": lambda path: lora(path, ["q_proj", "mlp.down_proj"]),
+    "lora of all": lambda path: lora(path, "all-linear"),
+    "lora of untied embeddings": lambda path: lora(path, ["embed_tokens", "q_proj"]),
+    "oft": lambda path: adapter(path, "oft", ["self_attn.q_proj"], block_size=8),
+    "shared rotation": lambda path: adapter(path, "shared_rotation", ["self_attn.q_proj", "down_proj"], rank=4),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_every_adapter_moves_and_is_exported_as_trained(kind, tmp_path):
+    config = ADAPTED[kind](write_tiny_model(tmp_path / "m", tied=False))
+    policy = Policy(load_model(config)).train()
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    before = [parameter.detach().clone() for parameter in trained]
+
+    def nll(model):
+        return model(input_ids=IDS, labels=IDS, use_cache=False).loss
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        nll(policy.causal_model).backward()
+        optimizer.step()
+    assert all(not torch.equal(one, other) for one, other in zip(before, trained, strict=True))
+    policy.eval()
+    tokenizer = load_tokenizer(config)
+    export_model(gathered_weights(policy, keep=True), config, tokenizer, tmp_path / "out")
+    exported = load_model(ModelConfig(source=str(tmp_path / "out"), dtype="fp32"))
+    with torch.no_grad():
+        torch.testing.assert_close(nll(exported), nll(policy.causal_model), rtol=1e-4, atol=1e-4)
+
+
+def export(path, target, end_id=None):
+    config = ModelConfig(source=str(path), dtype="fp32")
+    policy, tokenizer = Policy(load_model(config)), load_tokenizer(config)
+    export_model(gathered_weights(policy, keep=True), config, tokenizer, target, end_id=end_id)
+    return json.loads((target / "generation_config.json").read_text())
+
+
+def test_the_export_stops_where_answers_ended_in_training_and_keeps_the_rest(tmp_path):
+    path = write_tiny_model(tmp_path / "m")
+    source = {"eos_token_id": [2, 7], "temperature": 0.6, "top_p": 0.9, "do_sample": False}
+    (path / "generation_config.json").write_text(json.dumps(source))
+    found = export(path, tmp_path / "out", end_id=1)
+    assert found == source | {"eos_token_id": [2, 7, 1]}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 1
+    (path / "generation_config.json").write_text('{"eos_token_id": 2}')
+    assert export(path, tmp_path / "two", end_id=1)["eos_token_id"] == [2, 1]
+    (path / "generation_config.json").unlink()
+    assert export(path, tmp_path / "none", end_id=1)["eos_token_id"] == 1
+
+
+def test_a_finished_run_is_loaded_as_it_was_trained():
+    other = {
+        "source": "owner/name", "revision": "abc", "trust_remote_code": True, "dtype": "fp32", "attention": "eager",
+        "gradient_checkpointing": True, "compile": True, "lora": {"r": 4},
+    }  # fmt: skip
+    config = ModelConfig(**other)
+    found = answering_config(config, Path("out/model"))
+    own = {"source": "out/model", "revision": None, "lora": None, "gradient_checkpointing": False, "compile": False}
+    # A key that is added to the config is carried over, whatever it is.
+    assert found == config.model_copy(update=own)
+    assert answering_config(config).source == "owner/name"
+    assert answering_config(config).revision == "abc"
+
+
+def test_gemma2_with_eager_attention_is_loaded_with_it(tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from calibtrain.pipeline.evaluate import Loaded
+
+    tokenizer = tiny_tokenizer()
+    settings = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, attn_logit_softcapping=1.0, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    Gemma2ForCausalLM(settings).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = RunConfig(model={"source": "owner/name", "dtype": "fp32", "attention": "eager"})
+    loaded = Loaded(config, tmp_path)
+    assert loaded.model.policy.model.config._attn_implementation == "eager"
+
+
+def test_only_one_place_says_how_a_finished_run_is_loaded():
+    root = Path(calibtrain.__file__).parent
+    sources = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in root.rglob("*.py")}
+    assert [name for name, text in sources.items() if "ModelConfig(source" in text] == []
+    made = {name for name, text in sources.items() if " Template(" in text or "=Template(" in text}
+    assert made <= {"data/templates.py", "hooks/callback.py"}, "take template_of, which knows all of data's keys"
+
+
+def test_the_head_is_checked_where_the_model_will_live(tmp_path, monkeypatch):
+    path = write_tiny_model(tmp_path / "m")
+    seen = []
+    move = Policy.to
+    monkeypatch.setattr(Policy, "to", lambda self, device: (seen.append(f"to {device}"), move(self, device))[1])
+    monkeypatch.setattr(train, "check_head", lambda policy: seen.append(f"check on {next(policy.parameters()).device}"))
+    for stage, expected in ((2, ["to meta", "check on meta"]), (3, ["check on cpu"])):
+        seen.clear()
+        config = RunConfig(model={"source": str(path), "dtype": "fp32"}, training={"zero_stage": stage})
+        train.build_model(config, device="meta")
+        assert seen == expected
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_the_check_runs_on_the_models_own_device(tmp_path, attention):
+    model = load_model(ModelConfig(source=str(write_tiny_model(tmp_path / "m")), dtype="fp32"))
+    model.config._attn_implementation = attention
+    devices = []
+
+    def look(module, arguments, inputs):
+        devices.append((inputs["input_ids"].device, model.config._attn_implementation))
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    check_head(Policy(model))
+    # FlashAttention cannot run in host memory, where ZeRO-3 still has the model.
+    assert devices == [(torch.device("cpu"), "eager" if attention == "flash_attention_2" else "sdpa")]
+    assert model.config._attn_implementation == attention
