@@ -87,7 +87,7 @@ def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterable[Finding]:
     if fast:
         yield Finding("ok", "cpu", f"{cores} cores, {', '.join(fast)}: bf16 is fast")
     else:
-        yield Finding("note", "cpu", f"{cores} cores, no avx512_bf16 or amx_bf16", "bf16 is slow: try model.dtype=fp32")
+        yield Finding("note", "cpu", f"{cores} cores, no avx512_bf16 or amx_bf16: model.dtype auto takes fp32")
 
 
 def memory() -> Iterable[Finding]:

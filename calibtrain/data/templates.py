@@ -131,7 +131,7 @@ class Template:
             text = text.lstrip()
         if self.kind == "chat":
             text = text.lstrip()  # some chat models open with a line break
-        return (text.splitlines() or [""])[0].strip()
+        return text.split("\n")[0].strip()  # other separators, as U+2028, may stand in an answer
 
     def answer_start(self, ids: Sequence[int]) -> int | None:
         """How many of the generated ids are a block of thinking before the answer; None where it does not end."""

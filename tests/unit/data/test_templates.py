@@ -162,6 +162,7 @@ def test_decode_answer_stops_at_eos_and_line_break(kind):
     assert decoded("") == ""
     assert decoded(f"{EOS}{EOS}") == ""
     assert decoded("\nFrance") == ("" if kind == "plain" else "France")
+    assert decoded(" one\u2028two\u0085three\r\nfour") == "one\u2028two\u0085three"  # no line breaks of an answer
 
 
 def test_stop_ids():
