@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {name: ROOT / name for name in ("launchers", "losses", "configs")} | {"": ROOT / "calibtrain"}
 FLOORS = (
     {
+        "build_locks",
         "config",
         "config_base",
         "config_data",

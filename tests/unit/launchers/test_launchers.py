@@ -161,7 +161,7 @@ def test_multinode_reaches_pdsh_without_keys_on_the_command_line(tmp_path, code)
     hosts.write_text((ROOT / "launchers" / "hostfile.example").read_text())
     done = subprocess.run(
         [sys.executable, "-m", "calibtrain.launchers.multinode", str(hosts), "demo", f"output_dir={out}", "name=a b;c",
-         "training.global_batch_size=64"],
+         "training.micro_batch_size=4", "training.global_batch_size=64"],
         env={**os.environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "WANDB_API_KEY": "secret"},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

@@ -138,7 +138,7 @@ def test_the_dry_run_prints_data_steps_and_tokens(folder):
     arguments = ["objective={name: sft}", "penalties=[]", f"model.source={folder / 'tiny'}", "model.dtype=fp32"]
     arguments += [f"data.source={{kind: file, path: {folder / 'questions.jsonl'}}}", "data.max_length=48"]
     splits = "data.splits={train: 20, calibration: 3, temperature: 3, certification: 4, test: 3}"
-    call = ["train", "demo", "--dry-run", "--num-processes", "2", *arguments]
+    call = ["train", "demo", "--dry-run", "--num-processes", "2", "training.micro_batch_size=4", *arguments]
     done = CliRunner().invoke(cli.app, [*call, splits])
     assert done.exit_code == 0, done.output
     for words in ("10 optimiser steps of 8 records", "tokens a step", "padding", "the longest are", "no certificate"):
