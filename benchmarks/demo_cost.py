@@ -4,7 +4,7 @@
 
 The committed state of the repository is cloned into an empty directory and runs there with an empty HOME, so that the
 installation, DeepSpeed's build and the conversion of the model are part of it. Memory is the sum over the process tree
-of the proportional set size (PSS), twice a second: what processes share counts once. `--here` skips the installation and
+of the proportional set size (PSS), once a second: what processes share counts once. `--here` skips the installation and
 runs the demo of the environment that runs this script, with its HOME. `--as-avx2` makes a better processor behave like
 one with AVX2 alone. Further arguments are the demo's overrides, e.g. `model.dtype=bf16`.
 """
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ AS_AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
 }
-SAMPLE_SECONDS = 0.5
+SAMPLE_SECONDS = 1.0
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -40,13 +41,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write machine, versions, rows and summary here")
     parser.add_argument("--here", action="store_true", help="no clone and no installation")
     parser.add_argument("--as-avx2", action="store_true", help="hide AVX512 and AMX from the libraries")
-    parser.add_argument("--output", type=Path, help="keep the demo's output_dir here (with --here)")
+    parser.add_argument("--output", type=Path, help="keep the demo's output_dir here")
     parser.add_argument("overrides", nargs="*", help="the demo's, with --here")
     args = parser.parse_args()
     environment = os.environ | (AS_AVX2 if args.as_avx2 else {})
     with tempfile.TemporaryDirectory() as folder:
         if args.here:
-            output = (args.output or Path(folder) / "out").resolve()
+            output = Path(folder) / "out"
             command = [sys.executable, "-m", "calibtrain.cli", "demo", f"output_dir={output}", *args.overrides]
             phases = [Phase(command, Path(folder), environment)]
         else:
@@ -62,6 +63,8 @@ def main() -> None:
             phase.run()
         run = json.loads((output / "run.json").read_text())
         steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().split("\n") if line]
+        if args.output:
+            shutil.copytree(output, args.output)
     rows = [row for phase in phases for row in phase.rows()]
     seconds = [line["train/seconds_per_step"] for line in steps if "train/seconds_per_step" in line]
     summary = {
@@ -83,7 +86,7 @@ class Phase:
     def __init__(self, command: list[str], folder: Path, environment: dict[str, str]) -> None:
         self.command, self.folder, self.environment = command, folder, environment
         self.parts: list[tuple[str, float]] = [(" ".join(Path(word).name for word in command[:2]), 0.0)]
-        self.samples: list[tuple[float, int, float]] = []  # second, bytes, CPU seconds of the tree so far
+        self.samples: list[tuple[float, int]] = []  # second, bytes
         self.seconds, self.peak = 0.0, 0
 
     def run(self) -> None:
@@ -104,7 +107,7 @@ class Phase:
         code = child.wait()
         sampler.join()
         self.seconds = time.monotonic() - started
-        self.peak = max((size for _, size, _ in self.samples), default=0)
+        self.peak = max((size for _, size in self.samples), default=0)
         if code:
             raise subprocess.CalledProcessError(code, self.command)
 
@@ -113,13 +116,13 @@ class Phase:
         ends = [*(start for _, start in self.parts[1:]), self.seconds]
         found = []
         for (name, start), end in zip(self.parts, ends, strict=True):
-            sizes = [size for second, size, _ in self.samples if start <= second < end]
+            sizes = [size for second, size in self.samples if start <= second < end]
             found.append({"part": name, "seconds": end - start, "peak_gb": max(sizes, default=0) / 1e9})
         return found
 
     def _sample(self, child: subprocess.Popen[bytes], started: float) -> None:
         while child.poll() is None:
-            self.samples.append((time.monotonic() - started, tree_memory(child.pid), 0.0))
+            self.samples.append((time.monotonic() - started, tree_memory(child.pid)))
             time.sleep(SAMPLE_SECONDS)
 
 
