@@ -55,14 +55,18 @@ def model_size(config: ModelConfig) -> ModelSize:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from calibtrain.models.loading import add_adapter, add_lora, load_settings
+    from calibtrain.models.loading import add_adapter, add_lora, attention_implementation, cause, load_settings
 
     try:
         described = load_settings(config)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
+            model: Any = AutoModelForCausalLM.from_config(
+                described,
+                trust_remote_code=config.trust_remote_code,
+                attn_implementation=attention_implementation(config),
+            )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.source: {config.source}: {error}") from None
+        raise UserError(f"model.source: {config.source}: {cause(error)}") from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     text = described.get_text_config()
     model = add_adapter(add_lora(model, config), config, find_bases=False)
@@ -102,11 +106,11 @@ def show(config: RunConfig, world_size: int) -> None:
 
     plan = batch_plan(config.training, world_size)
     size: ModelSize | None = None
+    mistake: UserError | None = None
     try:
         size = model_size(config.model)
-        unknown = ""
     except UserError as error:
-        unknown = str(error)
+        mistake = error
     resolved = deepspeed_dict(config, world_size, hidden_size=size.hidden_size if size else None)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.rule("config")
@@ -125,7 +129,6 @@ def show(config: RunConfig, world_size: int) -> None:
         f"x {plan.world_size} processes"
     )
     console.rule("data")
-    mistake: UserError | None = None
     try:
         show_data(config, world_size, console)
     except UserError as error:
@@ -133,7 +136,7 @@ def show(config: RunConfig, world_size: int) -> None:
         console.print("see the message at the end")
     console.rule("memory of each rank")
     if size is None:
-        console.print(f"unknown: {unknown}")
+        console.print("see the message at the end")
     else:
         _show_memory(config, size, plan, console)
     if mistake is not None:

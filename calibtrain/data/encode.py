@@ -61,6 +61,9 @@ def encode_records(
         if any(text is None or not text.strip() for text in texts):
             drops.drop("no rejected answer" if record.chosen else "no answer", place)
             continue
+        if pairs and record.chosen == record.rejected:
+            drops.drop("chosen and rejected are the same answer", place)
+            continue
         try:
             completions = [template.completion_ids(text) for text in texts if text]
         except UserError:

@@ -36,7 +36,9 @@ def file_rows(path: Path) -> Iterator[Row]:
     if path.is_dir():
         raise UserError(f"{path}: a folder; name one file in it")
     if not path.is_file():
-        raise UserError(f"{path}: no such file (data.source.path is taken from the working directory, {Path.cwd()})")
+        raise UserError(
+            f"{path}: no such file (a path in a YAML file counts from that file, on the command line from where you are)"
+        )
     try:
         yield from readers[suffix](path)
     except OSError as error:
@@ -85,8 +87,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
         yield from _jsonl_rows(path)
         return
-    except RecursionError as error:
-        raise UserError(f"{path}: nested too deeply") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]
     if not isinstance(rows, list):
@@ -156,17 +158,23 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def narrow_floats(schema: pyarrow.Schema) -> dict[str, type[np.floating]]:
-    """Columns of float16 or float32: Python's float of their 0.1 is 0.10000000149011612."""
+    """Columns of float16 or float32, or of lists of them: Python's float of their 0.1 is 0.10000000149011612."""
     kinds: dict[str, type[np.floating]] = {"halffloat": np.float16, "float": np.float32}
-    return {field.name: kinds[str(field.type)] for field in schema if str(field.type) in kinds}
+    found = {field.name: str(getattr(field.type, "value_type", field.type)) for field in schema}
+    return {name: kinds[kind] for name, kind in found.items() if kind in kinds}
 
 
 def as_written(row: Mapping[str, Any], narrow: Mapping[str, type[np.floating]]) -> Mapping[str, Any]:
     """The row with the `narrow` columns' values as the shortest decimals that mean them."""
     if not narrow:
         return row
-    short = {name: None if row[name] is None else float(str(kind(row[name]))) for name, kind in narrow.items()}
-    return {**row, **short}
+    return {**row, **{name: _shortest(row[name], kind) for name, kind in narrow.items()}}
+
+
+def _shortest(value: Any, kind: type[np.floating]) -> Any:
+    if isinstance(value, list):
+        return [_shortest(one, kind) for one in value]
+    return None if value is None else float(str(kind(value)))
 
 
 def _object(row: Any, place: str, advice: str = "") -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ _APOSTROPHES = re.compile("['\u2018\u2019\u02bb\u02bc\u02be\u02bf`\u00b4]")
 _INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff]")
 _POWER = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u207b\u207f\u2071]+")  # NFKD would make x2 of x²
 _MIXED_FRACTION = re.compile("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215e\u2189])")
+_INTERVAL = re.compile(r"\s*([\[(])[^\[\](),;]+[,;][^\[\](),;]+([\])])[\s.]*")
 _MINUS = re.compile("\u2212|(?<![^\\s(])[\u2010-\u2013](?=[\\d.])")
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)'(?=\d)(?!\d{3}(?!\d))")  # 6'2 is not 62, 1'000 is 1000
 _GROUPED_DIGITS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -31,11 +32,22 @@ _CYRILLIC_VOWELS = frozenset("аеиоуыэюяіє")
 THINK_START, THINK_END = "<think>", "</think>"
 
 
+def thinking_ends(text: str, *, opened: bool = False) -> int | None:
+    """How many `</think>` stand before the answer: those of blocks, and stray ones, that the text opens with; None where
+    a block does not end. `opened`: the prompt has begun a block.
+    """
+    ends = 0
+    while opened or text.lstrip().startswith((THINK_START, THINK_END)):
+        if THINK_END not in text:
+            return None
+        text, ends, opened = text.partition(THINK_END)[2], ends + 1, False
+    return ends
+
+
 def without_thinking(text: str) -> str:
-    """The text behind a block of thinking that it opens with; "" where the block does not end."""
-    if not text.lstrip().startswith(THINK_START):
-        return text
-    return text.partition(THINK_END)[2]
+    """The text behind the blocks of thinking that it opens with; "" where one does not end."""
+    ends = thinking_ends(text)
+    return "" if ends is None else text.split(THINK_END, ends)[ends]
 
 
 def normalize(text: str, *, strokes: bool = True) -> str:
@@ -44,6 +56,9 @@ def normalize(text: str, *, strokes: bool = True) -> str:
     Marks are accents in Latin and Greek, and in Cyrillic where they show the stress or make ё of е. Elsewhere they make
     another letter (パリ is not バリ, мой is not мои) and stay. `strokes` also makes l of ł, o of ø and their like.
     """
+    interval = _INTERVAL.fullmatch(text)
+    closed = interval is not None and (interval[1] == "[" or interval[2] == "]")
+    ends = [f"{interval[1]}{interval[2]}"] if interval is not None and closed else []  # [0, 1) is not [0, 1]
     text = _INVISIBLE.sub("", _APOSTROPHES.sub("'", text))
     text = _MIXED_FRACTION.sub(" ", _POWER.sub(lambda found: "^" + unicodedata.normalize("NFKD", found[0]), text))
     # NFKD around casefold makes caseless matching of compatible characters stable (Unicode 3.13, D146).
@@ -58,7 +73,7 @@ def normalize(text: str, *, strokes: bool = True) -> str:
         for place, c in enumerate(text)
     )
     words = _without_accents(_SPACED_OPERATOR.sub(r"\1", text)).split()  # again: a mark may have lost its letter
-    return " ".join(words[1:] if words[:1] == ["the"] and len(words) > 1 else words)
+    return " ".join([*(words[1:] if words[:1] == ["the"] and len(words) > 1 else words), *ends])
 
 
 def _without_accents(text: str) -> str:

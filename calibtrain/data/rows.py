@@ -35,6 +35,7 @@ SHAPES = "question + answers, prompt + completion, prompt + chosen + rejected, m
 ROLES = ("system", "user", "assistant")
 _PREFERENCE_NEEDS_BOTH = "`rejected` stands without `chosen`: a preference pair needs both"
 _LIKE_MESSAGES = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+_ONE_PRINTED = re.compile(r"\s*\{\s*'(?:role|content|from|value)'\s*:.*\}\s*", re.DOTALL)
 _PRINTED = (
     "holds a list as Python prints it, which is no JSON; before to_csv, apply json.dumps to the column, or save the data "
     "with to_json(path, orient='records', lines=True) or to_parquet"
@@ -129,6 +130,8 @@ def _opened(value: Any, field: str, cells: bool, place: str) -> Any:
     if not isinstance(value, str):
         text = text_of(value)
         return value if text is None else text
+    if _ONE_PRINTED.fullmatch(value):
+        raise UserError(f"{place}: {field} {_PRINTED.replace('a list', 'a message')}")
     if not _LIKE_MESSAGES.match(value):
         return value
     try:

@@ -42,7 +42,9 @@ def split_records(
     when a split cannot be filled.
     """
     drops = DropReport() if drops is None else drops
-    names = tuple(SHARES) if questions is None else EVALUATION_SPLITS
+    evaluates = any(getattr(sizes, name) for name in EVALUATION_SPLITS)
+    # Nothing is held out of a run that asks for no evaluation split.
+    names = (tuple(SHARES) if evaluates else ("train",)) if questions is None else EVALUATION_SPLITS
     pools: dict[str, list[Record]] = {name: [] for name in SHARES}
     for record in records if questions is None else questions:
         pools[split_of(record.id, seed, names)].append(record)
@@ -50,11 +52,13 @@ def split_records(
         pools["train"] = _not_held_out(records, pools, sizes, drops)
     pools["train"] = _learnable(pools["train"], drops)
     for name in EVALUATION_SPLITS:
+        if evaluates and not getattr(sizes, name) and questions is None:
+            _kept(pools[name], lambda record: False, f"of the {name} split, which is not asked for", drops)
         pools[name] = _gradable(pools[name], drops if getattr(sizes, name) else DropReport())
     asked = {name: len(pools[name]) if size is None else size for name, size in sizes.model_dump().items()}
     for name, size in asked.items():
         if len(pools[name]) < size:
-            raise UserError(_cannot_fill(name, size, len(pools[name]), questions is not None, drops))
+            raise UserError(_cannot_fill(name, size, len(pools[name]), questions is not None or not evaluates, drops))
         drops.unused[name] = len(pools[name]) - size
     splits = {name: pools[name][:size] for name, size in asked.items()}
     drawn = unique_records(records if questions is None else questions, DropReport())

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from calibtrain.data.grading import THINK_END, THINK_START
+from calibtrain.data.grading import THINK_END, THINK_START, thinking_ends
 from calibtrain.data.records import Message, Record
 from calibtrain.errors import UserError
 
@@ -135,15 +135,14 @@ class Template:
 
     def answer_start(self, ids: Sequence[int]) -> int | None:
         """How many of the generated ids are a block of thinking before the answer; None where it does not end."""
-        text = self._decode(ids)
-        if not self._thinks and not text.lstrip().startswith(THINK_START):
-            return 0
-        if THINK_END not in text:
-            return None
-        low, high = 1, len(ids)  # the fewest ids whose text holds the end
+        ends = thinking_ends(self._decode(ids), opened=self._thinks)
+        if not ends:
+            return ends
+        low, high = 1, len(ids)  # the fewest ids whose text holds the last end
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if THINK_END in self._decode(ids[:middle]) else (middle + 1, high)
+            reached = self._decode(ids[:middle]).count(THINK_END) >= ends
+            low, high = (low, middle) if reached else (middle + 1, high)
         return low
 
     def goes_on(self, ids: Sequence[int]) -> bool:

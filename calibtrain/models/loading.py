@@ -283,8 +283,15 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
             path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
         )
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"model.source: cannot load {config.source}: {first_line}") from error
+        raise UserError(f"model.source: cannot load {config.source}: {cause(error)}") from error
+
+
+def cause(error: Exception) -> str:
+    """The first line of what transformers says, and our own key where it is about attention."""
+    first_line = str(error).strip().split("\n")[0]
+    if "attn_implementation" in first_line or "attention" in first_line:
+        return f"{first_line.partition('. ')[0]}; set model.attention, e.g. to eager"
+    return first_line
 
 
 def _embedded_directory(source: str) -> Path:

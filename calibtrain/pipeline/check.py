@@ -182,10 +182,7 @@ def _certificate_advice(config: RunConfig, temperature: int, certification: int)
 def _ask(template: Template, records: Sequence[Record], shots: Sequence[Record] = ()) -> None:
     """Try the template on questions, the first also behind the examples; UserError names the one that it refuses."""
     for index, record in enumerate(records):
-        try:
-            template.prompt_text(record, shots if index == 0 else ())
-        except UserError as error:
-            raise UserError(f"{record.origin or record.question}: {error}") from None
+        template.prompt_text(record, shots if index == 0 else ())
 
 
 def evaluations(config: RunConfig, steps: int, questions: int) -> list[str]:

@@ -74,13 +74,14 @@ def report_data(output_dir: Path) -> ReportData:
     config = load_config(output_dir / "config.yaml")
     facts = _facts(output_dir / "run.json")
     calibrated = read_calibration(output_dir)
-    test = read_measurement(output_dir / "answers" / "test.jsonl")
+    answers = output_dir / "answers" / "test.jsonl"
     fitted = calibrated.calibrator
+    again = f"`calibtrain evaluate {output_dir / 'config.yaml'} --model {output_dir / 'model'} --output {answers}`"
+    if not answers.is_file():
+        raise UserError(f"{answers}: no such file; the report needs answers to the test questions: run {again}")
+    test = read_measurement(answers)
     if test.made_by != made_by(fitted.weights_hash, fitted.template_hash):
-        raise UserError(
-            f"{output_dir / 'answers' / 'test.jsonl'}: not known to be answers of this model; run `calibtrain evaluate "
-            f"{output_dir / 'config.yaml'} --model {output_dir / 'model'} --output {output_dir / 'answers' / 'test.jsonl'}`"
-        )
+        raise UserError(f"{answers}: not known to be answers of this model; run {again}")
     raw_path = output_dir / "answers" / "raw_test.jsonl"
     measured = [Measured("raw model", read_measurement(raw_path).answers)] if raw_path.is_file() else []
     measured.append(Measured("fine-tuned", test.answers))

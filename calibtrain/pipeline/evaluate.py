@@ -196,9 +196,10 @@ def read_measurement(path: Path) -> Measurement:
             row["token_logprobs"], row["accepted"] = tuple(row["token_logprobs"]), tuple(row["accepted"])
             row["tokens"] = tuple(row.get("tokens", ()))
             answers.append(Answer(**row))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"{path}:{number}: not a graded answer ({error}); run `calibtrain calibrate` again"
+                f"{path}:{number}: not a graded answer ({error}); such files are written by `calibtrain calibrate` and "
+                "`calibtrain evaluate --output`"
             ) from error
     tokens = TokenScores(**load_file(_tokens_file(path))) if _tokens_file(path).is_file() else None
     grid = np.array(table, dtype=np.float64).reshape(len(answers), len(TEMPERATURE_GRID))

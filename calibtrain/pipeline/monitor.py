@@ -96,7 +96,7 @@ def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the audited answers, one JSON a line")
     try:
-        lines = lines_of(path.read_text(encoding="utf-8"))
+        lines = lines_of(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); give the audited answers, one JSON a line") from error
     if not any(line.strip() for line in lines):
@@ -125,7 +125,7 @@ def _rows(path: Path, lines: list[str], counted: int) -> list[tuple[bool, bool]]
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: an audited answer is an object, not {type(row).__name__}")
@@ -149,7 +149,7 @@ def _words(path: Path, lines: list[str], scale: Scale) -> tuple[WordAudit, ...]:
         if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
             raise UserError(f"{path}:{number}: `confidence` is {confidence!r}, not a probability in [0, 1]")
         word = row.get("word", word_for(confidence, scale).name)
-        if word not in {one.name for one in scale}:
+        if word not in [one.name for one in scale]:
             raise UserError(f"{path}:{number}: `word` is {word!r}, not one of the config's abstention.words")
         found.append((confidence, row["correct"], word))
     if not found:

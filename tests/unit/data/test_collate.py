@@ -185,7 +185,7 @@ def test_a_causal_model_gives_packed_and_padded_the_same_logprobs():
     torch.testing.assert_close(logprobs(packed), alone, **tolerance)
 
 
-@given(encoded=sequences(), packing=st.one_of(st.none(), st.integers(15, 60)), shared=st.booleans())
+@given(encoded=sequences(), packing=st.one_of(st.none(), st.integers(60, 120)), shared=st.booleans())
 def test_rows_that_hold_several_sequences_say_so(encoded, packing, shared):
     batch = collate(encoded, PAD, packing_tokens=packing, shared_prefix=shared)
     assert batch.packed == (len(encoded) > batch.input_ids.shape[0])

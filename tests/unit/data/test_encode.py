@@ -103,3 +103,14 @@ def test_bos_survives_the_cut():
     assert len(chosen.ids) == 30
     assert chosen.ids[0] == template.tokenizer.bos_token_id
     assert chosen.ids.count(chosen.ids[0]) == 1
+
+
+def test_a_pair_of_one_and_the_same_answer_teaches_nothing(template):
+    same, other = (
+        Record((Message("user", "Q?"),), "yes", wrong, origin=f"pairs.jsonl:{i}")
+        for i, wrong in enumerate(("yes", "no"))
+    )
+    drops = DropReport()
+    found = encode_records([same, other], template, 64, True, drops)
+    assert [group[0].record_id for group in found] == [1]
+    assert drops.lines() == ["1 dropped: chosen and rejected are the same answer (e.g. pairs.jsonl:0)"]

@@ -143,3 +143,17 @@ def test_what_people_call_the_same_word_is_one(one, other):
 def test_exact_match():
     assert grade(" France ", ("France",), "exact_match")
     assert not grade("france", ("France",), "exact_match")
+
+
+@pytest.mark.parametrize(
+    ("text", "accepted", "right"),
+    [
+        ("[0, 1)", "[0, 1]", False),
+        ("(-1, 1)", "[-1, 1]", False),
+        ("[0,1)", "[0, 1).", True),
+        ("(3, 4)", "3, 4", True),
+        ("[0, 3, 5]", "0, 3, 5", True),
+    ],
+)
+def test_ends_of_intervals_are_part_of_the_answer(text, accepted, right):
+    assert grade(text, [accepted]) is right

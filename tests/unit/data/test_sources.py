@@ -518,3 +518,16 @@ def test_a_stream_that_breaks_midway_is_a_user_error(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
     with pytest.raises(UserError, match="connection reset"):
         load_records(HubSource(kind="hub", name="some/set"))
+
+
+def test_narrow_floats_within_parquet_lists_are_as_people_wrote_them(tmp_path):
+    table = pa.table(
+        {
+            "question": ["a?", "b?"],
+            "answers": pa.array([[0.1, 2.0], None], pa.list_(pa.float32())),
+            "completion": ["x", "y"],
+        }
+    )
+    pq.write_table(table, tmp_path / "f.parquet")
+    records = load_records(FileSource(kind="file", path=tmp_path / "f.parquet"))
+    assert {one.accepted for one in records} == {("0.1", "2"), ()}

@@ -12,7 +12,7 @@ from calibtrain.confidence.likelihood import answer_span
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import encode_records
-from calibtrain.data.grading import grade
+from calibtrain.data.grading import grade, without_thinking
 from calibtrain.data.pairs import own_wrong_answer
 from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
@@ -160,3 +160,21 @@ def test_a_refused_system_turn_names_its_row_and_the_remedy():
 def test_two_refused_user_turns_name_their_row():
     with pytest.raises(UserError, match=r"^rows\.jsonl:2: .*Roles must alternate; two turns of one role"):
         with_template(STRICT).prompt_text(conversation("user", "user"))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("</think>", ""),
+        ("</think>\n\n7", "7"),
+        ("</think></think>", ""),
+        ("<think>", ""),
+        ("</think><think>", ""),
+        ("<think>a</think><think>b</think>7", "7"),
+        ("7 <think> is text", "7 <think> is text"),
+    ],
+)
+def test_stray_and_repeated_tags_are_no_answer(text, answer):
+    assert without_thinking(text).strip() == answer
+    record = Record(prompt=(Message("user", "3 + 4?"),), accepted=("7",))
+    assert own_wrong_answer(record, [without_thinking(text)]) == (answer if "is text" in answer else None)

@@ -146,6 +146,8 @@ def test_the_dry_run_prints_data_steps_and_tokens(folder):
     done = CliRunner().invoke(cli.app, [*call, splits.replace("20", "2000")])
     assert isinstance(done.exception, UserError)
     assert "2000 asked for" in str(done.exception)
+    done = CliRunner().invoke(cli.app, [*call, splits, "model.lora={target_modules: [nope]}"])
+    assert "model.lora.target_modules" in str(done.exception)  # as training itself would end
 
 
 def test_a_directory_that_is_no_finished_run_is_told(tmp_path):

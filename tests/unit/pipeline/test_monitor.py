@@ -66,6 +66,8 @@ def test_the_alarm_ends_the_command_with_1_until_it_is_certified_anew(out, tmp_p
     ("line", "words"),
     [
         ('{"abstained": false', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("1" * 5000, "not JSON"),
         ("[]", "an object, not list"),
         ('{"correct": true}', "`abstained` is None"),
         ('{"abstained": 0, "correct": true}', "`abstained` is 0"),
@@ -192,7 +194,11 @@ def test_words_that_are_not_kept_fail_the_command(out, tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "words"),
-    [({"confidence": 1.2}, "not a probability"), ({"confidence": 0.5, "word": "surely"}, "`word`")],
+    [
+        ({"confidence": 1.2}, "not a probability"),
+        ({"confidence": 0.5, "word": "surely"}, "`word`"),
+        ({"confidence": 0.5, "word": ["likely"]}, "`word`"),
+    ],
 )
 def test_a_confidence_or_word_that_cannot_be_is_named(out, tmp_path, changed, words):
     path = log(tmp_path / "audit.jsonl", [{"abstained": False, "correct": True} | changed])
