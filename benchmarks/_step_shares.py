@@ -15,8 +15,10 @@ from typing import Any
 from calibtrain.launchers.local import local_environment
 
 SHARES = ("products", "attention", "head", "optimiser", "communication", "rest", "waiting")
-"""`products`: the layers' linear maps; `rest`: norms, activations, copies, bookkeeping; `waiting`: cores that idle."""
+"""`products`: the layers' linear maps; `communication`: collectives, with the wait for the other rank in them; `rest`:
+norms, activations, copies, bookkeeping; `waiting`: cores that idle elsewhere."""
 PROFILED_STEPS = 3
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce", "reduce_scatter_tensor", "broadcast")
 
 
 def measure_shares(
@@ -75,6 +77,8 @@ def _rank(
     trainer = make_trainer(model, shape, "completion", lambda config: [], precision=precision)
     for name in ("step", "set_learning_rate"):
         setattr(trainer.engine, name, _named("optimiser", getattr(trainer.engine, name)))
+    for name in COLLECTIVES:
+        setattr(torch.distributed, name, _named("communication", getattr(torch.distributed, name)))
     progress = replace(trainer, total_steps=2).fit(Progress())
     started, busy = time.perf_counter(), time.process_time()
     progress = replace(trainer, total_steps=progress.step + PROFILED_STEPS).fit(progress)
@@ -105,11 +109,8 @@ def shares(events: Any, idle: float) -> dict[str, float]:
         spent[_part(event)] += event.self_cpu_time_total
     total = sum(spent.values())
     found = {name: spent[name] / total for name in SHARES if name != "waiting"}
-    # Idle cores: those that wait in a collective first, what is left evenly from all.
-    waited = min(found["communication"], idle)
-    found["communication"] -= waited
-    scale = (1.0 - idle) / max(1e-9, 1.0 - waited)
-    return {**{name: share * scale for name, share in found.items()}, "waiting": idle}
+    waiting = max(0.0, idle - found["communication"])  # cores that wait in a collective are counted there
+    return {**{name: share * (1.0 - waiting) for name, share in found.items()}, "waiting": waiting}
 
 
 def _part(event: Any) -> str:
@@ -118,7 +119,7 @@ def _part(event: Any) -> str:
     while event is not None:
         names.append(event.name)
         event = event.cpu_parent
-    if any("c10d" in name or "gloo" in name or "nccl" in name for name in names):
+    if "calibtrain/communication" in names or any("c10d" in name for name in names):
         return "communication"
     if "calibtrain/optimiser" in names:
         return "optimiser"
