@@ -129,7 +129,7 @@ def test_the_variable_names_a_path_or_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reference_path_is_the_same_function(dtype, monkeypatch):
-    generator = torch.Generator().manual_seed(0)  # in bf16 one draw in eight has an element beyond the tolerance
+    generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 8, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(40, 8, generator=generator).to(dtype).requires_grad_()
     found = {}
@@ -138,9 +138,10 @@ def test_reference_path_is_the_same_function(dtype, monkeypatch):
         stats = fused_linear_token_stats(hidden, weight, torch.arange(5))
         gradients = torch.autograd.grad((stats.logprob * stats.entropy).sum(), (hidden, weight))
         found[path] = (*stats[:3], *gradients)
-    tolerance = 1e-5 if dtype == torch.float32 else 6e-2
+    # Of the whole tensor: in bf16 single small elements are off by more than themselves.
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for one, other in zip(*found.values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+        assert float((one - other).detach().float().norm()) <= tolerance * float(one.detach().float().norm())
 
 
 @pytest.fixture
