@@ -289,7 +289,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
 def cause(error: Exception) -> str:
     """The first line of what transformers says, and our own key where it is about attention."""
     first_line = str(error).strip().split("\n")[0]
-    if "attn_implementation" in first_line or "attention" in first_line:
+    if "attn_implementation" in first_line or "FlashAttention" in first_line:
         return f"{first_line.partition('. ')[0]}; set model.attention, e.g. to eager"
     return first_line
 

@@ -13,6 +13,7 @@ from calibtrain.models.export import export_model, gathered_weights
 from calibtrain.models.loading import (
     LEARNED_POSITIONS,
     answering_config,
+    cause,
     check_positions,
     load_model,
     load_settings,
@@ -215,3 +216,9 @@ def test_the_check_runs_on_the_models_own_device(tmp_path, attention):
     # FlashAttention cannot run in host memory, where ZeRO-3 still has the model.
     assert devices == [(torch.device("cpu"), "eager" if attention == "flash_attention_2" else "sdpa")]
     assert model.config._attn_implementation == attention
+
+
+def test_a_refused_attention_names_the_key_that_mends_it():
+    theirs = ValueError('Gemma2 does not support SDPA. Load with `attn_implementation="eager"`: e.g. a long example')
+    assert cause(theirs) == "Gemma2 does not support SDPA; set model.attention, e.g. to eager"
+    assert cause(ValueError("attention_bias is odd. More\nrest")) == "attention_bias is odd. More"
