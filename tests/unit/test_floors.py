@@ -34,6 +34,8 @@ SIDEWAYS = {
     # A batch is made for losses, a model is run on it, and an answer is what the model makes of a question.
     ("data", "losses"),
     ("models", "losses"),
+    # A penalty charges what the analysis measures: the same functions.
+    ("losses", "spectral"),
     ("models", "spectral"),
     ("confidence", "data"),
     ("confidence", "models"),
