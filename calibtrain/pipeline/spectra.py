@@ -25,7 +25,7 @@ from calibtrain.pipeline.calibration_file import write_json
 from calibtrain.pipeline.spectra_page import write_page
 from calibtrain.spectral.compare import Settings, compare_matrix, judge
 from calibtrain.spectral.directories import Pair, Pairs, open_pairs
-from calibtrain.spectral.split import without
+from calibtrain.spectral.split import check_part, without
 from calibtrain.spectral.verdict import findings, summary
 from calibtrain.spectral.write import write_model
 
@@ -103,6 +103,12 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     kept = _Kept(output / PARTIAL, _key(compared, settings))
     rows = _rows(pairs, settings, kept)
+    if not any(row["relative_drift"] for row in rows):
+        kept.remove()
+        raise UserError(
+            f"{compared.base_name} and {compared.tuned_name} hold the same weights in all {len(rows)} matrices: there is no "
+            "change to look at; check that the second is what came out of training"
+        )
     judge(rows, settings.level)
     total = summary(rows)
     result = {
@@ -133,7 +139,12 @@ def write_without(
     layers: set[int] | None = None,
     modules: Sequence[str] | None = None,
 ) -> None:
-    """Write TUNED with one part of its change undone in every matrix, as a Hugging Face directory."""
+    """Write TUNED with one part of its change undone in every matrix, as a Hugging Face directory.
+
+    `part` and `random_rotation` are those of `calibtrain.spectral.split.without`. Raises UserError before anything is read
+    where they make no sense.
+    """
+    check_part(part, random_rotation)
 
     def change(pair: Pair, initial: Tensor, weight: Tensor) -> Tensor:
         key = zlib.crc32(pair.name.encode())

@@ -172,7 +172,7 @@ def _far_tail(t: float, freedom: int) -> float:
 
 
 def _quantile(freedom: int) -> float:
-    """t with P(|T| > t) = .05, by halving."""
+    """T with P(|T| > t) = .05, by halving."""
     low, high = 0.0, 700.0
     for _ in range(60):
         middle = (low + high) / 2

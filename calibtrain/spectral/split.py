@@ -35,7 +35,7 @@ class Bases:
 
     @property
     def rank(self) -> int:
-        """k."""
+        """K."""
         return self.values.shape[0]
 
     @property
@@ -161,10 +161,7 @@ def without(
     `random_rotation` is a seed: instead of no rotation, every plane (i, j) turns by as much as before, in a random
     direction. `initial`, `weight` (out, in) floating; returns float64 (out, in). Takes a full SVD of both sides' size.
     """
-    if part not in PARTS:
-        raise UserError(f"unknown part {part!r}; there are {', '.join(PARTS)}")
-    if random_rotation is not None and part != "rotation":
-        raise UserError("a random rotation takes the rotation's place: it goes with the part `rotation` alone")
+    check_part(part, random_rotation)
     start, end = upright(initial.double()), upright(weight.double())
     first = bases_of(start)
     inner = first.inside(end - start)
@@ -181,6 +178,14 @@ def without(
             place = _same_angles(first.values, inner, random_rotation, generator_key)
         result = end - first.outside(fit.scale * (turned - place))
     return result if initial.shape[0] >= initial.shape[1] else result.mT
+
+
+def check_part(part: str, random_rotation: int | None) -> None:
+    """Raise UserError for a part that is none, and for a random rotation in another part's place."""
+    if part not in PARTS:
+        raise UserError(f"unknown part {part!r}; there are {', '.join(PARTS)}")
+    if random_rotation is not None and part != "rotation":
+        raise UserError("a random rotation takes the rotation's place: it goes with the part `rotation` alone")
 
 
 def _same_angles(values: Tensor, inner: Tensor, seed: int, key: int) -> Tensor:

@@ -60,9 +60,6 @@ def verdict_of(test: Mapping[str, Any]) -> str:
 
 def findings(found: Mapping[str, Any], level: float) -> list[dict[str, Any]]:
     """What `summary` found, claim by claim: {"claim", "verdict", "beyond", "text"}."""
-    if not found["changed"]:
-        text = "No matrix changed: the two models hold the same weights."
-        return [{"claim": "unchanged", "verdict": "unchanged", "beyond": False, "text": text}]
     tests = found["tests"]
     result = [_size(found)]
     for name, text in (
@@ -86,7 +83,10 @@ def findings(found: Mapping[str, Any], level: float) -> list[dict[str, Any]]:
 
 def _size(found: Mapping[str, Any]) -> dict[str, Any]:
     rounding = found["rounding_share"]
-    text = f"{found['changed']} of {found['matrices']} matrices changed, by {_percent(found['relative_drift'])} of their norm."
+    text = (
+        f"{found['changed']} of {found['matrices']} matrices changed; all together by "
+        f"{_percent(found['relative_drift'])} of their norm."
+    )
     if rounding >= ROUNDED:
         text += (
             f" In half of them rounding to the stored number format is {min(rounding, 1.0):.0%} or more of that change, and "
@@ -112,8 +112,8 @@ def _rotation_text(found: Mapping[str, Any]) -> str:
     test = found["tests"]["shared_rotation"]
     shared = max(0.0, 1 - test["median"] / test["chance"]) if test["chance"] else 0.0
     return (
-        f"Left and right singular vectors: {_percent(shared)} of their turning is shared beyond what any change of this size "
-        f"would share, in the median matrix; NF is {found['nf_ratio']:.2f} times that of noise."
+        f"Left and right singular vectors: in the median matrix {_percent(shared)} of their turning is shared beyond what "
+        f"any change of this size would share; NF is {found['nf_ratio']:.2f} times that of noise."
     )
 
 
