@@ -261,7 +261,7 @@ def without_nan(value: Any) -> Any:
 
 
 def parse_layers(text: str | None) -> set[int] | None:
-    """ "0-5,12" to {0, ..., 5, 12}."""
+    """Layers of a list like 0-5,12."""
     if text is None:
         return None
     found: set[int] = set()
@@ -274,7 +274,7 @@ def parse_layers(text: str | None) -> set[int] | None:
 
 
 def parse_modules(text: str | None) -> list[str] | None:
-    """ "q_proj,o_proj" to a list."""
+    """Names of a list like q_proj,o_proj."""
     if text is None:
         return None
     names = [one.strip() for one in text.split(",") if one.strip()]

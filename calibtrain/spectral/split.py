@@ -1,9 +1,9 @@
 """What a change W0 -> W is made of: one factor on all singular values, one rotation of both singular bases, and the rest.
 
-He and Cao (2025, arXiv 2509.17866) describe post-training as W ~ a (U0 Q) S0 (V0 Q)^T with one orthogonal Q a matrix. In the
-bases of W0, with B = U0^T W V0, the best such fit has a closed form: |B - a Q S0 Q^T| is least where the columns of Q are the
-eigenvectors of sym(B), largest first, and a = <eigenvalues of sym(B), S0> / |S0|^2. What it leaves are a change of the
-spectrum beyond one factor, the skew part of B (left and right vectors turned apart) and what leaves the bases of W0.
+He and Cao (2025, arXiv 2509.17866) describe post-training as W ~ a (U0 Q) S0 (V0 Q)^T with one orthogonal Q a matrix. In
+the bases of W0, with B = U0^T W V0, the best such fit has a closed form: |B - a Q S0 Q^T| is least where the columns of Q
+are the eigenvectors of sym(B), largest first, and a = <eigenvalues of sym(B), S0> / |S0|^2. What it leaves are a change of
+the spectrum beyond one factor, the skew part of B (left and right vectors turned apart) and what leaves the bases of W0.
 
 All matrices here stand upright (rows >= columns): see `upright`.
 """

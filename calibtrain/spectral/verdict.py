@@ -1,4 +1,4 @@
-"""What rows of `compare_matrix` say about a whole model, in plain words that follow from the tests, never from raw values."""
+"""What rows of `compare_matrix` say of a whole model, in plain words that follow from the tests, never from raw values."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def verdict_of(test: Mapping[str, Any]) -> str:
-    """ "beyond chance", "in some matrices", "chance" or "not tested" of one entry of the summary's tests."""
+    """One entry of the summary's tests in words: beyond chance, in some matrices, chance, or not tested."""
     if not test["tested"]:
         return "not tested"
     share = test["beyond"] / test["tested"]
