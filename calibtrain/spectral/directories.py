@@ -12,10 +12,11 @@ from torch import Tensor
 from calibtrain.errors import UserError
 from calibtrain.spectral import layouts
 from calibtrain.spectral.layouts import Part
-from calibtrain.spectral.lora_files import Adapter, LowRank, open_adapter
+from calibtrain.spectral.lora_files import LowRank, open_adapter
 from calibtrain.spectral.model_files import DTYPES, ModelFiles, Stored, open_model
 
-UNTRAINED = "the adapter does not change it"
+COMPARED = ("matrix", "embedding", "head")
+WHAT = {"embedding": "an embedding", "head": "the head"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,15 @@ def open_pairs(
         raise UserError(f"{base}: an adapter; the first directory must be the whole model before training")
     first = open_model(base)
     if is_adapter(tuned):
-        found = _adapted(first, open_adapter(tuned), tuned)
+        after = _adapter(tuned)
+        names = _same_names(first.tensors, after.weights)
+        _check_adapter(first, after, names)
     else:
-        found = _matched(first, open_model(tuned), modules)
-    found = Pairs(_apart(found.pairs), found.left_out)
-    return _chosen(found, first, layers, modules)
+        second = open_model(tuned)
+        after, names = _whole(second), _same_names(first.tensors, second.tensors)
+        _check_architecture(first, second, names)
+    found = _matched(first, after, names, modules)
+    return _chosen(Pairs(_apart(found.pairs), found.left_out), first, layers, modules)
 
 
 def is_adapter(path: Path) -> bool:
@@ -87,97 +92,103 @@ def is_adapter(path: Path) -> bool:
     return adapter
 
 
-def tied_head(model: ModelFiles) -> bool:
-    """Whether the head is the embedding: config.json says so, or the head is not among the tensors."""
-    heads = any(layouts.place(name).last in ("lm_head", "embed_out") for name in model.tensors)
-    return not heads or layouts.setting(model.settings, "tie_word_embeddings") is True
+def has_tied_head(model: ModelFiles) -> bool:
+    """Whether the head is the embedding: config.json says so, or no head is among the tensors."""
+    return not any(map(is_head, model.tensors)) or layouts.setting(model.settings, "tie_word_embeddings") is True
 
 
-def _matched(base: ModelFiles, tuned: ModelFiles, modules: Sequence[str] | None) -> Pairs:
-    names = _same_names(base.tensors, tuned.tensors)
-    _check_architecture(base, tuned, names)
+@dataclass(frozen=True, slots=True)
+class _Tuned:
+    path: Path
+    weights: Mapping[str, Stored | LowRank]
+    tied: bool
+    others: str  # why a weight that only the base model has is left out
+
+
+def _whole(model: ModelFiles) -> _Tuned:
+    return _Tuned(model.path, model.tensors, has_tied_head(model), f"only in the base model, not in {model.path}")
+
+
+def _adapter(path: Path) -> _Tuned:
+    adapter = open_adapter(path)
+    return _Tuned(path, {**adapter.low_rank, **adapter.whole}, False, "the adapter does not change it")
+
+
+def _matched(base: ModelFiles, tuned: _Tuned, names: Mapping[str, str], modules: Sequence[str] | None) -> Pairs:
     pairs: list[Pair] = []
     left_out: list[tuple[str, str]] = []
-    for name, after in tuned.tensors.items():
-        kind, before = _kind(after), base.tensors.get(names[name]) if name in names else None
+    base_tied = has_tied_head(base)
+    for name, after in tuned.weights.items():
+        before = base.tensors.get(names.get(name, ""))
+        kind = _kind(before or after)
         if not kind:
             continue
-        if kind == "head" and (tied_head(base) or tied_head(tuned)) and layouts.place(name).last in ("lm_head", "embed_out"):
-            left_out.append((name, f"tied to the embedding in {(base if tied_head(base) else tuned).path}"))
+        if is_head(name) and (base_tied or tuned.tied):
+            left_out.append((name, f"tied to the embedding in {base.path if base_tied else tuned.path}"))
         elif before is None:
             left_out.append((name, f"only in {tuned.path}"))
-        elif kind not in ("matrix", "embedding", "head"):
+        elif kind not in COMPARED:
             left_out.append((name, kind))
-        elif before.shape != after.shape:
-            why = f"{after.shape[0]} rows, and {before.shape[0]} in {base.path}: the vocabulary was resized"
-            why = why if kind != "matrix" else f"shape {list(after.shape)}, and {list(before.shape)} in {base.path}"
+        elif _full_shape(before, base) != _full_shape(after, base):
+            why = _other_shape(before, after, base)
             if _asked(modules, layouts.place(name).last):
                 raise UserError(f"{name}: {why}, so it cannot be compared; leave it out of modules")
             left_out.append((name, why))
         else:
-            pairs += _pairs(name, kind, before, after, base.settings, DTYPES[after.dtype])
-    known = set(names.values())
-    for name, before in base.tensors.items():
-        if name not in known and _kind(before):
-            head = layouts.place(name).last in ("lm_head", "embed_out") and tied_head(tuned)
-            left_out.append((name, f"tied to the embedding in {tuned.path}" if head else f"only in {base.path}"))
-    return Pairs(pairs, left_out)
-
-
-def _adapted(base: ModelFiles, adapter: Adapter, path: Path) -> Pairs:
-    names = _same_names(base.tensors, [*adapter.low_rank, *adapter.whole])
-    changes = {**adapter.low_rank, **adapter.whole}
-    for name, change in changes.items():
-        stored = base.tensors.get(names.get(name, ""))
-        if stored is None:
-            raise UserError(f"{path}: changes {name}, which {base.path} does not have; give the adapter's own base model")
-        kind = layouts.kind(name, stored.shape)
-        whole = stored.shape if isinstance(change, Stored) or len(stored.shape) != 2 else _oriented(stored, base)
-        if kind in ("matrix", "embedding", "head") and tuple(change.shape) != whole:
-            raise UserError(
-                f"{path}: {name} is {list(change.shape)}, and {list(whole)} in {base.path}; give the adapter's own base model"
-            )
-    pairs: list[Pair] = []
-    left_out: list[tuple[str, str]] = []
-    tuned_names = {first: second for second, first in names.items()}
+            pairs += _pairs(name, kind, before, after, base)
+    known = {names[name] for name in tuned.weights if name in names}
     for name, before in base.tensors.items():
         kind = _kind(before)
-        if name in tuned_names and kind in ("matrix", "embedding", "head"):
-            after = changes[tuned_names[name]]
-            dtype = DTYPES[after.dtype] if isinstance(after, Stored) else "float32"
-            pairs += _pairs(name, kind, before, after, base.settings, dtype)
-        elif kind:
-            left_out.append((name, UNTRAINED if kind in ("matrix", "embedding", "head") else kind))
+        if kind and name not in known:
+            why = "the embedding, to which it is tied, is compared" if is_head(name) and tuned.tied else tuned.others
+            left_out.append((name, why if kind in COMPARED else kind))
     return Pairs(pairs, left_out)
 
 
-def _oriented(stored: Stored, base: ModelFiles) -> tuple[int, ...]:
-    """Shape (out, in) of a 2-D weight."""
-    in_first = layouts.parts(stored.name, stored.shape, base.settings)[0].in_first
-    return stored.shape[::-1] if in_first else stored.shape
+def _full_shape(weight: Stored | LowRank, base: ModelFiles) -> tuple[int, ...]:
+    """(out, in) of a 2-D weight as layers use it, the stored shape of others."""
+    if isinstance(weight, LowRank) or len(weight.shape) != 2:
+        return weight.shape
+    in_first = layouts.parts(weight.name, weight.shape, base.settings)[0].in_first
+    return weight.shape[::-1] if in_first else weight.shape
 
 
-def _pairs(
-    name: str, kind: str, before: Stored, after: Stored | LowRank, settings: Mapping[str, object], dtype: str
-) -> list[Pair]:
+def _other_shape(before: Stored, after: Stored | LowRank, base: ModelFiles) -> str:
+    old, new = list(_full_shape(before, base)), list(_full_shape(after, base))
+    if old[1:] == new[1:]:
+        return f"{new[0]} rows, and {old[0]} in {base.path} (a resized vocabulary)"
+    return f"shape {new}, and {old} in {base.path}"
+
+
+def _pairs(name: str, kind: str, before: Stored, after: Stored | LowRank, base: ModelFiles) -> list[Pair]:
     at = layouts.place(name)
+    dtype = DTYPES[after.dtype] if isinstance(after, Stored) else "float32"
     found = []
-    for part in layouts.parts(name, before.shape, settings) if kind == "matrix" else [Part()]:
+    for part in layouts.parts(name, before.shape, base.settings) if kind == "matrix" else [Part()]:
         expert = at.expert if part.expert is None else part.expert
         module = at.last if expert is None else f"experts.{at.last}"
         module = module if part.cut is None else f"{module}.{part.cut.label}"
-        found.append(Pair(part.name(name), at.layer, module, expert, part.shape(before.shape), dtype, before, after, part))
+        found.append(
+            Pair(part.name(name), at.layer, module, expert, part.shape(before.shape), dtype, before, after, part)
+        )
     return found
 
 
-def _kind(stored: Stored) -> str:
-    return layouts.kind(stored.name, stored.shape) if stored.dtype in DTYPES else ""
+def _kind(weight: Stored | LowRank) -> str:
+    if isinstance(weight, LowRank):
+        return "matrix"
+    return layouts.kind(weight.name, weight.shape) if weight.dtype in DTYPES else ""
+
+
+def is_head(name: str) -> bool:
+    """Whether it is a head over the vocabulary, which may be tied to the embedding."""
+    return layouts.place(name).last in ("lm_head", "embed_out")
 
 
 def _same_names(base: Iterable[str], tuned: Iterable[str]) -> dict[str, str]:
     """Name in `base` of each name in `tuned` that is there: the same, or the same under one prefix.
 
-    A checkpoint of the decoder alone has no prefix ("h.0.attn"), one of the model with its head has ("transformer.h.0.attn").
+    A checkpoint of the decoder alone has no prefix ("h.0.attn"), one of the whole model has ("transformer.h.0.attn").
     """
     first, second = set(base), list(tuned)
     added, dropped = Counter(_prefixes(second, first)), Counter(_prefixes(first, set(second)))
@@ -210,7 +221,9 @@ def _check_architecture(base: ModelFiles, tuned: ModelFiles, names: Mapping[str,
     known = set(names.values())
     one_sided = [(name, tuned, base) for name in second if name not in names]
     one_sided += [(name, base, tuned) for name in first if name not in known]
-    other_shape = [name for name in second if name in names and base.tensors[names[name]].shape != tuned.tensors[name].shape]
+    other_shape = [
+        name for name in second if name in names and base.tensors[names[name]].shape != tuned.tensors[name].shape
+    ]
     if not one_sided and not other_shape and second:
         return
     matching = len(second) - len(other_shape) - sum(here is tuned for _, here, _ in one_sided)
@@ -229,6 +242,21 @@ def _check_architecture(base: ModelFiles, tuned: ModelFiles, names: Mapping[str,
     )
 
 
+def _check_adapter(base: ModelFiles, adapter: _Tuned, names: Mapping[str, str]) -> None:
+    """Raise UserError where an adapter was not made for the base model."""
+    for name, change in adapter.weights.items():
+        before = base.tensors.get(names.get(name, ""))
+        if before is None and not (is_head(name) and has_tied_head(base)):
+            what = f"changes {name}, which {base.path} does not have"
+        elif (
+            before is not None and _kind(before) == "matrix" and _full_shape(before, base) != _full_shape(change, base)
+        ):
+            what = f"{name} is {list(_full_shape(change, base))}, and {list(_full_shape(before, base))} in {base.path}"
+        else:
+            continue
+        raise UserError(f"{adapter.path}: {what}; give the model that the adapter was trained on")
+
+
 def _linear(model: ModelFiles) -> list[str]:
     return [
         name
@@ -238,7 +266,7 @@ def _linear(model: ModelFiles) -> list[str]:
 
 
 def _apart(pairs: list[Pair]) -> list[Pair]:
-    """With as much of its path before a module's name as tells apart what one layer holds twice (attn.c_proj, mlp.c_proj)."""
+    """Before a module's name, as much of its path as tells apart what one layer holds twice (attn.c_proj, mlp.c_proj)."""
     by_name: dict[str, list[int]] = defaultdict(list)
     for index, pair in enumerate(pairs):
         by_name[pair.module].append(index)
@@ -256,9 +284,12 @@ def _apart(pairs: list[Pair]) -> list[Pair]:
 def _chosen(found: Pairs, base: ModelFiles, layers: set[int] | None, modules: Sequence[str] | None) -> Pairs:
     pairs, left_out = found.pairs, list(found.left_out)
     if modules is None:
-        tables = [pair for pair in pairs if layouts.kind(pair.before.name, pair.before.shape) != "matrix"]
-        left_out += [(pair.name, f"no linear layer of the model's body; ask for it with modules {pair.module}") for pair in tables]
-        pairs = [pair for pair in pairs if layouts.kind(pair.before.name, pair.before.shape) == "matrix"]
+        pairs = [pair for pair in pairs if _kind(pair.before) == "matrix"]
+        left_out += [
+            (pair.name, f"{WHAT[_kind(pair.before)]}; name {pair.module} in modules to compare it")
+            for pair in found.pairs
+            if _kind(pair.before) != "matrix"
+        ]
     else:
         for asked in modules:
             if not any(_asked([asked], pair.module) for pair in pairs):
@@ -288,13 +319,13 @@ def _asked(modules: Sequence[str] | None, module: str) -> bool:
 def _no_module(asked: str, found: Pairs, base: ModelFiles) -> str:
     there = ", ".join(sorted({pair.module for pair in found.pairs}))
     why = next((why for name, why in found.left_out if layouts.place(name).last == asked), None)
-    if why is None and asked in ("lm_head", "embed_out") and tied_head(base):
+    if why is None and is_head(asked) and has_tied_head(base):
         why = "tied to the embedding"
     return f"modules: {asked} " + (f"cannot be compared ({why})" if why else "names no matrix") + f"; there are {there}"
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """"0-5, 12"."""
+    """Such as "0-5, 12"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:

@@ -47,11 +47,14 @@ class Part:
     in_first: bool = False
     cut: Cut | None = None
 
-    def view(self, stored: Tensor) -> Tensor:
-        """View of `stored` that holds the matrix: its last dimension is `in`, the ones before flatten to `out`."""
-        matrix = stored if self.experts is None else stored.unflatten(0, (self.experts, -1))
-        matrix = matrix if self.expert is None else matrix[self.expert]
-        return self.rows(matrix.mT if self.in_first else matrix)
+    def block(self, stored: Tensor) -> Tensor:
+        """View of the contiguous block of `stored` that holds the matrix: one expert's, or the whole tensor."""
+        stack = stored if self.experts is None else stored.unflatten(0, (self.experts, -1))
+        return stack if self.expert is None else stack[self.expert]
+
+    def view(self, block: Tensor) -> Tensor:
+        """View of a block that holds the matrix: its last dimension is `in`, the ones before flatten to `out`."""
+        return self.rows(block.mT if self.in_first else block)
 
     def rows(self, matrix: Tensor) -> Tensor:
         """View of the rows that are its own, of a whole (out, anything) matrix."""
@@ -111,7 +114,11 @@ def kind(name: str, shape: tuple[int, ...]) -> str:
         return ""
     if at.last in HEADS:
         return "head"
-    if at.last in EMBEDDINGS or at.last.startswith("embed_") or at.last.endswith(("_embed", "_embedding", "_embeddings")):
+    if (
+        at.last in EMBEDDINGS
+        or at.last.startswith("embed_")
+        or at.last.endswith(("_embed", "_embedding", "_embeddings"))
+    ):
         return "embedding"
     if "norm" in at.last or at.last.startswith("ln_"):
         return "weights of a normalisation"
@@ -153,7 +160,8 @@ def setting(settings: Mapping[str, Any], *names: str) -> Any:
 
 def _is_stack(at: Place, shape: tuple[int, ...]) -> bool:
     if len(shape) == 3:
-        return ("experts" in at.path and at.last in EXPERTS_UP | EXPERTS_DOWN) or at.last in ("input_linear", "output_linear")
+        named = "experts" in at.path and at.last in EXPERTS_UP | EXPERTS_DOWN
+        return named or at.last in ("input_linear", "output_linear")
     return len(shape) == 2 and at.path[-3:-1] == ("experts", "mlp") and at.last in ("w1", "v1", "w2")
 
 

@@ -49,7 +49,7 @@ class LowRank:
         return (inner, out) if self.embedding else (out, inner)
 
     def factors(self, part: Part) -> tuple[Tensor, Tensor]:
-        """(scaling * B (out, r), A (r, in)) in float32, of one matrix of the weight. Raises UserError as Stored.read does."""
+        """(scaling * B (out, r), A (r, in)) in float32, of one matrix of the weight. Raises as `Stored.read` does."""
         first, second = self.first.read().float(), self.second.read().float()
         left, right = (first.mT, second.mT) if self.embedding else (second, first)
         left = (left * self.scaling).contiguous()
@@ -115,7 +115,9 @@ def _pair_up(file: Path, module: str, found: dict[str, Stored], settings: dict[s
         raise UserError(f"{file}: {module} has no pair of matrices lora_A and lora_B; {MERGE}")
     rank = first.shape[0]
     if second.shape[1] != rank:
-        raise UserError(f"{file}: lora_A and lora_B of {module} differ in rank ({rank}, {second.shape[1]}); save it again")
+        raise UserError(
+            f"{file}: lora_A and lora_B of {module} differ in rank ({rank}, {second.shape[1]}); save it again"
+        )
     alpha = _by_pattern(settings.get("alpha_pattern") or {}, module, settings.get("lora_alpha", 8))
     return LowRank(first, second, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank), embedding)
 

@@ -17,6 +17,7 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """safetensors' names of the dtypes that are analysed, and torch's."""
 PLAIN = {*DTYPES, "BOOL", "I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "C64"}
+DEQUANTISE = "give the model that it was made of, or dequantise it and save it with save_pretrained"
 PACKED = ("weight", "qweight", "weight_packed", "_blocks")
 """Endings of the names of weights; of another dtype than these they are quantised."""
 
@@ -33,26 +34,37 @@ class Stored:
     def read(self, part: Part | None = None) -> Tensor:
         """The tensor, or one matrix (out, in) of it, in its stored dtype and its own memory.
 
-        The file is mapped for this call alone: no more than what is returned stays in memory. Raises UserError where a
-        value is NaN or infinite, or the file is no longer what it was.
+        Raises UserError where a value is NaN or infinite, or the file is not what it was.
         """
+        if part is None:
+            return self._finite(self._mapped().clone(), self.name)
+        matrix = part.view(part.block(self._mapped())).clone(memory_format=torch.contiguous_format)
+        return self._finite(matrix.reshape(-1, matrix.shape[-1]), part.name(self.name))
+
+    def read_block(self, part: Part) -> Tensor:
+        """The contiguous block that holds a matrix, as `read` does."""
+        return self._finite(part.block(self._mapped()).clone(), self.name)
+
+    def _mapped(self) -> Tensor:
+        # Mapped anew each time: pages of a file that stays mapped would count as memory until all of it is in there.
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.file, framework="pt") as file:
-                stored = file.get_tensor(self.name)
+                return file.get_tensor(self.name)  # type: ignore[no-any-return]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.file}: cannot read {self.name} ({error}); copy or download the file again") from None
-        part = part or Part()
-        matrix = part.view(stored)
-        matrix = matrix.clone(memory_format=torch.contiguous_format).flatten(0, -2) if matrix.ndim > 1 else matrix.clone()
-        if not torch.isfinite(matrix).all():
-            bad = int((~torch.isfinite(matrix)).sum())
             raise UserError(
-                f"{self.file}: {bad} values of {part.name(self.name)} are NaN or infinite; the model is broken, take a "
-                "checkpoint from before"
+                f"{self.file}: cannot read {self.name} ({error}); copy or download the file again"
+            ) from None
+
+    def _finite(self, tensor: Tensor, name: str) -> Tensor:
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad:
+            raise UserError(
+                f"{self.file}: {bad} of {tensor.numel()} values of {name} are NaN or infinite; the model is broken, take "
+                "an earlier checkpoint"
             )
-        return matrix
+        return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +87,15 @@ def open_model(path: Path) -> ModelFiles:
         raise UserError(f"{path}: not a directory; give the Hugging Face directory that holds the model")
     settings_file = path / "config.json"
     if not settings_file.is_file():
-        raise UserError(f"{path}: no model directory: it has no config.json")
+        _refuse_other_formats(path)
+        raise UserError(f"{path}: no model directory: it has no config.json and no adapter_config.json")
     settings = read_json(settings_file)
     if settings.get("quantization_config"):
         quantiser = settings["quantization_config"]
         method = quantiser.get("quant_method") if isinstance(quantiser, dict) else None
-        raise UserError(f"{path}: quantised ({method or 'quantization_config'} in config.json); give the model that it was made of")
-    tensors = _sharded(path) if not (path / "model.safetensors").is_file() and (path / INDEX).is_file() else _single(path)
+        raise UserError(f"{path}: quantised ({method or 'quantization_config'} in config.json); {DEQUANTISE}")
+    single = (path / "model.safetensors").is_file() or not (path / INDEX).is_file()
+    tensors = _single(path) if single else _sharded(path)
     check_plain(path, tensors)
     return ModelFiles(path, settings, tensors)
 
@@ -116,7 +130,7 @@ def check_plain(path: Path, tensors: dict[str, Stored]) -> None:
     for name, stored in tensors.items():
         packed = name.endswith(PACKED) and len(stored.shape) > 1 and stored.dtype not in DTYPES
         if packed or stored.dtype not in PLAIN:
-            raise UserError(f"{path}: quantised ({name} is {stored.dtype}); give the model that it was made of")
+            raise UserError(f"{path}: quantised ({name} is {stored.dtype}); {DEQUANTISE}")
 
 
 def _single(path: Path) -> dict[str, Stored]:
@@ -124,16 +138,23 @@ def _single(path: Path) -> dict[str, Stored]:
     if file.is_file():
         return read_header(file)
     if any(path.glob("*.safetensors")):
-        raise UserError(f"{path}: neither model.safetensors nor {INDEX}: the index of its shards is missing; copy it too")
+        raise UserError(
+            f"{path}: neither model.safetensors nor {INDEX}: the index of its shards is missing; copy it too"
+        )
+    _refuse_other_formats(path)
+    raise UserError(f"{path}: holds no weights (*.safetensors)")
+
+
+def _refuse_other_formats(path: Path) -> None:
+    again = "load it with from_pretrained and save it with save_pretrained, which writes safetensors"
     for pattern, how in (
-        ("*.bin", "load it with from_pretrained and save it with save_pretrained, which writes safetensors"),
-        ("*.pt", "save the model with save_pretrained, which writes safetensors"),
-        ("*.pth", "save the model with save_pretrained, which writes safetensors"),
+        ("*.bin", again),
+        ("*.pt", again),
+        ("*.pth", again),
         ("*.gguf", "load it with from_pretrained(..., gguf_file=...) and save it with save_pretrained"),
     ):
         if any(path.glob(pattern)):
             raise UserError(f"{path}: its weights are {pattern}, and only safetensors are read; {how}")
-    raise UserError(f"{path}: holds no weights (*.safetensors)")
 
 
 def _sharded(path: Path) -> dict[str, Stored]:
