@@ -68,7 +68,7 @@ def noised(work: Path, base: Path, like: Path, name: str) -> Path:
     """The raw model plus Gaussian noise as large, matrix by matrix, as the change to `like`: the control."""
     import torch
 
-    from calibtrain.spectral.write import write_model
+    from calibtrain.spectral.written_models import write_model
 
     def change(pair: Any, initial: Any, weight: Any) -> Any:
         draw = torch.Generator().manual_seed(zlib.crc32(pair.name.encode()))
@@ -87,7 +87,7 @@ INTERVENTIONS = ("without scale", "without rotation", "without residual", "rando
 def intervened(work: Path, base: Path, tuned: Path, name: str, label: str) -> Path:
     """TUNED with one part of its change undone, as a directory under `work`."""
     from calibtrain.pipeline.spectra import sides, write_without
-    from calibtrain.spectral.write import write_model
+    from calibtrain.spectral.written_models import write_model
 
     target = work / f"{label}-{name.replace(' ', '_')}"
     if (target / "config.json").is_file():

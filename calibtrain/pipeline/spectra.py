@@ -27,7 +27,7 @@ from calibtrain.spectral.compare import Settings, compare_matrix, judge
 from calibtrain.spectral.directories import Pair, Pairs, open_pairs
 from calibtrain.spectral.split import check_part, without
 from calibtrain.spectral.verdict import findings, summary
-from calibtrain.spectral.write import write_model
+from calibtrain.spectral.written_models import write_model
 
 logger = logging.getLogger(__name__)
 

@@ -32,6 +32,8 @@ FULL_SIDE = 2048
 TOP = 256
 """Singular triples of a larger one."""
 SUBSPACES = (1, 8, 64)
+CONSISTENCY_DRAWS = 3
+"""At most so many draws of the consistency's null, whose spread is small and which no test uses."""
 SHOWN = 64
 """Singular values kept of a spectrum, evenly spread."""
 
@@ -108,6 +110,7 @@ def compare_matrix(
             f"{name} is 0 everywhere in the base model, and nothing relative to it can be told; leave it out"
         )
     inner = first.inside(change)
+    overlaps = first.left.mT @ second.left, first.right.mT @ second.right
     total = float(change.square().sum())
     fit = split(first, inner, total)
     rounding = _rounding(tuned)
@@ -129,8 +132,8 @@ def compare_matrix(
         "stable_rank": [
             float(one.square().sum()) / float(s.values[0]) ** 2 for one, s in ((start, first), (end, second))
         ],
-        "angles": _angles(first, second, fit, flipped=flipped),
-        "consistency": _consistency(first, second, start, math.sqrt(total), settings.null_seeds, generator),
+        "angles": _angles(first, second, fit, overlaps, flipped=flipped),
+        "consistency": _consistency(first, overlaps, start, math.sqrt(total), settings.null_seeds, generator),
         "drift": _drift(start, end, first, single=tuned.dtype != torch.float64, flipped=flipped),
         "shares": {
             "scale": fit.scale_share,
@@ -207,7 +210,8 @@ def _update_rank(change: Tensor, factors: tuple[Tensor, Tensor] | None) -> int:
         inner = torch.linalg.qr(factors[0].double()).R @ torch.linalg.qr(factors[1].double().mT).R.mT
         energies = torch.linalg.svdvals(inner).square()
     else:
-        energies = torch.linalg.eigvalsh(change.mT @ change).flip(0).clamp(min=0)
+        single = change.float()
+        energies = torch.linalg.eigvalsh(single.mT @ single).flip(0).clamp(min=0)
     total = float(energies.sum())
     if total == 0:
         return 0
@@ -244,12 +248,14 @@ def _spectrum(first: Bases, second: Bases, total: float) -> dict[str, Any]:
     }
 
 
-def _angles(first: Bases, second: Bases, fit: Split, *, flipped: bool) -> dict[str, Any]:
+def _angles(
+    first: Bases, second: Bases, fit: Split, overlaps: tuple[Tensor, Tensor], *, flipped: bool
+) -> dict[str, Any]:
     """Angles in degrees; of vectors weighted by s0^2, within repeated values as small as they can be."""
     weights = first.values.square()
     sides = {
-        "left": mean_angle(nearest_to_identity(first.left.mT @ second.left, first.values), weights),
-        "right": mean_angle(nearest_to_identity(first.right.mT @ second.right, first.values), weights),
+        "left": mean_angle(nearest_to_identity(overlaps[0], first.values), weights),
+        "right": mean_angle(nearest_to_identity(overlaps[1], first.values), weights),
     }
     subspaces = [
         {
@@ -267,10 +273,10 @@ def _angles(first: Bases, second: Bases, fit: Split, *, flipped: bool) -> dict[s
 
 
 def _consistency(
-    first: Bases, second: Bases, start: Tensor, norm: float, seeds: int, generator: torch.Generator
+    first: Bases, overlaps: tuple[Tensor, Tensor], start: Tensor, norm: float, seeds: int, generator: torch.Generator
 ) -> dict[str, float]:
-    nf = consistency(first, second)
-    draws = null_consistency(first, norm, seeds, generator, start)
+    nf = consistency(*overlaps)
+    draws = null_consistency(first, norm, min(seeds, CONSISTENCY_DRAWS), generator, start)
     if len(draws) < 2:
         return {"nf": nf, "null": math.nan, "null_low": math.nan, "null_high": math.nan}
     null = against(nf, draws, "lower")

@@ -16,11 +16,11 @@ from torch import Tensor
 from calibtrain.spectral.split import Bases, bases_of
 
 
-def consistency(first: Bases, second: Bases) -> float:
-    """NF of the bases of W0 and of W."""
-    together = (first.left.mT @ second.left).mT @ (first.right.mT @ second.right)
+def consistency(left: Tensor, right: Tensor) -> float:
+    """NF of the overlaps Q_U = `left` and Q_V = `right` (k, k)."""
+    together = left.mT @ right
     together.diagonal().sub_(1.0)
-    return float(together.norm()) / math.sqrt(first.rank)
+    return float(together.norm()) / math.sqrt(left.shape[0])
 
 
 @torch.no_grad()
@@ -33,7 +33,8 @@ def null_consistency(first: Bases, norm: float, seeds: int, generator: torch.Gen
             found.append(_by_gram(first, deviation, generator))
         else:
             noise = torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype, device=matrix.device)
-            found.append(consistency(first, bases_of(matrix + noise * deviation, first.rank, generator)))
+            second = bases_of(matrix + noise * deviation, first.rank, generator)
+            found.append(consistency(first.left.mT @ second.left, first.right.mT @ second.right))
     return found
 
 
@@ -46,7 +47,7 @@ def _by_gram(first: Bases, deviation: float, generator: torch.Generator) -> floa
     dtype, device = first.values.dtype, first.values.device
 
     def noise(rows: int) -> Tensor:
-        return torch.randn((rows, k), generator=generator, dtype=dtype, device=device).mul_(deviation)
+        return torch.randn((rows, k), generator=generator, device=device).to(dtype).mul_(deviation)
 
     inside = noise(k)
     inside.diagonal().add_(first.values)

@@ -57,6 +57,26 @@ def spectral_norm(matrix: Tensor, steps: int = 50) -> Tensor:
 
 
 @torch.no_grad()
+def singular_triples(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, n), S (n,) descending, V (n, n) of an upright matrix (m, n), m >= n, in float32 or better.
+
+    In float64 from the eigenproblem of W^T W, less than half the time of an SVD, where that loses no more than 1e-9 of
+    U^T U = I (it squares the condition number); else an SVD. Signs as they fall.
+    """
+    matrix = _wide_enough(matrix)
+    if matrix.dtype == torch.float64:
+        squares, right = torch.linalg.eigh(matrix.mT @ matrix)
+        squares, right = squares.flip(0), right.flip(1)
+        if float(squares[-1]) * 1e-9 > torch.finfo(matrix.dtype).eps * float(squares[0]):
+            left = matrix @ right
+            values = left.norm(dim=0)
+            order = values.argsort(descending=True, stable=True)
+            return (left / values)[:, order], values[order], right[:, order]
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left, values, right.mT
+
+
+@torch.no_grad()
 def top_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` largest singular triples: U (out, r), S (r,) descending, V (in, r), in float32 or better.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calibtrain.errors import UserError
-from calibtrain.spectral.polar import top_singular, top_singular_by_products
+from calibtrain.spectral.polar import singular_triples, top_singular_by_products
 
 PARTS = ("scale", "rotation", "residual")
 TIE = 1e-9
@@ -78,9 +78,9 @@ def upright(matrix: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bases_of(matrix: Tensor, rank: int | None = None, generator: torch.Generator | None = None) -> Bases:
-    """All singular triples, or the `rank` largest by products alone (`generator` draws the probes)."""
+    """All singular triples of an upright matrix, or the `rank` largest by products alone (`generator` draws the probes)."""
     if rank is None or rank >= min(matrix.shape):
-        return Bases(*top_singular(matrix, min(matrix.shape)), error=0.0)
+        return Bases(*singular_triples(matrix), error=0.0)
     generator = generator or torch.Generator(device=matrix.device).manual_seed(0)
     return Bases(*top_singular_by_products(matrix, rank, generator))
 
