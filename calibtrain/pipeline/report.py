@@ -21,6 +21,7 @@ from calibtrain.pipeline import page
 from calibtrain.pipeline import report_figures as figures
 from calibtrain.pipeline.report_numbers import Stage, comparison, stage_of, threshold_table, words_table
 from calibtrain.pipeline.scope import Scope, at_most
+from calibtrain.pipeline.spectra_page import report_part
 
 SAMPLES = 8  # answers shown of each kind
 GROUPS = 30  # shown of each stratum
@@ -68,6 +69,8 @@ class ReportData:
     training: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
     bootstrap_replicates: int = 400
     samples: bool = True  # show some questions with their answers
+    spectra: Mapping[str, Any] | None = None  # content of spectra.json
+    spectra_problem: str = ""  # why it cannot be shown
 
 
 def write_report(output: Path, report: ReportData) -> Path:
@@ -105,6 +108,7 @@ def _context(report: ReportData) -> dict[str, Any]:
         "figures": figures.all_figures(stages, table, report.target_risk, report.training),
         "samples": _samples(report, threshold) if report.samples else [],
         **_strata(report),
+        "spectra": report_part(report.spectra) if report.spectra else None,
         "config": json.dumps(report.config, indent=2, ensure_ascii=False, default=str),
         "curve": sorted(report.certified_curve.items()),
     }
