@@ -16,7 +16,7 @@ from calibtrain.data.calibration_set import Composition
 from calibtrain.errors import UserError
 from calibtrain.hooks.jsonl import read_metrics
 from calibtrain.hooks.wandb import attach
-from calibtrain.pipeline.calibration_file import made_by, read_calibration, write_json
+from calibtrain.pipeline.calibration_file import made_by, read_calibration, weights_hash, write_json
 from calibtrain.pipeline.evaluate import measured_metrics, read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.report import CompositionRow, Measured, ReportData, write_report
@@ -108,7 +108,7 @@ def report_data(output_dir: Path) -> ReportData:
         if certificate
         else []
     )
-    spectra, problem = _spectra(output_dir / "spectra.json")
+    spectra, problem = _spectra(output_dir)
     return ReportData(
         run_name=config.name,
         config=config.resolved(),
@@ -132,12 +132,21 @@ def report_data(output_dir: Path) -> ReportData:
     )
 
 
-def _spectra(path: Path) -> tuple[dict[str, Any] | None, str]:
+def _spectra(output_dir: Path) -> tuple[dict[str, Any] | None, str]:
     """Content of spectra.json, and why there is none: the report is of more than the weights, so it goes on without."""
+    path = output_dir / "spectra.json"
+    if not path.is_file():
+        return None, ""
     try:
-        return (read_spectra(path), "") if path.is_file() else (None, "")
+        content = read_spectra(path)
+        if content["tuned_hash"] != weights_hash(output_dir / "model"):
+            return (
+                None,
+                f"{path}: of other weights than those in {output_dir / 'model'}; run `calibtrain spectra {output_dir}`",
+            )
     except UserError as error:
         return None, str(error)
+    return content, ""
 
 
 def composition_rows(composition: Composition) -> list[CompositionRow]:

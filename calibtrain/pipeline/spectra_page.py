@@ -22,6 +22,7 @@ FORMAT = 1
 KEYS = {
     "base": str,
     "tuned": str,
+    "tuned_hash": str,
     "settings": dict,
     "matrices": list,
     "left_out": list,
@@ -196,7 +197,7 @@ def _again(spectra: Mapping[str, Any]) -> dict[str, str]:
     """The command that makes the file again, and the one that writes the model without a part of its change."""
     compared = ["calibtrain", "spectra", str(spectra["base"]), str(spectra["tuned"])]
     options = []
-    for key in ("null_seeds", "rank"):
+    for key in ("null_seeds", "rank", "layers", "modules"):
         if (value := spectra["settings"].get(key)) is not None:
             options += ["--" + key.replace("_", "-"), str(value)]
     part = ["--write-without", "rotation", "--output", "DIR"]

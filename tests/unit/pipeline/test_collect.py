@@ -8,6 +8,7 @@ import pytest
 
 from calibtrain.errors import UserError
 from calibtrain.pipeline import certify, collect
+from calibtrain.pipeline.calibration_file import weights_hash
 from calibtrain.pipeline.evaluate import write_measurement
 from calibtrain.pipeline.report import render_report
 from tests.unit.pipeline import spectra_cases
@@ -70,8 +71,12 @@ def test_spectra_of_the_run_are_part_of_its_report(tested, monkeypatch):
     monkeypatch.setattr(collect, "ReportData", partial(collect.ReportData, bootstrap_replicates=2))
     path = tested / "spectra.json"
     assert collect.report_data(tested).spectra is None
-    path.write_text(json.dumps(spectra_cases.with_nulls()))
-    assert collect.report_data(tested).spectra == spectra_cases.with_nulls()
+    content = spectra_cases.with_nulls()
+    path.write_text(json.dumps(content))
+    assert "of other weights than those" in collect.report_data(tested).spectra_problem
+    content["tuned_hash"] = weights_hash(tested / "model")
+    path.write_text(json.dumps(content))
+    assert collect.report_data(tested).spectra == content
     collect.run(tested)
     assert 'href="spectra.html"' in (tested / "report.html").read_text("utf-8")
     assert "lm_head.weight" in (tested / "spectra.html").read_text("utf-8")
