@@ -18,7 +18,8 @@ from calibtrain.losses.rotation_probes import Shard, run_together
 from calibtrain.losses.rotation_step import DecoupledPenalty, DenseMatrix
 from calibtrain.pipeline.train import build_model
 from calibtrain.training.engine import start_engine
-from calibtrain.training.weight_penalty import _gather, build_weight_penalties
+from calibtrain.training.matrices import gather
+from calibtrain.training.weight_penalty import build_weight_penalties
 
 DRIFT = 0.05
 
@@ -47,7 +48,7 @@ def measure(config: RunConfig, world: World) -> dict[str, Any]:
 
 def _whole(held: Any, world: World) -> torch.Tensor:
     flat = held.read()
-    found = _gather(held.shape, flat, held.start, held.replicated, world).clone()
+    found = gather(held.shape, flat, held.start, held.replicated, world).clone()
     held.write(flat)
     return found
 
@@ -68,12 +69,12 @@ def _gradient(penalty: DecoupledPenalty, one: Any, world: World) -> dict[str, An
         own = Shard(one.weight.shape, one.weight.start, torch.zeros_like(flat))
         own.add_product(estimate.left, estimate.right, 1.0)
         own.flat.add_((flat - one.initial) * estimate.drift_factor)
-        gradients = [_gather(one.weight.shape, own.flat, one.weight.start, one.weight.replicated, world)]
+        gradients = [gather(one.weight.shape, own.flat, one.weight.start, one.weight.replicated, world)]
         value = estimate.value
     else:
         from calibtrain.losses.rotation_lora import lora_sums
 
-        parts = penalty._part(one.a), penalty._part(one.b)
+        parts = (held.part(penalty.rank, penalty.ranks) for held in (one.a, one.b))
         sums = lora_sums(penalty.penalty, *parts, one.reference, one.scaling, one.norm, penalty.budget)
         ((value, *gradients),) = run_together([sums], penalty.reduce)
     return {"value": value, "gradients": gradients}
