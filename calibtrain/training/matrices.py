@@ -41,6 +41,7 @@ class Beginning:
     """
 
     shape: tuple[int, int]
+    dtype: torch.dtype  # in the model, as the run began
     masters: list[Held]
     own: Tensor
     start: int
@@ -67,7 +68,7 @@ def begin(layer: Any, engine: Engine, world: World) -> Beginning:
     else:
         masters = [held_master(one, engine, world) for one in _adapter(layer)]
         (own, start), replicated = _frozen_piece(base, world), False
-    return Beginning(shape, masters, own, start, gather(shape, own, start, replicated, world))
+    return Beginning(shape, base.dtype, masters, own, start, gather(shape, own, start, replicated, world))
 
 
 def trained_layers(causal_model: Any) -> list[tuple[str, Any]]:

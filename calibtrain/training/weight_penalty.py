@@ -116,7 +116,7 @@ def _matrix(name: str, layer: Any, penalty: str, engine: Engine, world: World, n
             "target_modules"
         )
     # In the model's dtype, in which the run began: exact, and half the memory of fp32.
-    initial = begun.own.to(getattr(layer, "base_layer", layer).weight.dtype, copy=True)
+    initial = begun.own.to(begun.dtype, copy=True)
     polar = begun.polar_piece(number, world) if penalty == "polar_drift" else None
     if len(begun.masters) == 1:
         return DenseMatrix(name, begun.masters[0], initial, norm, squared_norm, polar)

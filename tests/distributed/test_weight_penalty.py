@@ -1,7 +1,8 @@
-"""Weight penalties on ZeRO shards: gradients of the whole matrices without gathering them, and exact resume."""
+"""Weight penalties and spectra on ZeRO shards: what the whole matrices give, without gathering them, and exact resume."""
 
 import json
 import sys
+import zlib
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from calibtrain.losses.rotation_probes import (
     NAMES,
     Shard,
     estimator,
+    identity_probes,
     penalty_norm,
     probe_size,
     run_together,
@@ -24,6 +26,7 @@ from tests.distributed.ranks import run, torchrun
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 PROBES = 4
+SPECTRA = ["layers.0.self_attn", "down_proj"]
 CASES = {
     "stage0": {"training": {"zero_stage": 0}},
     "stage1": {"training": {"zero_stage": 1}},
@@ -44,8 +47,14 @@ def penalties(**settings):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
+    (folder / "shards.json").write_text(  # also of matrices so small that DeepSpeed would keep them whole
+        json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
+    )
     for name, sections in CASES.items():
-        write_job(folder, name, **sections, penalties=[], weight_penalties=penalties())
+        if name in ("stage3", "lora3"):
+            sections["training"]["deepspeed"] = str(folder / "shards.json")
+        tracking = {"spectra_every": 1, "spectra_modules": SPECTRA}
+        write_job(folder, name, **sections, penalties=[], weight_penalties=penalties(), tracking=tracking)
     script = __file__.replace("test_weight_penalty", "penalty_cases")
     ended = run(torchrun(2, script, str(folder)), folder)
     assert ended.code == 0, ended.output[-6000:]
@@ -64,8 +73,10 @@ def distance(found, expected):
 @pytest.mark.parametrize("case", [name for name in CASES if not name.startswith("lora")])
 def test_sharded_gradient_is_the_dense_one(results, case):
     found, start = results[0][case], results[1]
-    assert len(found) == len(NAMES) * 6
+    assert len(found) == len(NAMES) * 6 + 1
     for key, one in found.items():
+        if key == "spectra":
+            continue
         penalty = key.split(" ")[0]
         w0 = base_weight(start, key, torch.bfloat16 if case == "bf16" else torch.float32)
         assert torch.equal(one["before"][0].double(), w0), key
@@ -90,8 +101,10 @@ def test_sharded_gradient_is_the_dense_one(results, case):
 @pytest.mark.parametrize("case", ["lora1", "lora3"])
 def test_lora_gradient_on_shards_is_the_dense_one(results, case):
     found, start = results[0][case], results[1]
-    assert len(found) == len(NAMES) * 6
+    assert len(found) == len(NAMES) * 6 + 1
     for key, one in found.items():
+        if key == "spectra":
+            continue
         penalty, w0 = key.split(" ")[0], base_weight(start, key)
         a, b = (part.double() for part in one["moved"])
         reference = Shard.whole(polar_factor(w0.float()).double() if penalty == "polar_drift" else w0)
@@ -100,6 +113,69 @@ def test_lora_gradient_on_shards_is_the_dense_one(results, case):
         assert float(one["value"]) == pytest.approx(float(value), rel=1e-5)
         for part, expected in zip(one["gradients"], gradients, strict=True):
             assert distance(part, expected) < 2e-6, key
+
+
+def dense_reading(name, w0, weight, exact):
+    """What is logged of W (out, in) in float64, from its SVD and, unless `exact`, the estimators on the whole matrix."""
+    drift = weight - w0
+    first, now = (torch.linalg.svdvals(one) for one in (w0, weight))
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    expected = {
+        "relative_drift": float(drift.norm() / w0.norm()),
+        "alpha": float(1 + (drift * w0).sum() / w0.square().sum()),
+        "spectral_norm_ratio": float(now[0] / first[0]),
+        "stable_rank": float(weight.square().sum() / now[0] ** 2),
+    }
+    for penalty in NAMES[:-1]:
+        if exact:
+            size = probe_size(penalty, tuple(w0.shape))
+            probes = identity_probes(size, torch.float64)
+        else:
+            size = probe_size(penalty, tuple(w0.shape))
+            probes = sign_probes(size, 16, generator) if size > 16 else identity_probes(size)
+        (found,) = run_together(
+            [
+                estimator(
+                    penalty,
+                    Shard.whole(weight),
+                    Shard.whole(w0),
+                    probes.double(),
+                    penalty_norm(penalty, w0),
+                    polar=Shard.whole(polar_factor(w0)),
+                )
+            ]
+        )
+        expected[penalty] = float(found.value)
+    return expected
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_spectra_read_on_shards_are_those_of_the_whole_matrices(results, case):
+    found, start = results[0][case]["spectra"], results[1]
+    assert found["untouched"]
+    names = [f"model.layers.0.self_attn.{one}_proj" for one in "qkvo"]
+    names += [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
+    assert sorted(found["read"]) == sorted(names)
+    for name in names:
+        w0 = base_weight(start, f"- {name}", torch.bfloat16 if case == "bf16" else torch.float32)
+        moved = [one.double() for one in found["moved"][name]]
+        weight = w0 + 32.0 / 3 * moved[1] @ moved[0] if case.startswith("lora") else moved[0]
+        expected = dense_reading(name, w0, weight, exact=case.startswith("lora"))
+        assert 0.003 < expected["relative_drift"] < 0.5
+        assert found["read"][name] == pytest.approx(expected, rel=1e-5), name
+        for key in ("relative_drift", "alpha"):
+            assert found["read"][name][key] == pytest.approx(expected[key], rel=1e-6), name
+        stable_rank = w0.square().sum() / torch.linalg.matrix_norm(w0, 2) ** 2
+        begun = {"alpha": 1, "spectral_norm_ratio": 1, "stable_rank": float(stable_rank)}
+        unmoved = dict.fromkeys(expected, 0) | begun
+        assert found["start"][name] == pytest.approx(unmoved, rel=1e-5, abs=1e-12), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_rank_keeps_its_share_of_the_matrices(results, case):
+    read = results[0][case]["spectra"]["read"]
+    whole = sum(results[1][f"{name}.weight"].numel() for name in read)
+    assert 0 < results[0][case]["spectra"]["elements"] < whole
 
 
 RESUMED = {
