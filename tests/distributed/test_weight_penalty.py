@@ -20,7 +20,7 @@ from calibtrain.losses.rotation_probes import (
     sign_probes,
 )
 from calibtrain.spectral.polar import polar_factor
-from tests.distributed.jobs import trained, write_job
+from tests.distributed.jobs import metrics, trained, write_job
 from tests.distributed.ranks import run, torchrun
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -190,16 +190,18 @@ FREE = 3  # the stage that also runs without penalties
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """Whole runs of 6 steps, the same from their checkpoint at step 4, and one without penalties."""
+    """Whole runs of 6 steps, the same from their checkpoint at step 4, one without penalties, and that with readings."""
     folder = tmp_path_factory.mktemp("resume")
     held = penalties(layer_fraction=0.5, weight=300.0)
-    configs = {"whole": [], "resumed": [], "free": []}
+    configs = {"whole": [], "resumed": [], "free": [], "read": []}
     for stage, sections in RESUMED.items():
         rest = {"training": {"zero_stage": stage, "keep_checkpoints": 9}, "penalties": [], **sections}
         for kind, found in configs.items():
-            if kind == "free" and stage != FREE:
+            if kind in ("free", "read") and stage != FREE:
                 continue
-            sections = {**rest, "weight_penalties": [] if kind == "free" else held}
+            sections = {**rest, "weight_penalties": [] if kind in ("free", "read") else held}
+            every = {"free": 0, "read": 1}.get(kind, 5)
+            sections["tracking"] = {"spectra_every": every, "spectra_modules": "all-linear"}
             if kind == "resumed":
                 from_step = folder / f"whole{stage}" / "checkpoints" / "step-0000004"
                 sections["training"] = {**rest["training"], "resume": str(from_step)}
@@ -217,6 +219,9 @@ def weights_and_log(folder):
         for line in lines
         if line["event"] == "log"
     }
+    for line in lines:
+        if line["event"] == "spectra":
+            logged[line["step"]] |= {key: value for key, value in line.items() if key.startswith("spectra/")}
     return load_file(folder / "model" / "model.safetensors"), logged
 
 
@@ -227,7 +232,9 @@ def test_resumed_run_is_bit_exact(resumed, stage):
     again, logged_again = weights_and_log(resumed / f"resumed{stage}")
     assert whole.keys() == again.keys()
     assert all(whole[name].equal(again[name]) for name in whole)
-    assert set(logged[6]) == {f"train/weight_penalty/{name}" for name in NAMES}
+    assert {key for key in logged[6] if key.startswith("train/")} == {f"train/weight_penalty/{name}" for name in NAMES}
+    for step in (5, 6):  # every five steps, and after the last
+        assert sum(key.startswith("spectra/model.layers.") for key in logged[step]) == 14 * 9
     assert all(logged[step] == logged_again[step] for step in (5, 6))
 
 
@@ -240,6 +247,33 @@ def test_penalties_change_the_weights_they_name_and_hold_them(resumed):
     for name in held:
         if any(one in name for one in ("q_proj", "k_proj", "down_proj")):
             assert (held[name] - start[name]).norm() < (free[name] - start[name]).norm(), name
+
+
+@pytest.mark.slow
+def test_reading_changes_neither_the_weights_nor_other_numbers(resumed):
+    free, read = resumed / f"free{FREE}", resumed / f"read{FREE}"
+    weights = load_file(free / "model" / "model.safetensors")
+    observed = load_file(read / "model" / "model.safetensors")
+    assert all(weights[name].equal(observed[name]) for name in weights)
+    lines = metrics(read)
+    assert [line["step"] for line in lines if line["event"] == "spectra"] == [1, 2, 3, 4, 5, 6]
+    assert [line for line in lines if line["event"] != "spectra"] == metrics(free)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run_name", ["read3", "whole2"])
+def test_the_last_reading_is_of_the_weights_that_are_exported(resumed, run_name):
+    weights, logged = weights_and_log(resumed / run_name)
+    start = load_file(resumed / "tiny" / "model.safetensors")
+    means = []
+    for layer, part in ((layer, part) for layer in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")):
+        name = f"model.layers.{layer}.{part}"
+        w0, weight = (one[f"{name}.weight"].double() for one in (start, weights))
+        means.append(float((weight - w0).norm() / w0.norm()))
+        assert logged[6][f"spectra/{name}/relative_drift"] == pytest.approx(means[-1], rel=1e-5)
+        ratio = torch.linalg.matrix_norm(weight, 2) / torch.linalg.matrix_norm(w0, 2)
+        assert logged[6][f"spectra/{name}/spectral_norm_ratio"] == pytest.approx(float(ratio), rel=1e-5)
+    assert min(means) < logged[6]["spectra/mean/relative_drift"] < 2 * max(means)
 
 
 def test_wrong_layer_name_is_refused(tmp_path):
