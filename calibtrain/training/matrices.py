@@ -47,6 +47,11 @@ class Beginning:
     start: int
     whole: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        """Where the masters are; a frozen W0 may lie elsewhere when one of them is offloaded."""
+        return self.masters[0].read().device
+
     def polar_piece(self, number: int, world: World) -> Tensor:
         """This rank's elements of polar(W0) in fp32; rank `number` modulo their count computes it for all. Collective."""
         owner = number % world.size

@@ -208,7 +208,6 @@ class _LoRA:
 
     start: Watched
     weight: Shard  # of W0 alone
-    polar: Shard
     a: Tensor
     b: Tensor
 
@@ -224,7 +223,7 @@ class _LoRA:
         return (self._penalty(name) for name in PENALTIES)
 
     def _penalty(self, name: str) -> Sums[Tensor]:
-        reference = self.polar if name == "polar_drift" else self.weight
+        reference = self.start.polar if name == "polar_drift" else self.weight
         value, *_ = yield from lora_sums(name, self.a, self.b, reference, self.start.scaling, self.start.norm(name))
         return value
 
@@ -232,8 +231,7 @@ class _LoRA:
 def _now(one: Watched, rank: int, ranks: int) -> _Dense | _LoRA:
     if len(one.masters) == 2:
         a, b = (held.part(rank, ranks) for held in one.masters)
-        first, polar = (shard.like(shard.flat.to(a.device, a.dtype)) for shard in (one.first, one.polar))
-        return _LoRA(one, first, polar, a, b)
+        return _LoRA(one, one.first.like(one.first.flat.to(a.device, a.dtype)), a, b)
     flat = one.masters[0].read()
     first_at, end = one.masters[0].share(flat, rank, ranks)
     weight, first = one.first.like(flat[first_at:end]), one.first.like(one.first.flat.to(flat.dtype))
@@ -258,11 +256,11 @@ def _watch(name: str, layer: Any, engine: Engine, world: World, number: int) -> 
         masters=begun.masters,
         scaling=layer.scaling["default"] if lora else 1.0,
         first=first,
-        polar=first.like(begun.polar_piece(number, world)[first_at:end].clone()),
+        polar=first.like(begun.polar_piece(number, world)[first_at:end].to(begun.device, copy=True)),
         squared_norm=squared_norm,
         gram_norm=penalty_norm("row_gram_drift", begun.whole),
         spectral_norm=spectral_norm,
-        block=block,
+        block=block.to(begun.device),
     )
 
 

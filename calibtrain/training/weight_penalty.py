@@ -116,8 +116,8 @@ def _matrix(name: str, layer: Any, penalty: str, engine: Engine, world: World, n
             "target_modules"
         )
     # In the model's dtype, in which the run began: exact, and half the memory of fp32.
-    initial = begun.own.to(begun.dtype, copy=True)
-    polar = begun.polar_piece(number, world) if penalty == "polar_drift" else None
+    initial = begun.own.to(begun.device, begun.dtype, copy=True)
+    polar = begun.polar_piece(number, world).to(begun.device) if penalty == "polar_drift" else None
     if len(begun.masters) == 1:
         return DenseMatrix(name, begun.masters[0], initial, norm, squared_norm, polar)
     reference = Shard(begun.shape, begun.start, initial if polar is None else polar)

@@ -116,7 +116,7 @@ def test_lora_gradient_on_shards_is_the_dense_one(results, case):
 
 
 def dense_reading(name, w0, weight, exact):
-    """What is logged of W (out, in) in float64, from its SVD and, unless `exact`, the estimators on the whole matrix."""
+    """What is logged of W (out, in), in float64 from the whole matrix: by SVD and, unless `exact`, by the same probes."""
     drift = weight - w0
     first, now = (torch.linalg.svdvals(one) for one in (w0, weight))
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -127,24 +127,11 @@ def dense_reading(name, w0, weight, exact):
         "stable_rank": float(weight.square().sum() / now[0] ** 2),
     }
     for penalty in NAMES[:-1]:
-        if exact:
-            size = probe_size(penalty, tuple(w0.shape))
-            probes = identity_probes(size, torch.float64)
-        else:
-            size = probe_size(penalty, tuple(w0.shape))
-            probes = sign_probes(size, 16, generator) if size > 16 else identity_probes(size)
-        (found,) = run_together(
-            [
-                estimator(
-                    penalty,
-                    Shard.whole(weight),
-                    Shard.whole(w0),
-                    probes.double(),
-                    penalty_norm(penalty, w0),
-                    polar=Shard.whole(polar_factor(w0)),
-                )
-            ]
-        )
+        size = probe_size(penalty, tuple(w0.shape))
+        probes = identity_probes(size) if exact or size <= 16 else sign_probes(size, 16, generator)
+        norm, polar = penalty_norm(penalty, w0), Shard.whole(polar_factor(w0))
+        sums = estimator(penalty, Shard.whole(weight), Shard.whole(w0), probes.double(), norm, polar=polar)
+        (found,) = run_together([sums])
         expected[penalty] = float(found.value)
     return expected
 
