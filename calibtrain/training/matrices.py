@@ -80,12 +80,10 @@ def trained_layers(causal_model: Any) -> list[tuple[str, Any]]:
     """(name, layer) of the layers whose LoRA is trained or, without LoRA, of the trained linear layers but the head."""
     named, head = list(causal_model.named_modules()), causal_model.get_output_embeddings()
     if adapted := [(name, one) for name, one in named if hasattr(one, "lora_A")]:
-        return [(name, one) for name, one in adapted if all(part.requires_grad for part in _adapter(one))]
-    return [
-        (name, one)
-        for name, one in named
-        if isinstance(one, nn.Linear) and one is not head and one.weight.requires_grad
-    ]
+        linear = [(name, one) for name, one in adapted if isinstance(one.base_layer, nn.Linear)]
+        return [(name, one) for name, one in linear if all(part.requires_grad for part in _adapter(one))]
+    linear = [(name, one) for name, one in named if isinstance(one, nn.Linear) and one is not head]
+    return [(name, one) for name, one in linear if one.weight.requires_grad]
 
 
 def _adapter(layer: Any) -> list[nn.Parameter]:

@@ -52,6 +52,13 @@ def test_frozen_adapters_are_no_layers():
     assert [name.rpartition(".")[2] for name, _ in trained_layers(model.get_base_model())] == ["q_proj"] * 2
 
 
+def test_adapters_of_embeddings_are_no_linear_layers():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(tied=False), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    assert [name.rpartition(".")[2] for name, _ in trained_layers(model.get_base_model())] == ["q_proj"] * 2
+
+
 @pytest.mark.parametrize("moves", [False, True])
 def test_weights_that_never_move_are_told_of_once(moves, caplog):
     weight = nn.Parameter(torch.eye(4))
