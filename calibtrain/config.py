@@ -324,13 +324,18 @@ class RunConfig(Section):
 
     @property
     def penalties_in_loss(self) -> list[Penalty]:
-        """The penalties whose gradient trains the weights: all but the one that is solved for the logit scale."""
-        return [penalty for penalty in self.penalties if getattr(penalty, "moves", "all") == "all"]
+        """The penalties whose gradient trains the weights, with the score of a likelihood that `rollouts` ask for."""
+        found = [penalty for penalty in self.penalties if getattr(penalty, "moves", "all") == "all"]
+        if self.trains_on_rollouts and not found and (score := self.rollouts.score_in_loss):
+            found.append(AnswerScoreConfig(moves="all", score=score, weight=self.rollouts.score_weight))
+        return found
 
     @property
     def penalties_on_answers(self) -> list[OwnAnswersConfig]:
-        """The penalties for which the model answers questions while it trains."""
-        return [penalty for penalty in self.penalties if isinstance(penalty, OwnAnswersConfig)]
+        """The penalties for which the model answers questions of the calibration split while it trains."""
+        answering = [penalty for penalty in self.penalties if isinstance(penalty, OwnAnswersConfig)]
+        # Rollouts are graded answers already: what is in the loss reads those.
+        return [one for one in answering if not self.trains_on_rollouts or getattr(one, "moves", "all") == "scale"]
 
     @property
     def sequences_per_record(self) -> int:
@@ -361,6 +366,17 @@ def _unfit_answers(config: RunConfig) -> str | None:
     return None
 
 
+def _unfit_for_rollouts(config: RunConfig) -> str | None:
+    """What of the penalties cannot stand beside reinforcement learning."""
+    in_loss = [penalty.name for penalty in config.penalties if getattr(penalty, "moves", "all") == "all"]
+    if others := [one for one in in_loss if one != "answer_score"]:
+        name = config.objective.name
+        return f"objective.name: {name} trains on its own answers: of penalties, answer_score fits, not {others[0]}"
+    if in_loss and config.rollouts.confidence == "stated":
+        return "penalties.answer_score with moves: all scores a likelihood: set rollouts.confidence: likelihood, or leave it out"
+    return None
+
+
 def _unfit_for_objective(config: RunConfig) -> str | None:
     """What a reward model, refusal tuning or reinforcement learning cannot be combined with."""
     name, training = config.objective.name, config.training
@@ -375,10 +391,8 @@ def _unfit_for_objective(config: RunConfig) -> str | None:
             if value:
                 return f"objective.name: reward_model trains a scalar head and answers no questions: leave out {key}"
     if isinstance(config.objective, PolicyGradientConfig):
-        if any(getattr(penalty, "moves", "all") == "all" for penalty in config.penalties):
-            return (
-                f"objective.name: {name} trains on its own answers: of penalties, answer_score with moves: scale fits"
-            )
+        if problem := _unfit_for_rollouts(config):
+            return problem
         if config.rollouts.confidence == "stated" and config.rollouts.reward not in ("brier", "log"):
             return f"rollouts.confidence: stated is scored by reward: brier or log, not {config.rollouts.reward}"
         if config.rollouts.confidence == "stated" and config.rollouts.decoupled and name != "grpo":
