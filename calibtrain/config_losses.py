@@ -141,8 +141,9 @@ class RolloutsConfig(Section):
     """Of the confidence's score. With `likelihood` a penalty answer_score, `moves: all`, may stand in its place."""
     decoupled: bool = True
     """With `stated` and grpo: the answer's words get the credit of being right, the confidence's words that of the score."""
-    target_mixing: Fraction = 0.5
-    """With `decoupled`: share of the other samples' mean grade in what the confidence is scored against."""
+    target_mixing: Fraction = 0.0
+    """With `decoupled`: share of the other samples' mean grade in what the confidence is scored against; less noise, and a
+    confidence that is part the answer's chance to be right, part the policy's on that question."""
     format_penalty: float | None = None
     """What an answer that states no confidence earns; below the worst proper score. null: one half below it."""
     abstentions: tuple[str, ...] = ("I don't know",)
