@@ -189,7 +189,8 @@ class GRPOConfig(PolicyGradientConfig):
     kl: Literal["k2", "k3", "k3+"] = "k3+"
     """Estimator of the KL in the loss: `k3` as published; `k3+` is right in value and gradient."""
     scale_advantages: Literal["group", "batch", "none"] = "none"
-    """Standard deviation that advantages are divided by: `group` as published; it blurs what a proper score asks for."""
+    """Standard deviation that advantages are divided by: `group` as published, which makes a rank of a stated confidence's
+    score, so that training ends at certainty: an error with it unless `decoupled`."""
 
     @model_validator(mode="after")
     def _constant_needs_length(self) -> GRPOConfig:

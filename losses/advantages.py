@@ -37,8 +37,8 @@ def grpo_advantages(rewards: Tensor, group_ids: Tensor, *, scale: AdvantageScale
     """A_i = (R_i - mean of the group) / (std + 1e-4) (Shao et al. 2024, arXiv 2402.03300, sec. 4.1.2).
 
     `scale` says whose standard deviation (with n - 1): of the group, of the batch, or none (Dr. GRPO: Liu et al. 2025,
-    arXiv 2503.20783). Dividing a proper score by a group's own spread rescales it by what was sampled, so that honest
-    confidence is only nearly best: take "none" for such rewards. A group whose rewards are equal has advantage exactly 0.
+    arXiv 2503.20783). Divided by its group's own spread a proper score is a rank: a right answer's group and a wrong one's
+    count alike, and stating 0 or 1 is best. Take "none" for such rewards. A group whose rewards are equal has advantage exactly 0.
 
     `rewards` (S,) floating, NaN where there is none; `group_ids` (S,) int64. Returns (S,) float64, without gradient. Raises
     UserError where every completion is alone in its group, so that no advantage could differ from 0, and for rewards that

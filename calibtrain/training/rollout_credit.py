@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calibtrain.config import GRPOConfig, PolicyGradientConfig, PPOConfig, RunConfig
+from calibtrain.errors import UserError
 from calibtrain.losses.advantages import (
     decoupled_advantages,
     generalized_advantages,
@@ -64,6 +65,11 @@ def check_rewards(config: RunConfig) -> None:
     if rollouts.confidence == "likelihood":
         return  # no answer is given for its score's sake
     if not rollouts.decoupled:
+        if getattr(config.objective, "scale_advantages", "none") == "group":
+            raise UserError(
+                "objective.scale_advantages: group makes a rank of a stated confidence's score, which ends at certainty: set it "
+                "to none or batch, or rollouts.decoupled: true"
+            )
         check_accuracy_weight(rollouts.reward_of_right, rollouts.score_weight, score=score)
     with_format_penalty(
         torch.zeros(0), torch.zeros(0, dtype=torch.bool), penalty=_penalty(config), worst=_worst(config)
