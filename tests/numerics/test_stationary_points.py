@@ -43,11 +43,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def end(objective, toy, *, paid=None, steps=200, penalties=(), target_risk=0.2, **rollouts):
+def end(objective, toy, *, paid=None, steps=130, penalties=(), target_risk=0.2, **rollouts):
     config = run_config(
         OBJECTIVES[objective], rollouts, penalties=list(penalties), abstention={"target_risk": target_risk}
     )
-    return find_end(config, toy, paid, steps=steps)
+    return find_end(config, toy, paid, steps=steps, rate=0.15)
 
 
 def descend(leaves, loss, steps=400, rate=0.1):
@@ -134,8 +134,8 @@ def test_whoever_draws_the_answers_the_score_is_least_at_the_truth(score):
 # A stated confidence
 
 
-@pytest.mark.parametrize(("reward", "weight"), [("brier", 1.0), ("log", 7.0)])
 @pytest.mark.parametrize(("objective", "steps_per_round", "decoupled"), STATED)
+@pytest.mark.parametrize(("reward", "weight"), [("brier", 1.0), ("log", 7.0)])
 def test_a_stated_confidence_ends_at_the_truth(objective, steps_per_round, decoupled, reward, weight):
     rollouts = {"reward": reward, "accuracy_weight": weight, "steps_per_round": steps_per_round}
     found = end(objective, Toy(TWO, stated=True), confidence="stated", decoupled=decoupled, **rollouts)
