@@ -282,6 +282,8 @@ def rows() -> list[dict[str, Any]]:
     for reward, weight in (("brier", 1.0), ("log", 7.0)):
         rollouts = {**stated, "reward": reward, "accuracy_weight": weight}
         add(f"reward: {reward}, confidence: stated", TWO, find_end(run_config("rloo", rollouts), Toy(TWO, stated=True)))
+    ranked = run_config({"name": "grpo", "scale_advantages": "group"}, stated)
+    add("the same with scale_advantages: group", TWO, find_end(ranked, Toy(TWO, stated=True)))
     brier = run_config("rloo", {**stated, "reward": "brier"})
     for name, reward in ppo_c_rewards().items():
         add(f"{name}, confidence: stated", TWO, find_end(brier, Toy(TWO, stated=True), reward))
