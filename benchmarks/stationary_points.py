@@ -2,9 +2,9 @@
 
     python benchmarks/stationary_points.py --json benchmarks/results/stationary_points.json
 
-The policy gives one of a few answers to one question, and which of them is right is drawn anew each time, so that the truth is
-a distribution. Every group of samples that the policy may draw is enumerated with its probability. Credit, objective and
-penalties are the package's own, built from the config.
+The policy gives one of a few answers to one question, and which of them is right is drawn anew each time, so that the
+truth is a distribution. Every group of samples that the policy may draw is enumerated with its probability. Credit,
+objective and penalties are the package's own, built from the config.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Toy:
     stated: bool = False  # whether a confidence of GRID follows the answer
     abstains: bool = False  # whether the last answer is an abstention
     group: int = 2
-    start: tuple[float, ...] = ()  # logits of the answers, which then stay: what follows an answer is all that is learnt
+    start: tuple[
+        float, ...
+    ] = ()  # logits of the answers, which then stay: what follows an answer is all that is learnt
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Policy:
         self.toy = toy
 
     def parameters(self) -> list[Tensor]:
+        """What is learnt."""
         return [one for one in (self.answers, self.levels) if one.requires_grad]
 
     def logprobs(self) -> Tensor:
@@ -84,6 +87,7 @@ class Policy:
         return torch.stack([answers[place], levels[place, said]], dim=1)
 
     def end(self) -> End:
+        """Where it is now."""
         q = self.levels.detach().softmax(1) @ torch.tensor(GRID, dtype=torch.float64)
         answers = self.answers.detach().softmax(0)
         return End(tuple(answers.tolist()), tuple(q.tolist()) if self.toy.stated else ())
@@ -124,6 +128,7 @@ class Question:
 
     @staticmethod
     def batch_of(samples: Sequence[Sample]) -> Batch:
+        """The samples as the trainer collates them."""
         grades = [math.nan if one.abstained else one.correct for one in samples]
         pairs = zip(samples, grades, strict=True)
         return collate([Encoded((7, *one.tokens), 1, ANSWER, 0, correct=grade) for one, grade in pairs], 0)
@@ -138,9 +143,7 @@ def stats_of(logprob: Tensor) -> TokenStats:
     return TokenStats(logprob, zeros, zeros, zeros, zeros > 0)
 
 
-def find_end(
-    config: RunConfig, toy: Toy, reward: Reward | None = None, *, steps: int = 500, rate: float = 0.1
-) -> End:
+def find_end(config: RunConfig, toy: Toy, reward: Reward | None = None, *, steps: int = 500, rate: float = 0.1) -> End:
     """Ascend the exact expected gradient with Adam, its rate falling to 0."""
     policy = Policy(toy)
     ppo = config.objective.name == "ppo"
@@ -213,7 +216,9 @@ def ppo_credit(config: RunConfig, question: Question, policy: Policy) -> Tensor:
     weights = question.weights(logprobs)
     zero = [replace(one, values=(0.0,) * len(one.tokens)) for one in question.samples]
     plain = config.model_copy(update={"objective": config.objective.model_copy(update={"lam": 1.0, "gamma": 1.0})})
-    returns = torch.tensor([one.returns[0] for one in credit(zero, question.owner.tolist(), plain)[0]], dtype=torch.float64)
+    returns = torch.tensor(
+        [one.returns[0] for one in credit(zero, question.owner.tolist(), plain)[0]], dtype=torch.float64
+    )
     start = (weights * returns).sum()
     by_answer: dict[int, float] = {}
     for answer in {one.tokens[0] for one in question.samples}:

@@ -373,7 +373,7 @@ def _unfit_for_rollouts(config: RunConfig) -> str | None:
         name = config.objective.name
         return f"objective.name: {name} trains on its own answers: of penalties, answer_score fits, not {others[0]}"
     if in_loss and config.rollouts.confidence == "stated":
-        return "penalties.answer_score with moves: all scores a likelihood: set rollouts.confidence: likelihood, or leave it out"
+        return "penalties.answer_score, moves: all, scores a likelihood: set rollouts.confidence: likelihood or leave it out"
     return None
 
 

@@ -3,10 +3,10 @@
 All rewards of a group must be there: with several ranks, gather them first. A NaN reward (an answer that nobody could
 grade) counts for nothing: it enters no baseline, and its advantage is 0.
 
-Theta or data: rewards are data. One that is a function of the weights, such as the score of the policy's own likelihood, has
-a derivative of its own beside that of what is sampled, and an advantage would drop it: such rewards are refused, and their
-place is the loss (`calibtrain.losses.AnswerScoreLoss`). Values are a baseline, whose gradient cancels on average, and returns
-a target: neither carries any.
+Theta or data: rewards are data. One that is a function of the weights, such as the score of the policy's own likelihood,
+has a derivative of its own beside that of what is sampled, and an advantage would drop it: such rewards are refused, and
+their place is the loss (`calibtrain.losses.AnswerScoreLoss`). Values are a baseline, which is right without a gradient, and
+returns a target: neither carries any.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def grpo_advantages(rewards: Tensor, group_ids: Tensor, *, scale: AdvantageScale
 
     `scale` says whose standard deviation (with n - 1): of the group, of the batch, or none (Dr. GRPO: Liu et al. 2025,
     arXiv 2503.20783). Divided by its group's own spread a proper score is a rank: a right answer's group and a wrong one's
-    count alike, and stating 0 or 1 is best. Take "none" for such rewards. A group whose rewards are equal has advantage exactly 0.
+    count alike, and stating 0 or 1 is best. Take "none" for such rewards. Equal rewards of a group give exactly 0.
 
     `rewards` (S,) floating, NaN where there is none; `group_ids` (S,) int64. Returns (S,) float64, without gradient. Raises
     UserError where every completion is alone in its group, so that no advantage could differ from 0, and for rewards that
@@ -165,7 +165,7 @@ def decoupled_advantages(
 
 
 def _known(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values in float64 with 0 for NaN, and 1 where there is a value, else 0. Raises UserError where they carry a gradient."""
+    """Values in float64 with 0 for NaN, and 1 where there is a value, else 0. Raises UserError for a gradient."""
     _check_data(values)
     known = ~values.isnan()
     return values.to(torch.float64).nan_to_num(0.0), known.to(torch.float64)
@@ -174,8 +174,8 @@ def _known(values: Tensor) -> tuple[Tensor, Tensor]:
 def _check_data(rewards: Tensor) -> None:
     if rewards.requires_grad:
         raise UserError(
-            "rewards carry a gradient, which an advantage would drop: a reward is a number that was measured. Put what depends "
-            "on the weights into the loss (the score of a likelihood: AnswerScoreLoss), and detach() the rest"
+            "rewards carry a gradient, which an advantage would drop: a reward is a number that was measured. Put what "
+            "depends on the weights into the loss (the score of a likelihood: AnswerScoreLoss), and detach() the rest"
         )
 
 

@@ -1,11 +1,12 @@
 """Proper score of the likelihood that the model gave to its own graded answers (docs/calibration-term.md).
 
 Theta or data: the likelihood q carries its gradient; which answers were given, and their grades, are data, also where the
-policy itself drew them a moment ago. The whole gradient of E_{y ~ pi} S(pi(y), c) has another part, S times that of log pi(y):
-credit for giving answers that are easy to score. With it a policy over three answers does not end at the truth, and where some
-answers are never right it ends at these, sure that they are wrong (docs/rewards.md). Without it each answer's term is least
-where pi(y) is that answer's own chance to be right, whatever else is sampled and how often. So samples of an earlier policy
-need no importance ratio and no clipping: what they change is how much each answer weighs, not where its term is least.
+policy itself drew them a moment ago. The whole gradient of E_{y ~ pi} S(pi(y), c) has another part, S times that of
+log pi(y): credit for giving answers that are easy to score. With it a policy over three answers does not end at the truth,
+and where some answers are never right it ends at these, because being wrong and sure of it scores best (docs/rewards.md).
+Without it each answer's term is least where pi(y) is that answer's own chance to be right, whatever else is sampled and how
+often. So samples of an earlier policy need no importance ratio and no clipping: what they change is how much each answer
+weighs, not where its term is least.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ With d = log pi(y) - log pi_ref(y) and y drawn from pi:
     k3    exp(-d) - 1 + d KL      grad KL(ref || policy)   in GRPO's loss, as published
     k3+   k3              KL      grad KL                  in the loss, where its value is also logged
 
-Theta or data: KL is that of each next-token distribution, given the tokens before it, and those are data to a term in the loss,
-as in GRPO as published: what a token does to the divergence of the tokens after it has no part in its gradient. In the reward
-(RLOO, PPO) it has. Likewise the tokens of an earlier policy are taken as they are.
+Theta or data: KL is that of each next-token distribution, given the tokens before it, and those are data to a term in the
+loss, as in GRPO as published: what a token does to the divergence of the tokens after it has no part in its gradient. In the
+reward (RLOO, PPO) it has. Likewise the tokens of an earlier policy are taken as they are.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 A confidence reward is honest when it is proper: whatever the true probability of being right, stating that one earns
 most. A reward linear in the confidence, or the absolute error, is not: it pays for stating 0 or 1.
 
-That holds for a confidence that is stated, hence sampled: the policy learns which statement earns most. One that is a function
-of the weights, as the likelihood of the answer is, learns nothing from a reward, which is a constant to it: its score is a
-loss (`calibtrain.losses.AnswerScoreLoss`), and docs/rewards.md says where training ends.
+That holds for a confidence that is stated, hence sampled: the policy learns which statement earns most. One that is a
+function of the weights, as the likelihood of the answer is, learns nothing from a reward, which is a constant to it: its
+score is a loss (`calibtrain.losses.AnswerScoreLoss`), and docs/rewards.md says where training ends.
 
 Where one reward serves answer and confidence together, a second rule holds: being right must be worth more than being
 wrong, whatever confidence goes with each. Otherwise "be wrong on purpose and say 0" wins. `check_accuracy_weight` says so

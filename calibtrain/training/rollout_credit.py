@@ -67,8 +67,8 @@ def check_rewards(config: RunConfig) -> None:
     if not rollouts.decoupled:
         if getattr(config.objective, "scale_advantages", "none") == "group":
             raise UserError(
-                "objective.scale_advantages: group makes a rank of a stated confidence's score, which ends at certainty: set it "
-                "to none or batch, or rollouts.decoupled: true"
+                "objective.scale_advantages: group makes a rank of a stated confidence's score, which ends at certainty: "
+                "set it to none or batch, or rollouts.decoupled: true"
             )
         check_accuracy_weight(rollouts.reward_of_right, rollouts.score_weight, score=score)
     with_format_penalty(
@@ -95,7 +95,9 @@ def credit(
     scored = any(one.name == "answer_score" for one in config.penalties_in_loss)
     # PPO's baseline is its value head; the others praise only what differs within a group.
     compared = torch.zeros_like(ids) if isinstance(objective, PPOConfig) else ids
-    means["alike"] = 0.0 if scored else _share_alike(rewards, compared)  # a score in the loss teaches where nothing differs
+    means["alike"] = (
+        0.0 if scored else _share_alike(rewards, compared)
+    )  # a score in the loss teaches where nothing differs
     if kl is not None:
         means["kl"] = float(sequence_sums(kl, owners, len(samples)).mean())
     returns = None

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from stationary_points import NEVER, THREE, TWO, Toy, find_end, ppo_c_rewards, run_config, score_end
 
@@ -19,6 +18,7 @@ from calibtrain.losses.answer_score import answer_brier_score, answer_log_score
 from calibtrain.losses.kl import KL_ESTIMATORS
 from calibtrain.losses.reward_model import ppo_m_loss
 
+ROOT = Path(__file__).parents[2]
 OBJECTIVES = {
     "grpo": {"name": "grpo"},
     "grpo, std of the group": {"name": "grpo", "scale_advantages": "group"},
@@ -156,7 +156,9 @@ def test_a_target_mixed_with_the_others_is_the_answers_own_where_they_agree():
     assert end("grpo", one, target_mixing=0.5, **rollouts).stated[0] == pytest.approx(0.8, abs=0.02)
 
 
-@pytest.mark.parametrize(("name", "stated"), [("PPO-C, threshold", 1.0), ("PPO-C, difference", 1.0), ("PPO-C, proper", 0.6)])
+@pytest.mark.parametrize(
+    ("name", "stated"), [("PPO-C, threshold", 1.0), ("PPO-C, difference", 1.0), ("PPO-C, proper", 0.6)]
+)
 def test_ppo_c_ends_sure_as_published_and_at_the_truth_in_its_proper_form(name, stated):
     found = end("rloo", Toy(TWO, stated=True), paid=ppo_c_rewards()[name], confidence="stated", decoupled=False)
     assert found.answers[0] > 0.98
@@ -165,7 +167,7 @@ def test_ppo_c_ends_sure_as_published_and_at_the_truth_in_its_proper_form(name, 
 
 @pytest.mark.parametrize("truth", [0.3, 0.6, 0.9])
 def test_ppo_m_ends_at_the_log_odds_so_that_a_policy_states_the_likelier_side(truth):
-    """Its reward model learns by how much high beats low: log(t / (1 - t)), whose sign alone is what maximising it follows."""
+    """Its reward model learns by how much high beats low: log(t / (1 - t)), whose sign alone maximising it follows."""
     high, low = (torch.zeros(1, dtype=torch.float64).requires_grad_() for _ in range(2))
     other = torch.zeros(1, dtype=torch.float64)
 
@@ -236,5 +238,5 @@ def test_the_page_shows_what_the_benchmark_found():
     rows = json.loads((ROOT / "benchmarks" / "results" / "stationary_points.json").read_text())["rows"]
     page = (ROOT / "docs" / "rewards.md").read_text("utf-8")
     for row in rows:
-        ends = row["stated"] and f"states {row['stated']}" or row["ends"]
+        ends = (row["stated"] and f"states {row['stated']}") or row["ends"]
         assert f"| {row['what']} | {row['truth']} | {ends} |" in page, row
