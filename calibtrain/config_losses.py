@@ -128,11 +128,11 @@ class RolloutsConfig(Section):
     steps_per_round: Count = 1
     """Optimiser steps that share one round of sampling; above 1 the later ones are off-policy, and clipping acts."""
     reward: Literal["accuracy", "brier", "log", "ternary"] = "brier"
-    """`accuracy`: 1 if right; `brier`, `log`: a proper score of the confidence, and accuracy_weight if right; `ternary`: 1 if
-    right, 0 for an abstention, and a wrong answer costs so much that answering pays below abstention.target_risk alone."""
+    """`accuracy`: 1 if right; `brier`, `log`: a proper score of the confidence, and accuracy_weight if right; `ternary`: 1
+    if right, 0 for an abstention, and a wrong answer costs so much that answering pays below abstention.target_risk alone."""
     confidence: Literal["likelihood", "stated"] = "likelihood"
-    """`likelihood`: the probability of the whole answer, a function of the weights, so that its score is a term of the loss,
-    answer_score; `stated`: "Confidence: 80%" behind the answer, which is sampled, so that its score is a reward."""
+    """`likelihood`: the probability of the whole answer, a function of the weights, so that its score is a term of the
+    loss, answer_score; `stated`: "Confidence: 80%" behind the answer, which is sampled, so that its score is a reward."""
     accuracy_weight: Weight | None = None
     """Reward of being right, in `brier` and `log`. null: 0 with `likelihood`, whose score alone ends at the truth, and above
     it with any weight here (docs/rewards.md); 1 with `stated`, where too little beside score_weight would pay for being
