@@ -129,7 +129,7 @@ class RolloutsConfig(Section):
     """Optimiser steps that share one round of sampling; above 1 the later ones are off-policy, and clipping acts."""
     reward: Literal["accuracy", "brier", "log", "ternary"] = "brier"
     """`accuracy`: 1 if right; `brier`, `log`: a proper score of the confidence, and accuracy_weight if right; `ternary`: 1
-    if right, 0 for an abstention, and a wrong answer costs so much that answering pays below abstention.target_risk alone."""
+    if right, 0 for an abstention, and a wrong answer costs so much that answering pays below abstention.target_risk."""
     confidence: Literal["likelihood", "stated"] = "likelihood"
     """`likelihood`: the probability of the whole answer, a function of the weights, so that its score is a term of the
     loss, answer_score; `stated`: "Confidence: 80%" behind the answer, which is sampled, so that its score is a reward."""
