@@ -92,8 +92,8 @@ def token_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, sequence_ids: Tenso
     """PPO's reward of each token: -beta * kl_t, plus the completion's reward at its last token (arXiv 2203.02155).
 
     `rewards` (S,); `kl` (N,), k1 of each token; `mask` (N,) bool, the sampled tokens; `sequence_ids` (N,) int64
-    ascending in [0, S). Returns (N,), 0 outside the mask. No gradient flows to `kl`: that of k1 is 0 on average, and what is
-    sampled because of it is the whole of the divergence's.
+    ascending in [0, S). Returns (N,), 0 outside the mask. `kl` is data: the gradient of k1 itself is 0 on average, and
+    credit for it is the whole gradient of the divergence.
     """
     result = torch.where(mask, -beta * at_least_float32(kl.detach()), 0.0)
     last = last_tokens(mask, sequence_ids, rewards.shape[0])

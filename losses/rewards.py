@@ -107,11 +107,11 @@ def calibrated_reward(
 def confidence_target(correct: Tensor, group_ids: Tensor, mixing: float = 0.5) -> Tensor:
     """What a confidence is scored against: mixing * (mean grade of the other samples) + (1 - mixing) * own grade.
 
-    Its mean is mixing * (how often the policy is right on this question) + (1 - mixing) * (how often this answer is): the
-    chance of this answer for mixing = 0, and for any where the samples give one answer, then with less noise. The others'
-    mean leaves the own sample out. The target of DCPO (Ma et al. 2026, arXiv 2603.09117), which scores it by
-    the absolute error and so asks for a median: score it with `proper_score`. `correct` (S,), NaN where ungraded;
-    `group_ids` (S,) int64. Returns (S,) without gradient.
+    Its mean is mixing * (how often the policy is right on this question) + (1 - mixing) * (how often this answer is), with
+    less noise than the own grade: this answer's chance to be right for mixing = 0, and for any where the samples give one
+    answer. The own sample is not counted again among the others. The target of DCPO (Ma et al. 2026, arXiv 2603.09117),
+    which scores it by the absolute error and so asks for a median: score it with `proper_score`. `correct` (S,), NaN where
+    ungraded; `group_ids` (S,) int64. Returns (S,) without gradient.
     """
     if not 0.0 <= mixing <= 1.0:
         raise UserError(f"mixing: {mixing} is not between 0 and 1")

@@ -95,9 +95,7 @@ def credit(
     scored = any(one.name == "answer_score" for one in config.penalties_in_loss)
     # PPO's baseline is its value head; the others praise only what differs within a group.
     compared = torch.zeros_like(ids) if isinstance(objective, PPOConfig) else ids
-    means["alike"] = (
-        0.0 if scored else _share_alike(rewards, compared)
-    )  # a score in the loss teaches where nothing differs
+    means["alike"] = 0.0 if scored else _share_alike(rewards, compared)  # a score in the loss teaches all the same
     if kl is not None:
         means["kl"] = float(sequence_sums(kl, owners, len(samples)).mean())
     returns = None
