@@ -212,7 +212,7 @@ def _entry(name: str, title: str, paper: str, equation: str, against: str, devia
 CATALOG = (
     _entry(
         "calibrated_reward",
-        "Correctness plus the Brier score of a confidence (RLCR), or plus the log score",
+        "Correctness plus the Brier score of a stated confidence (RLCR), or plus the log score",
         "Damani et al. 2025, arXiv 2507.16806; log score: Bani-Harouni et al. 2025, arXiv 2503.02623",
         "a c - b (q - c)^2",
         "float64 formula of the authors' code",
