@@ -77,8 +77,8 @@ CATALOG = (
         title="Proper score of the likelihood of the model's own graded answers",
         paper="Good 1952, J. R. Stat. Soc. B 14(1); Brier 1950, Monthly Weather Review 78(1)",
         equation="-(c log q + (1 - c) log(1 - q)); (q - c)^2",
-        cost="the model answers questions now and then; with moves=all, the answers' forward pass; beside grpo, rloo or ppo, "
-        "whose answers it reads, none",
+        cost="the model answers questions now and then; with moves=all, the answers' forward pass; beside grpo, rloo or "
+        "ppo, whose answers it reads, none",
         compared_with="scikit-learn 1.9 log_loss and brier_score_loss",
         largest_deviation="1e-12 (value, float64)",
         differs="The probability is that of the whole answer; log(1 - q) is finite as q rounds to 1.",
