@@ -215,6 +215,53 @@ def confidence(
 
 
 @app.command()
+def spectra(
+    base: Annotated[str, typer.Argument(help="A Hugging Face directory, or the output_dir of a finished run.")],
+    tuned: Annotated[
+        Path | None,
+        typer.Argument(help="What became of it: another directory, or a LoRA adapter's. Default: the run's."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Default: the run's output_dir, else spectra.")] = None,
+    null_seeds: Annotated[int, typer.Option(min=0, help="Draws of each null model; 0: measure, test nothing.")] = 5,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Largest singular values to look at. Default: all, of wide matrices 256.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="E.g. 0-5,12. Default: all.")] = None,
+    modules: Annotated[str | None, typer.Option(help="E.g. q_proj,down_proj. Default: all linear layers.")] = None,
+    write_without: Annotated[
+        str | None,
+        typer.Option(
+            help="Write the model with its rotation, scale or residual undone to --output, and compare nothing."
+        ),
+    ] = None,
+    random_rotation: Annotated[
+        int | None, typer.Option(help="With --write-without rotation: a seed; turn as far, in random directions.")
+    ] = None,
+) -> None:
+    """Tell what training did to the weights: singular values, rotations, and what of it is more than chance."""
+    from calibtrain.pipeline.spectra import parse_layers, parse_modules, run, sides
+    from calibtrain.pipeline.spectra import write_without as write
+    from calibtrain.spectral import Settings
+
+    of_layers, of_modules = parse_layers(layers), parse_modules(modules)
+    if write_without is None:
+        if random_rotation is not None:
+            raise UserError("--random-rotation goes with --write-without rotation")
+        compared = sides(base, tuned)
+        settings = Settings(null_seeds=null_seeds, rank=rank)
+        found = run(compared, output=output, settings=settings, layers=of_layers, modules=of_modules)
+        for finding in found["findings"]:
+            typer.echo(finding["text"])
+        typer.echo(str((output or compared.home) / "spectra.html"))
+        return
+    if output is None:
+        raise UserError("--write-without: give --output, the directory that the model is written to")
+    both = sides(base, tuned)
+    write(both, write_without, output, random_rotation=random_rotation, layers=of_layers, modules=of_modules)
+    typer.echo(str(output))
+
+
+@app.command()
 def report(
     output_dir: Annotated[Path | None, typer.Argument(help="The output_dir of a run.")] = None,
     lm_eval: Annotated[
