@@ -374,17 +374,6 @@ def _unfit_answers(config: RunConfig) -> str | None:
     return None
 
 
-def _unfit_for_rollouts(config: RunConfig) -> str | None:
-    """What of the penalties cannot stand beside reinforcement learning."""
-    in_loss = [penalty.name for penalty in config.penalties if getattr(penalty, "moves", "all") == "all"]
-    if others := [one for one in in_loss if one != "answer_score"]:
-        name = config.objective.name
-        return f"objective.name: {name} trains on its own answers: of penalties, answer_score fits, not {others[0]}"
-    if in_loss and config.rollouts.confidence == "stated":
-        return "penalties.answer_score, moves: all, scores a likelihood: set rollouts.confidence: likelihood or leave it out"
-    return None
-
-
 def _unfit_for_objective(config: RunConfig) -> str | None:
     """What a reward model, refusal tuning or reinforcement learning cannot be combined with."""
     name, training = config.objective.name, config.training
@@ -399,8 +388,11 @@ def _unfit_for_objective(config: RunConfig) -> str | None:
             if value:
                 return f"objective.name: reward_model trains a scalar head and answers no questions: leave out {key}"
     if isinstance(config.objective, PolicyGradientConfig):
-        if problem := _unfit_for_rollouts(config):
-            return problem
+        in_loss = {penalty.name for penalty in config.penalties if getattr(penalty, "moves", "all") == "all"}
+        if others := sorted(in_loss - {"answer_score"}):
+            return f"objective.name: {name} trains on its own answers: of penalties, answer_score fits, not {others[0]}"
+        if in_loss and config.rollouts.confidence == "stated":
+            return "penalties.answer_score, moves: all, scores a likelihood: set rollouts.confidence to it, or leave it out"
         if config.rollouts.confidence == "stated" and config.rollouts.reward not in ("brier", "log"):
             return f"rollouts.confidence: stated is scored by reward: brier or log, not {config.rollouts.reward}"
         if config.rollouts.confidence == "stated" and config.rollouts.decoupled and name != "grpo":
