@@ -135,7 +135,7 @@ class RolloutsConfig(Section):
     loss, answer_score; `stated`: "Confidence: 80%" behind the answer, which is sampled, so that its score is a reward."""
     accuracy_weight: Weight | None = None
     """Reward of being right, in `brier` and `log`. null: 0 with `likelihood`, whose score ends at the truth, and with any
-    weight here above it (docs/rewards.md); 1 with `stated`, where too little beside score_weight pays for errors: refused."""
+    weight here above it (docs/rewards.md); 1 with `stated`; so little that being wrong would pay is refused."""
     score_weight: Weight = 1.0
     """Of the confidence's score. With `likelihood` a penalty answer_score, `moves: all`, may stand in its place."""
     decoupled: bool = True
