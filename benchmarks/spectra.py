@@ -159,7 +159,7 @@ def structure_row(arm: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def claim_rows(arm: str, seeds: Sequence[int], spectra: Any, asked: Any, undone: Any) -> list[dict[str, Any]]:
-    """The paper's four claims on one way of training: measured value, interval of its null, verdict."""
+    """The paper's claims on one way of training: measured value, interval of its null, verdict."""
     tests = [spectra[arm, seed]["summary"]["tests"] for seed in seeds]
     rows = []
     for claim, name in (("uniform scaling", "uniform_scaling"), ("shared rotation", "shared_rotation")):
