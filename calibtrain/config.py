@@ -318,6 +318,11 @@ class RunConfig(Section):
         return self.objective.needs.data == "pairs"
 
     @property
+    def trains_unpaired(self) -> bool:
+        """Whether the objective learns from answers that are each desirable or not."""
+        return self.objective.needs.data == "unpaired"
+
+    @property
     def nll_scope(self) -> NLLScope:
         """Whether prompt tokens are targets as well."""
         return getattr(self.objective, "nll_scope", "completion")

@@ -40,8 +40,8 @@ def split_records(
     With `questions` (their own source) all of `records` may train and the other splits are made of `questions`; records
     whose question belongs to a split that is asked for are then left out of training. Train needs an answer to learn,
     and keeps every row of a question that says something else; the other splits need accepted answers to grade by, and
-    ask a question once. With `undesirable`, an answer to avoid is one to learn from as well. What is dropped or not used is counted in `drops`. Raises UserError that says how many there are
-    when a split cannot be filled.
+    ask a question once. With `undesirable`, an answer to avoid is one to learn from as well. What is dropped or not used is
+    counted in `drops`. Raises UserError that says how many there are when a split cannot be filled.
     """
     drops = DropReport() if drops is None else drops
     evaluates = any(getattr(sizes, name) for name in EVALUATION_SPLITS)

@@ -13,7 +13,7 @@ from calibtrain.losses.terms import REJECTED
 
 
 def unpair(records: Sequence[Record], drops: DropReport) -> list[Record]:
-    """Each pair as a desirable and an undesirable answer, one behind the other; a pair that says the same twice drops out."""
+    """Each pair as a desirable and an undesirable answer, one behind the other; a pair of equal answers is dropped."""
     found = []
     for record in records:
         if record.chosen is None or record.rejected is None:

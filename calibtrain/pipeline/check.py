@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,17 +20,20 @@ from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.loader import planned_steps, rank_micro_batches, step_indices
 from calibtrain.data.records import Record
 from calibtrain.data.templates import Template, template_of
+from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.models.loading import check_positions, check_weights, load_tokenizer
 from calibtrain.models.reward import padding_token
-from calibtrain.pipeline.prepare import Prepared, check_rejected, needs_rejected, prepare
+from calibtrain.pipeline.prepare import Prepared, check_rejected, learned_records, needs_rejected, prepare
 from calibtrain.training.checkpoint import find_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.losses import term_names
 
 READ_WHOLE = 2000
 """So many training records are encoded to look at them; of a larger set, which is in random order, its first ones."""
+PENDING = "a wrong answer"
+"""Stands for rejected answers that are still to be sampled, where only their number matters."""
 STEPS_LAID_OUT = 32
 """Of so many steps the rows are laid out, to count their padding."""
 
@@ -47,6 +50,10 @@ class Checked:
     model answers the questions itself."""
     drops: DropReport
     """Of these records."""
+    learned: list[Record]
+    """The records that `examples` were made of; their `record_id` is its index."""
+    records: int
+    """How many training records there are, as the objective learns from them."""
 
     @property
     def whole(self) -> bool:
@@ -78,29 +85,36 @@ def check(config: RunConfig, world_size: int) -> Checked:
     tokenizer = load_tokenizer(config.model)
     template = template_of(config.data, tokenizer)
     check_positions(config.model, config.data.max_length)
-    if config.objective.name == "reward_model":
+    if config.objective.needs.module == "reward head":
         padding_token(tokenizer, template.end_id)
     if wanting := needs_rejected(config, prepared):
         check_rejected(prepared)
     drops = DropReport()
     examples: list[tuple[Encoded, ...]] = []
     _ask(template, train[:READ_WHOLE])
-    if not answers_itself(config):
-        pairs = config.trains_on_pairs and not wanting
-        examples = encode_records(train[:READ_WHOLE], template, config.data.max_length, pairs, drops)
+    # A pair that is still to be found has its chosen answer.
+    learned = train[:READ_WHOLE] if wanting else learned_records(config, train[:READ_WHOLE], drops)
+    if not config.objective.needs.answers_itself:
+        examples = encode_records(
+            learned,
+            template,
+            config.data.max_length,
+            config.trains_on_pairs and not wanting,
+            drops,
+            unpaired=config.trains_unpaired,
+        )
+        if config.trains_unpaired and len(train) <= READ_WHOLE:
+            mismatched([one for (one,) in examples], config.data.max_length, tokenizer.bos_token_id)
     for split in ("calibration", "temperature", "certification", "test"):
         _ask(template, prepared.splits[split][:READ_WHOLE], prepared.shots)
-    return Checked(prepared, template, batch_plan(config.training, world_size), examples, drops)
-
-
-def answers_itself(config: RunConfig) -> bool:
-    """Whether the model trains on its own answers, so that the records bring questions alone."""
-    return config.trains_on_rollouts or config.objective.name == "refusal"
+    found = [replace(record, rejected=PENDING) for record in train] if wanting else train
+    records = len(learned_records(config, found, DropReport()))
+    return Checked(prepared, template, batch_plan(config.training, world_size), examples, drops, learned, records)
 
 
 def expected_steps(config: RunConfig, checked: Checked) -> int:
     """Optimiser steps of the run; exact where every record was encoded, else as if no further one were dropped."""
-    n = len(checked.prepared.splits["train"]) - checked.drops.total
+    n = checked.records - checked.drops.total
     return planned_steps(config.training, n, checked.plan.global_batch_size)
 
 
@@ -108,7 +122,7 @@ def count_tokens(config: RunConfig, checked: Checked) -> Tokens:
     """Lay out the first steps of the run as the trainer does: the same records, micro-batches and rows on all ranks."""
     data, examples, plan = config.data, checked.examples, checked.plan
     steps = min(STEPS_LAID_OUT, expected_steps(config, checked)) if examples else 0
-    shared = data.shared_prefix and config.objective.name == "orpo"
+    shared = config.shares_prompts
     held = passed = 0
     for step in range(steps):
         indices = step_indices(step, plan.global_batch_size, len(examples), config.seed)
@@ -126,11 +140,10 @@ def count_tokens(config: RunConfig, checked: Checked) -> Tokens:
 
 def longest(checked: Checked, count: int = 3) -> list[tuple[int, str]]:
     """(tokens before any cut, place) of the longest training records that were encoded."""
-    train = checked.prepared.splits["train"]
     by_length = sorted(checked.examples, key=lambda group: -max(len(one.ids) for one in group))
     found = []
     for group in by_length[: 4 * count]:  # all that are cut are equally long, so that a few more are looked at
-        record = train[group[0].record_id]
+        record = checked.learned[group[0].record_id]
         whole = len(checked.template.prompt_ids(record)) + max(one.completion_length for one in group)
         found.append((whole, record.origin or record.question))
     return sorted(found, reverse=True)[:count]
@@ -139,7 +152,7 @@ def longest(checked: Checked, count: int = 3) -> list[tuple[int, str]]:
 def advice(config: RunConfig, checked: Checked) -> list[str]:
     """Numbers that can be trained with and are hardly meant, each with what comes of it."""
     training, splits, plan = config.training, checked.prepared.splits, checked.plan
-    n, total = len(splits["train"]) - checked.drops.total, plan.global_batch_size
+    n, total = checked.records - checked.drops.total, plan.global_batch_size
     found = []
     if n < total:
         found.append(
@@ -163,7 +176,7 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
 def _certificate_advice(config: RunConfig, temperature: int, certification: int) -> list[str]:
     """What keeps the run from a certificate. A reward model asks for none."""
     wanted = config.abstention
-    if config.objective.name == "reward_model":
+    if config.objective.needs.module == "reward head":
         return []
     least = minimum_answers(wanted.target_risk, wanted.delta)
     if temperature == 0 or certification == 0:
