@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from deepspeed.utils import safe_get_full_grad
 from calibtrain.confidence.answering import Answerer
 from calibtrain.config import AnswerScoreConfig, RunConfig
 from calibtrain.data.drops import DropReport
-from calibtrain.data.encode import encode_records
+from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
+from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World, barrier, leave_world, start_world
 from calibtrain.hooks.base import HookList
 from calibtrain.losses import build_loss
@@ -28,12 +29,14 @@ from calibtrain.models.export import gathered_weights
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
+from calibtrain.pipeline.prepare import learned_records
 from calibtrain.training import engine as engine_module
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.checkpoint import Progress
 from calibtrain.training.deepspeed_config import batch_plan
 from calibtrain.training.engine import Engine, start_engine
 from calibtrain.training.trainer import Trainer
+from calibtrain.training.unpaired_examples import UnpairedExamples
 
 STEPS, RECORDS, ANSWERS = 2, 12, 5
 
@@ -69,6 +72,19 @@ CASES = {
     "sft_stage0": Case("sft", training={"zero_stage": 0}, objective="sft"),
     "sft_packed_stage3": Case(
         "sft", data={"packing_tokens": 128}, training={"zero_stage": 3}, zero=ALWAYS_SHARDED, objective="sft"
+    ),
+    "dpo_stage0": Case("dpo", model=LORA, training={"zero_stage": 0}, objective="dpo"),
+    "dpo_packed_stage3": Case(
+        "dpo",
+        model=LORA,
+        data={"packing_tokens": 128},
+        training={"zero_stage": 3},
+        zero=ALWAYS_SHARDED,
+        objective="dpo",
+    ),
+    "kto_stage0": Case("kto", training={"zero_stage": 0}, objective="kto"),
+    "kto_wide_stage3": Case(
+        "kto", training={"zero_stage": 3, "micro_batch_size": 4}, zero=ALWAYS_SHARDED, objective="kto"
     ),
     "lora_stage0": Case("lora", model=LORA, training={"zero_stage": 0}),
     "lora_stage1": Case("lora", model=LORA, training={"zero_stage": 1}),
@@ -143,6 +159,22 @@ class Recording(Engine):
         return skipped, norm
 
 
+def with_reference(one: Encoded) -> Encoded:
+    """The sequence with log-probs of a reference that is less likely to say it than a tiny model is."""
+    return replace(one, reference_logprobs=tuple(-6.2 - 0.1 * (k % 5) for k in range(one.completion_length)))
+
+
+def examples_of(config: RunConfig, template: Template) -> list[tuple[Encoded, ...]]:
+    """`records()` as sequences; for unpaired answers, each with its mismatched one."""
+    length, unpaired = config.data.max_length, config.trains_unpaired
+    learned = learned_records(config, records(), DropReport())
+    examples = encode_records(learned, template, length, config.trains_on_pairs, DropReport(), unpaired=unpaired)
+    if unpaired:
+        labelled = [one for (one,) in examples]
+        examples = list(zip(labelled, mismatched(labelled, length, None), strict=True))
+    return [tuple(with_reference(one) for one in group) for group in examples]
+
+
 def config_of(case: Case, model: Path) -> RunConfig:
     """The run of a case: 8 records a step; a smooth optimiser, so that rounding is not blown up by sign(g)."""
     training = {
@@ -159,7 +191,10 @@ def config_of(case: Case, model: Path) -> RunConfig:
         {
             "model": {"source": str(model), "dtype": "fp32", **case.model},
             "data": {"max_length": 96, **case.data},
-            "objective": {"name": case.objective, "nll_scope": "full"},
+            "objective": {
+                "name": case.objective,
+                **({"nll_scope": "full"} if case.objective in ("orpo", "sft") else {}),
+            },
             "penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 2, "answers_per_step": ANSWERS}],
             "training": training,
         }
@@ -205,17 +240,17 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
 
 def make_trainer(config: RunConfig, engine: Engine, template: Template, world: World) -> Trainer:
     """Trainer over `records()` with fixed graded answers."""
-    examples = encode_records(
-        records(), template, config.data.max_length, config.objective.name == "orpo", DropReport()
-    )
+    examples = examples_of(config, template)
     answerer = Answerer(engine.module, template, config.evaluation, world, lockstep=engine.stage == 3)
     penalty: AnswerScoreConfig = config.penalties[0]
+    plan = batch_plan(config.training, world.size)
+    changing = UnpairedExamples(examples, answerer, plan, config.seed) if config.trains_unpaired else None
     return Trainer(
         config=config,
         engine=engine,
-        examples=examples,
-        origins=[one.origin for one in records()],
-        plan=batch_plan(config.training, world.size),
+        examples=examples if changing is None else changing,
+        origins=[one.origin for one in learned_records(config, records(), DropReport())],
+        plan=plan,
         total_steps=STEPS,
         world=world,
         answerer=answerer,
@@ -224,7 +259,8 @@ def make_trainer(config: RunConfig, engine: Engine, template: Template, world: W
         data_hash="",
         stream=FixedAnswers([penalty], answerer, records(), 0, config.data.max_length),
         packing_tokens=config.data.packing_tokens,
-        shared_prefix=config.data.shared_prefix and config.objective.name == "orpo",
+        shared_prefix=config.shares_prompts,
+        rollouts=changing,
     )
 
 

@@ -175,7 +175,7 @@ def test_kto_ends_nowhere_short_of_certainty():
     ends = []
     for _ in range(600):
         ratio = logits.log_softmax(0) - math.log(0.5)
-        point = kto_reference_point((2 * ratio.softmax(0) * ratio))  # the KL itself
+        point = kto_reference_point(2 * ratio.softmax(0) * ratio)  # the KL itself
         likes, dislikes = (kto_loss(ratio, torch.tensor([label] * 2), point, beta=0.5) for label in (True, False))
         (gradient,) = torch.autograd.grad((desirable * likes + (1 - desirable) * dislikes).sum(), logits)
         assert gradient[0] < 0 < gradient[1]
