@@ -170,6 +170,10 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
     if 0 < len(checked.prepared.shots) < config.data.few_shot_raw:
         shots = len(checked.prepared.shots)
         found.append(f"data.few_shot_raw: {config.data.few_shot_raw}, the training split gives {shots}")
+    kinds = {record.chosen is None for record in checked.learned}
+    if config.trains_unpaired and len(kinds) == 1 and not needs_rejected(config, checked.prepared):
+        kind = "undesirable" if kinds.pop() else "desirable"
+        found.append(f"data.source: every answer is {kind}: none shows what the other kind is")
     return found + _certificate_advice(config, len(splits["temperature"]), len(splits["certification"]))
 
 
