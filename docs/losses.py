@@ -77,7 +77,8 @@ penalties:
 
 For someone who knows TRL: `dpo` is `loss_type: sigmoid`, `ipo` divides log ratios by the answers' lengths as TRL does, `simpo` is
 CPOTrainer's with `cpo_alpha: 0`. The reference is the model that training starts from, and its log-probs are computed
-once, before the first step; with LoRA as well.
+once, before the first step; with LoRA as well. KTO's reference point is that of the whole step over all ranks, and logged as
+`train/rollouts/reference_point`.
 
 """
 

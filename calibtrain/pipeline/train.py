@@ -189,6 +189,8 @@ def training_examples(
         examples = list(zip(labelled, mismatched(labelled, room, template.tokenizer.bos_token_id), strict=True))
     if not config.needs_reference_logprobs:
         return examples
+    if world.is_main:
+        logger.info("measuring the starting model's log-probs of %d training examples", len(examples))
     mine = shard(examples, world)
     model.to(world.device)
     known = with_reference_logprobs(model.policy, [one for group in mine for one in group], template.pad_id)
