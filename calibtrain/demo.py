@@ -52,7 +52,7 @@ def run(config: RunConfig) -> Path:
         console.print(f"{output} holds an earlier run: its results are replaced")
         for name in ("model", "checkpoints", "answers"):
             shutil.rmtree(output / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "calibration.json", "report.html"):
+        for name in ("metrics.jsonl", "calibration.json", "report.html", "spectra.json", "spectra.html"):
             (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     console.rule("1/4  the raw model", align="left")

@@ -23,12 +23,15 @@ from calibtrain.data.templates import Template, template_of
 from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
-from calibtrain.models.loading import check_positions, check_weights, load_tokenizer
+from calibtrain.models.loading import add_lora, check_positions, check_weights, described_model, load_tokenizer
 from calibtrain.models.reward import padding_token
 from calibtrain.pipeline.prepare import Prepared, check_rejected, learned_records, needs_rejected, prepare
 from calibtrain.training.checkpoint import find_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.losses import term_names
+from calibtrain.training.matrices import trained_layers
+from calibtrain.training.spectra import spectra_layers
+from calibtrain.training.weight_penalty import penalised_layers
 
 READ_WHOLE = 2000
 """So many training records are encoded to look at them; of a larger set, which is in random order, its first ones."""
@@ -85,6 +88,7 @@ def check(config: RunConfig, world_size: int) -> Checked:
     tokenizer = load_tokenizer(config.model)
     template = template_of(config.data, tokenizer)
     check_positions(config.model, config.data.max_length)
+    _check_layers(config)
     if config.objective.needs.module == "reward head":
         padding_token(tokenizer, template.end_id)
     if wanting := needs_rejected(config, prepared):
@@ -110,6 +114,18 @@ def check(config: RunConfig, world_size: int) -> Checked:
     found = [replace(record, rejected=PENDING) for record in train] if wanting else train
     records = len(learned_records(config, found, DropReport()))
     return Checked(prepared, template, batch_plan(config.training, world_size), examples, drops, learned, records)
+
+
+def _check_layers(config: RunConfig) -> None:
+    """Raise UserError where weight penalties or spectra name layers that are not trained."""
+    if not config.weight_penalties and not config.tracking.spectra_every:
+        return
+    described = add_lora(described_model(config.model), config.model)
+    layers = trained_layers(described.get_base_model() if config.model.lora is not None else described)
+    for penalty in config.weight_penalties:
+        penalised_layers(layers, penalty)
+    if config.tracking.spectra_every:
+        spectra_layers(layers, config.tracking.spectra_modules)
 
 
 def expected_steps(config: RunConfig, checked: Checked) -> int:
