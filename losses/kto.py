@@ -113,9 +113,9 @@ CATALOG = (
         compared_with="TRL 1.16.0 KTOTrainer",
         largest_deviation="1e-6 (value), 1e-5 (gradient)",
         differs=(
-            "z0 is that of the whole step, where TRL takes each micro-batch's over the ranks; a prompt's mismatched answer "
-            "is the last one before it in the data that belongs to another prompt, where TRL's is the neighbour in the "
-            "micro-batch, which may belong to the same; one global mean over answers"
+            "z0 is that of the whole step, where TRL takes each micro-batch's over the ranks; every answer is put behind "
+            "one other prompt, for good, where TRL takes the neighbour in the micro-batch, which may answer the same one; "
+            "one global mean over answers"
         ),
     ),
 )

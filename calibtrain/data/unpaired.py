@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 from calibtrain.data.drops import DropReport
@@ -26,22 +27,34 @@ def unpair(records: Sequence[Record], drops: DropReport) -> list[Record]:
 
 
 def mismatched(examples: Sequence[Encoded], max_length: int, bos_id: int | None) -> list[Encoded]:
-    """Each example's prompt with the answer of the last example before it that has another prompt; they go round.
+    """Each example's prompt with the answer to another one: all answers once, where no prompt has more than half of them.
 
     A function of the data alone: neither ranks nor micro-batches matter. Prompts are cut as in training. Raises UserError
     where there is only one prompt.
     """
-    prompts = [one.ids[: one.completion_start] for one in examples]
-    other = next((j for j in reversed(range(len(prompts))) if prompts[j] != prompts[0]), None)
-    if other is None:
+    found = []
+    for one, other in zip(examples, _partners([one.ids[: one.completion_start] for one in examples]), strict=True):
+        answer = examples[other].ids[examples[other].completion_start :]
+        prompt = cut_left(one.ids[: one.completion_start], max_length - len(answer), bos_id)
+        found.append(Encoded((*prompt, *answer), len(prompt), REJECTED, one.record_id))
+    return found
+
+
+def _partners(prompts: Sequence[Hashable]) -> list[int]:
+    """For each place one with another prompt."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for place, prompt in enumerate(prompts):
+        groups[prompt].append(place)
+    if len(groups) < 2:
         raise UserError(
             "unpaired answers are compared with answers to other prompts, and all training records have the same prompt"
         )
-    found = []
-    for i, one in enumerate(examples):
-        if i and prompts[i - 1] != prompts[i]:
-            other = i - 1  # else the last one is still the last with another prompt
-        answer = examples[other].ids[examples[other].completion_start :]
-        prompt = cut_left(prompts[i], max_length - len(answer), bos_id)
-        found.append(Encoded((*prompt, *answer), len(prompt), REJECTED, one.record_id))
+    order = [place for group in groups.values() for place in group]
+    largest = max(groups.values(), key=len)
+    rest = [place for place in order if prompts[place] != prompts[largest[0]]]
+    found = [0] * len(order)
+    for i, place in enumerate(order):
+        # As far round as the largest group is long is out of every group, unless that one is more than half.
+        other = order[i - len(largest)]
+        found[place] = other if prompts[other] != prompts[place] else rest[i % len(rest)]
     return found

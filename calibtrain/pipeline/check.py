@@ -56,7 +56,7 @@ class Checked:
     learned: list[Record]
     """The records that `examples` were made of; their `record_id` is its index."""
     records: int
-    """How many training records there are, as the objective learns from them."""
+    """How many training records there are, as the objective learns from them, those in `drops` among them."""
 
     @property
     def whole(self) -> bool:
@@ -112,7 +112,8 @@ def check(config: RunConfig, world_size: int) -> Checked:
     for split in ("calibration", "temperature", "certification", "test"):
         _ask(template, prepared.splits[split][:READ_WHOLE], prepared.shots)
     found = [replace(record, rejected=PENDING) for record in train] if wanting else train
-    records = len(learned_records(config, found, DropReport()))
+    left_out = DropReport()
+    records = len(learned_records(config, found, left_out)) + left_out.total
     return Checked(prepared, template, batch_plan(config.training, world_size), examples, drops, learned, records)
 
 

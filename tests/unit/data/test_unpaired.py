@@ -113,18 +113,17 @@ def test_each_answer_has_its_role():
     assert all(one.pair_id == -1 for one in encoded("ab"))
 
 
-@pytest.mark.parametrize("prompts", ["abcde", "aabbbca", "abababaa", "aab", "baaaaaaa"])
+@pytest.mark.parametrize("prompts", ["abcde", "aabbbca", "abababaa", "aab", "baaaaaaa", "aabbccdd", "abcabcaa"])
 def test_mismatched_answers_belong_to_other_prompts(prompts):
     examples = encoded(prompts)
     found = mismatched(examples, 64, None)
     starts = [one.ids[: one.completion_start] for one in examples]
     answers = [one.ids[one.completion_start :] for one in examples]
-    for i, one in enumerate(found):
-        assert one.ids[: one.completion_start] == starts[i]
-        owner = answers.index(one.ids[one.completion_start :])
-        assert starts[owner] != starts[i]
-        before = [(i - k) % len(prompts) for k in range(1, len(prompts))]
-        assert owner == next(j for j in before if starts[j] != starts[i])
+    owners = [answers.index(one.ids[one.completion_start :]) for one in found]
+    assert [one.ids[: one.completion_start] for one in found] == starts
+    assert all(starts[owner] != start for owner, start in zip(owners, starts, strict=True))
+    if all(2 * prompts.count(one) <= len(prompts) for one in prompts):
+        assert sorted(owners) == list(range(len(prompts)))  # desirable and undesirable ones as they are
 
 
 def test_mismatched_prompts_are_cut_to_fit():

@@ -113,6 +113,12 @@ def test_unpaired_answers_are_looked_at(folder, tmp_path):
     checked = check(one, 1)
     assert checked.records == len(checked.examples) == 12
     assert not any("answer is" in line for line in advice(one, checked))
+    pairs = [
+        {"prompt": f"q{i}", "chosen": "a", "rejected": "ab"[i > 0]} for i in range(9)
+    ]  # the first says one thing twice
+    two = unpaired(tmp_path, pairs).model_copy(update={"model": one.model})
+    found = check(two, 1)
+    assert (len(found.examples), found.drops.total, expected_steps(two, found)) == (16, 1, 4)
     one = unpaired(tmp_path, [{**row, "label": True} for row in rows]).model_copy(update={"model": one.model})
     assert any("every answer is desirable" in line for line in advice(one, check(one, 1)))
     one = unpaired(tmp_path, [{**row, "prompt": "q"} for row in rows]).model_copy(update={"model": one.model})
