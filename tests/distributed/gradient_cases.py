@@ -77,7 +77,7 @@ CASES = {
     "dpo_packed_stage3": Case(
         "dpo",
         model=LORA,
-        data={"packing_tokens": 128},
+        data={"packing_tokens": 128, "shared_prefix": False},
         training={"zero_stage": 3},
         zero=ALWAYS_SHARDED,
         objective="dpo",
