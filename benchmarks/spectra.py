@@ -2,7 +2,8 @@
 
 SmolLM2-135M is fine-tuned on 400 facts in several ways. Every matrix is compared with where it began, against null models;
 then parts of the change are undone (`--write-without`) and the model is asked again: what carries the skill, what acts on
-confidence, what forgets. A model with noise of the same size stands beside, as does a random half of the change undone.
+confidence, what forgets. Beside each stands a control: a model with noise of the same size, a random part of the change
+undone or kept that is as large, and the whole change shrunk to that size.
 
     pip install --no-deps gensim==4.4.0
     python benchmarks/spectra.py --work runs/spectra --json benchmarks/results/spectra.json
@@ -37,7 +38,9 @@ from _spectra_runs import (
     train,
 )
 
-CAUSAL = ("sft", "sft_far", "calibrated_orpo")
+STRUCTURE = ("sft", "orpo", "calibrated_orpo", "sft_far", "sft_fp32", "noise")
+"""Runs whose change is held against its nulls."""
+CAUSAL = ("sft", "sft_far")
 """Runs whose change is taken apart and undone."""
 PENALTIES = ("sft", "polar_drift", "angle_budget")
 SIDES = (256, 384, 576, 768, 1024, 1536)
@@ -65,7 +68,11 @@ def main() -> None:
         models |= {
             ("noise", seed): noised(work, base, models["sft", seed], f"noise-{seed}") for seed in seeds if "sft" in arms
         }
-        spectra = {key: compared(work, base, model, "-".join(map(str, key)), layers) for key, model in models.items()}
+        spectra = {
+            key: compared(work, base, model, f"{key[0]}-{key[1]}", layers)
+            for key, model in models.items()
+            if key[0] in STRUCTURE
+        }
         raw = measure(work, "raw", None, overrides, limit)
         asked = {key: measure(work, f"{key[0]}-{key[1]}", model, overrides, limit) for key, model in models.items()}
         undone = {
@@ -80,9 +87,8 @@ def main() -> None:
             if arm in CAUSAL
             for name in INTERVENTIONS
         }
-    structure = [
-        structure_row(arm, [spectra[arm, seed] for seed in seeds]) for arm in dict.fromkeys(arm for arm, _ in models)
-    ]
+    shown = [arm for arm in STRUCTURE if (arm, seeds[0]) in spectra]
+    structure = [structure_row(arm, [spectra[arm, seed] for seed in seeds]) for arm in shown]
     causal = [{"arm": "raw", "model": "raw", **quality(raw, raw)}]
     for arm in [arm for arm in CAUSAL if arm in arms]:
         causal.append({"arm": arm, "model": "tuned", **mean([quality(asked[arm, seed], raw) for seed in seeds])})
@@ -179,11 +185,15 @@ def claim_rows(arm: str, seeds: Sequence[int], spectra: Any, asked: Any, undone:
     def joined(found: Any, key: str, name: str | None = None) -> Any:
         return np.concatenate([found[(arm, seed, name) if name else (arm, seed)][key] for seed in seeds])
 
-    # Undoing the rotation must cost more right answers than undoing a random half of the change does.
+    # Undoing the rotation must cost more right answers than undoing a random part as large does.
     value, low, high = paired(
-        joined(undone, "correct", "random half undone"), joined(undone, "correct", "without rotation")
+        joined(undone, "correct", "random part undone"), joined(undone, "correct", "without rotation")
     )
     rows.append(_claim(arm, "rotation carries the skill", value, low, high, beyond=low > 0))
+    value, low, high = paired(
+        joined(undone, "correct", "without residual"), joined(undone, "correct", "random part kept")
+    )
+    rows.append(_claim(arm, "scale and rotation keep the skill", value, low, high, beyond=low > 0))
     # A temperature multiplies every answer's log-odds and changes no order: look at their mean size.
     tuned, flat = (
         np.abs(log_odds(joined(found, "confidence", name)))

@@ -30,6 +30,7 @@ from calibtrain.training.checkpoint import find_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.losses import term_names
 from calibtrain.training.matrices import trained_layers
+from calibtrain.training.rollout_credit import check_rewards
 from calibtrain.training.spectra import spectra_layers
 from calibtrain.training.weight_penalty import penalised_layers
 
@@ -79,6 +80,8 @@ def check(config: RunConfig, world_size: int) -> Checked:
     """Read the data and the tokenizer and try what can be tried without the model. Raises UserError as the run would."""
     deepspeed_dict(config, world_size)
     term_names(config)
+    if config.trains_on_rollouts:
+        check_rewards(config)
     find_checkpoint(config, World(0, world_size, 0, torch.device("cpu")), None)
     prepared = prepare(config)
     train = prepared.splits["train"]
@@ -178,6 +181,12 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
     elif training.max_steps is None and n * training.epochs < total:
         found.append(
             f"training.epochs: {training.epochs:g} of {n} records is less than one step of {total}: one is taken"
+        )
+    rollouts = config.rollouts
+    if config.trains_on_rollouts and rollouts.score_in_loss and rollouts.reward_of_right:
+        found.append(
+            f"rollouts.accuracy_weight: {rollouts.reward_of_right:g} rewards being sure beside the score of a likelihood, "
+            "which then ends above the truth (docs/rewards.md); leave it out to end there"
         )
     if training.warmup_ratio == 1:
         found.append("training.warmup_ratio: 1: the learning rate reaches its peak at the last step")

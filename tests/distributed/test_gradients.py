@@ -9,11 +9,20 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from calibtrain.data.encode import encode_answer
+from calibtrain.data.encode import Encoded, encode_answer
 from calibtrain.data.loader import step_indices
 from calibtrain.data.templates import Template
-from calibtrain.losses.terms import CHOSEN
-from tests.distributed.gradient_cases import ANSWERS, CASES, FixedAnswers, build, config_of, examples_of, records
+from calibtrain.losses import ANSWER, CHOSEN
+from tests.distributed.gradient_cases import (
+    ANSWERS,
+    CASES,
+    FixedAnswers,
+    build,
+    config_of,
+    examples_of,
+    fixed_samples,
+    records,
+)
 from tests.distributed.ranks import run, torchrun
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
@@ -28,6 +37,7 @@ ON_ONE_RANK = (
     "lora_stage0",
     "untied_stage0",
     "untied_lora_stage0",
+    "rollouts_stage0",
 )
 REFERENCE = {
     "orpo": "stage0",
@@ -37,6 +47,7 @@ REFERENCE = {
     "lora": "lora_stage0",
     "untied": "untied_stage0",
     "untied_lora": "untied_lora_stage0",
+    "rollouts": "rollouts_stage0",
 }
 BF16 = tuple(name for name in CASES if name.startswith("bf16"))
 RUNS = [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in CASES if name not in BF16)]
@@ -105,6 +116,8 @@ def norm(gradients):
 
 def dense_loss(model, config, family):
     template = Template("plain", tiny_tokenizer())
+    if family == "rollouts":
+        return rollout_loss(model, config, template)
     examples = examples_of(config, template)
     step = [examples[i] for i in step_indices(0, 8, len(examples), config.seed)]
     if family in ("dpo", "kto"):
@@ -137,6 +150,21 @@ def kto(ratios, desirable):
     assert 1.0 < point < 20.0  # neither at the clamp nor where the sigmoid is flat
     gain = 0.1 * (ratios[:, 0] - point)
     return (1 - torch.where(torch.tensor(desirable), gain, -gain).sigmoid()).mean()
+
+
+def rollout_loss(model, config, template):
+    """GRPO's credit for being right, and the score of each answer's likelihood, means over the answers of the step."""
+    samples, losses = fixed_samples(template), []
+    for i in step_indices(0, 8, len(records()), config.seed):
+        pair = samples[2 * i : 2 * i + 2]
+        mean = (pair[0].correct + pair[1].correct) / 2
+        for one in pair:
+            prompt = template.prompt_ids(records()[i])
+            logprob = logprobs(model, Encoded((*prompt, *one.tokens), len(prompt), ANSWER, i))[len(prompt) - 1 :]
+            whole = logprob.sum()
+            score = -whole if one.correct else -torch.log1p(-whole.exp())
+            losses.append(-2.0 * (one.correct - mean) * logprob.mean() + 0.5 * score)
+    return torch.stack(losses).mean()
 
 
 def answer_score(model, config, template):
