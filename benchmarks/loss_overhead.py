@@ -35,6 +35,7 @@ from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
 from calibtrain.distributed import World, start_world
+from calibtrain.loss_list import sections
 from calibtrain.losses import OBJECTIVES, PENALTIES, SFTLoss
 from calibtrain.losses.terms import ANSWER, CHOSEN, QUERY, REJECTED, Batch
 from calibtrain.models.loading import load_model
@@ -50,7 +51,7 @@ WHOLE_STEP = (192, 64)  # prompt and completion tokens of the step that weight p
 TOKEN_SETS = {"label_smoothing": 4, "idk": 1, "tokenized_brier": 10, "correctness_query": 2}
 ANSWERING = ("answer_score", "calibration_aware", "mmce", "soft_binned_ece")
 ASKING = ("tokenized_brier", "correctness_query")
-ROLLOUTS = ("grpo", "rloo", "ppo")
+HEADS = {"plain": LossModel, "reward head": RewardLossModel, "value head": ValueLossModel}
 WEIGHT_PENALTIES = (
     "row_gram_drift",
     "column_gram_drift",
@@ -108,6 +109,11 @@ def started(folder: Path, smoke: bool) -> tuple[Engine, RunConfig, World]:
     return start_engine(LossModel(Policy(load_model(config.model)), SFTLoss()), config, world), config, world
 
 
+def unchanged(batch: Batch) -> Batch:
+    """A batch whose sequences say everything."""
+    return batch
+
+
 @dataclass(frozen=True)
 class Case:
     """How one loss is put into the engine, and what its batch says of the same tokens."""
@@ -118,7 +124,7 @@ class Case:
     kind: type[LossModel] = LossModel
     token_set: tuple[int, ...] = ()
     reference: bool = False
-    fill: Callable[[Batch], Batch] = lambda batch: batch
+    fill: Callable[[Batch], Batch] = unchanged
 
 
 def loss_case(name: str) -> Case:
@@ -133,18 +139,23 @@ def loss_case(name: str) -> Case:
         loss.bank.items = torch.rand((loss.bank.capacity, 3), dtype=torch.float64)  # full, as it soon is
     if hasattr(loss, "fit"):
         loss.fit(torch.rand(256), torch.rand(256).round())
-    if name in ROLLOUTS:
-        kind = ValueLossModel if name == "ppo" else LossModel
-        return Case(loss, roles=(ANSWER,) * SEQUENCES, kind=kind, reference=name == "grpo", fill=with_credit)
+    needs = sections()["objective" if name in OBJECTIVES else "penalty", name].model_construct(**given).needs
+    reference = needs.reference != "none"
+    if needs.data == "rollouts":
+        roles = (ANSWER,) * SEQUENCES
+        return Case(loss, roles=roles, kind=HEADS[needs.module], reference=reference, fill=with_credit)
     if name in OBJECTIVES:
-        pairs = name in ("orpo", "reward_model")
-        roles = (CHOSEN, REJECTED) * half if pairs else (CHOSEN,) * SEQUENCES
-        return Case(
-            loss, roles=roles, kind=RewardLossModel if name == "reward_model" else LossModel, token_set=token_set
-        )
+        roles = (CHOSEN, REJECTED) * half if needs.preferences else (CHOSEN,) * SEQUENCES
+        fill = with_reference_point if needs.data == "unpaired" else unchanged
+        return Case(loss, roles=roles, kind=HEADS[needs.module], token_set=token_set, reference=reference, fill=fill)
     extra = ANSWER if name in ANSWERING else QUERY if name in ASKING else CHOSEN
     roles = (CHOSEN,) * half + (extra,) * half
-    return Case(SFTLoss(), (loss,), roles, token_set=token_set, reference=name == "divergence_anchor")
+    return Case(SFTLoss(), (loss,), roles, token_set=token_set, reference=reference)
+
+
+def with_reference_point(batch: Batch) -> Batch:
+    """KTO's number of the step, whose own forward pass is not in the figure."""
+    return replace(batch, reference_point=torch.zeros(()))
 
 
 def with_credit(batch: Batch) -> Batch:

@@ -121,7 +121,7 @@ class TrainingConfig(Section):
     """The optimiser, the schedule and the DeepSpeed engine."""
 
     micro_batch_size: Count = 4
-    """Records (pairs for ORPO) in one forward pass of one rank."""
+    """Records (pairs, where preferences are compared) in one forward pass of one rank."""
     global_batch_size: Count = 8
     """Records in one optimiser step over all ranks; gradient accumulation is derived."""
     epochs: Positive = 1.0
@@ -323,7 +323,12 @@ class RunConfig(Section):
     @property
     def trains_on_pairs(self) -> bool:
         """Whether the objective compares a chosen with a rejected answer."""
-        return self.objective.name in ("orpo", "reward_model") or getattr(self.objective, "data", "") == "pairs"
+        return self.objective.needs.data == "pairs"
+
+    @property
+    def trains_unpaired(self) -> bool:
+        """Whether the objective learns from answers that are each desirable or not."""
+        return self.objective.needs.data == "unpaired"
 
     @property
     def nll_scope(self) -> NLLScope:
@@ -355,7 +360,17 @@ class RunConfig(Section):
     @property
     def trains_on_rollouts(self) -> bool:
         """Whether the objective learns from answers that the policy samples while it trains."""
-        return isinstance(self.objective, PolicyGradientConfig)
+        return self.objective.needs.data == "rollouts"
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt is passed once for all its answers, where the model's attention allows it."""
+        return self.data.shared_prefix and self.objective.needs.shares_prompts
+
+    @property
+    def needs_reference_logprobs(self) -> bool:
+        """Whether any loss compares the training data with the starting model's log-probs."""
+        return any(loss.needs.reference == "log-probs" for loss in (self.objective, *self.penalties))
 
     def resolved(self) -> dict[str, Any]:
         """Plain dict of every value, as written to config.yaml."""
@@ -375,19 +390,20 @@ def _unfit_answers(config: RunConfig) -> str | None:
 
 
 def _unfit_for_objective(config: RunConfig) -> str | None:
-    """What a reward model, refusal tuning or reinforcement learning cannot be combined with."""
-    name, training = config.objective.name, config.training
-    if name == "refusal" and any(penalty.name == "divergence_anchor" for penalty in config.penalties):
-        return "penalties.divergence_anchor needs training data that stays, and objective.name: refusal labels its anew"
-    if name == "reward_model":
+    """What an objective cannot be combined with, by what it needs."""
+    name, needs, training = config.objective.name, config.objective.needs, config.training
+    anchored = [penalty.name for penalty in config.penalties if penalty.needs.reference == "log-probs"]
+    if needs.data == "relabelled" and anchored:
+        return f"penalties.{anchored[0]} needs training data that stays, and objective.name: {name} labels its anew"
+    if needs.module == "reward head":
         for key, value in (
             ("penalties", config.penalties),
             ("training.evaluate_every", training.evaluate_every),
             ("training.average_last", training.average_last),
         ):
             if value:
-                return f"objective.name: reward_model trains a scalar head and answers no questions: leave out {key}"
-    if isinstance(config.objective, PolicyGradientConfig):
+                return f"objective.name: {name} trains a scalar head and answers no questions: leave out {key}"
+    if needs.data == "rollouts":
         in_loss = {penalty.name for penalty in config.penalties if getattr(penalty, "moves", "all") == "all"}
         if others := sorted(in_loss - {"answer_score"}):
             return f"objective.name: {name} trains on its own answers: of penalties, answer_score fits, not {others[0]}"
@@ -395,6 +411,6 @@ def _unfit_for_objective(config: RunConfig) -> str | None:
             return "penalties.answer_score, moves: all, scores a likelihood: set rollouts.confidence to it, or leave it out"
         if config.rollouts.confidence == "stated" and config.rollouts.reward not in ("brier", "log"):
             return f"rollouts.confidence: stated is scored by reward: brier or log, not {config.rollouts.reward}"
-        if config.rollouts.confidence == "stated" and config.rollouts.decoupled and name != "grpo":
+        if config.rollouts.confidence == "stated" and config.rollouts.decoupled and not needs.word_credit:
             return f"rollouts.decoupled needs credit for each word, which {name} has not: set it to false"
     return None

@@ -39,8 +39,8 @@ class FileSource(Section):
     path: Path
     """In a YAML file, relative to that file; on the command line, to the working directory."""
     columns: Columns = Field(default={})
-    """Maps our field (prompt, completion, chosen, rejected, messages, question, answers) to the file's column; `strata`
-    lists the columns whose values group the questions."""
+    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers) to the file's column;
+    `strata` lists the columns whose values group the questions."""
 
 
 class HubSource(Section):
@@ -60,8 +60,8 @@ class HubSource(Section):
     limit: int | None = Field(default=None, ge=1)
     """At most so many rows are read; required when streaming."""
     columns: Columns = Field(default={})
-    """Maps our field (prompt, completion, chosen, rejected, messages, question, answers) to the data set's column; `strata`
-    lists the columns whose values group the questions."""
+    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers) to the data set's column;
+    `strata` lists the columns whose values group the questions."""
 
     @model_validator(mode="after")
     def _streaming_needs_limit(self) -> HubSource:

@@ -5,17 +5,19 @@ A section's fields are its module's arguments, with the same defaults; what else
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from calibtrain.config_base import BelowOne, Count, Fraction, Positive, Section, Weight
+from calibtrain.config_base import BelowOne, Count, Fraction, LossSection, Needs, Positive, Section, Smoothing, Weight
+from calibtrain.config_preferences import DPOConfig, IPOConfig, KTOConfig, SimPOConfig
 
 NLLScope = Literal["completion", "full"]
 ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
 
 
-class SFTConfig(Section):
+class SFTConfig(LossSection):
     """Cross-entropy on completion tokens (or on prompt and completion with nll_scope=full)."""
 
     name: Literal["sft"] = "sft"
@@ -25,23 +27,24 @@ class SFTConfig(Section):
     """`token`: mean over all tokens of the step; `sequence`: mean over sequences of their token means."""
 
 
-class ORPOConfig(Section):
+class ORPOConfig(LossSection):
     """Odds-ratio preference optimisation (Hong, Lee, Thorne 2024, arXiv 2403.07691)."""
 
     name: Literal["orpo"] = "orpo"
+    NEEDS: ClassVar = Needs(data="pairs")
     beta: Weight = 0.5
     """Weight of the odds-ratio term, the paper's lambda."""
     nll_scope: NLLScope = "completion"
     """`completion`: cross-entropy of the completion's tokens; `full`: of the prompt's as well."""
     nll_norm: Literal["token", "sequence"] = "token"
     """`token`: mean over all tokens of the step; `sequence`: mean over sequences of their token means."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    label_smoothing: Smoothing = 0.0
     """Share of the preferences taken to be wrong; above 0 it bounds how far the pairs are driven apart."""
     odds_ratio_cap: Positive | None = None
     """A pair whose log odds ratio is above this is left alone; null is the paper's form."""
 
 
-class FocalConfig(Section):
+class FocalConfig(LossSection):
     """Focal loss (Lin et al. 2017, arXiv 1708.02002; Mukhoti et al. 2020, arXiv 2002.09437)."""
 
     name: Literal["focal"] = "focal"
@@ -53,7 +56,7 @@ class FocalConfig(Section):
     """`completion`: the completion's tokens; `full`: the prompt's as well."""
 
 
-class LabelSmoothingConfig(Section):
+class LabelSmoothingConfig(LossSection):
     """Cross-entropy, smoothed within a set of answer tokens (Szegedy et al. 2016, arXiv 1512.00567)."""
 
     name: Literal["label_smoothing"] = "label_smoothing"
@@ -65,7 +68,7 @@ class LabelSmoothingConfig(Section):
     """`completion`: the completion's tokens; `full`: the prompt's as well."""
 
 
-class IDKConfig(Section):
+class IDKConfig(LossSection):
     """Cross-entropy that moves probability to an [IDK] token where the model is wrong (arXiv 2412.06676)."""
 
     name: Literal["idk"] = "idk"
@@ -79,10 +82,11 @@ class IDKConfig(Section):
     """`completion`: the completion's tokens; `full`: the prompt's as well."""
 
 
-class RefusalConfig(Section):
+class RefusalConfig(LossSection):
     """Refusal tuning on the model's own graded answers to the training questions (R-Tuning, arXiv 2311.09677)."""
 
     name: Literal["refusal"] = "refusal"
+    NEEDS: ClassVar = Needs(data="relabelled")
     refusal_share: Fraction = 0.5
     """Weight of the refusals, whatever their number."""
     nll_scope: NLLScope = "completion"
@@ -93,7 +97,7 @@ class RefusalConfig(Section):
     """Optimiser steps between two rounds in which the model answers the training questions anew."""
 
 
-class CustomObjectiveConfig(Section):
+class CustomObjectiveConfig(LossSection):
     """A loss of your own (docs/losses-in-your-trainer.md)."""
 
     name: Literal["custom"] = "custom"
@@ -106,8 +110,13 @@ class CustomObjectiveConfig(Section):
     nll_scope: NLLScope = "completion"
     """`full` makes the prompt's tokens targets as well."""
 
+    @property
+    def needs(self) -> Needs:
+        """Records, or pairs."""
+        return Needs(data="pairs" if self.data == "pairs" else "records")
 
-class RewardModelConfig(Section):
+
+class RewardModelConfig(LossSection):
     """Reward model with a scalar head, from preference pairs (Bradley, Terry 1952)."""
 
     name: Literal["reward_model"] = "reward_model"
@@ -118,6 +127,11 @@ class RewardModelConfig(Section):
     confidence_statements: Literal["none", "added", "alone"] = "none"
     """PPO-M (arXiv 2410.09724): a good answer that states high confidence should beat the same with low confidence, a bad
     one the reverse. `added`: beside every pair; `alone`: in its place, as published, which teaches no preference."""
+
+    @property
+    def needs(self) -> Needs:
+        """Pairs and a scalar head."""
+        return Needs(data="pairs", module="reward head", statements=self.confidence_statements)
 
 
 class RolloutsConfig(Section):
@@ -166,7 +180,7 @@ class RolloutsConfig(Section):
         return self.score_in_loss is not None and self.reward_of_right == 0.0
 
 
-class PolicyGradientConfig(Section):
+class PolicyGradientConfig(LossSection):
     """What the on-policy objectives share."""
 
     clip_low: BelowOne = 0.2
@@ -176,11 +190,19 @@ class PolicyGradientConfig(Section):
     beta: Weight = 0.0
     """Weight of the KL divergence from the starting model; above 0 it is kept, or LoRA's adapters are switched off."""
 
+    NEEDS: ClassVar = Needs(data="rollouts")
+
+    @property
+    def needs(self) -> Needs:
+        """Rollouts, and the starting model where the KL counts."""
+        return replace(self.NEEDS, reference="live" if self.beta > 0 else "none")
+
 
 class GRPOConfig(PolicyGradientConfig):
     """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300)."""
 
     name: Literal["grpo"] = "grpo"
+    NEEDS: ClassVar = Needs(data="rollouts", word_credit=True)
     norm: Literal["sequence", "token", "constant"] = "sequence"
     """What a sum over tokens is divided by: `sequence` as published, `token` as DAPO, `constant` as Dr. GRPO."""
     length: int | None = Field(default=None, ge=1)
@@ -208,6 +230,7 @@ class PPOConfig(PolicyGradientConfig):
     """Proximal policy optimisation with a value head (Schulman et al. 2017, arXiv 1707.06347); the KL is in the reward."""
 
     name: Literal["ppo"] = "ppo"
+    NEEDS: ClassVar = Needs(data="rollouts", module="value head")
     value_clip: Positive = 0.2
     """How far a value may move from the one at sampling before its loss stops to fall."""
     value_weight: Weight = 0.1
@@ -221,6 +244,10 @@ class PPOConfig(PolicyGradientConfig):
 Objective = Annotated[
     SFTConfig
     | ORPOConfig
+    | DPOConfig
+    | IPOConfig
+    | SimPOConfig
+    | KTOConfig
     | FocalConfig
     | LabelSmoothingConfig
     | IDKConfig
@@ -234,7 +261,7 @@ Objective = Annotated[
 ]
 
 
-class OwnAnswersConfig(Section):
+class OwnAnswersConfig(LossSection):
     """When the model answers questions of the calibration split, for penalties that read its own graded answers.
 
     All such penalties of a run share one stream of answers, so these keys must be the same in each.
@@ -266,7 +293,7 @@ class AnswerScoreConfig(OwnAnswersConfig):
     """Of the term in the loss, with `all`."""
 
 
-class TokenBrierConfig(Section):
+class TokenBrierConfig(LossSection):
     """Brier score of every next-token distribution (Brier 1950)."""
 
     name: Literal["token_brier"] = "token_brier"
@@ -274,7 +301,7 @@ class TokenBrierConfig(Section):
     """Of the term in the loss."""
 
 
-class ConfidencePenaltyConfig(Section):
+class ConfidencePenaltyConfig(LossSection):
     """Negative entropy of the next-token distributions (Pereyra et al. 2017, arXiv 1701.06548)."""
 
     name: Literal["confidence_penalty"] = "confidence_penalty"
@@ -302,10 +329,11 @@ class CorrectnessQueryConfig(OwnAnswersConfig):
     """Of the term in the loss."""
 
 
-class DivergenceAnchorConfig(Section):
+class DivergenceAnchorConfig(LossSection):
     """Divergence from the starting model on the completions of the training data (arXiv 2406.08391)."""
 
     name: Literal["divergence_anchor"] = "divergence_anchor"
+    NEEDS: ClassVar = Needs(reference="log-probs")
     weight: Weight = 1.0
     """The paper's kappa."""
 
@@ -347,7 +375,7 @@ class SoftBinnedECEConfig(OwnAnswersConfig):
     """Answers of earlier steps that the bins' gaps are measured on."""
 
 
-class CustomPenaltyConfig(Section):
+class CustomPenaltyConfig(LossSection):
     """A penalty of your own (docs/losses-in-your-trainer.md); its terms carry their weights."""
 
     name: Literal["custom"] = "custom"

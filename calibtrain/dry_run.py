@@ -134,6 +134,7 @@ def show(config: RunConfig, world_size: int) -> None:
 def show_data(config: RunConfig, world_size: int, console: Console) -> None:
     """Print what the run reads, trains on and asks. Raises UserError as the run would."""
     from calibtrain.pipeline.check import advice, check, count_tokens, evaluations, expected_steps, longest
+    from calibtrain.pipeline.prepare import needs_rejected
 
     checked = check(config, world_size)
     splits, seen = checked.prepared.splits, len(checked.examples)
@@ -154,7 +155,7 @@ def show_data(config: RunConfig, world_size: int, console: Console) -> None:
             f"(over {tokens.steps} steps); about {tokens.passed * steps // tokens.steps:,} tokens pass in all"
         )
         found = ", ".join(f"{count} ({place})" for count, place in longest(checked))
-        if config.trains_on_pairs and len(checked.examples[0]) == 1:
+        if needs_rejected(config, checked.prepared):
             console.print("rejected answers are still to be sampled from the model: these are the chosen ones' tokens")
         console.print(f"data.max_length {config.data.max_length}; {of}the longest are {found}")
     else:

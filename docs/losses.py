@@ -49,6 +49,37 @@ weight_penalties:
 `objective` takes one, `penalties` and `weight_penalties` any number, each once. [configuration.md](configuration.md)
 explains the keys.
 
+## Preferences: which to choose
+
+All of them learn from the same pairs (`prompt`, `chosen`, `rejected`); `kto` takes pairs apart, and also reads answers that
+each have a `label`, true or false ([data.md](data.md)).
+
+| | learns from | held to the start | where it ends, on preferences known exactly |
+| --- | --- | --- | --- |
+| `dpo` | pairs | by `beta` | pi = pi_ref exp(r / beta), r the reward behind them; with a certain winner never |
+| `dpo`, `label_smoothing` e | pairs, some wrong | by `beta` | with a certain winner at a margin of log((1 - e) / e) / beta |
+| `ipo` | pairs | by `beta` | pi = pi_ref exp(p / beta), p the chance to win; a margin of 1 / (2 beta) a token |
+| `simpo` | pairs | no | mean log-probs r / beta apart with `gamma: 0`, else surer than the preferences |
+| `orpo` | pairs | no | never, unless `label_smoothing` or `odds_ratio_cap` bounds it |
+| `kto` | single answers | by `beta` | never: each answer goes where the majority of its labels is |
+
+Start with `dpo` from a model that was fine-tuned on the chosen answers. Take `ipo`, or label smoothing, where the pairs are
+few or noisy and training goes over them several times; `orpo` to fine-tune and prefer in one run; `simpo` where long answers
+win for their length; `kto` where nobody compared two answers to one prompt. None of them makes likelihood mean
+confidence: preferences say which answer is better, not how often it is right. The term that does stands beside each of them:
+
+```yaml config
+objective:
+  name: dpo
+penalties:
+  - name: answer_score
+```
+
+For someone who knows TRL: `dpo` is `loss_type: sigmoid`, `ipo` divides log ratios by the answers' lengths as TRL does,
+`simpo` is CPOTrainer's with `cpo_alpha: 0`. The reference is the model that training starts from, and its log-probs are
+computed once, before the first step; with LoRA as well. KTO's reference point is that of the whole step over all ranks,
+and logged as `train/rollouts/reference_point`.
+
 """
 
 KINDS = {

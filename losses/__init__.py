@@ -18,9 +18,12 @@ from calibtrain.losses import (
     brier,
     calibration_aware,
     calibration_tuning,
+    dpo,
     focal,
     idk,
+    ipo,
     kl,
+    kto,
     orpo,
     policy_gradient,
     pooled,
@@ -29,6 +32,7 @@ from calibtrain.losses import (
     rewards,
     rotation,
     sft,
+    simpo,
 )
 from calibtrain.losses.answer_score import AnswerScoreLoss, answer_brier_score, answer_log_score
 from calibtrain.losses.brier import TokenBrierLoss, TokenizedBrierLoss, token_brier, tokenized_brier
@@ -41,8 +45,11 @@ from calibtrain.losses.causal_lm import (
     token_stats_from_hidden,
     token_stats_from_model,
 )
+from calibtrain.losses.dpo import DPOLoss, dpo_loss
 from calibtrain.losses.focal import ConfidencePenalty, FocalLoss, LabelSmoothingLoss, focal_loss
 from calibtrain.losses.idk import IDKLoss, idk_loss
+from calibtrain.losses.ipo import IPOLoss, ipo_loss
+from calibtrain.losses.kto import KTOLoss, kto_loss, kto_reference_point
 from calibtrain.losses.label_batch import batch_from_labels
 from calibtrain.losses.orpo import ORPOLoss, orpo_odds_ratio_loss
 from calibtrain.losses.policy_gradient import GRPOLoss, PPOLoss, RLOOLoss
@@ -50,6 +57,7 @@ from calibtrain.losses.pooled import MMCELoss, SoftBinnedECELoss
 from calibtrain.losses.refusal import RefusalTuningLoss
 from calibtrain.losses.reward_model import RewardModelLoss
 from calibtrain.losses.sft import SFTLoss, nll_sequence_sum, nll_token_sum
+from calibtrain.losses.simpo import SimPOLoss, simpo_loss
 from calibtrain.losses.terms import (
     ANSWER,
     CHOSEN,
@@ -72,6 +80,10 @@ def _by_name(*losses: Any) -> dict[str, type[nn.Module]]:
 OBJECTIVES = _by_name(
     SFTLoss,
     ORPOLoss,
+    DPOLoss,
+    IPOLoss,
+    SimPOLoss,
+    KTOLoss,
     FocalLoss,
     LabelSmoothingLoss,
     IDKLoss,
@@ -101,6 +113,10 @@ CATALOG: tuple[LossEntry, ...] = tuple(
     for module in (
         sft,
         orpo,
+        dpo,
+        ipo,
+        simpo,
+        kto,
         answer_score,
         brier,
         focal,
@@ -144,10 +160,13 @@ __all__ = [
     "CalibrationAwareLoss",
     "ConfidencePenalty",
     "CorrectnessQueryLoss",
+    "DPOLoss",
     "DivergenceAnchor",
     "FocalLoss",
     "GRPOLoss",
     "IDKLoss",
+    "IPOLoss",
+    "KTOLoss",
     "LabelSmoothingLoss",
     "LossEntry",
     "LossTerm",
@@ -160,6 +179,7 @@ __all__ = [
     "RefusalTuningLoss",
     "RewardModelLoss",
     "SFTLoss",
+    "SimPOLoss",
     "SoftBinnedECELoss",
     "TokenBrierLoss",
     "TokenizedBrierLoss",
@@ -168,15 +188,20 @@ __all__ = [
     "batch_from_labels",
     "build_loss",
     "causal_lm_loss",
+    "dpo_loss",
     "focal_loss",
     "global_counts",
     "idk_loss",
+    "ipo_loss",
+    "kto_loss",
+    "kto_reference_point",
     "loss_terms_from_model",
     "mean_loss",
     "nll_sequence_sum",
     "nll_token_sum",
     "normalized_loss",
     "orpo_odds_ratio_loss",
+    "simpo_loss",
     "token_brier",
     "token_stats_from_hidden",
     "token_stats_from_model",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from calibtrain.errors import UserError
 from calibtrain.losses.catalog import LossEntry
-from calibtrain.losses.pairs import find_pairs
+from calibtrain.losses.log_ratios import mean_logprobs
+from calibtrain.losses.pairs import check_label_smoothing, find_pairs, preference_loss
 from calibtrain.losses.sft import NLLNorm, SFTLoss
-from calibtrain.losses.terms import Batch, LossTerm, sequence_sums
+from calibtrain.losses.terms import Batch, LossTerm
 from calibtrain.losses.token_terms import NLLScope
 from calibtrain.ops import TokenStats, log1mexp
 
@@ -40,9 +41,7 @@ def orpo_odds_ratio_loss(
     ratio = log_odds(chosen_logprob_mean) - log_odds(rejected_logprob_mean)
     if cap is not None:
         ratio = ratio.clamp(max=cap)
-    if label_smoothing == 0.0:
-        return -logsigmoid(ratio)
-    return -(1.0 - label_smoothing) * logsigmoid(ratio) - label_smoothing * logsigmoid(-ratio)
+    return preference_loss(ratio, label_smoothing)
 
 
 class ORPOLoss(nn.Module):
@@ -74,8 +73,7 @@ class ORPOLoss(nn.Module):
         odds_ratio_cap: float | None = None,
     ) -> None:
         super().__init__()
-        if not 0.0 <= label_smoothing < 0.5:
-            raise UserError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+        check_label_smoothing(label_smoothing)
         if beta < 0 or (odds_ratio_cap is not None and odds_ratio_cap <= 0):
             raise UserError(
                 f"beta must be 0 or more and odds_ratio_cap positive or None, got {beta} and {odds_ratio_cap}"
@@ -94,12 +92,9 @@ class ORPOLoss(nn.Module):
     def forward(self, stats: TokenStats, batch: Batch) -> dict[str, LossTerm]:
         """Two terms: `nll` with weight 1, `odds_ratio` with weight beta."""
         pairs = find_pairs(batch)
-        logprob = torch.where(batch.is_completion, stats.logprob, 0.0)
-        sums = sequence_sums(logprob, batch.sequence_ids, batch.roles.shape[0])
-        chosen, rejected = pairs.split(sums / pairs.completion_tokens.clamp(min=1), fill=-1.0)
+        chosen, rejected = pairs.split(mean_logprobs(stats, batch, pairs.members), fill=-1.0)
         losses = orpo_odds_ratio_loss(chosen, rejected, label_smoothing=self.label_smoothing, cap=self.odds_ratio_cap)
-        total = torch.where(pairs.complete, losses, 0.0).sum()
-        return {**self.sft(stats, batch), "odds_ratio": LossTerm(total, pairs.complete.sum(), self.beta)}
+        return {**self.sft(stats, batch), "odds_ratio": replace(pairs.term(losses), weight=self.beta)}
 
 
 CATALOG = (

@@ -29,12 +29,15 @@ _GRADED = "ANSWER sequences with tokens and a grade: dataclasses.replace(batch, 
 _QUERY = "graded QUERY sequences whose first completion token is of the token_set"
 _SAMPLED = "completions of ANSWER sequences: dataclasses.replace(batch, roles=..., advantages=...)"
 _PAIRS = "pairs of a chosen and a rejected completion: batch_from_labels(..., pairs=True)"
+_COMPARED = "with reference log-probs at all their tokens: dataclasses.replace(batch, reference_logprob=...)"
 READS: Mapping[str, str] = {
     **dict.fromkeys(("nll", "focal", "label_smoothing", "idk", "token_brier", "confidence_penalty"), _CHOSEN),
     **dict.fromkeys(("answer_score", "mmce", "soft_binned_ece"), _GRADED),
     **dict.fromkeys(("tokenized_brier", "correctness_query"), _QUERY),
     **dict.fromkeys(("policy", "kl", "value"), _SAMPLED),
-    **dict.fromkeys(("odds_ratio", "preference", "centering"), _PAIRS),
+    **dict.fromkeys(("odds_ratio", "preference", "centering", "simpo"), _PAIRS),
+    **dict.fromkeys(("dpo", "ipo"), f"{_PAIRS}, both {_COMPARED}"),
+    "kto": f"completions of CHOSEN and REJECTED sequences {_COMPARED}",
     "calibration_aware": "ANSWER sequences with tokens: dataclasses.replace(batch, roles=...)",
     "divergence_anchor": "targets with a reference log-prob: dataclasses.replace(batch, reference_logprob=...)",
     "nll_known": "CHOSEN sequences that are right or not graded",

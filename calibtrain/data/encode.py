@@ -45,9 +45,17 @@ class Encoded:
 
 
 def encode_records(
-    records: Sequence[Record], template: Template, max_length: int, pairs: bool, drops: DropReport
+    records: Sequence[Record],
+    template: Template,
+    max_length: int,
+    pairs: bool,
+    drops: DropReport,
+    *,
+    unpaired: bool = False,
 ) -> list[tuple[Encoded, ...]]:
     """Sequences of each record: (chosen,) or, with `pairs`, (chosen, rejected) with one and the same prompt.
+
+    With `unpaired`, the one answer that a record has, (chosen,) or (rejected,).
 
     Prompts are cut from the left to fit `max_length` tokens, completions never: a record whose completion leaves no
     room for a prompt is dropped, as is one without the answers it needs. Both are counted in `drops`, and `record_id`
@@ -56,10 +64,13 @@ def encode_records(
     _tell_departures(records[:LOOKED_AT], template)
     examples = []
     for index, record in enumerate(records):
-        texts = [record.chosen, record.rejected] if pairs else [record.chosen]
+        roles = (CHOSEN, REJECTED) if pairs else (CHOSEN,)
+        if unpaired and record.chosen is None:
+            roles = (REJECTED,)
+        texts = [record.rejected if role == REJECTED else record.chosen for role in roles]
         place = record.origin or record.question
         if any(text is None or not text.strip() for text in texts):
-            drops.drop("no rejected answer" if record.chosen else "no answer", place)
+            drops.drop("no rejected answer" if pairs and record.chosen else "no answer", place)
             continue
         if pairs and record.chosen == record.rejected:
             drops.drop("chosen and rejected are the same answer", place)
@@ -79,7 +90,7 @@ def encode_records(
         examples.append(
             tuple(
                 Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1)
-                for role, completion in zip((CHOSEN, REJECTED), completions, strict=False)
+                for role, completion in zip(roles, completions, strict=True)
             )
         )
     if records and not examples:

@@ -17,7 +17,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One example. A preference pair has `rejected`; a graded question has `accepted`; SFT needs only `chosen`."""
+    """One example. A preference pair has `rejected`; a graded question has `accepted`; SFT needs only `chosen`.
+
+    An unpaired preference has one of `chosen` and `rejected`.
+    """
 
     prompt: tuple[Message, ...]  # ends with a user turn
     chosen: str | None = None

@@ -4,8 +4,10 @@ Recognised shapes (extra columns are left alone):
     question, answers                       graded question; the first answer is the one to learn
     prompt, completion                      supervised fine-tuning
     prompt, chosen, rejected                preference pair, of strings or of chat messages
+    prompt, completion, label               unpaired preference: whether the completion is desirable
     messages                                conversation; its last assistant turn is the completion
     instruction, input, output              Alpaca's; also with chosen, rejected or answers instead of output
+`label` (true or false) is read where it is mapped, or an objective asks for it, and is left alone elsewhere.
 `answers` may stand beside any of them and makes the row gradable. `question` and `prompt` mean the same.
 
 Text is text, whatever it looks like. CSV alone has no other way to hold a list: there a cell that is a JSON list of
@@ -26,7 +28,7 @@ from calibtrain.data.strata import strata_of
 from calibtrain.data.values import missing, plain, printable, short, text_of, unreadable
 from calibtrain.errors import UserError
 
-FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "question", "answers")
+FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "question", "answers", "label")
 ALPACA = ("input", "system", "history")
 """What Alpaca's files hold beside `instruction` and `output`."""
 READABLE = frozenset({*FIELDS, *ALPACA, "instruction", "output"})
@@ -52,11 +54,16 @@ class Layout:
 
 
 def find_layout(
-    found: Sequence[str], columns: Mapping[str, str | Sequence[str]], place: str, cells: bool = False
+    found: Sequence[str],
+    columns: Mapping[str, str | Sequence[str]],
+    place: str,
+    cells: bool = False,
+    labelled: bool = False,
 ) -> Layout:
     """Layout of a data set with the columns `found`, in whatever row they stand.
 
-    Raises UserError unless `columns` maps known fields to columns that exist and some shape can be read.
+    `labelled`: answers are wanted with a label, or as pairs, or as graded questions to find wrong answers to. Raises
+    UserError unless `columns` maps known fields to columns that exist and some shape can be read.
     """
     strata = tuple(columns.get("strata", ()))
     mapped = {ours: theirs for ours, theirs in columns.items() if isinstance(theirs, str)}
@@ -70,6 +77,14 @@ def find_layout(
             raise UserError(f"{place}: columns.{ours} names {theirs!r}; the columns found are {listed}")
     held = {field: mapped.get(field, field) for field in FIELDS if mapped.get(field, field) in found}
     held = _with_alpaca(held, found)
+    if "label" in held and not (labelled or "label" in mapped):
+        del held["label"]
+    if labelled and not held.keys() & {"label", "rejected", "answers"}:
+        raise UserError(
+            f"{place}: the columns found are {listed}; an objective that learns from unpaired answers needs a `label` (true "
+            "or false) beside each, or chosen and rejected ones: map yours with data.source.columns, "
+            "e.g. {label: your_column}"
+        )
     asks = held.keys() & {"prompt", "question"}
     if not ("messages" in held or "chosen" in held or (asks and held.keys() & {"completion", "answers"})):
         raise UserError(
@@ -96,11 +111,14 @@ def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Recor
     values = {field: plain(row.get(layout.columns[field])) for field in layout.columns}
     values = {field: None if missing(value) else value for field, value in values.items()}
     accepted = _answers(values.pop("answers", None), layout.cells, place)
+    label = values.pop("label", None)
     opened = {field: _opened(value, field, layout.cells, place) for field, value in values.items()}
     prompt, chosen, rejected = _conversation({field: opened.get(field) for field in (*FIELDS, *ALPACA)}, place)
-    if chosen is None and accepted:
+    if "label" in layout.columns and chosen is not None and rejected is None and not _desirable(label, place):
+        chosen, rejected = None, chosen
+    elif chosen is None and accepted:
         chosen = accepted[0]
-    if chosen is None:
+    if chosen is None and rejected is None:
         raise UserError(f"{place}: the row has no answer ({SHAPES})")
     for name, text in (("answer", chosen), ("rejected answer", rejected)):
         if text is not None and not text.strip():
@@ -110,6 +128,20 @@ def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Recor
     record = Record(prompt, chosen, rejected, accepted, strata_of(row, layout.strata, place), place)
     _check_characters(record)
     return record
+
+
+def _desirable(label: Any, place: str) -> bool:
+    """What a label says: true or false, as JSON, Python, CSV or a column of 0 and 1 write it."""
+    text = str(label).strip().lower()
+    if text in ("true", "1", "1.0"):
+        return True
+    if text in ("false", "0", "0.0"):
+        return False
+    raise UserError(
+        f"{place}: label holds {short(label)}; it says whether the answer is desirable, true or false"
+        if label is not None
+        else f"{place}: the row has no label, true or false, which says whether its answer is desirable"
+    )
 
 
 def _check_characters(record: Record) -> None:

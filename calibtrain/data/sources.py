@@ -21,11 +21,14 @@ logger = logging.getLogger(__name__)
 _WHOLE_FLOAT = re.compile(r"\s*(-?\d+)\.0\s*")
 
 
-def load_records(source: GeographySource | FileSource | HubSource, seed: int = 0) -> list[Record]:
+def load_records(
+    source: GeographySource | FileSource | HubSource, seed: int = 0, *, labelled: bool = False
+) -> list[Record]:
     """Every record of the source in draw order, which is a pure function of the seed and the records' questions.
 
-    Files and hub data sets are shuffled, since many are sorted by topic; geography is drawn by population. Raises
-    UserError that names the file and line (or row index) of whatever cannot be read.
+    Files and hub data sets are shuffled, since many are sorted by topic; geography is drawn by population. `labelled`:
+    a column `label` says which answers are desirable; the others become `rejected`. Raises UserError that names the file
+    and line (or row index) of whatever cannot be read.
     """
     if isinstance(source, GeographySource):
         return load_geography(source, seed)
@@ -41,7 +44,7 @@ def load_records(source: GeographySource | FileSource | HubSource, seed: int = 0
         kept.append((place, {column: value for column, value in row.items() if column in wanted}))
     if not kept:
         raise UserError(f"{name}: the data set is empty")
-    layout = find_layout(list(found), source.columns, name, cells)
+    layout = find_layout(list(found), source.columns, name, cells, labelled)
     unread = [column for column in found if column not in {*layout.columns.values(), *layout.strata}]
     if unread:
         logger.info("%s: columns not read: %s", name, ", ".join(map(str, unread)))

@@ -32,14 +32,16 @@ def split_records(
     seed: int,
     questions: Sequence[Record] | None = None,
     drops: DropReport | None = None,
+    *,
+    undesirable: bool = False,
 ) -> dict[str, list[Record]]:
     """Records of each split, in draw order, exactly as many as `sizes` asks for (train: all, where it asks for null).
 
     With `questions` (their own source) all of `records` may train and the other splits are made of `questions`; records
     whose question belongs to a split that is asked for are then left out of training. Train needs an answer to learn,
     and keeps every row of a question that says something else; the other splits need accepted answers to grade by, and
-    ask a question once. What is dropped or not used is counted in `drops`. Raises UserError that says how many there are
-    when a split cannot be filled.
+    ask a question once. With `undesirable`, an answer to avoid is one to learn from as well. What is dropped or not used is
+    counted in `drops`. Raises UserError that says how many there are when a split cannot be filled.
     """
     drops = DropReport() if drops is None else drops
     evaluates = any(getattr(sizes, name) for name in EVALUATION_SPLITS)
@@ -50,7 +52,7 @@ def split_records(
         pools[split_of(record.id, seed, names)].append(record)
     if questions is not None:
         pools["train"] = _not_held_out(records, pools, sizes, drops)
-    pools["train"] = _learnable(pools["train"], drops)
+    pools["train"] = _learnable(pools["train"], drops, undesirable)
     for name in EVALUATION_SPLITS:
         if evaluates and not getattr(sizes, name) and questions is None:
             _kept(pools[name], lambda record: False, f"of the {name} split, which is not asked for", drops)
@@ -76,9 +78,13 @@ def _not_held_out(
     return _kept(records, lambda record: record.id not in held_out, "question held out for evaluation", drops)
 
 
-def _learnable(records: Sequence[Record], drops: DropReport) -> list[Record]:
+def _learnable(records: Sequence[Record], drops: DropReport, undesirable: bool) -> list[Record]:
     """Rows with an answer to learn, each once: of two that say the same the second is dropped."""
-    answered = _kept(records, lambda record: record.chosen is not None, "no answer to learn", drops)
+
+    def answers(record: Record) -> bool:
+        return record.chosen is not None or (undesirable and record.rejected is not None)
+
+    answered = _kept(records, answers, "no answer to learn", drops)
     seen: set[Hashable] = set()
 
     def new(record: Record) -> bool:

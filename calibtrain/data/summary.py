@@ -42,7 +42,7 @@ def describe(records: Sequence[Record]) -> dict[str, Any]:
         }
     return {
         "n": len(records),
-        "pairs": sum(record.rejected is not None for record in records),
+        "pairs": sum(None not in (record.chosen, record.rejected) for record in records),
         "graded": sum(bool(record.accepted) for record in records),
         "strata": strata,
         "data_hash": data_hash(records),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,11 +20,12 @@ from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.loader import planned_steps, rank_micro_batches, step_indices
 from calibtrain.data.records import Record
 from calibtrain.data.templates import Template, template_of
+from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.models.loading import add_lora, check_positions, check_weights, described_model, load_tokenizer
 from calibtrain.models.reward import padding_token
-from calibtrain.pipeline.prepare import Prepared, check_rejected, needs_rejected, prepare
+from calibtrain.pipeline.prepare import Prepared, check_rejected, learned_records, needs_rejected, prepare
 from calibtrain.training.checkpoint import find_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.losses import term_names
@@ -35,6 +36,8 @@ from calibtrain.training.weight_penalty import penalised_layers
 
 READ_WHOLE = 2000
 """So many training records are encoded to look at them; of a larger set, which is in random order, its first ones."""
+PENDING = "a wrong answer"
+"""Stands for rejected answers that are still to be sampled, where only their number matters."""
 STEPS_LAID_OUT = 32
 """Of so many steps the rows are laid out, to count their padding."""
 
@@ -51,6 +54,10 @@ class Checked:
     model answers the questions itself."""
     drops: DropReport
     """Of these records."""
+    learned: list[Record]
+    """The records that `examples` were made of; their `record_id` is its index."""
+    records: int
+    """How many training records there are, as the objective learns from them, those in `drops` among them."""
 
     @property
     def whole(self) -> bool:
@@ -85,19 +92,32 @@ def check(config: RunConfig, world_size: int) -> Checked:
     template = template_of(config.data, tokenizer)
     check_positions(config.model, config.data.max_length)
     _check_layers(config)
-    if config.objective.name == "reward_model":
+    if config.objective.needs.module == "reward head":
         padding_token(tokenizer, template.end_id)
     if wanting := needs_rejected(config, prepared):
         check_rejected(prepared)
     drops = DropReport()
     examples: list[tuple[Encoded, ...]] = []
     _ask(template, train[:READ_WHOLE])
-    if not answers_itself(config):
-        pairs = config.trains_on_pairs and not wanting
-        examples = encode_records(train[:READ_WHOLE], template, config.data.max_length, pairs, drops)
+    # A pair that is still to be found has its chosen answer.
+    learned = train[:READ_WHOLE] if wanting else learned_records(config, train[:READ_WHOLE], drops)
+    if not config.objective.needs.answers_itself:
+        examples = encode_records(
+            learned,
+            template,
+            config.data.max_length,
+            config.trains_on_pairs and not wanting,
+            drops,
+            unpaired=config.trains_unpaired,
+        )
+        if config.trains_unpaired and len(train) <= READ_WHOLE:
+            mismatched([one for (one,) in examples], config.data.max_length, tokenizer.bos_token_id)
     for split in ("calibration", "temperature", "certification", "test"):
         _ask(template, prepared.splits[split][:READ_WHOLE], prepared.shots)
-    return Checked(prepared, template, batch_plan(config.training, world_size), examples, drops)
+    found = [replace(record, rejected=PENDING) for record in train] if wanting else train
+    left_out = DropReport()
+    records = len(learned_records(config, found, left_out)) + left_out.total
+    return Checked(prepared, template, batch_plan(config.training, world_size), examples, drops, learned, records)
 
 
 def _check_layers(config: RunConfig) -> None:
@@ -112,14 +132,9 @@ def _check_layers(config: RunConfig) -> None:
         spectra_layers(layers, config.tracking.spectra_modules)
 
 
-def answers_itself(config: RunConfig) -> bool:
-    """Whether the model trains on its own answers, so that the records bring questions alone."""
-    return config.trains_on_rollouts or config.objective.name == "refusal"
-
-
 def expected_steps(config: RunConfig, checked: Checked) -> int:
     """Optimiser steps of the run; exact where every record was encoded, else as if no further one were dropped."""
-    n = len(checked.prepared.splits["train"]) - checked.drops.total
+    n = checked.records - checked.drops.total
     return planned_steps(config.training, n, checked.plan.global_batch_size)
 
 
@@ -127,7 +142,7 @@ def count_tokens(config: RunConfig, checked: Checked) -> Tokens:
     """Lay out the first steps of the run as the trainer does: the same records, micro-batches and rows on all ranks."""
     data, examples, plan = config.data, checked.examples, checked.plan
     steps = min(STEPS_LAID_OUT, expected_steps(config, checked)) if examples else 0
-    shared = data.shared_prefix and config.objective.name == "orpo"
+    shared = config.shares_prompts
     held = passed = 0
     for step in range(steps):
         indices = step_indices(step, plan.global_batch_size, len(examples), config.seed)
@@ -145,11 +160,10 @@ def count_tokens(config: RunConfig, checked: Checked) -> Tokens:
 
 def longest(checked: Checked, count: int = 3) -> list[tuple[int, str]]:
     """(tokens before any cut, place) of the longest training records that were encoded."""
-    train = checked.prepared.splits["train"]
     by_length = sorted(checked.examples, key=lambda group: -max(len(one.ids) for one in group))
     found = []
     for group in by_length[: 4 * count]:  # all that are cut are equally long, so that a few more are looked at
-        record = train[group[0].record_id]
+        record = checked.learned[group[0].record_id]
         whole = len(checked.template.prompt_ids(record)) + max(one.completion_length for one in group)
         found.append((whole, record.origin or record.question))
     return sorted(found, reverse=True)[:count]
@@ -158,7 +172,7 @@ def longest(checked: Checked, count: int = 3) -> list[tuple[int, str]]:
 def advice(config: RunConfig, checked: Checked) -> list[str]:
     """Numbers that can be trained with and are hardly meant, each with what comes of it."""
     training, splits, plan = config.training, checked.prepared.splits, checked.plan
-    n, total = len(splits["train"]) - checked.drops.total, plan.global_batch_size
+    n, total = checked.records - checked.drops.total, plan.global_batch_size
     found = []
     if n < total:
         found.append(
@@ -182,13 +196,17 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
     if 0 < len(checked.prepared.shots) < config.data.few_shot_raw:
         shots = len(checked.prepared.shots)
         found.append(f"data.few_shot_raw: {config.data.few_shot_raw}, the training split gives {shots}")
+    kinds = {record.chosen is None for record in checked.learned}
+    if config.trains_unpaired and len(kinds) == 1 and not needs_rejected(config, checked.prepared):
+        kind = "undesirable" if kinds.pop() else "desirable"
+        found.append(f"data.source: every answer is {kind}: none shows what the other kind is")
     return found + _certificate_advice(config, len(splits["temperature"]), len(splits["certification"]))
 
 
 def _certificate_advice(config: RunConfig, temperature: int, certification: int) -> list[str]:
     """What keeps the run from a certificate. A reward model asks for none."""
     wanted = config.abstention
-    if config.objective.name == "reward_model":
+    if config.objective.needs.module == "reward head":
         return []
     least = minimum_answers(wanted.target_risk, wanted.delta)
     if temperature == 0 or certification == 0:

@@ -13,13 +13,14 @@ from pathlib import Path
 from calibtrain.config import RunConfig
 from calibtrain.data.calibration_set import Composition, composition_distance
 from calibtrain.data.drops import DropReport
-from calibtrain.data.pairs import add_rejected
+from calibtrain.data.pairs import add_rejected, with_confidence_statements
 from calibtrain.data.records import Record
 from calibtrain.data.sources import load_records
 from calibtrain.data.splits import split_records, unique_records
 from calibtrain.data.strata import check_named
 from calibtrain.data.summary import data_hash
 from calibtrain.data.templates import Template
+from calibtrain.data.unpaired import unpair
 from calibtrain.errors import UserError
 from calibtrain.models.loading import cache_directory
 
@@ -65,18 +66,20 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Load and split the data. Raises UserError for what the user must mend, before any model is loaded."""
     drops = DropReport()
-    records = load_records(config.data.source, config.seed)
+    unpaired = config.trains_unpaired
+    records = load_records(config.data.source, config.seed, labelled=unpaired)
     if not records:
         raise UserError("data.source: the data set is empty")
     questions = None if config.data.questions is None else load_records(config.data.questions, config.seed)
     graded = records if questions is None else questions
     strata = {"calibration.domain": config.calibration.domain, "abstention.groups": config.abstention.groups}
     check_named([record for record in graded if record.accepted], strata)
-    splits = split_records(records, config.data.splits, config.seed, questions, drops)
-    if config.trains_on_rollouts or config.objective.name == "refusal":
+    splits = split_records(records, config.data.splits, config.seed, questions, drops, undesirable=unpaired)
+    if config.objective.needs.answers_itself:
         # The model answers each question itself: what else its rows say is not learned from.
         splits["train"] = unique_records(splits["train"], drops)
-    shots = unique_records(splits["train"], DropReport())[: config.data.few_shot_raw]
+    answered = [record for record in splits["train"] if record.chosen is not None]
+    shots = unique_records(answered, DropReport())[: config.data.few_shot_raw]
     composition = None
     if splits["calibration"]:
         composition = composition_distance(splits["calibration"], graded, config.seed)
@@ -84,16 +87,30 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def needs_rejected(config: RunConfig, prepared: Prepared) -> bool:
-    """Whether preferences are trained on and the data holds graded answers but no rejected ones."""
-    train = prepared.splits["train"]
-    return config.trains_on_pairs and all(record.rejected is None for record in train)
+    """Whether preferences are trained on and the data holds graded answers but no rejected ones.
+
+    Unpaired answers without any rejected one may all have been labelled as desirable, unless it is graded questions that
+    they answer.
+    """
+    train, needs = prepared.splits["train"], config.objective.needs
+    if not needs.preferences or any(record.rejected is not None for record in train):
+        return False
+    return needs.data == "pairs" or all(record.accepted for record in train)
+
+
+def learned_records(config: RunConfig, records: Sequence[Record], drops: DropReport) -> list[Record]:
+    """The training records, whose rejected answers have been found, as the objective learns from them."""
+    needs = config.objective.needs
+    if needs.statements != "none":
+        return with_confidence_statements(records, keep=needs.statements == "added")
+    return unpair(records, drops) if config.trains_unpaired else list(records)
 
 
 def check_rejected(prepared: Prepared) -> None:
     """Raise UserError unless a rejected answer can be found for every training record."""
     if any(not record.accepted and not record.chosen for record in prepared.splits["train"]):
         raise UserError(
-            "training on pairs: training records need a rejected answer, or accepted answers to find one by"
+            "training on preferences: training records need a rejected answer, or accepted answers to find one by"
         )
 
 

@@ -15,13 +15,13 @@ import torch
 
 from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.likelihood import sample_answers
-from calibtrain.config import RefusalConfig, RewardModelConfig, RunConfig
+from calibtrain.config import RunConfig
 from calibtrain.config_file import dump_config
 from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.loader import planned_steps
-from calibtrain.data.pairs import with_confidence_statements
 from calibtrain.data.records import Record
 from calibtrain.data.templates import Template, template_of
+from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World, barrier, gather_lists, shard, start_world
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
@@ -38,9 +38,16 @@ from calibtrain.models.reward import (
     export_reward_model,
 )
 from calibtrain.pipeline.check import advice, check
-from calibtrain.pipeline.prepare import SAMPLES_PER_QUESTION, Prepared, add_own_wrong_answers, needs_rejected
+from calibtrain.pipeline.prepare import (
+    SAMPLES_PER_QUESTION,
+    Prepared,
+    add_own_wrong_answers,
+    learned_records,
+    needs_rejected,
+)
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
+from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.engine import Engine, start_engine
@@ -52,6 +59,7 @@ from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.row_layout import row_layout
 from calibtrain.training.spectra import build_spectra
 from calibtrain.training.trainer import Trainer
+from calibtrain.training.unpaired_examples import UnpairedExamples
 from calibtrain.training.weight_penalty import build_weight_penalties
 
 logger = logging.getLogger(__name__)
@@ -78,9 +86,7 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         logger.warning("%s", line)
     if needs_rejected(config, prepared):
         _add_rejected(config, prepared, template, world)
-    if isinstance(config.objective, RewardModelConfig) and config.objective.confidence_statements != "none":
-        keep = config.objective.confidence_statements == "added"
-        prepared.splits["train"] = with_confidence_statements(prepared.splits["train"], keep=keep)
+    prepared.splits["train"] = learned_records(config, prepared.splits["train"], prepared.drops)
     torch.manual_seed(config.seed + world.rank)
     model = build_model(config, template, world.device)
     examples = training_examples(config, prepared, template, model, world)
@@ -157,10 +163,11 @@ def build_model(config: RunConfig, template: Template | None = None, device: tor
     if template is None:
         template = template_of(config.data, load_tokenizer(config.model))
     objective, penalties = build_losses(config, template, policy.causal_model)
-    if config.objective.name == "reward_model":
+    module = config.objective.needs.module
+    if module == "reward head":
         check_classifier(policy.causal_model)
         return RewardLossModel(policy, objective, config.seed)
-    if config.objective.name == "ppo":
+    if module == "value head":
         return ValueLossModel(policy, objective, penalties, config.seed)
     return LossModel(policy, objective, penalties)
 
@@ -168,16 +175,23 @@ def build_model(config: RunConfig, template: Template | None = None, device: tor
 def training_examples(
     config: RunConfig, prepared: Prepared, template: Template, model: LossModel, world: World
 ) -> list[tuple[Encoded, ...]]:
-    """The training records as sequences; where divergence_anchor asks for it, with the starting model's log-probs.
+    """The training records as sequences; where a loss asks for it, with the starting model's log-probs.
 
-    Empty where the loop makes its own. Call it before the engine takes the model apart. Collective.
+    Behind each unpaired answer stands its prompt with another's. Empty where the loop makes its own. Call it before the
+    engine takes the model apart. Collective.
     """
-    if config.trains_on_rollouts or config.objective.name == "refusal":
+    if config.objective.needs.answers_itself:
         return []
+    room, unpaired = config.data.max_length, config.trains_unpaired
     train, pairs = prepared.splits["train"], config.trains_on_pairs
-    examples = encode_records(train, template, config.data.max_length, pairs, prepared.drops)
-    if all(penalty.name != "divergence_anchor" for penalty in config.penalties):
+    examples = encode_records(train, template, room, pairs, prepared.drops, unpaired=unpaired)
+    if unpaired:
+        labelled = [one for (one,) in examples]
+        examples = list(zip(labelled, mismatched(labelled, room, template.tokenizer.bos_token_id), strict=True))
+    if not config.needs_reference_logprobs:
         return examples
+    if world.is_main:
+        logger.info("measuring the starting model's log-probs of %d training examples", len(examples))
     mine = shard(examples, world)
     model.to(world.device)
     known = with_reference_logprobs(model.policy, [one for group in mine for one in group], template.pad_id)
@@ -241,11 +255,8 @@ def _trainer(
     train = prepared.splits["train"]
     plan = batch_plan(config.training, world.size)
     answerer = Answerer(engine.module, template, config.evaluation, world, lockstep=engine.stage == 3)
-    rollouts: Rollouts | RefusalExamples | None = None
-    if config.trains_on_rollouts:
-        examples = rollouts = _rollouts(config, train, answerer, plan)
-    elif isinstance(config.objective, RefusalConfig):
-        examples = rollouts = RefusalExamples(config.objective, answerer, train, config.data.max_length)
+    changing = _changing_examples(config, train, answerer, plan, examples)
+    examples = examples if changing is None else changing
     for line in prepared.drops.lines() if world.is_main else []:
         logger.warning("data: %s", line)
     steps = planned_steps(config.training, len(examples), plan.global_batch_size)
@@ -274,13 +285,29 @@ def _trainer(
         spectra=build_spectra(config, engine, world),
         **layout,
         evaluation_questions=questions,
-        rollouts=rollouts,
+        rollouts=changing,
     )
+
+
+def _changing_examples(
+    config: RunConfig,
+    train: Sequence[Record],
+    answerer: Answerer,
+    plan: BatchPlan,
+    examples: Sequence[tuple[Encoded, ...]],
+) -> ChangingExamples | None:
+    """What stands in the place of the training records as they are, by the data that the objective needs."""
+    data = config.objective.needs.data
+    if data == "rollouts":
+        return _rollouts(config, train, answerer, plan)
+    if data == "relabelled":
+        return RefusalExamples(config.objective, answerer, train, config.data.max_length)  # type: ignore[arg-type]
+    return UnpairedExamples(examples, answerer, plan, config.seed) if data == "unpaired" else None
 
 
 def _rollouts(config: RunConfig, train: Sequence[Record], answerer: Answerer, plan: BatchPlan) -> Rollouts:
     reference = None
-    if config.objective.beta > 0 and config.model.lora is None:  # type: ignore[union-attr]
+    if config.objective.needs.reference == "live" and config.model.lora is None:
         reference = (
             LossModel(Policy(load_model(answering_config(config.model))))
             .to(answerer.world.device)

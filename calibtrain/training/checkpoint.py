@@ -24,9 +24,8 @@ from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
+from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.engine import Engine
-from calibtrain.training.refusal_examples import RefusalExamples
-from calibtrain.training.rollouts import Rollouts
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ def save_checkpoint(
     config: RunConfig,
     data_hash: str,
     world: World,
-    rollouts: Rollouts | RefusalExamples | None = None,
+    rollouts: ChangingExamples | None = None,
 ) -> Path | None:
     """Write `directory`/step-N and drop the oldest beyond keep_checkpoints. Collective.
 
@@ -156,7 +155,7 @@ def load_checkpoint(
     average: WeightAverage | None,
     hooks: HookList,
     world: World,
-    rollouts: Rollouts | RefusalExamples | None = None,
+    rollouts: ChangingExamples | None = None,
 ) -> Progress:
     """Restore everything from a checkpoint that `find_checkpoint` accepted; the last thing before the loop. Collective."""
     engine.deepspeed.load_checkpoint(str(path), tag="engine")
@@ -218,7 +217,7 @@ def _write_rank_state(
     stream: AnswerStream | None,
     hooks: HookList,
     world: World,
-    rollouts: Rollouts | RefusalExamples | None,
+    rollouts: ChangingExamples | None,
 ) -> None:
     tensors = {"rng/cpu": torch.get_rng_state()}
     if world.device.type == "cuda":

@@ -15,7 +15,7 @@ from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.generation import Generation, generate
 from calibtrain.confidence.likelihood import answer_span
 from calibtrain.confidence.stated import read_statement, statement_tokens
-from calibtrain.config import PolicyGradientConfig, PPOConfig, RunConfig
+from calibtrain.config import PolicyGradientConfig, RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded, cut_left
 from calibtrain.data.grading import grade
@@ -58,8 +58,8 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             raise UserError(f"objective.name: {objective.name} grades what it samples: training questions need answers")
         self.config, self.answerer, self.questions, self.plan = config, answerer, list(questions), plan
         self.reference = reference
-        self.needs_reference = objective.beta > 0
-        self.needs_values = isinstance(objective, PPOConfig)
+        self.needs_reference = objective.needs.reference == "live"
+        self.needs_values = objective.needs.module == "value head"
         self.off_policy = config.rollouts.steps_per_round > 1
         if config.rollouts.rewards_nothing:
             watch_of(answerer.module.objective).leave("advantages")  # all 0, as they should be

@@ -24,8 +24,7 @@ def row_layout(config: RunConfig, policy: Policy) -> dict[str, Any]:
 
     A model whose attention takes no block masks gets one sequence a row, and a message says so.
     """
-    shares = config.data.shared_prefix and (config.objective.name == "orpo" or config.trains_on_rollouts)
-    wanted = {"packing_tokens": config.data.packing_tokens, "shared_prefix": shares}
+    wanted = {"packing_tokens": config.data.packing_tokens, "shared_prefix": config.shares_prompts}
     if not any(wanted.values()):
         return wanted
     obstacle = block_mask_obstacle(policy.causal_model, config.data.max_length) or block_mask_failure(policy)

@@ -23,12 +23,11 @@ from calibtrain.losses.terms import ANSWER, QUERY, Batch, global_counts
 from calibtrain.models.loss_model import StepStatistics, TrainStep
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
+from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint import Progress, save_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.engine import Engine
 from calibtrain.training.host_memory import RELEASE_EVERY, release_freed_memory
-from calibtrain.training.refusal_examples import RefusalExamples
-from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.spectra import Spectra
 from calibtrain.training.weight_penalty import WeightPenalties
 
@@ -57,7 +56,7 @@ class Trainer:
     packing_tokens: int | None = None
     shared_prefix: bool = False
     evaluation_questions: Sequence[Record] = ()
-    rollouts: Rollouts | RefusalExamples | None = None  # then these are the examples
+    rollouts: ChangingExamples | None = None  # then these are the examples
 
     def fit(self, progress: Progress) -> Progress:
         """Train from `progress` to the last step. Raises UserError after too many steps with non-finite gradients."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from deepspeed.utils import safe_get_full_grad
 from calibtrain.confidence.answering import Answerer
 from calibtrain.config import RunConfig
 from calibtrain.data.drops import DropReport
-from calibtrain.data.encode import encode_records
+from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
+from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World, barrier, leave_world, start_world
 from calibtrain.hooks.base import HookList
 from calibtrain.losses import build_loss
@@ -28,6 +29,7 @@ from calibtrain.models.export import gathered_weights
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
+from calibtrain.pipeline.prepare import learned_records
 from calibtrain.training import engine as engine_module
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.checkpoint import Progress
@@ -36,6 +38,7 @@ from calibtrain.training.engine import Engine, start_engine
 from calibtrain.training.rollout_credit import Sample
 from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.trainer import Trainer
+from calibtrain.training.unpaired_examples import UnpairedExamples
 
 STEPS, RECORDS, ANSWERS = 2, 12, 5
 
@@ -71,6 +74,19 @@ CASES = {
     "sft_stage0": Case("sft", training={"zero_stage": 0}, objective="sft"),
     "sft_packed_stage3": Case(
         "sft", data={"packing_tokens": 128}, training={"zero_stage": 3}, zero=ALWAYS_SHARDED, objective="sft"
+    ),
+    "dpo_stage0": Case("dpo", model=LORA, training={"zero_stage": 0}, objective="dpo"),
+    "dpo_packed_stage3": Case(
+        "dpo",
+        model=LORA,
+        data={"packing_tokens": 128, "shared_prefix": False},
+        training={"zero_stage": 3},
+        zero=ALWAYS_SHARDED,
+        objective="dpo",
+    ),
+    "kto_stage0": Case("kto", training={"zero_stage": 0}, objective="kto"),
+    "kto_wide_stage3": Case(
+        "kto", training={"zero_stage": 3, "micro_batch_size": 4}, zero=ALWAYS_SHARDED, objective="kto"
     ),
     "lora_stage0": Case("lora", model=LORA, training={"zero_stage": 0}),
     "lora_stage1": Case("lora", model=LORA, training={"zero_stage": 1}),
@@ -172,6 +188,22 @@ class Recording(Engine):
         return skipped, norm
 
 
+def with_reference(one: Encoded) -> Encoded:
+    """The sequence with log-probs of a reference that is less likely to say it than a tiny model is."""
+    return replace(one, reference_logprobs=tuple(-6.2 - 0.1 * (k % 5) for k in range(one.completion_length)))
+
+
+def examples_of(config: RunConfig, template: Template) -> list[tuple[Encoded, ...]]:
+    """`records()` as sequences; for unpaired answers, each with its mismatched one."""
+    length, unpaired = config.data.max_length, config.trains_unpaired
+    learned = learned_records(config, records(), DropReport())
+    examples = encode_records(learned, template, length, config.trains_on_pairs, DropReport(), unpaired=unpaired)
+    if unpaired:
+        labelled = [one for (one,) in examples]
+        examples = list(zip(labelled, mismatched(labelled, length, None), strict=True))
+    return [tuple(with_reference(one) for one in group) for group in examples]
+
+
 def config_of(case: Case, model: Path) -> RunConfig:
     """The run of a case: 8 records a step; a smooth optimiser, so that rounding is not blown up by sign(g)."""
     training = {
@@ -185,7 +217,7 @@ def config_of(case: Case, model: Path) -> RunConfig:
         **case.training,
     }
     losses: dict[str, Any] = {
-        "objective": {"name": case.objective, "nll_scope": "full"},
+        "objective": {"name": case.objective, **({"nll_scope": "full"} if case.objective in ("orpo", "sft") else {})},
         "penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 2, "answers_per_step": ANSWERS}],
     }
     if case.objective == "grpo":
@@ -241,20 +273,22 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
 def make_trainer(config: RunConfig, engine: Engine, template: Template, world: World) -> Trainer:
     """Trainer over `records()` with fixed graded answers."""
     answerer = Answerer(engine.module, template, config.evaluation, world, lockstep=engine.stage == 3)
+    plan = batch_plan(config.training, world.size)
     examples: Any
-    stream = rollouts = None
+    stream = changing = None
     if config.trains_on_rollouts:
-        examples = rollouts = FixedRollouts(config, answerer, records(), batch_plan(config.training, world.size))
+        examples = changing = FixedRollouts(config, answerer, records(), plan)
     else:
-        pairs = config.objective.name == "orpo"
-        examples = encode_records(records(), template, config.data.max_length, pairs, DropReport())
+        examples = examples_of(config, template)
         stream = FixedAnswers(config.penalties_on_answers, answerer, records(), 0, config.data.max_length)
+    if config.trains_unpaired:
+        examples = changing = UnpairedExamples(examples, answerer, plan, config.seed)
     return Trainer(
         config=config,
         engine=engine,
         examples=examples,
-        origins=[one.origin for one in records()],
-        plan=batch_plan(config.training, world.size),
+        origins=[one.origin for one in learned_records(config, records(), DropReport())],
+        plan=plan,
         total_steps=STEPS,
         world=world,
         answerer=answerer,
@@ -263,8 +297,8 @@ def make_trainer(config: RunConfig, engine: Engine, template: Template, world: W
         data_hash="",
         stream=stream,
         packing_tokens=config.data.packing_tokens,
-        shared_prefix=config.data.shared_prefix and config.objective.name != "sft",
-        rollouts=rollouts,
+        shared_prefix=config.shares_prompts,
+        rollouts=changing,
     )
 
 

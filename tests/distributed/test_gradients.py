@@ -9,12 +9,20 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from calibtrain.data.drops import DropReport
-from calibtrain.data.encode import Encoded, encode_answer, encode_records
+from calibtrain.data.encode import Encoded, encode_answer
 from calibtrain.data.loader import step_indices
 from calibtrain.data.templates import Template
-from calibtrain.losses import ANSWER
-from tests.distributed.gradient_cases import ANSWERS, CASES, FixedAnswers, build, config_of, fixed_samples, records
+from calibtrain.losses import ANSWER, CHOSEN
+from tests.distributed.gradient_cases import (
+    ANSWERS,
+    CASES,
+    FixedAnswers,
+    build,
+    config_of,
+    examples_of,
+    fixed_samples,
+    records,
+)
 from tests.distributed.ranks import run, torchrun
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
@@ -24,6 +32,8 @@ ON_ONE_RANK = (
     "stage0",
     "stage3",
     "sft_stage0",
+    "dpo_stage0",
+    "kto_stage0",
     "lora_stage0",
     "untied_stage0",
     "untied_lora_stage0",
@@ -32,6 +42,8 @@ ON_ONE_RANK = (
 REFERENCE = {
     "orpo": "stage0",
     "sft": "sft_stage0",
+    "dpo": "dpo_stage0",
+    "kto": "kto_stage0",
     "lora": "lora_stage0",
     "untied": "untied_stage0",
     "untied_lora": "untied_lora_stage0",
@@ -106,8 +118,12 @@ def dense_loss(model, config, family):
     template = Template("plain", tiny_tokenizer())
     if family == "rollouts":
         return rollout_loss(model, config, template)
-    examples = encode_records(records(), template, config.data.max_length, family != "sft", DropReport())
+    examples = examples_of(config, template)
     step = [examples[i] for i in step_indices(0, 8, len(examples), config.seed)]
+    if family in ("dpo", "kto"):
+        ratios = torch.stack([torch.stack([log_ratio(model, one) for one in sequences]) for sequences in step])
+        preferred = dpo(ratios) if family == "dpo" else kto(ratios, [group[0].role == CHOSEN for group in step])
+        return preferred + answer_score(model, config, template)
     nll, tokens, odds = 0.0, 0, []
     for sequences in step:
         chosen = logprobs(model, sequences[0])
@@ -119,6 +135,21 @@ def dense_loss(model, config, family):
     if family != "sft":
         loss = loss - 0.5 * logsigmoid(torch.stack(odds)).mean()
     return loss + answer_score(model, config, template)
+
+
+def log_ratio(model, encoded):
+    return logprobs(model, encoded)[encoded.completion_start - 1 :].sum() - sum(encoded.reference_logprobs)
+
+
+def dpo(ratios):
+    return -logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1])).mean()
+
+
+def kto(ratios, desirable):
+    point = ratios[:, 1].detach().mean()
+    assert 1.0 < point < 20.0  # neither at the clamp nor where the sigmoid is flat
+    gain = 0.1 * (ratios[:, 0] - point)
+    return (1 - torch.where(torch.tensor(desirable), gain, -gain).sigmoid()).mean()
 
 
 def rollout_loss(model, config, template):

@@ -1,5 +1,5 @@
-"""Reinforcement learning and reward models on two ranks, at every ZeRO stage: runs resume bit for bit, also inside a round,
-and what is exported loads."""
+"""Reinforcement learning, KTO and reward models on two ranks, at every ZeRO stage: runs resume bit for bit, also inside a
+round, and what is exported loads."""
 
 import json
 import shutil
@@ -23,6 +23,7 @@ JOBS = {  # objective, rollouts, training, model
     "grpo3": ({"name": "grpo", "norm": "token", "beta": BETA}, {"group_size": 4, "steps_per_round": 2}, {"zero_stage": 3},
               {"lora": {"r": 2}}),
     "ppo3": ({"name": "ppo"}, {"group_size": 2, "reward": "brier", "accuracy_weight": 0.5}, {"zero_stage": 3}, {}),
+    "kto3": ({"name": "kto"}, {}, {"zero_stage": 3}, {}),
     "reward3": ({"name": "reward_model"}, {}, {"zero_stage": 3}, {}),
 }  # fmt: skip
 
@@ -81,7 +82,7 @@ def test_resumed_run_is_the_whole_one_bit_for_bit(runs, name):
     assert {step: again[step] for step in (4, 5, 6)} == {step: logs(lines)[step] for step in (4, 5, 6)}
 
 
-@pytest.mark.parametrize("name", [name for name in JOBS if name != "reward3"])
+@pytest.mark.parametrize("name", [name for name in JOBS if name not in ("kto3", "reward3")])
 def test_rollouts_are_logged_and_learned_from(runs, name):
     _, whole = runs
     lines = logs(whole[name][0])
@@ -93,6 +94,12 @@ def test_rollouts_are_logged_and_learned_from(runs, name):
         first, second, third = (lines[step]["train/rollouts/reward"] for step in (1, 2, 3))
         assert first == second
         assert second != third
+
+
+def test_reference_point_is_zero_at_the_start_and_is_logged(runs):
+    points = [line["train/rollouts/reference_point"] for line in logs(runs[1]["kto3"][0]).values()]
+    assert points[0] == pytest.approx(0.0, abs=1e-5)
+    assert all(point >= 0 for point in points)
 
 
 def test_exported_reward_model_loads(runs):

@@ -8,6 +8,7 @@ import torch
 from calibtrain.losses import advantages, brier, calibration_aware, calibration_tuning, focal, kl, orpo, pooled
 
 from calibtrain.losses import answer_score, idk, policy_gradient, reward_model, rewards, sft  # isort: skip
+from calibtrain.losses import dpo, ipo, kto, simpo  # isort: skip
 
 N = 24
 MASK, IDS = torch.arange(N) % 5 > 0, torch.arange(N) // 6
@@ -17,6 +18,10 @@ FUNCTIONS = {
     "nll_token_sum": ((L,), lambda x: sft.nll_token_sum(x, MASK)),
     "nll_sequence_sum": ((L,), lambda x: sft.nll_sequence_sum(x, MASK, IDS, 4)),
     "orpo": ((L, L), lambda x, y: orpo.orpo_odds_ratio_loss(x, y, label_smoothing=0.1, cap=3.0)),
+    "dpo": ((Z, Z), lambda x, y: dpo.dpo_loss(x, y, label_smoothing=0.1)),
+    "ipo": ((Z, Z), ipo.ipo_loss),
+    "simpo": ((L, L), simpo.simpo_loss),
+    "kto": ((Z,), lambda x: kto.kto_loss(x, GRADES > 0, kto.kto_reference_point(x))),
     "token_brier": ((L, Q), brier.token_brier),
     "tokenized_brier": ((Z, Z), lambda x, y: brier.tokenized_brier(torch.stack([x, y], 1), GRADES)),
     "focal": ((L,), lambda x: focal.focal_loss(x, focal.sample_gamma(x))),

@@ -18,6 +18,7 @@ FLOORS = (
         "config_base",
         "config_data",
         "config_losses",
+        "config_preferences",
         "config_file",
         "distributed",
         "errors",

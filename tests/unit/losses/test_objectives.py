@@ -1,4 +1,4 @@
-"""SFT, ORPO and the answer score on batches: which tokens count, what normalises them, what is left out."""
+"""SFT, preference losses and the answer score on batches: which tokens count, what normalises them, what is left out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,20 @@ from hypothesis import strategies as st
 
 from calibtrain.config import AnswerScoreConfig, ORPOConfig, SFTConfig
 from calibtrain.errors import UserError
-from calibtrain.losses import ANSWER, CHOSEN, REJECTED, AnswerScoreLoss, ORPOLoss, SFTLoss, build_loss, mean_loss
+from calibtrain.losses import (
+    ANSWER,
+    CHOSEN,
+    REJECTED,
+    AnswerScoreLoss,
+    DPOLoss,
+    IPOLoss,
+    KTOLoss,
+    ORPOLoss,
+    SFTLoss,
+    SimPOLoss,
+    build_loss,
+    mean_loss,
+)
 from tests.unit.losses.batches import Example, make_batch
 
 LOSSES = {
@@ -22,6 +35,10 @@ LOSSES = {
     "sft-full": SFTLoss(nll_scope="full"),
     "orpo": ORPOLoss(beta=0.3),
     "orpo-full-sequence": ORPOLoss(nll_scope="full", nll_norm="sequence"),
+    "dpo": DPOLoss(beta=0.3, label_smoothing=0.1),
+    "ipo": IPOLoss(beta=0.3),
+    "simpo": SimPOLoss(),
+    "kto": KTOLoss(beta=0.3, desirable_weight=1.2),
     "answer-log": AnswerScoreLoss(weight=2.0),
     "answer-brier": AnswerScoreLoss(score="brier"),
 }
@@ -34,8 +51,15 @@ MIXED = [
 ]
 
 
+def made(examples, dtype=torch.float64):
+    """A batch with reference log-probs, a function of each token's own, and a reference point."""
+    stats, batch, leaf = make_batch(examples, dtype)
+    reference = 0.9 * leaf.detach() - 0.1
+    return stats, replace(batch, reference_logprob=reference, reference_point=torch.tensor(0.3, dtype=dtype)), leaf
+
+
 def totals(loss, examples):
-    stats, batch, leaf = make_batch(examples)
+    stats, batch, leaf = made(examples)
     terms = loss(stats, batch)
     return {name: (term.total.item(), term.count.item()) for name, term in terms.items()}, terms, leaf, batch
 
@@ -72,6 +96,48 @@ def test_orpo_by_hand():
     assert mean_loss(terms).item() == pytest.approx(7.0 / 3 + 0.3 * expected)
 
 
+@pytest.mark.parametrize(
+    ("loss", "name", "expected"),
+    [
+        # Log ratios are .1 log p + .1 a token: -.1 of the chosen completion, -.2 of the rejected one, 2 tokens each.
+        (DPOLoss(beta=3.0), "dpo", math.log1p(math.exp(-3.0 * 0.1))),
+        (IPOLoss(beta=5.0), "ipo", (0.05 - 0.1) ** 2),
+        (SimPOLoss(beta=2.0, gamma=0.5), "simpo", math.log1p(math.exp(0.5 - 2.0 * 0.5))),
+    ],
+)
+def test_preferences_by_hand(loss, name, expected):
+    assert totals(loss, MIXED)[0] == {name: (pytest.approx(expected), 1)}
+
+
+def test_kto_by_hand():
+    """Three answers without pairs: two desirable ones of log ratio -.1 and -.3, one undesirable of -.2; z0 is .3."""
+    value = {h: 1 / (1 + math.exp(-2.0 * (h - 0.3))) for h in (-0.1, -0.3, -0.2)}
+    expected = 1.5 * (1 - value[-0.1]) + 1.5 * (1 - value[-0.3]) + value[-0.2]
+    assert totals(KTOLoss(beta=2.0, desirable_weight=1.5), MIXED)[0] == {"kto": (pytest.approx(expected), 3)}
+
+
+def test_what_has_no_reference_is_left_out_and_what_needs_one_says_so():
+    stats, batch, _ = made(MIXED)
+    partly = replace(batch, reference_logprob=torch.where(torch.arange(len(batch.targets)) == 2, torch.nan, -1.0))
+    assert {name: int(LOSSES[name].counts(partly)[name]) for name in ("dpo", "ipo", "kto")} == {
+        "dpo": 0,
+        "ipo": 0,
+        "kto": 2,
+    }
+    for name in ("dpo", "ipo", "kto"):
+        term = LOSSES[name](stats, partly)[name]
+        assert term.total.isfinite()
+        assert (term.total == 0) == (name != "kto")
+        without = replace(batch, reference_logprob=None)
+        assert LOSSES[name].counts(without)[name] == 0
+        with pytest.raises(UserError, match="no reference log-probs"):
+            LOSSES[name](stats, without)
+    with pytest.raises(UserError, match="no reference point"):
+        KTOLoss()(stats, replace(batch, reference_point=None))
+    empty = make_batch([])
+    assert all(term.total == 0 for name in ("dpo", "kto") for term in LOSSES[name](*empty[:2]).values())
+
+
 def test_answer_score_by_hand():
     right, wrong = math.exp(-0.75), math.exp(-1.5)
     log = -math.log(right) - math.log(1 - wrong)
@@ -103,9 +169,10 @@ def test_counts_come_from_the_data_alone(name):
         ([Example(CHOSEN, 0, [], [-1.0]), Example(CHOSEN, 1, [], [-1.0]), Example(REJECTED, 1, [], [-2.0])], 1),
     ],
 )
-def test_incomplete_pairs_are_left_out(examples, complete):
-    result, terms, leaf, _ = totals(ORPOLoss(), examples)
-    total, count = result["odds_ratio"]
+@pytest.mark.parametrize("name", ["orpo", "dpo", "ipo", "simpo"])
+def test_incomplete_pairs_are_left_out(name, examples, complete):
+    result, terms, leaf, _ = totals(LOSSES[name], examples)
+    total, count = result["odds_ratio" if name == "orpo" else name]
     assert count == complete
     assert math.isfinite(total)
     assert (total == 0.0) == (complete == 0)
@@ -160,13 +227,13 @@ def random_examples(seed: int) -> list[list[Example]]:
 def window_gradients(loss, groups, parts):
     """Sum over `parts` micro-batches with the window's counts, as gradients by log-prob value (values are distinct)."""
     micro = [[e for group in groups[i::parts] for e in group] for i in range(parts)]
-    made = [make_batch(examples) for examples in micro]
+    batches = [made(examples) for examples in micro]
     counts: dict[str, int] = {}
-    for _, batch, _ in made:
+    for _, batch, _ in batches:
         for name, count in loss.counts(batch).items():
             counts[name] = counts.get(name, 0) + int(count)
     gradients, value = {}, 0.0
-    for stats, batch, leaf in made:
+    for stats, batch, leaf in batches:
         total = sum(t.weight * t.total / max(1, counts[name]) for name, t in loss(stats, batch).items())
         total.backward()
         value += total.item()
@@ -203,7 +270,7 @@ examples_strategy = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(examples_strategy, st.sampled_from(sorted(LOSSES)))
 def test_finite_at_the_edges(examples, name):
-    stats, batch, leaf = make_batch(examples, torch.float32)
+    stats, batch, leaf = made(examples, torch.float32)
     terms = LOSSES[name](stats, batch)
     loss = mean_loss(terms)
     loss.backward()

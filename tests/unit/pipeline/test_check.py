@@ -74,6 +74,63 @@ def test_of_a_large_set_the_first_records_are_encoded(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("objective", "records"),
+    [
+        ({"name": "dpo"}, 20),
+        ({"name": "kto"}, 40),  # each pair is two answers
+        ({"name": "reward_model", "confidence_statements": "added"}, 60),
+        ({"name": "grpo"}, 20),
+    ],
+)
+def test_steps_are_those_of_what_the_objective_makes_of_the_records(folder, tmp_path, objective, records):
+    """Where wrong answers are still to be found, and where the pairs are there."""
+    one = config(folder, objective=objective)
+    checked = check(one, 2)
+    assert (checked.records, expected_steps(one, checked)) == (records, records * 2 // 8)
+    pairs = [
+        {"prompt": f"What is {i}?", "chosen": f"{i}", "rejected": f"{i + 1}", "answers": [f"{i}"]} for i in range(ROWS)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    two = config(folder, objective=objective, data={"source": {"kind": "file", "path": str(tmp_path / "pairs.jsonl")}})
+    assert check(two, 2).records == records
+    assert longest(check(two, 2)) or objective["name"] == "grpo"
+
+
+def unpaired(folder, rows):
+    path = folder / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    none = {"train": None, "calibration": 0, "temperature": 0, "certification": 0, "test": 0}
+    return config(
+        folder,
+        objective={"name": "kto"},
+        data={"source": {"kind": "file", "path": str(path)}, "splits": none, "few_shot_raw": 0},
+    )
+
+
+def test_unpaired_answers_are_looked_at(folder, tmp_path):
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": i % 3 > 0} for i in range(12)]
+    one = unpaired(tmp_path, rows).model_copy(update={"model": config(folder).model})
+    checked = check(one, 1)
+    assert checked.records == len(checked.examples) == 12
+    assert not any("answer is" in line for line in advice(one, checked))
+    pairs = [
+        {"prompt": f"q{i}", "chosen": "a", "rejected": "ab"[i > 0]} for i in range(9)
+    ]  # the first says one thing twice
+    two = unpaired(tmp_path, pairs).model_copy(update={"model": one.model})
+    found = check(two, 1)
+    assert (len(found.examples), found.drops.total, expected_steps(two, found)) == (16, 1, 4)
+    one = unpaired(tmp_path, [{**row, "label": True} for row in rows]).model_copy(update={"model": one.model})
+    assert any("every answer is desirable" in line for line in advice(one, check(one, 1)))
+    one = unpaired(tmp_path, [{**row, "prompt": "q"} for row in rows]).model_copy(update={"model": one.model})
+    with pytest.raises(UserError, match="all training records have the same prompt"):
+        check(one, 1)
+    without = [{"prompt": f"q{i}", "completion": "a"} for i in range(12)]
+    one = unpaired(tmp_path, without).model_copy(update={"model": one.model})
+    with pytest.raises(UserError, match="needs a `label`"):
+        check(one, 1)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"data": {"splits": {"train": 10_000}}}, "10000 asked for"),
