@@ -28,6 +28,7 @@ from calibtrain.pipeline.prepare import Prepared, check_rejected, needs_rejected
 from calibtrain.training.checkpoint import find_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.losses import term_names
+from calibtrain.training.output_directory import check_output_dir, check_same_data
 
 READ_WHOLE = 2000
 """So many training records are encoded to look at them; of a larger set, which is in random order, its first ones."""
@@ -47,6 +48,10 @@ class Checked:
     model answers the questions itself."""
     drops: DropReport
     """Of these records."""
+    records_hash: str
+    """Of all splits, as they were read."""
+    finished: bool = False
+    """This very run has already come to its end in output_dir."""
 
     @property
     def whole(self) -> bool:
@@ -65,12 +70,20 @@ class Tokens:
     """With the padding of their rows."""
 
 
-def check(config: RunConfig, world_size: int) -> Checked:
-    """Read the data and the tokenizer and try what can be tried without the model. Raises UserError as the run would."""
+def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Checked:
+    """Read the data and the tokenizer and try what can be tried without the model. Raises UserError as the run would.
+
+    `replace`: whatever output_dir holds makes way for the run.
+    """
     deepspeed_dict(config, world_size)
     term_names(config)
-    find_checkpoint(config, World(0, world_size, 0, torch.device("cpu")), None)
+    finished = not replace and check_output_dir(config)
+    if not finished and not replace:
+        find_checkpoint(config, World(0, world_size, 0, torch.device("cpu")), None)
     prepared = prepare(config)
+    records_hash = prepared.data_hash
+    if finished:
+        check_same_data(config.output_dir, records_hash)
     train = prepared.splits["train"]
     if not train:
         raise UserError("; ".join(["data.splits.train: 0 records to train on", *prepared.drops.lines()]))
@@ -90,7 +103,7 @@ def check(config: RunConfig, world_size: int) -> Checked:
         examples = encode_records(train[:READ_WHOLE], template, config.data.max_length, pairs, drops)
     for split in ("calibration", "temperature", "certification", "test"):
         _ask(template, prepared.splits[split][:READ_WHOLE], prepared.shots)
-    return Checked(prepared, template, batch_plan(config.training, world_size), examples, drops)
+    return Checked(prepared, template, batch_plan(config.training, world_size), examples, drops, records_hash, finished)
 
 
 def answers_itself(config: RunConfig) -> bool:

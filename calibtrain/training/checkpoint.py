@@ -22,6 +22,7 @@ from calibtrain.config import RunConfig
 from calibtrain.distributed import World, all_agree, barrier
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
+from calibtrain.models.arithmetic import settled
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.engine import Engine
@@ -102,8 +103,7 @@ def save_checkpoint(
         if written:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            for old in complete_checkpoints(directory)[: -config.training.keep_checkpoints]:
-                shutil.rmtree(old, ignore_errors=True)
+            _drop_others(directory, final, config.training.keep_checkpoints)
         else:
             shutil.rmtree(partial, ignore_errors=True)
             logger.warning("no checkpoint at step %d; the last good one stays: free some disk space", progress.step)
@@ -139,7 +139,7 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> P
             f"training.resume: {path} was written by {run['world_size']} process(es), this run has {world.size}; start "
             "as many, or begin anew from its exported weights with model.source"
         )
-    differing = _differences(run["config"], config.resolved())
+    differing = differences(run["config"], settled(config).resolved())
     if differing:
         raise UserError(
             f"training.resume: {path} was written by another config; these keys differ: " + "; ".join(differing)
@@ -158,7 +158,16 @@ def load_checkpoint(
     world: World,
     rollouts: Rollouts | RefusalExamples | None = None,
 ) -> Progress:
-    """Restore everything from a checkpoint that `find_checkpoint` accepted; the last thing before the loop. Collective."""
+    """Restore everything from a checkpoint that `find_checkpoint` accepted; the last thing before the loop. Collective.
+
+    Raises UserError, on every rank, when one of them does not see its part of it.
+    """
+    whole = all((path / f"rank{world.rank}{ending}").is_file() for ending in (".json", ".safetensors"))
+    if not all_agree(whole, world.device):
+        raise UserError(
+            f"training.resume: {path} is not seen whole by every process: output_dir must be on a disk that all machines "
+            "share"
+        )
     engine.deepspeed.load_checkpoint(str(path), tag="engine")
     tensors = load_file(path / f"rank{world.rank}.safetensors")
     state = json.loads((path / f"rank{world.rank}.json").read_text(encoding="utf-8"))
@@ -189,6 +198,14 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(path for path in found if (path / "run.json").is_file())
+
+
+def _drop_others(directory: Path, newest: Path, keep: int) -> None:
+    """Delete what is older than the last `keep`, and what a run that went back to an earlier step had written beyond it."""
+    found = complete_checkpoints(directory)
+    place = found.index(newest) + 1
+    for path in [*found[: max(0, place - keep)], *found[place:]]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_engine(engine: Engine, partial: Path) -> OSError | None:
@@ -260,7 +277,8 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Where two resolved configs make different runs, a phrase a key; FREE_TO_CHANGE is left out."""
     found = []
     for key in sorted({*old, *new}):
         dotted = f"{prefix}{key}"
@@ -268,7 +286,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
             continue
         left, right = old.get(key), new.get(key)
         if isinstance(left, Mapping) and isinstance(right, Mapping):
-            found += _differences(left, right, f"{dotted}.")
+            found += differences(left, right, f"{dotted}.")
         elif left != right:
             found.append(f"{dotted} was {left!r}, is {right!r}")
     return found
