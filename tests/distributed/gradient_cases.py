@@ -34,6 +34,7 @@ from calibtrain.training.checkpoint import Progress
 from calibtrain.training.deepspeed_config import batch_plan
 from calibtrain.training.engine import Engine, start_engine
 from calibtrain.training.trainer import Trainer
+from tests.distributed.jobs import SHARDED
 
 STEPS, RECORDS, ANSWERS = 2, 12, 5
 
@@ -55,39 +56,50 @@ class Case:
 
 BF16 = {"dtype": "bf16"}
 LORA = {"lora": {"r": 4, "alpha": 8.0}}
-ALWAYS_SHARDED = {"stage3_param_persistence_threshold": 0}
 CASES = {
     "stage0": Case("orpo", training={"zero_stage": 0}),
     "stage1": Case("orpo", training={"zero_stage": 1}),
     "stage2": Case("orpo", training={"zero_stage": 2}),
-    "stage3": Case("orpo", training={"zero_stage": 3}, zero=ALWAYS_SHARDED),
+    "stage3": Case("orpo", training={"zero_stage": 3}, zero=SHARDED),
     "stage3_persistent": Case("orpo", training={"zero_stage": 3}),
     "packed": Case("orpo", data={"packing_tokens": 128}),
     "separate_rows": Case("orpo", data={"shared_prefix": False}),
     "wide_micro_batches": Case("orpo", training={"micro_batch_size": 4}),
-    "checkpointed_stage3": Case("orpo", model={"gradient_checkpointing": True}, training={"zero_stage": 3}),
+    "checkpointed_stage3": Case(
+        "orpo", model={"gradient_checkpointing": True}, training={"zero_stage": 3}, zero=SHARDED
+    ),
     "sft_stage0": Case("sft", training={"zero_stage": 0}, objective="sft"),
     "sft_packed_stage3": Case(
-        "sft", data={"packing_tokens": 128}, training={"zero_stage": 3}, zero=ALWAYS_SHARDED, objective="sft"
+        "sft", data={"packing_tokens": 128}, training={"zero_stage": 3}, zero=SHARDED, objective="sft"
     ),
     "lora_stage0": Case("lora", model=LORA, training={"zero_stage": 0}),
     "lora_stage1": Case("lora", model=LORA, training={"zero_stage": 1}),
     "lora_checkpointed_stage2": Case(
         "lora", model={**LORA, "gradient_checkpointing": True}, training={"zero_stage": 2}
     ),
-    "lora_stage3": Case("lora", model=LORA, training={"zero_stage": 3}, zero=ALWAYS_SHARDED),
+    "lora_stage3": Case("lora", model=LORA, training={"zero_stage": 3}, zero=SHARDED),
     "lora_reference_ops": Case("lora", model=LORA, training={"zero_stage": 0}, ops="reference"),
     "untied_stage0": Case("untied", training={"zero_stage": 0}, checkpoint="untied"),
     "untied_stage1": Case("untied", training={"zero_stage": 1}, checkpoint="untied"),
     "untied_stage2": Case("untied", training={"zero_stage": 2}, checkpoint="untied"),
-    "untied_stage3": Case("untied", training={"zero_stage": 3}, zero=ALWAYS_SHARDED, checkpoint="untied"),
+    "untied_stage3": Case("untied", training={"zero_stage": 3}, zero=SHARDED, checkpoint="untied"),
+    "untied_offload_stage3": Case(
+        "untied",
+        training={"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+        zero=SHARDED,
+        checkpoint="untied",
+    ),
     "untied_reference_ops": Case("untied", training={"zero_stage": 0}, checkpoint="untied", ops="reference"),
     "untied_lora_reference_ops": Case(
         "untied_lora", model=LORA, training={"zero_stage": 0}, checkpoint="untied", ops="reference"
     ),
     **{
         f"untied_lora_stage{stage}": Case(
-            "untied_lora", model=LORA, training={"zero_stage": stage}, checkpoint="untied"
+            "untied_lora",
+            model=LORA,
+            training={"zero_stage": stage},
+            checkpoint="untied",
+            zero=SHARDED if stage == 3 else {},
         )
         for stage in range(4)
     },
@@ -99,7 +111,7 @@ CASES = {
         for own in (True, False)
     },
     "reference_ops": Case("orpo", training={"zero_stage": 0}, ops="reference"),
-    "torch_ops_stage3": Case("orpo", training={"zero_stage": 3}, zero=ALWAYS_SHARDED, ops="torch"),
+    "torch_ops_stage3": Case("orpo", training={"zero_stage": 3}, zero=SHARDED, ops="torch"),
 }
 
 
@@ -118,9 +130,11 @@ def records() -> list[Record]:
 
 
 class FixedAnswers(AnswerStream):
-    """The same graded answers in every round, whatever the model would say."""
+    """The same graded answers in every round, whatever the model says: it is asked all the same, between the steps."""
 
     def _ask(self, round_number: int) -> Any:
+        if self.answerer is not None:
+            self.answerer(self.questions[:ANSWERS])
         self.asked = list(range(ANSWERS))
         self.texts = [f"It is {i} I think" + " perhaps" * i for i in self.asked]
         self.correct = [i % 2 == 0 for i in self.asked]
@@ -160,8 +174,9 @@ def config_of(case: Case, model: Path) -> RunConfig:
             "model": {"source": str(model), "dtype": "fp32", **case.model},
             "data": {"max_length": 96, **case.data},
             "objective": {"name": case.objective, "nll_scope": "full"},
-            "penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 2, "answers_per_step": ANSWERS}],
+            "penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 1, "answers_per_step": ANSWERS}],
             "training": training,
+            "evaluation": {"batch_size": 4, "max_new_tokens": 3},
         }
     )
 
