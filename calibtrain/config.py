@@ -163,7 +163,7 @@ class TrainingConfig(Section):
     keep_checkpoints: Count = 2
     """Older checkpoints are deleted once a newer one is complete."""
     resume: Path | Literal["auto"] | None = None
-    """A checkpoint directory, or `auto`: the newest complete one of output_dir, if any; null refuses one that holds a run."""
+    """A checkpoint directory, or `auto`: the newest complete one of output_dir, if any; null refuses one with a run."""
     max_skipped_steps: Count = 10
     """Consecutive steps with non-finite gradients before training gives up."""
 

@@ -49,13 +49,14 @@ class Case:
     training: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)  # more keys for DeepSpeed's zero_optimization
     objective: str = "orpo"
-    checkpoint: str = "model"  # "untied": a head of its own
+    checkpoint: str = "model"  # "untied": a head of its own, and biases
     ops: str = ""  # CALIBTRAIN_OPS
     own_passes: bool = True  # False: DeepSpeed's own passes over the gradients (training/gradient_passes.py)
 
 
 BF16 = {"dtype": "bf16"}
 LORA = {"lora": {"r": 4, "alpha": 8.0}}
+ROTATION = {"adapter": {"kind": "shared_rotation", "rank": 4}}
 CASES = {
     "stage0": Case("orpo", training={"zero_stage": 0}),
     "stage1": Case("orpo", training={"zero_stage": 1}),
@@ -103,6 +104,8 @@ CASES = {
         )
         for stage in range(4)
     },
+    "rotation_stage0": Case("rotation", model=ROTATION, training={"zero_stage": 0}, checkpoint="untied"),
+    "rotation_stage3": Case("rotation", model=ROTATION, training={"zero_stage": 3}, checkpoint="untied", zero=SHARDED),
     **{
         f"bf16_stage{stage}{'' if own else '_deepspeed'}": Case(
             "", model=BF16, training={"zero_stage": stage, "max_grad_norm": 1e9}, own_passes=own
@@ -182,12 +185,12 @@ def config_of(case: Case, model: Path) -> RunConfig:
 
 
 def build(config: RunConfig) -> LossModel:
-    """The module of a run; LoRA's adapters are made different from zero, so that both halves learn."""
+    """The module of a run; LoRA's adapters are made different from zero, so that both halves learn, and so are biases."""
     torch.manual_seed(1)
     model = load_model(config.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or name.endswith(".bias"):
                 parameter.normal_(std=0.1)
     return LossModel(Policy(model), build_loss(config.objective), [build_loss(one) for one in config.penalties])
 

@@ -19,13 +19,22 @@ from tests.tiny import tiny_tokenizer, write_tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-ON_ONE_RANK = ("stage0", "stage3", "sft_stage0", "lora_stage0", "untied_stage0", "untied_lora_stage0")
+ON_ONE_RANK = (
+    "stage0",
+    "stage3",
+    "sft_stage0",
+    "lora_stage0",
+    "untied_stage0",
+    "untied_lora_stage0",
+    "rotation_stage0",
+)
 REFERENCE = {
     "orpo": "stage0",
     "sft": "sft_stage0",
     "lora": "lora_stage0",
     "untied": "untied_stage0",
     "untied_lora": "untied_lora_stage0",
+    "rotation": "rotation_stage0",
 }
 BF16 = tuple(name for name in CASES if name.startswith("bf16"))
 RUNS = [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in CASES if name not in BF16)]
@@ -35,7 +44,7 @@ RUNS = [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in CASES if n
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradients")
     write_tiny_model(folder / "model")
-    write_tiny_model(folder / "untied", tied=False)
+    write_tiny_model(folder / "untied", tied=False, attention_bias=True)
     for ranks, names in ((1, (*ON_ONE_RANK, *BF16)), (2, tuple(name for name in CASES if name not in BF16))):
         script = str(__file__).replace("test_gradients", "gradient_cases")
         ended = run(torchrun(ranks, script, str(folder), ",".join(names)), folder)
