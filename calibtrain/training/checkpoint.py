@@ -10,16 +10,17 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from calibtrain.config import RunConfig
-from calibtrain.distributed import World, all_agree, barrier
+from calibtrain.distributed import World, all_agree, on_main
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.models.arithmetic import settled
@@ -73,42 +74,29 @@ def save_checkpoint(
     """
     final = directory / f"step-{progress.step:07d}"
     partial = final.with_name(final.name + ".partial")
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    error = _write_engine(engine, partial)
-    if error is None:
-        try:
-            _write_rank_state(partial, engine, stream, hooks, world, rollouts)
-            if world.is_main:
-                if average is not None:
-                    save_file(average.tensors(), partial / "average.safetensors")
-                _write_json(
-                    partial / "run.json",
-                    {
-                        "step": progress.step,
-                        "skipped_in_a_row": progress.skipped_in_a_row,
-                        "world_size": world.size,
-                        "data_hash": data_hash,
-                        "config": config.resolved(),
-                    },
-                )
-        except OSError as caught:
-            error = caught
-    written = all_agree(error is None, world.device)
-    if error is not None:
-        logger.warning("rank %d could not write checkpoint %s: %s", world.rank, partial, error)
-    if world.is_main:
-        if written:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _drop_others(directory, final, config.training.keep_checkpoints)
+    problem = on_main(lambda: _failure(_begin, partial))
+    if problem is None:
+        error = _write_engine(engine, partial)
+        if error is None:
+            try:
+                _write_rank_state(partial, engine, stream, hooks, world, rollouts)
+                if world.is_main:
+                    _write_run_state(partial, progress, average, config, data_hash, world)
+            except (OSError, SafetensorError) as caught:
+                error = caught
+        if error is not None:
+            logger.warning("rank %d could not write checkpoint %s: %s", world.rank, partial, error)
+        if all_agree(error is None, world.device):
+            problem = on_main(lambda: _failure(_complete, partial, final, config.training.keep_checkpoints))
         else:
-            shutil.rmtree(partial, ignore_errors=True)
-            logger.warning("no checkpoint at step %d; the last good one stays: free some disk space", progress.step)
-    barrier()
-    return final if written else None
+            problem = "a rank could not write"
+            on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+    if problem is None:
+        return final
+    if world.is_main:
+        told = "no checkpoint at step %d (%s); the last good one stays: free some disk space"
+        logger.warning(told, progress.step, problem)
+    return None
 
 
 def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> Path | None:
@@ -200,6 +188,26 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in found if (path / "run.json").is_file())
 
 
+def _failure(call: Callable[..., None], *arguments: Any) -> str | None:
+    """What the file system said against it, if anything: rank 0 tells it to the others, who would wait for it."""
+    try:
+        call(*arguments)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _begin(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _complete(partial: Path, final: Path, keep: int) -> None:
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _drop_others(final.parent, final, keep)
+
+
 def _drop_others(directory: Path, newest: Path, keep: int) -> None:
     """Delete what is older than the last `keep`, and what a run that went back to an earlier step had written beyond it."""
     found = complete_checkpoints(directory)
@@ -208,7 +216,7 @@ def _drop_others(directory: Path, newest: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_engine(engine: Engine, partial: Path) -> OSError | None:
+def _write_engine(engine: Engine, partial: Path) -> Exception | None:
     """DeepSpeed's shards. A failed write must not keep this rank from the barriers that the others wait at."""
     writer = engine.deepspeed.checkpoint_engine
     errors: list[OSError] = []
@@ -250,6 +258,29 @@ def _write_rank_state(
         name: None if one is None else one.state_dict() for name, one in (("stream", stream), ("rollouts", rollouts))
     }
     _write_json(partial / f"rank{world.rank}.json", {"hooks": plain, **state})
+
+
+def _write_run_state(
+    partial: Path,
+    progress: Progress,
+    average: WeightAverage | None,
+    config: RunConfig,
+    data_hash: str,
+    world: World,
+) -> None:
+    """What is the same on every rank. run.json makes a checkpoint whole, and comes last."""
+    if average is not None:
+        save_file(average.tensors(), partial / "average.safetensors")
+    _write_json(
+        partial / "run.json",
+        {
+            "step": progress.step,
+            "skipped_in_a_row": progress.skipped_in_a_row,
+            "world_size": world.size,
+            "data_hash": data_hash,
+            "config": config.resolved(),
+        },
+    )
 
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -27,6 +27,7 @@ from calibtrain.models.loss_model import DecodeStep, ScoreStep
 from calibtrain.pipeline import prepare as prepare_module
 from calibtrain.pipeline import train as pipeline
 from calibtrain.pipeline.prepare import Prepared, prepare
+from calibtrain.training import checkpoint as checkpoint_module
 from calibtrain.training.checkpoint import Progress, complete_checkpoints, load_checkpoint
 from calibtrain.training.engine import start_engine
 from calibtrain.training.trainer import Trainer
@@ -132,7 +133,7 @@ def poisoned(config: RunConfig, world: World) -> dict[str, Any]:
 
 
 def full_disk(config: RunConfig, world: World) -> dict[str, Any]:
-    """Rank 1's writes fail at the second checkpoint; at the third they work again."""
+    """Rank 1's writes fail at the second checkpoint; at the third they work again; at the fourth rank 0 cannot begin."""
     trainer, _ = begin(config, world)
     writer = trainer.engine.deepspeed.checkpoint_engine
     plain = writer.save
@@ -144,6 +145,14 @@ def full_disk(config: RunConfig, world: World) -> dict[str, Any]:
         return plain(state, path)
 
     writer.save = full
+    begin_writing = checkpoint_module._begin
+
+    def refused(partial: Path) -> None:
+        if "step-0000008" in partial.name:
+            raise OSError(errno.EROFS, "Read-only file system")
+        begin_writing(partial)
+
+    checkpoint_module._begin = refused
 
     class Kept(Hook):
         name = "kept"
@@ -153,6 +162,7 @@ def full_disk(config: RunConfig, world: World) -> dict[str, Any]:
 
     trainer = replace(trainer, hooks=HookList([Kept()]))
     progress = trainer.fit(Progress())
+    checkpoint_module._begin = begin_writing
     found = sorted(one.name for one in (config.output_dir / "checkpoints").iterdir())
     return {"kept": saved, "step": progress.step, "left": found}
 

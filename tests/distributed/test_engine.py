@@ -23,7 +23,7 @@ def results(tmp_path_factory):
     for name in POISONED:
         training = {"zero_stage": int(name[6]), "max_skipped_steps": 3, "max_steps": 4, "checkpoint_every": None}
         write_job(folder, name, model={"dtype": "bf16" if "bf16" in name else "fp32"}, training=training)
-    write_job(folder, "disk", training={"zero_stage": 2, "keep_checkpoints": 1})
+    write_job(folder, "disk", training={"zero_stage": 2, "keep_checkpoints": 1, "max_steps": 8})
     write_job(folder, "homes", objective={"name": "orpo"}, penalties=[])
     script = str(__file__).replace("test_engine", "engine_cases")
     for ranks in (1, 2):
@@ -98,12 +98,15 @@ def test_training_that_no_longer_learns_ends_with_the_records(results, name):
 def test_a_full_disk_on_one_rank_keeps_the_last_good_checkpoint_and_training_goes_on(results):
     for rank in (0, 1):
         found = results[1][2, rank]["disk"]
-        assert found["step"] == 6
+        assert found["step"] == 8
         kept = dict(found["kept"])
         assert kept[5] == ["step-0000002"]
         assert found["left"] == ["step-0000006"]
     assert any("No space left on device" in line for line in results[1][2, 1]["disk"]["warnings"])
-    assert any("last good one stays" in line for line in results[1][2, 0]["disk"]["warnings"])
+    told = [line for line in results[1][2, 0]["disk"]["warnings"] if "last good one stays" in line]
+    assert len(told) == 2
+    assert "step 8" in told[1]
+    assert "Read-only file system" in told[1]
 
 
 def test_rank_0_alone_looks_into_the_cache_of_sampled_answers(results):
