@@ -162,7 +162,7 @@ class LossModel(nn.Module):
         # The empty product keeps a micro-batch without any item in the graph: every rank must run backward.
         parts = [term.weight * term.total / step.divisors[name] for name, term in terms.items()]
         loss = torch.stack([anchor.sum() * 0.0, *parts]).sum()
-        # A plain tuple, because ZeRO-3 finds only in those the loss whose backward needs the weights gathered again.
+        # A plain tuple, because hooks of ZeRO-3 look for the loss in nothing else.
         return loss, StepStatistics(
             terms={name: LossTerm(term.total.detach(), term.count, term.weight) for name, term in terms.items()},
             batch=step.batch,

@@ -69,7 +69,13 @@ def check_same_data(output_dir: Path, records_hash: str) -> None:
 
 def _is_this_run(config: RunConfig) -> bool:
     """True, or UserError with what differs."""
-    differing = differences(_config_of(config.output_dir), settled(config).resolved())
+    made_by = _config_of(config.output_dir)
+    if not made_by:
+        raise UserError(
+            f"training.resume: {config.output_dir} holds a finished run, and its config.yaml, which would tell which, cannot "
+            f"be read; {WAYS_OUT}"
+        )
+    differing = differences(made_by, settled(config).resolved())
     if differing:
         told = "; ".join([*differing[:4], *([f"and {len(differing) - 4} more"] if len(differing) > 4 else [])])
         raise UserError(
