@@ -16,7 +16,7 @@ from calibtrain.config_file import dump_config
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled, told
 from calibtrain.pipeline import calibrate, collect
-from calibtrain.pipeline.calibration_file import made_by, weights_hash
+from calibtrain.pipeline.calibration_file import made_by, made_by_source, weights_hash
 from calibtrain.pipeline.check import check
 from calibtrain.pipeline.evaluate import (
     Loaded,
@@ -69,7 +69,7 @@ def run(config: RunConfig) -> Path:
     # In a process of its own, whose memory is free again when training starts.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         raw = pool.submit(_measure_raw, config).result()
-    write_measurement(raw, output / "answers" / "raw_test.jsonl")
+    write_measurement(raw, output / "answers" / "raw_test.jsonl", made_by_source(config.model))
     console.rule("2/4  fine-tuning", align="left")
     resolved = output / "config.yaml"
     dump_config(config, resolved)

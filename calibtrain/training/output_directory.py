@@ -72,8 +72,7 @@ def _is_this_run(config: RunConfig) -> bool:
     made_by = _config_of(config.output_dir)
     if not made_by:
         raise UserError(
-            f"training.resume: {config.output_dir} holds a finished run, and its config.yaml, which would tell which, cannot "
-            f"be read; {WAYS_OUT}"
+            f"training.resume: {config.output_dir} holds a finished run, and its config.yaml cannot be read; {WAYS_OUT}"
         )
     differing = differences(made_by, settled(config).resolved())
     if differing:
