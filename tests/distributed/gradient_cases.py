@@ -49,7 +49,7 @@ class Case:
     training: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)  # more keys for DeepSpeed's zero_optimization
     objective: str = "orpo"
-    checkpoint: str = "model"  # "untied": a head of its own, and biases
+    checkpoint: str = "model"  # "untied": a head of its own; "biased": and biases in attention
     ops: str = ""  # CALIBTRAIN_OPS
     own_passes: bool = True  # False: DeepSpeed's own passes over the gradients (training/gradient_passes.py)
 
@@ -104,8 +104,8 @@ CASES = {
         )
         for stage in range(4)
     },
-    "rotation_stage0": Case("rotation", model=ROTATION, training={"zero_stage": 0}, checkpoint="untied"),
-    "rotation_stage3": Case("rotation", model=ROTATION, training={"zero_stage": 3}, checkpoint="untied", zero=SHARDED),
+    "rotation_stage0": Case("rotation", model=ROTATION, training={"zero_stage": 0}, checkpoint="biased"),
+    "rotation_stage3": Case("rotation", model=ROTATION, training={"zero_stage": 3}, checkpoint="biased", zero=SHARDED),
     **{
         f"bf16_stage{stage}{'' if own else '_deepspeed'}": Case(
             "", model=BF16, training={"zero_stage": stage, "max_grad_norm": 1e9}, own_passes=own
