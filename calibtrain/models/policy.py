@@ -21,8 +21,8 @@ class HeadReader(nn.Module):
     """The language-model head as a matrix, for what is computed from it without all logits. It has no parameters.
 
     A module of its own, so that ZeRO-3 brings the head's weight for this call, and again for its backward: `start_engine`
-    registers `parameters_read` with the module that has it. Without that a weight which is read outside the module that it
-    belongs to is whole only as long as a prefetch happens to have brought it, and gone when backward comes.
+    registers `parameters_read` with it. DeepSpeed by itself registers a weight that another module than its own reads only
+    where it finds it sharded; one that a prefetch has just brought is read as it is, and gone when backward comes.
     """
 
     def __init__(self, find: Callable[[], Any], form: Head) -> None:

@@ -55,10 +55,6 @@ class SharedRotationLinear(nn.Module):
         output = (self.base(x) + change) * scale
         return output if self.base.bias is None else output + (1.0 - scale) * self.base.bias
 
-    def parameters_read(self) -> list[nn.Parameter]:
-        """What `forward` reads of another module: ZeRO-3 has to bring it (`start_engine`)."""
-        return [] if self.base.bias is None else [self.base.bias]
-
     def rotation(self) -> Tensor:
         """Q (r, r) in float32 or better."""
         dtype = torch.promote_types(self.skew.dtype, torch.float32)

@@ -110,7 +110,7 @@ def start_engine(model: LossModel, config: RunConfig, world: World) -> Engine:
     if stage in (1, 2):
         leave_out_passes(engine.optimizer, world.size)
     if stage == 3:
-        for module in model.modules():
-            for parameter in getattr(module, "parameters_read", tuple)():
-                deepspeed.zero.register_external_parameter(module, parameter)
+        reader = model.policy.reader
+        for parameter in reader.parameters_read():
+            deepspeed.zero.register_external_parameter(reader, parameter)
     return Engine(engine, stage, full_gradients)
