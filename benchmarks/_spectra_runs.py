@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,16 @@ def noised(work: Path, base: Path, like: Path, name: str) -> Path:
     return work / name
 
 
-INTERVENTIONS = ("without scale", "without rotation", "without residual", "random rotation", "random half undone")
+INTERVENTIONS = (
+    "without scale",
+    "without rotation",
+    "random rotation",
+    "random part undone",
+    "without residual",
+    "random part kept",
+    "change shrunk",
+)
+"""The last two are controls of "without residual", "random part undone" of "without rotation"."""
 
 
 def intervened(work: Path, base: Path, tuned: Path, name: str, label: str) -> Path:
@@ -93,8 +101,8 @@ def intervened(work: Path, base: Path, tuned: Path, name: str, label: str) -> Pa
     target = work / f"{label}-{name.replace(' ', '_')}"
     if (target / "config.json").is_file():
         return target
-    if name == "random half undone":
-        write_model(base, tuned, target, _without_half)
+    if name in CONTROLS:
+        write_model(base, tuned, target, CONTROLS[name])
     elif name == "random rotation":
         write_without(sides(str(base), tuned), "rotation", target, random_rotation=0)
     else:
@@ -102,29 +110,43 @@ def intervened(work: Path, base: Path, tuned: Path, name: str, label: str) -> Pa
     return target
 
 
-def _without_half(pair: Any, initial: Any, weight: Any) -> Any:
-    """The control of "without rotation": as much of the change is undone, in bases that know nothing of W0.
+def _part(pair: Any, initial: Any, weight: Any) -> Any:
+    """A part of W - W0 as large as its shared rotation, taken in bases that know nothing of W0's.
 
-    The shared rotation takes what is symmetric off the diagonal of U0^T (W - W0) V0; here U0 and V0 are turned at random.
+    The shared rotation takes what is symmetric off the diagonal of U0^T (W - W0) V0; here U0 and V0 are turned at random,
+    U0 within the columns of W0 (rows, where those are fewer), so that what lies outside of them stays outside.
     """
     import torch
 
-    change = weight.double() - initial.double()
-    tall = change if change.shape[0] >= change.shape[1] else change.mT
+    from calibtrain.spectral.split import bases_of, upright
+
+    change, first = upright(weight.double() - initial.double()), bases_of(upright(initial.double()))
     draw = torch.Generator().manual_seed(zlib.crc32(pair.name.encode()))
-
-    def basis(rows: int, columns: int) -> Any:
-        return torch.linalg.qr(torch.randn(rows, columns, generator=draw, dtype=torch.float64)).Q
-
-    # In the columns of W0, as the rotation is, so that what lies outside of them stays as it is.
-    start = initial.double() if tall is change else initial.double().mT
-    left = torch.linalg.svd(start, full_matrices=False).U @ basis(tall.shape[1], tall.shape[1])
-    right = basis(tall.shape[1], tall.shape[1])
-    inner = left.mT @ tall @ right
+    left, right = (
+        side @ torch.linalg.qr(torch.randn(first.rank, first.rank, generator=draw, dtype=torch.float64)).Q
+        for side in (first.left, first.right)
+    )
+    inner = left.mT @ change @ right
     symmetric = (inner + inner.mT) / 2
     symmetric.diagonal().zero_()
-    undone = left @ symmetric @ right.mT
-    return weight.double() - (undone if tall is change else undone.mT)
+    part = left @ symmetric @ right.mT
+    return part if initial.shape[0] >= initial.shape[1] else part.mT
+
+
+def _shrunk(pair: Any, initial: Any, weight: Any) -> Any:
+    """W0 + t (W - W0), as far from W0 as scale and shared rotation alone go."""
+    from calibtrain.spectral.split import without
+
+    change = weight.double() - initial.double()
+    structured = without("residual", initial, weight) - initial.double()
+    return initial.double() + change * (structured.norm() / change.norm().clamp(min=1e-300))
+
+
+CONTROLS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "random part undone": lambda pair, initial, weight: weight.double() - _part(pair, initial, weight),
+    "random part kept": lambda pair, initial, weight: initial.double() + _part(pair, initial, weight),
+    "change shrunk": _shrunk,
+}
 
 
 def measure(work: Path, name: str, model: Path | None, overrides: Sequence[str], limit: int | None) -> dict[str, Any]:
@@ -175,8 +197,3 @@ def log_odds(confidence: Any) -> Any:
     """Log q / (1 - q), within what float32 likelihoods tell apart."""
     q = np.clip(confidence, 1e-6, 1 - 1e-6)
     return np.log(q) - np.log1p(-q)
-
-
-def spread_over(values: Sequence[float]) -> float:
-    """Sample standard deviation; NaN for one value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan

@@ -243,19 +243,21 @@ def spectra(
     from calibtrain.pipeline.spectra import write_without as write
     from calibtrain.spectral import Settings
 
-    which = {"layers": parse_layers(layers), "modules": parse_modules(modules)}
+    of_layers, of_modules = parse_layers(layers), parse_modules(modules)
     if write_without is None:
         if random_rotation is not None:
             raise UserError("--random-rotation goes with --write-without rotation")
         compared = sides(base, tuned)
-        found = run(compared, output=output, settings=Settings(null_seeds=null_seeds, rank=rank), **which)
+        settings = Settings(null_seeds=null_seeds, rank=rank)
+        found = run(compared, output=output, settings=settings, layers=of_layers, modules=of_modules)
         for finding in found["findings"]:
             typer.echo(finding["text"])
         typer.echo(str((output or compared.home) / "spectra.html"))
         return
     if output is None:
         raise UserError("--write-without: give --output, the directory that the model is written to")
-    write(sides(base, tuned), write_without, output, random_rotation=random_rotation, **which)
+    both = sides(base, tuned)
+    write(both, write_without, output, random_rotation=random_rotation, layers=of_layers, modules=of_modules)
     typer.echo(str(output))
 
 

@@ -251,6 +251,12 @@ class TrackingConfig(Section):
     """`auto`: online with a W&B key, else offline."""
     log_answers: bool = False
     """Also send questions, answers, grades and names of groups to W&B; without it numbers alone leave the machine."""
+    spectra_every: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps between two readings of how far matrices have gone from where the run began; 0 reads none."""
+    spectra_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["first-middle-last", "all-linear"] = (
+        "first-middle-last"
+    )
+    """Which: trained linear layers of three blocks, all of them, or parts of their names: `q_proj`, `layers.0.mlp`."""
 
 
 class RunConfig(Section):
@@ -304,6 +310,8 @@ class RunConfig(Section):
             raise ValueError(f"weight_penalties: each may appear once, got {held}")
         if held and self.model.adapter is not None:
             raise ValueError("weight_penalties act on weights or LoRA; model.adapter is a constraint already")
+        if self.tracking.spectra_every and self.model.adapter is not None:
+            raise ValueError("tracking.spectra_every reads trained weights or LoRA, not model.adapter; set it to 0")
         if self.model.lora is not None and any(penalty.scale == "free" for penalty in self.weight_penalties):
             raise ValueError("weight_penalties: scale: free has no closed form under model.lora; take scale: fixed")
         if problem := _unfit_answers(self):

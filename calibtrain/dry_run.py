@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.errors import UserError
@@ -52,23 +52,11 @@ def model_size(config: ModelConfig) -> ModelSize:
 
     Raises UserError when the model's config.json is not at hand, or its adapters fit no layer.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from calibtrain.models.loading import add_adapter, add_lora, described_model
 
-    from calibtrain.models.loading import add_adapter, add_lora, attention_implementation, cause, load_settings
-
-    try:
-        described = load_settings(config)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                described,
-                trust_remote_code=config.trust_remote_code,
-                attn_implementation=attention_implementation(config),
-            )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.source: {config.source}: {cause(error)}") from None
+    model = described_model(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    text = described.get_text_config()
+    text = model.config.get_text_config()
     model = add_adapter(add_lora(model, config), config, find_bases=False)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return ModelSize(parameters, trainable, int(text.vocab_size), getattr(text, "hidden_size", None))

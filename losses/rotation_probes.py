@@ -247,6 +247,21 @@ def estimator(
     """
     initial = initial.like(initial.flat.to(weight.flat.dtype))
     drift = weight.like(weight.flat - initial.flat)
+    return drift_estimator(name, drift, initial, probes, norm, polar=polar, scale=scale, budget=budget)
+
+
+def drift_estimator(
+    name: str,
+    drift: Shard,
+    initial: Shard,
+    probes: Tensor | None,
+    norm: float,
+    *,
+    polar: Shard | None = None,
+    scale: float | None = 1.0,
+    budget: float = 0.0,
+) -> Sums:
+    """`estimator` from W - W0, for several estimates of one matrix; `initial` in the dtype of `drift`."""
     if name == "angle_budget":
         return angle_budget_step(drift, norm, budget)
     if probes is None:
@@ -254,7 +269,7 @@ def estimator(
     if name == "polar_drift":
         if polar is None:
             raise UserError("polar_drift takes polar(W0) beside W0")
-        if weight.shape[0] >= weight.shape[1]:
+        if drift.shape[0] >= drift.shape[1]:
             return polar_probes(drift, polar, probes, norm)
         return turned(polar_probes(drift.T, polar.T, probes, norm))
     if name == "column_gram_drift":

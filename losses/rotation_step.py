@@ -57,6 +57,18 @@ class Held:
         rows, columns = parameter.shape
         return cls((rows, columns), 0, lambda: parameter.data.view(-1), replicated=True)
 
+    def share(self, flat: Tensor, rank: int, ranks: int) -> tuple[int, int]:
+        """Range of `flat`, as read, that `rank` puts into sums: all of a shard, its part of what every rank holds."""
+        return share(flat.numel(), rank, ranks) if self.replicated else (0, flat.numel())
+
+    def part(self, rank: int, ranks: int) -> Tensor:
+        """The matrix, with zeros where it is another rank's to tell."""
+        flat = self.read()
+        begin, end = self.share(flat, rank, ranks)
+        whole = flat.new_zeros(self.shape[0] * self.shape[1])
+        whole[self.start + begin : self.start + end] = flat[begin:end]
+        return whole.view(self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class DenseMatrix:
@@ -210,7 +222,7 @@ class DecoupledPenalty:
                 probes = identity_probes(size, flat.dtype, flat.device)
             else:
                 probes = sign_probes(size, self.probes, generator, flat.dtype).to(flat.device)
-        begin, end = self._share(one.weight, flat)
+        begin, end = one.weight.share(flat, self.rank, self.ranks)
         piece = Shard(one.weight.shape, one.weight.start + begin, flat[begin:end])
         polar = None if one.polar is None else piece.like(one.polar[begin:end])
         return estimator(
@@ -228,8 +240,8 @@ class DecoupledPenalty:
         sums = [
             lora_sums(
                 self.penalty,
-                self._part(one.a),
-                self._part(one.b),
+                one.a.part(self.rank, self.ranks),
+                one.b.part(self.rank, self.ranks),
                 one.reference,
                 one.scaling,
                 one.norm,
@@ -248,18 +260,6 @@ class DecoupledPenalty:
                 held.write(flat)
             values.append(value)
         return values
-
-    def _part(self, held: Held) -> Tensor:
-        """The matrix, with zeros where it is another rank's to tell."""
-        flat = held.read()
-        begin, end = self._share(held, flat)
-        whole = flat.new_zeros(held.shape[0] * held.shape[1])
-        whole[held.start + begin : held.start + end] = flat[begin:end]
-        return whole.view(held.shape)
-
-    def _share(self, held: Held, flat: Tensor) -> tuple[int, int]:
-        """Range of `flat` that this rank puts into sums: all of a shard, its part of what every rank holds."""
-        return share(flat.numel(), self.rank, self.ranks) if held.replicated else (0, flat.numel())
 
 
 def share(size: int, rank: int, ranks: int) -> tuple[int, int]:

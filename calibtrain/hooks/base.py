@@ -22,6 +22,7 @@ from calibtrain.hooks.records import (
     LogRecord,
     MicroBatchRecord,
     RunRecord,
+    SpectraRecord,
     StepRecord,
 )
 
@@ -33,6 +34,7 @@ EVENTS: Mapping[str, type] = {
     "on_step": StepRecord,
     "on_log": LogRecord,
     "on_evaluation": EvaluationRecord,
+    "on_spectra": SpectraRecord,
     "on_checkpoint": CheckpointRecord,
     "on_end": EndRecord,
 }
@@ -73,6 +75,9 @@ class Hook:
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         """After each evaluation."""
+
+    def on_spectra(self, record: SpectraRecord) -> None:
+        """After matrices were read against where the run began."""
 
     def on_checkpoint(self, record: CheckpointRecord) -> None:
         """After a checkpoint is complete on disk."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibtrain.hooks.base import Hook
-from calibtrain.hooks.records import EndRecord, EvaluationRecord, LogRecord, RunRecord
+from calibtrain.hooks.records import EndRecord, EvaluationRecord, LogRecord, RunRecord, SpectraRecord
 from calibtrain.lines import lines_of
 
 
@@ -54,6 +54,10 @@ class JsonlHook(Hook):
     def on_evaluation(self, record: EvaluationRecord) -> None:
         """One line of evaluation metrics."""
         self._append({"event": "evaluation", "step": record.step, "split": record.split, **record.metrics})
+
+    def on_spectra(self, record: SpectraRecord) -> None:
+        """One line of the readings of matrices."""
+        self._append({"event": "spectra", "step": record.step, **record.metrics()})
 
     def on_end(self, record: EndRecord) -> None:
         """One line with the summary and the cause, if training failed."""

@@ -96,6 +96,21 @@ class EvaluationRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SpectraRecord:
+    """Told after matrices were read against where the run began, on every rank."""
+
+    step: int
+    matrices: Mapping[str, Mapping[str, float]]  # module -> quantity -> value
+
+    def metrics(self) -> dict[str, float]:
+        """`spectra/<module>/<quantity>`, and means over the modules as `spectra/mean/<quantity>`."""
+        named = {f"spectra/{name}/{key}": value for name, one in self.matrices.items() for key, value in one.items()}
+        rows = list(self.matrices.values())
+        means = {f"spectra/mean/{key}": sum(row[key] for row in rows) / len(rows) for key in (rows[0] if rows else ())}
+        return {**means, **named}
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointRecord:
     """Told after a checkpoint is complete on disk."""
 

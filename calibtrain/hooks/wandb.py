@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from calibtrain.config import TrackingConfig
 from calibtrain.hooks.base import Hook
-from calibtrain.hooks.records import EndRecord, EvaluationRecord, LogRecord, RunRecord
+from calibtrain.hooks.records import EndRecord, EvaluationRecord, LogRecord, RunRecord, SpectraRecord
 from calibtrain.hooks.wandb_charts import evaluation_charts
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,11 @@ class WandbHook(Hook):
         entry = {**record.metrics, "train/step": record.step}
         answers, split, texts = record.answers, record.split, self._tracking.log_answers
         self._submit(lambda run: run.log({**entry, **(evaluation_charts(split, answers, texts) if answers else {})}))
+
+    def on_spectra(self, record: SpectraRecord) -> None:
+        """Queue the readings of matrices."""
+        entry = {**record.metrics(), "train/step": record.step}
+        self._submit(lambda run: run.log(entry))
 
     def on_end(self, record: EndRecord) -> None:
         """Attach summary and artefacts, finish, and say how to upload an offline run."""

@@ -142,6 +142,25 @@ def load_model(config: ModelConfig) -> Any:
     return model
 
 
+def described_model(config: ModelConfig) -> Any:
+    """The model without its adapters on the meta device: names and shapes, nothing is read or allocated.
+
+    Raises UserError when its config.json is not at hand.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings = load_settings(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                settings,
+                trust_remote_code=config.trust_remote_code,
+                attn_implementation=attention_implementation(config),
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.source: {config.source}: {cause(error)}") from None
+
+
 def attention_implementation(config: ModelConfig) -> str:
     """The config's attention, as transformers knows it, on this machine.
 

@@ -22,13 +22,16 @@ from calibtrain.data.records import Record
 from calibtrain.data.templates import Template, template_of
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
-from calibtrain.models.loading import check_positions, check_weights, load_tokenizer
+from calibtrain.models.loading import add_lora, check_positions, check_weights, described_model, load_tokenizer
 from calibtrain.models.reward import padding_token
 from calibtrain.pipeline.prepare import Prepared, check_rejected, needs_rejected, prepare
 from calibtrain.training.checkpoint import find_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.losses import term_names
+from calibtrain.training.matrices import trained_layers
 from calibtrain.training.output_directory import check_output_dir, check_same_data
+from calibtrain.training.spectra import spectra_layers
+from calibtrain.training.weight_penalty import penalised_layers
 
 READ_WHOLE = 2000
 """So many training records are encoded to look at them; of a larger set, which is in random order, its first ones."""
@@ -91,6 +94,7 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     tokenizer = load_tokenizer(config.model)
     template = template_of(config.data, tokenizer)
     check_positions(config.model, config.data.max_length)
+    _check_layers(config)
     if config.objective.name == "reward_model":
         padding_token(tokenizer, template.end_id)
     if wanting := needs_rejected(config, prepared):
@@ -104,6 +108,18 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     for split in ("calibration", "temperature", "certification", "test"):
         _ask(template, prepared.splits[split][:READ_WHOLE], prepared.shots)
     return Checked(prepared, template, batch_plan(config.training, world_size), examples, drops, records_hash, finished)
+
+
+def _check_layers(config: RunConfig) -> None:
+    """Raise UserError where weight penalties or spectra name layers that are not trained."""
+    if not config.weight_penalties and not config.tracking.spectra_every:
+        return
+    described = add_lora(described_model(config.model), config.model)
+    layers = trained_layers(described.get_base_model() if config.model.lora is not None else described)
+    for penalty in config.weight_penalties:
+        penalised_layers(layers, penalty)
+    if config.tracking.spectra_every:
+        spectra_layers(layers, config.tracking.spectra_modules)
 
 
 def answers_itself(config: RunConfig) -> bool:

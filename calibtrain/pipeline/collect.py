@@ -16,10 +16,11 @@ from calibtrain.data.calibration_set import Composition
 from calibtrain.errors import UserError
 from calibtrain.hooks.jsonl import read_metrics
 from calibtrain.hooks.wandb import attach
-from calibtrain.pipeline.calibration_file import made_by, made_by_source, read_calibration, write_json
+from calibtrain.pipeline.calibration_file import made_by, made_by_source, read_calibration, weights_hash, write_json
 from calibtrain.pipeline.evaluate import measured_metrics, read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.report import CompositionRow, Measured, ReportData, write_report
+from calibtrain.pipeline.spectra_page import read_spectra, write_page
 
 NUMBERS = ("certificate", "certification", "hallucination", "answering", "data_hashes", "words")
 """Of calibration.json, what goes to W&B without tracking.log_answers, beside the calibrator's and the curve's numbers."""
@@ -38,6 +39,8 @@ def run(output_dir: Path) -> Path:
         files = [output_dir / "calibration.json", report]
         if not config.tracking.log_answers:
             files = _without_answers(output_dir, data, Path(folder))
+        if data.spectra:  # anew, so that the report's link leads to what the report shows
+            files.append(write_page(output_dir / "spectra.html", data.spectra))
         attach(output_dir, described, config.tracking, files, _summary(data))
     return report
 
@@ -113,6 +116,7 @@ def report_data(output_dir: Path) -> ReportData:
         if certificate
         else []
     )
+    spectra, problem = _spectra(output_dir)
     return ReportData(
         run_name=config.name,
         config=config.resolved(),
@@ -131,7 +135,26 @@ def report_data(output_dir: Path) -> ReportData:
         groups=calibrated.groups,
         temperature=calibrated.calibrator.temperature,
         training=read_metrics(metrics) if metrics.is_file() else [],
+        spectra=spectra,
+        spectra_problem=problem,
     )
+
+
+def _spectra(output_dir: Path) -> tuple[dict[str, Any] | None, str]:
+    """Content of spectra.json, and why there is none: the report is of more than the weights, so it goes on without."""
+    path = output_dir / "spectra.json"
+    if not path.is_file():
+        return None, ""
+    try:
+        content = read_spectra(path)
+        if content["tuned_hash"] != weights_hash(output_dir / "model"):
+            return (
+                None,
+                f"{path}: of other weights than those in {output_dir / 'model'}; run `calibtrain spectra {output_dir}`",
+            )
+    except UserError as error:
+        return None, str(error)
+    return content, ""
 
 
 def composition_rows(composition: Composition) -> list[CompositionRow]:

@@ -57,7 +57,7 @@ def reliability(rows: Sequence[ReliabilityRow], title: str) -> Markup:
             f'<path class="whisker" d="M{x},{axes.y(row.accuracy_low)}V{axes.y(row.accuracy_high)}"/>'
             f'<circle class="dot" cx="{x}" cy="{y}" r="{2.5 + 5.5 * math.sqrt(row.n / largest):.1f}"/></g>'
         )
-    return _figure(axes, parts, title, "stated confidence", "share right")
+    return framed(axes, parts, title, "stated confidence", "share right")
 
 
 def histogram(right: Sequence[int], wrong: Sequence[int], top: int, title: str) -> Markup:
@@ -79,7 +79,7 @@ def histogram(right: Sequence[int], wrong: Sequence[int], top: int, title: str) 
     parts.append(f'<text class="note" x="{axes.x(0) + 6}" y="{TOP + 10}">▲ right</text>')
     parts.append(f'<text class="note" x="{axes.x(1)}" y="{HEIGHT - BOTTOM - 6}" text-anchor="end">▼ wrong</text>')
     ticks = [(float(v), str(abs(v))) for v in (-top, -top // 2, 0, top // 2, top)]
-    return _figure(axes, parts, title, "stated confidence", "answers", y_ticks=ticks)
+    return framed(axes, parts, title, "stated confidence", "answers", y_ticks=ticks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def curves(
         parts.append(f'<circle class="marker" id="{chart.marker_id}" r="4.5" cx="-20" cy="-20"/>')
     y_ticks = None if chart.percent else _ticks(*axes.y_range)
     x_ticks = _ticks(*axes.x_range) if axes.x_range != (0.0, 1.0) else None
-    return _figure(axes, parts, chart.title, chart.x_label, chart.y_label, x_ticks=x_ticks, y_ticks=y_ticks)
+    return framed(axes, parts, chart.title, chart.x_label, chart.y_label, x_ticks=x_ticks, y_ticks=y_ticks)
 
 
 def nice_ceiling(value: float) -> float:
@@ -156,7 +156,7 @@ def _percent_ticks(low: float, high: float) -> list[tuple[float, str]]:
     return [(value, f"{100 * value:.3g}%") for value in values]
 
 
-def _figure(
+def framed(
     axes: Axes,
     parts: Sequence[str],
     title: str,

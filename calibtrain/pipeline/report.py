@@ -7,8 +7,6 @@ passes a mail filter and shows its figures without JavaScript; only the slider n
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +15,13 @@ from typing import Any
 from calibtrain.abstention.certificate import Certification
 from calibtrain.abstention.groups import GroupCertification
 from calibtrain.abstention.strata import GroupRisk
-from calibtrain.abstention.words import Scale, percent, scale_of, word_for
+from calibtrain.abstention.words import Scale, scale_of, word_for
 from calibtrain.confidence.answer import Answer
+from calibtrain.pipeline import page
 from calibtrain.pipeline import report_figures as figures
 from calibtrain.pipeline.report_numbers import Stage, comparison, stage_of, threshold_table, words_table
 from calibtrain.pipeline.scope import Scope, at_most
+from calibtrain.pipeline.spectra_page import report_part
 
 SAMPLES = 8  # answers shown of each kind
 GROUPS = 30  # shown of each stratum
@@ -69,33 +69,20 @@ class ReportData:
     training: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
     bootstrap_replicates: int = 400
     samples: bool = True  # show some questions with their answers
+    spectra: Mapping[str, Any] | None = None  # content of spectra.json
+    spectra_problem: str = ""  # why it cannot be shown
 
 
 def write_report(output: Path, report: ReportData) -> Path:
     """Write the page to `output`, a file or a directory that gets report.html. Returns the file's path."""
     path = output / "report.html" if output.is_dir() or not output.suffix else output
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".html.tmp")
-    temporary.write_text(render_report(report), encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return page.write(path, render_report(report))
 
 
 def render_report(report: ReportData) -> str:
     """The page as text. Questions, answers, names and config are escaped: they are other people's text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("calibtrain.pipeline", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        share=_share, number=_number, at_most=at_most, word=lambda q: word_for(q, _words(report)).name, percent=percent
-    )
-    return environment.get_template("report.html.j2").render(**_context(report))
+    words = _words(report)
+    return page.render("report.html.j2", _context(report), at_most=at_most, word=lambda q: word_for(q, words).name)
 
 
 def _context(report: ReportData) -> dict[str, Any]:
@@ -121,6 +108,7 @@ def _context(report: ReportData) -> dict[str, Any]:
         "figures": figures.all_figures(stages, table, report.target_risk, report.training),
         "samples": _samples(report, threshold) if report.samples else [],
         **_strata(report),
+        "spectra": report_part(report.spectra) if report.spectra else None,
         "config": json.dumps(report.config, indent=2, ensure_ascii=False, default=str),
         "curve": sorted(report.certified_curve.items()),
     }
@@ -174,16 +162,6 @@ def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(rows) <= SAMPLES:
         return rows
     return [rows[i * (len(rows) - 1) // (SAMPLES - 1)] for i in range(SAMPLES)]
-
-
-def _share(value: float, digits: int = 1) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%".replace("-", "−")
-
-
-def _number(value: float, digits: int = 3) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.{digits}f}".replace("-", "−")
 
 
 __all__ = ["CompositionRow", "Measured", "ReportData", "Stage", "render_report", "write_report"]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from calibtrain.errors import UserError
-from calibtrain.pipeline.calibration_file import write_json
+from calibtrain.pipeline.calibration_file import weights_hash, write_json
 from calibtrain.pipeline.spectra_page import write_page
 from calibtrain.spectral.compare import Settings, compare_matrix, judge
 from calibtrain.spectral.directories import Pair, Pairs, open_pairs
@@ -115,7 +115,12 @@ def run(
         "format": FORMAT,
         "base": compared.base_name,
         "tuned": compared.tuned_name,
-        "settings": asdict(settings),
+        "tuned_hash": weights_hash(compared.tuned),
+        "settings": {
+            **asdict(settings),
+            "layers": spelled(layers),
+            "modules": None if modules is None else ",".join(modules),
+        },
         "matrices": rows,
         "left_out": [{"name": name, "why": why} for name, why in pairs.left_out],
         "summary": total,
@@ -271,6 +276,19 @@ def parse_layers(text: str | None) -> set[int] | None:
             raise UserError(f"--layers: {text!r} is not a list of layers like 0-5,12")
         found.update(range(int(first), int(last or first) + 1))
     return found
+
+
+def spelled(layers: set[int] | None) -> str | None:
+    """Such a list of `layers`."""
+    if layers is None:
+        return None
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def parse_modules(text: str | None) -> list[str] | None:

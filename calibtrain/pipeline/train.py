@@ -52,6 +52,7 @@ from calibtrain.training.reference import with_reference_logprobs
 from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.row_layout import row_layout
+from calibtrain.training.spectra import build_spectra
 from calibtrain.training.trainer import Trainer
 from calibtrain.training.weight_penalty import build_weight_penalties
 
@@ -294,6 +295,7 @@ def _trainer(
         stream=stream,
         average=average,
         weight_penalties=build_weight_penalties(config, engine, world),
+        spectra=build_spectra(config, engine, world),
         **layout,
         evaluation_questions=questions,
         rollouts=rollouts,

@@ -42,7 +42,8 @@ class Pair:
         if isinstance(self.after, Stored):
             return first, self.after.read(self.part)
         left, right = self.after.factors(self.part)
-        return first.float(), first.float() + left @ right
+        first = first.float()
+        return first, first.addmm(left, right)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(B (out, r) with the scaling in it, A (r, in)) in float32, W - W0 = B A; None where TUNED is no adapter."""
@@ -93,8 +94,10 @@ def is_adapter(path: Path) -> bool:
 
 
 def has_tied_head(model: ModelFiles) -> bool:
-    """Whether the head is the embedding: config.json says so, or no head is among the tensors."""
-    return not any(map(is_head, model.tensors)) or layouts.setting(model.settings, "tie_word_embeddings") is True
+    """Whether the head is the embedding: config.json says so, they share a tensor, or no head of any kind is there."""
+    heads = [stored for name, stored in model.tensors.items() if layouts.place(name).last in layouts.HEADS]
+    shared = any(stored in heads for name, stored in model.tensors.items() if name != stored.name)
+    return not heads or shared or layouts.setting(model.settings, "tie_word_embeddings") is True
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,7 @@ def _matched(base: ModelFiles, tuned: _Tuned, names: Mapping[str, str], modules:
     base_tied = has_tied_head(base)
     for name, after in tuned.weights.items():
         before = base.tensors.get(names.get(name, ""))
-        kind = _kind(before or after)
+        kind = _kind(name, before or after)
         if not kind:
             continue
         if is_head(name) and (base_tied or tuned.tied):
@@ -138,9 +141,9 @@ def _matched(base: ModelFiles, tuned: _Tuned, names: Mapping[str, str], modules:
             pairs += _pairs(name, kind, before, after, base)
     known = {names[name] for name in tuned.weights if name in names}
     for name, before in base.tensors.items():
-        kind = _kind(before)
+        kind = _kind(name, before)
         if kind and name not in known:
-            why = "the embedding, to which it is tied, is compared" if is_head(name) and tuned.tied else tuned.others
+            why = f"tied to the embedding in {tuned.path}" if is_head(name) and tuned.tied else tuned.others
             left_out.append((name, why if kind in COMPARED else kind))
     return Pairs(pairs, left_out)
 
@@ -174,10 +177,9 @@ def _pairs(name: str, kind: str, before: Stored, after: Stored | LowRank, base: 
     return found
 
 
-def _kind(weight: Stored | LowRank) -> str:
-    if isinstance(weight, LowRank):
-        return "matrix"
-    return layouts.kind(weight.name, weight.shape) if weight.dtype in DTYPES else ""
+def _kind(name: str, weight: Stored | LowRank) -> str:
+    known = isinstance(weight, LowRank) or weight.dtype in DTYPES
+    return layouts.kind(name.split("[")[0], weight.shape) if known else ""
 
 
 def is_head(name: str) -> bool:
@@ -249,7 +251,9 @@ def _check_adapter(base: ModelFiles, adapter: _Tuned, names: Mapping[str, str]) 
         if before is None and not (is_head(name) and has_tied_head(base)):
             what = f"changes {name}, which {base.path} does not have"
         elif (
-            before is not None and _kind(before) == "matrix" and _full_shape(before, base) != _full_shape(change, base)
+            before is not None
+            and _kind(name, before) == "matrix"
+            and _full_shape(before, base) != _full_shape(change, base)
         ):
             what = f"{name} is {list(_full_shape(change, base))}, and {list(_full_shape(before, base))} in {base.path}"
         else:
@@ -261,7 +265,7 @@ def _linear(model: ModelFiles) -> list[str]:
     return [
         name
         for name, stored in model.tensors.items()
-        if _kind(stored) == "matrix" and layouts.place(name).layer is not None
+        if _kind(name, stored) == "matrix" and layouts.place(name).layer is not None
     ]
 
 
@@ -272,7 +276,7 @@ def _apart(pairs: list[Pair]) -> list[Pair]:
         by_name[pair.module].append(index)
     named = list(pairs)
     for module, indices in by_name.items():
-        paths = [layouts.place(pairs[index].before.name).path for index in indices]
+        paths = [layouts.place(pairs[index].name.split("[")[0]).path for index in indices]
         for depth in range(1, max(map(len, paths))):
             if len({(pairs[i].layer, pairs[i].expert, named[i].module) for i in indices}) == len(indices):
                 break
@@ -284,11 +288,11 @@ def _apart(pairs: list[Pair]) -> list[Pair]:
 def _chosen(found: Pairs, base: ModelFiles, layers: set[int] | None, modules: Sequence[str] | None) -> Pairs:
     pairs, left_out = found.pairs, list(found.left_out)
     if modules is None:
-        pairs = [pair for pair in pairs if _kind(pair.before) == "matrix"]
+        pairs = [pair for pair in pairs if _kind(pair.name, pair.before) == "matrix"]
         left_out += [
-            (pair.name, f"{WHAT[_kind(pair.before)]}; name {pair.module} in modules to compare it")
+            (pair.name, f"{WHAT[_kind(pair.name, pair.before)]}; name {pair.module} in modules to compare it")
             for pair in found.pairs
-            if _kind(pair.before) != "matrix"
+            if _kind(pair.name, pair.before) != "matrix"
         ]
     else:
         for asked in modules:

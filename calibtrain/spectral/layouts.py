@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
+CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 """Models of transformers' Conv1D, which stores (in, out)."""
 CONV1D_NAMES = {"c_attn", "q_attn", "c_proj", "c_fc"}
 IN_FIRST_EXPERTS = {"gpt_oss", "openai_privacy_filter", "llama4", "aria", "qwen3_vl_moe"}
 """Models whose stacks of experts are (experts, in, out) in files. Others are (experts, out, in)."""
 ALTERNATING = {"gpt_oss"}
 """Models whose experts hold gate and up in alternating rows, not one after the other."""
-GATE_AND_UP = {"gate_up_proj"}
-GRANITE = {"granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa", "jetmoe"}
+GRANITE = {"granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"}
+"""Models whose input_linear is gate and up."""
 EXPERTS_UP = {"gate_up_proj", "gate_proj", "up_proj", "input_linear"}
 EXPERTS_DOWN = {"down_proj", "output_linear"}
 EMBEDDINGS = {"wte", "wpe", "shared", "embedding", "embeddings", "emb", "relative_attention_bias"}
@@ -88,7 +88,7 @@ class Place:
     @property
     def last(self) -> str:
         """Name of the module that holds it."""
-        return self.path[-1]
+        return self.path[-1] if self.path else ""
 
 
 def place(name: str) -> Place:
@@ -102,7 +102,7 @@ def place(name: str) -> Place:
             expert = int(word)
         elif layer is None:
             layer = int(word)
-    if path[-1] == "weight" and len(path) > 1:
+    if len(path) > 1 and path[-1] == "weight":
         path.pop()
     return Place(layer, expert, tuple(path))
 
@@ -135,13 +135,13 @@ def parts(name: str, shape: tuple[int, ...], settings: Mapping[str, Any]) -> lis
     at, model = place(name), model_type(settings)
     if len(shape) == 3:
         in_first = _stack_is_in_first(at.last, shape, settings)
-        cuts = _cuts(at.last, shape[2] if in_first else shape[1], settings)
+        cuts = _cuts(at, shape[2] if in_first else shape[1], settings)
         return [Part(expert, None, in_first, cut) for expert in range(shape[0]) for cut in cuts]
     if model == "dbrx" and at.last in ("w1", "v1", "w2"):
         experts = int((settings.get("ffn_config") or {}).get("moe_num_experts", 4))
         return [Part(expert, experts, at.last == "w2") for expert in range(experts)]
     in_first = model in CONV1D and at.last in CONV1D_NAMES
-    return [Part(None, None, in_first, cut) for cut in _cuts(at.last, shape[1] if in_first else shape[0], settings)]
+    return [Part(None, None, in_first, cut) for cut in _cuts(at, shape[1] if in_first else shape[0], settings)]
 
 
 def model_type(settings: Mapping[str, Any]) -> str:
@@ -174,9 +174,11 @@ def _stack_is_in_first(module: str, shape: tuple[int, ...], settings: Mapping[st
     return model_type(settings) in IN_FIRST_EXPERTS
 
 
-def _cuts(module: str, rows: int, settings: Mapping[str, Any]) -> list[Cut | None]:
-    model = model_type(settings)
-    if module in GATE_AND_UP or (module == "input_linear" and model in GRANITE):
+def _cuts(at: Place, rows: int, settings: Mapping[str, Any]) -> list[Cut | None]:
+    model, module = model_type(settings), at.last
+    if "crossattention" in at.path:  # queries lie in a tensor of their own there
+        return [None]
+    if module == "gate_up_proj" or (module == "input_linear" and model in GRANITE):
         if rows % 2:
             return [None]
         grid, axis = ((rows // 2, 2), 1) if model in ALTERNATING else ((2, rows // 2), 0)
@@ -237,18 +239,14 @@ def _groups(settings: Mapping[str, Any]) -> int:
         return 1 if settings.get("multi_query", True) else _heads(settings)
     if model == "dbrx":
         return int((settings.get("attn_config") or {}).get("kv_n_heads", 1))
-    return int(setting(settings, "num_key_value_heads") or _heads(settings)) if model in GROUPED else _heads(settings)
+    return int((setting(settings, "num_key_value_heads") if model == "phi3" else None) or _heads(settings))
 
 
-GROUPED = {"phi3", "phi4_multimodal"}
 FUSED: dict[tuple[str, str], Callable[[int, Mapping[str, Any]], list[Cut]]] = {
     ("gpt2", "c_attn"): _thirds,
     ("openai-gpt", "c_attn"): _thirds,
-    ("imagegpt", "c_attn"): _thirds,
-    ("decision_transformer", "c_attn"): _thirds,
     ("mpt", "Wqkv"): _thirds,
     ("phi3", "qkv_proj"): _in_order,
-    ("phi4_multimodal", "qkv_proj"): _in_order,
     ("dbrx", "Wqkv"): _in_order,
     ("gpt_bigcode", "c_attn"): _bigcode,
     ("gpt_neox", "query_key_value"): _by_group,
@@ -256,7 +254,6 @@ FUSED: dict[tuple[str, str], Callable[[int, Mapping[str, Any]], list[Cut]]] = {
     ("bloom", "query_key_value"): _by_group,
     ("persimmon", "query_key_value"): _by_group,
     ("falcon", "query_key_value"): _by_group,
-    ("minimax", "qkv_proj"): _by_group,
     ("codegen", "qkv_proj"): _codegen,
 }
 """(model_type, module): rows of queries, keys and values, as transformers' forward splits them."""

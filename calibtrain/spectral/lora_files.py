@@ -90,6 +90,8 @@ def open_adapter(path: Path) -> Adapter:
         elif len(stored.shape) > 1:
             whole[name] = stored
     low_rank = {f"{module}.weight": _pair_up(file, module, found, settings) for module, found in halves.items()}
+    # PEFT saves an embedding beside its low-rank change: what it was, not what it became.
+    whole = {name: stored for name, stored in whole.items() if name not in low_rank}
     if not low_rank and not whole:
         raise UserError(f"{file}: holds no matrix; is it the right adapter?")
     return Adapter(low_rank, whole)
@@ -118,17 +120,16 @@ def _pair_up(file: Path, module: str, found: dict[str, Stored], settings: dict[s
         raise UserError(
             f"{file}: lora_A and lora_B of {module} differ in rank ({rank}, {second.shape[1]}); save it again"
         )
-    alpha = _by_pattern(settings.get("alpha_pattern") or {}, module, settings.get("lora_alpha", 8))
+    alpha = _by_pattern(file.parent, settings.get("alpha_pattern") or {}, module, settings.get("lora_alpha", 8))
     return LowRank(first, second, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank), embedding)
 
 
-def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> float:
+def _by_pattern(path: Path, patterns: dict[str, Any], module: str, otherwise: Any) -> float:
     """As PEFT picks it: the first key that is the end of the module's name, as a regular expression."""
-    for key, value in patterns.items():
-        try:
-            matches = re.match(rf"(.*\.)?({key})$", module)
-        except re.error as error:
-            raise UserError(f"adapter_config.json: alpha_pattern {key!r} is no regular expression ({error})") from None
-        if matches:
-            return float(value)
-    return float(otherwise)
+    try:
+        value = next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)), otherwise)
+        return float(value)
+    except (re.error, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: lora_alpha or alpha_pattern of adapter_config.json cannot be read ({error})"
+        ) from None

@@ -112,15 +112,18 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file; UserError where it is cut off or broken."""
+    """The tensors of one safetensors file, a shared one by all its names; UserError where it is cut off or broken."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
-            return {
+            found = {
                 name: Stored(file, name, tuple(one.get_shape()), str(one.get_dtype())) for name, one in slices.items()
             }
+            # safetensors' save_model keeps one of the tensors that share memory, and puts the others' names beside it.
+            shared = {other: found[kept] for other, kept in (opened.metadata() or {}).items() if kept in found}
+            return {**shared, **found}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: no whole safetensors file ({error}); copy or download it again") from None
 
@@ -172,4 +175,10 @@ def _sharded(path: Path) -> dict[str, Stored]:
     for name, shard in where.items():
         if name not in headers[shard]:
             raise UserError(f"{path / shard}: holds no {name}, which {INDEX} puts there; copy or download both again")
-    return {name: headers[shard][name] for name, shard in where.items()}
+    shared = {
+        name: stored
+        for header in headers.values()
+        for name, stored in header.items()
+        if name != stored.name and stored.name in where
+    }
+    return {**shared, **{name: headers[shard][name] for name, shard in where.items()}}

@@ -18,7 +18,7 @@ from calibtrain.data.records import Record
 from calibtrain.distributed import World, gather_lists
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
-from calibtrain.hooks.records import CheckpointRecord, EvaluationRecord, MicroBatchRecord, StepRecord
+from calibtrain.hooks.records import CheckpointRecord, EvaluationRecord, MicroBatchRecord, SpectraRecord, StepRecord
 from calibtrain.losses.terms import ANSWER, QUERY, Batch, global_counts
 from calibtrain.models.loss_model import StepStatistics, TrainStep
 from calibtrain.training.answer_stream import AnswerStream
@@ -29,6 +29,7 @@ from calibtrain.training.engine import Engine
 from calibtrain.training.host_memory import RELEASE_EVERY, release_freed_memory
 from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts
+from calibtrain.training.spectra import Spectra
 from calibtrain.training.weight_penalty import WeightPenalties
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Trainer:
     stream: AnswerStream | None = None
     average: WeightAverage | None = None
     weight_penalties: WeightPenalties | None = None
+    spectra: Spectra | None = None
     packing_tokens: int | None = None
     shared_prefix: bool = False
     evaluation_questions: Sequence[Record] = ()
@@ -128,6 +130,8 @@ class Trainer:
             release_freed_memory()
         if step % training.log_every == 0 or last:
             self.hooks.reduce_and_log(step, self.total_steps)
+        if self.spectra is not None and self.spectra.is_due(step, self.total_steps):
+            self.hooks.dispatch("on_spectra", SpectraRecord(step, self.spectra.read()))
         if self.stream is not None and not last and self.stream.is_due(step):
             self._report_answers(step, self.stream.round(step) or [])
         if self.evaluation_questions and training.evaluate_every and (step % training.evaluate_every == 0 or last):

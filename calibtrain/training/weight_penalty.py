@@ -1,7 +1,6 @@
-"""Weight penalties in a DeepSpeed run: where the fp32 masters of each matrix lie, and a step on them before the optimiser.
+"""Weight penalties in a DeepSpeed run: a step on the fp32 masters, where they lie, before the optimiser's.
 
-The masters are whole on every rank (ZeRO-0), contiguous pieces of each matrix (ZeRO-1 and 2) or its ZeRO-3 shards; nothing
-is gathered while training. The step hangs on the optimiser that DeepSpeed wraps, which runs only when gradients were
+The step hangs on the optimiser that DeepSpeed wraps, which runs only when gradients were
 finite and before it copies masters into weights: a skipped step skips the penalty, and the weights follow at no cost.
 """
 
@@ -13,16 +12,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from calibtrain.config import RunConfig, WeightPenaltyConfig
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.losses.rotation_probes import Shard, penalty_norm
-from calibtrain.losses.rotation_step import DecoupledPenalty, DenseMatrix, Held, LoRAMatrix, share
+from calibtrain.losses.rotation_step import DecoupledPenalty, DenseMatrix, LoRAMatrix
 from calibtrain.losses.silence import PATIENCE
-from calibtrain.spectral.polar import polar_factor
 from calibtrain.training.engine import Engine
+from calibtrain.training.matrices import Reduce, begin, trained_layers
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +68,10 @@ def build_weight_penalties(config: RunConfig, engine: Engine, world: World) -> W
     """Penalties that hold the engine's weights near what they are now: call it before a checkpoint is loaded. Collective."""
     if not config.weight_penalties:
         return None
-    layers = _lora_layers(engine.module) if config.model.lora is not None else _linear_layers(engine.module)
+    layers = trained_layers(engine.module.policy.causal_model)
     penalties: dict[str, DecoupledPenalty] = {}
     for number, penalty in enumerate(config.weight_penalties):
-        chosen = _targets(layers, penalty)
+        chosen = penalised_layers(layers, penalty)
         matrices = [_matrix(name, layer, penalty.name, engine, world, i) for i, (name, layer) in enumerate(chosen)]
         penalties[penalty.name] = DecoupledPenalty(
             penalty.name,
@@ -84,44 +82,15 @@ def build_weight_penalties(config: RunConfig, engine: Engine, world: World) -> W
             scale=1.0 if penalty.scale == "fixed" else None,
             budget=penalty.budget,
             seed=config.seed + number,
-            reduce=_Reduce(world) if world.size > 1 else None,
+            reduce=Reduce(world) if world.size > 1 else None,
             rank=world.rank,
             ranks=world.size,
         )
     return WeightPenalties(penalties, engine.deepspeed.basic_optimizer)
 
 
-class _Reduce:
-    def __init__(self, world: World) -> None:
-        self.device = world.device
-
-    def __call__(self, flat: Tensor) -> None:
-        moved = flat.to(self.device)  # NCCL adds on GPUs only; offloaded masters are on the CPU
-        dist.all_reduce(moved)
-        if moved is not flat:
-            flat.copy_(moved)
-
-
-def _linear_layers(module: Any) -> list[tuple[str, nn.Module]]:
-    head = module.policy.causal_model.get_output_embeddings()
-    return [
-        (name, layer)
-        for name, layer in module.policy.named_modules()
-        if isinstance(layer, nn.Linear) and layer is not head and layer.weight.requires_grad
-    ]
-
-
-def _lora_layers(module: Any) -> list[tuple[str, nn.Module]]:
-    return [
-        (name, layer) for name, layer in module.policy.named_modules() if hasattr(layer, "lora_A") and _trained(layer)
-    ]
-
-
-def _trained(layer: Any) -> bool:
-    return all(getattr(layer, key)["default"].weight.requires_grad for key in ("lora_A", "lora_B"))
-
-
-def _targets(layers: Sequence[tuple[str, nn.Module]], penalty: WeightPenaltyConfig) -> list[tuple[str, nn.Module]]:
+def penalised_layers(layers: Sequence[tuple[str, Any]], penalty: WeightPenaltyConfig) -> list[tuple[str, Any]]:
+    """Those of `layers` that the penalty holds. Raises UserError for a name that is none of theirs, and without layers."""
     wanted = penalty.target_modules
     names = sorted({name.rpartition(".")[2] for name, _ in layers})
     missing = sorted(set(() if wanted == "all-linear" else wanted) - set(names))
@@ -139,97 +108,17 @@ def _targets(layers: Sequence[tuple[str, nn.Module]], penalty: WeightPenaltyConf
 
 
 def _matrix(name: str, layer: Any, penalty: str, engine: Engine, world: World, number: int) -> DenseMatrix | LoRAMatrix:
-    base = getattr(layer, "base_layer", layer).weight
-    if base.requires_grad:
-        held = held_master(base, engine.stage, world)
-        own, start = held.read(), held.start
-    else:
-        held, (own, start) = None, _frozen_piece(base, world)
-    shape = _shape(base)
-    whole = _gather(shape, own, start, held is not None and held.replicated, world)
-    norm, squared_norm = penalty_norm(penalty, whole), float(whole.square().sum())
+    begun = begin(layer, engine, world)
+    norm, squared_norm = penalty_norm(penalty, begun.whole), float(begun.whole.square().sum())
     if not norm > 0:
         raise UserError(
             f"weight_penalties.{penalty}: {name} is 0 everywhere, and nothing relative to it can be held; leave it out of "
             "target_modules"
         )
     # In the model's dtype, in which the run began: exact, and half the memory of fp32.
-    initial, polar = own.to(base.dtype, copy=True), None
-    if penalty == "polar_drift":
-        factor = polar_factor(whole) if number % world.size == world.rank else torch.empty_like(whole)
-        if world.size > 1:
-            moved = factor.to(world.device)
-            dist.broadcast(moved, number % world.size)
-            factor = moved.to(factor.device)
-        polar = factor.reshape(-1)[start : start + own.numel()].clone()
-    if held is not None:
-        return DenseMatrix(name, held, initial, norm, squared_norm, polar)
-    adapters = [getattr(layer, key)["default"].weight for key in ("lora_A", "lora_B")]
-    a, b = (held_master(one, engine.stage, world) for one in adapters)
-    reference = Shard(shape, start, initial if polar is None else polar)
-    return LoRAMatrix(name, a, b, reference, layer.scaling["default"], norm, squared_norm)
-
-
-def _gather(shape: tuple[int, int], own: Tensor, start: int, replicated: bool, world: World) -> Tensor:
-    """The whole matrix in fp32, once at the start, one at a time."""
-    if replicated or world.size == 1:
-        return own.float().view(shape)
-    whole = torch.zeros(shape[0] * shape[1], dtype=torch.float32, device=own.device)
-    whole[start : start + own.numel()] = own
-    _Reduce(world)(whole)
-    return whole.view(shape)
-
-
-def held_master(parameter: nn.Parameter, stage: int, world: World) -> Held:
-    """This rank's fp32 elements of a trained matrix under ZeRO `stage`."""
-    shape = _shape(parameter)
-    if stage == 0:
-        return Held.parameter(parameter)
-    if stage == 3:
-        return _sharded_master(parameter, shape)
-    empty = torch.zeros(0, device=world.device)
-
-    def read() -> Tensor:
-        # Looked up at each step: DeepSpeed links its fragments anew when it loads a checkpoint.
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        return empty if mapping is None else mapping.get_hp_fragment().detach().view(-1)
-
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-    return Held(shape, 0 if mapping is None else int(mapping.lp_fragment_address.start), read)
-
-
-def _sharded_master(parameter: Any, shape: tuple[int, int]) -> Held:
-    from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
-
-    start, size = _zero3_range(parameter)
-    padded: list[Tensor] = []
-
-    def read() -> Tensor:
-        padded[:] = [safe_get_local_fp32_param(parameter).detach().view(-1)]  # the last shard may end in padding
-        return padded[0][:size]
-
-    def write(flat: Tensor) -> None:
-        safe_set_local_fp32_param(parameter, padded.pop())  # no copy of the masters, unless they are offloaded
-
-    return Held(shape, start, read, write)
-
-
-def _zero3_range(parameter: Any) -> tuple[int, int]:
-    """(start, size) of this rank's ZeRO-3 shard in the row-major flat parameter, without its padding."""
-    each = int(parameter.ds_tensor.ds_numel)
-    start = min(parameter.ds_numel, each * dist.get_rank(group=parameter.ds_process_group))
-    return start, min(each, parameter.ds_numel - start)
-
-
-def _frozen_piece(parameter: Any, world: World) -> tuple[Tensor, int]:
-    """This rank's part of a frozen matrix: its ZeRO-3 shard, or a share of what every rank holds whole."""
-    if hasattr(parameter, "ds_tensor"):
-        start, size = _zero3_range(parameter)
-        return parameter.ds_tensor.detach().view(-1)[:size], start
-    begin, end = share(parameter.numel(), world.rank, world.size)
-    return parameter.detach().view(-1)[begin:end], begin
-
-
-def _shape(parameter: Any) -> tuple[int, int]:
-    rows, columns = getattr(parameter, "ds_shape", parameter.shape)
-    return int(rows), int(columns)
+    initial = begun.own.to(begun.device, begun.dtype, copy=True)
+    polar = begun.polar_piece(number, world).to(begun.device) if penalty == "polar_drift" else None
+    if len(begun.masters) == 1:
+        return DenseMatrix(name, begun.masters[0], initial, norm, squared_norm, polar)
+    reference = Shard(begun.shape, begun.start, initial if polar is None else polar)
+    return LoRAMatrix(name, *begun.masters, reference, layer.scaling["default"], norm, squared_norm)

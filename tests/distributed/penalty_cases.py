@@ -1,4 +1,4 @@
-"""Run by test_weight_penalty under torchrun: penalties on the shards of every ZeRO stage, against the whole matrices.
+"""Run by test_weight_penalty under torchrun: penalties and spectra on the shards of every ZeRO stage, and whole matrices.
 
 Usage: penalty_cases.py FOLDER. Does every FOLDER/*.yaml; rank 0 writes FOLDER/<name>-<ranks>.pt.
 """
@@ -18,9 +18,12 @@ from calibtrain.losses.rotation_probes import Shard, run_together
 from calibtrain.losses.rotation_step import DecoupledPenalty, DenseMatrix
 from calibtrain.pipeline.train import build_model
 from calibtrain.training.engine import start_engine
-from calibtrain.training.weight_penalty import _gather, build_weight_penalties
+from calibtrain.training.matrices import gather
+from calibtrain.training.spectra import build_spectra
+from calibtrain.training.weight_penalty import build_weight_penalties
 
 DRIFT = 0.05
+SPECTRA_DRIFT = 0.002
 
 
 def measure(config: RunConfig, world: World) -> dict[str, Any]:
@@ -29,7 +32,7 @@ def measure(config: RunConfig, world: World) -> dict[str, Any]:
     engine = start_engine(build_model(config), config, world)
     penalties = build_weight_penalties(config, engine, world)
     assert penalties is not None
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"spectra": _spectra(config, engine, world)}
     for name, penalty in penalties.penalties.items():
         for one in penalty.matrices:
             held = [one.weight] if isinstance(one, DenseMatrix) else [one.a, one.b]
@@ -47,16 +50,40 @@ def measure(config: RunConfig, world: World) -> dict[str, Any]:
 
 def _whole(held: Any, world: World) -> torch.Tensor:
     flat = held.read()
-    found = _gather(held.shape, flat, held.start, held.replicated, world).clone()
+    found = gather(held.shape, flat, held.start, held.replicated, world).clone()
     held.write(flat)
     return found
 
 
-def _move(held: Any) -> None:
+def _spectra(config: RunConfig, engine: Any, world: World) -> dict[str, Any]:
+    """Readings before and after the masters are moved, and the whole masters after it."""
+    spectra = build_spectra(config, engine, world)
+    assert spectra is not None
+    masters = [part for one in spectra.matrices for part in one.masters]
+    before, start = [_whole(part, world) for part in masters], spectra.read()
+    for part in masters:
+        _move(part, SPECTRA_DRIFT)
+    moved = [_whole(part, world) for part in masters]
+    random = torch.get_rng_state()
+    read = spectra.read()
+    untouched = torch.equal(random, torch.get_rng_state()) and all(
+        torch.equal(_whole(part, world), one) for part, one in zip(masters, moved, strict=True)
+    )
+    for part, one in zip(masters, before, strict=True):
+        flat = part.read()
+        flat.copy_(one.view(-1)[part.start : part.start + flat.numel()])
+        part.write(flat)
+    each = len(spectra.matrices[0].masters)
+    whole = {one.name: moved[each * i : each * (i + 1)] for i, one in enumerate(spectra.matrices)}
+    elements = sum(one.first.flat.numel() for one in spectra.matrices)
+    return {"start": start, "read": read, "moved": whole, "untouched": untouched, "elements": elements}
+
+
+def _move(held: Any, size: float = DRIFT) -> None:
     """Add the same noise on every rank, each to its own elements."""
     flat = held.read()
     noise = torch.randn(held.shape, generator=torch.Generator().manual_seed(7)).view(-1)
-    flat.add_(DRIFT * noise[held.start : held.start + flat.numel()])
+    flat.add_(size * noise[held.start : held.start + flat.numel()])
     held.write(flat)
 
 
@@ -68,12 +95,12 @@ def _gradient(penalty: DecoupledPenalty, one: Any, world: World) -> dict[str, An
         own = Shard(one.weight.shape, one.weight.start, torch.zeros_like(flat))
         own.add_product(estimate.left, estimate.right, 1.0)
         own.flat.add_((flat - one.initial) * estimate.drift_factor)
-        gradients = [_gather(one.weight.shape, own.flat, one.weight.start, one.weight.replicated, world)]
+        gradients = [gather(one.weight.shape, own.flat, one.weight.start, one.weight.replicated, world)]
         value = estimate.value
     else:
         from calibtrain.losses.rotation_lora import lora_sums
 
-        parts = penalty._part(one.a), penalty._part(one.b)
+        parts = (held.part(penalty.rank, penalty.ranks) for held in (one.a, one.b))
         sums = lora_sums(penalty.penalty, *parts, one.reference, one.scaling, one.norm, penalty.budget)
         ((value, *gradients),) = run_together([sums], penalty.reduce)
     return {"value": value, "gradients": gradients}

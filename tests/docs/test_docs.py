@@ -44,6 +44,17 @@ def test_commands_run(text, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("text", blocks("bash run spectra"))
+def test_spectra_commands_run(text, tmp_path):
+    places = {"BASE": write_tiny_model(tmp_path / "base"), "TUNED": write_tiny_model(tmp_path / "tuned", seed=1)}
+    for i, line in enumerate(filter(None, text.splitlines())):
+        words = [str((places | {"DIR": tmp_path / str(i)}).get(word, word)) for word in shlex.split(line)]
+        argv = [sys.executable, "-m", "calibtrain.cli", *words[1:]]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert list((tmp_path / str(i)).iterdir())
+
+
 @pytest.mark.parametrize("text", blocks("yaml config"))
 def test_yaml_snippets_are_valid_configs(text, tmp_path):
     (tmp_path / "run.yaml").write_text(text)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from calibtrain.hooks.jsonl import JsonlHook, read_metrics
 from calibtrain.hooks.progress import ProgressHook
-from calibtrain.hooks.records import EvaluationRecord, LogRecord, RunRecord
+from calibtrain.hooks.records import EvaluationRecord, LogRecord, RunRecord, SpectraRecord
 
 
 def run_record(path, first_step=0, rank=0):
@@ -51,6 +51,18 @@ def test_a_line_holds_whatever_characters_there_are(tmp_path):
     resumed.load_state_dict(state)
     resumed.on_start(run_record(tmp_path, first_step=2))
     assert [entry["said"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == ["a\u2028b\x85c\x0c\ud83d"] * 2
+
+
+def test_readings_of_matrices_are_named_after_their_modules_beside_their_means(tmp_path):
+    hook = JsonlHook()
+    hook.on_start(run_record(tmp_path))
+    hook.on_spectra(SpectraRecord(4, {"layers.0.q_proj": {"alpha": 1.0}, "layers.1.q_proj": {"alpha": 1.5}}))
+    hook.on_spectra(SpectraRecord(6, {"layers.0.q_proj": {"alpha": math.nan}, "layers.1.q_proj": {"alpha": 1.5}}))
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    each = {"spectra/layers.0.q_proj/alpha": 1.0, "spectra/layers.1.q_proj/alpha": 1.5}
+    assert first == {"event": "spectra", "step": 4, "spectra/mean/alpha": 1.25, **each}
+    assert second["spectra/layers.0.q_proj/alpha"] is None
+    assert second["spectra/mean/alpha"] is None
 
 
 def test_other_ranks_write_nothing(tmp_path):

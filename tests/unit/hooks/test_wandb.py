@@ -8,7 +8,7 @@ import wandb
 from calibtrain.confidence.answer import Answer
 from calibtrain.config import TrackingConfig
 from calibtrain.hooks import wandb as hook_module
-from calibtrain.hooks.records import EndRecord, EvaluationRecord, LogRecord, RunRecord
+from calibtrain.hooks.records import EndRecord, EvaluationRecord, LogRecord, RunRecord, SpectraRecord
 from calibtrain.hooks.wandb import WandbHook, resolve_mode
 from tests.wandb_file import history, records
 
@@ -29,6 +29,7 @@ def job(tmp_path, first_step=0, state=None, **tracking):
     hook.on_start(RunRecord({"seed": 7}, tmp_path, 9, first_step, rank=0, world_size=2))
     for step in (first_step + 1, first_step + 2):
         hook.on_log(LogRecord(step, 9, {"train/loss/nll": 1.0 / step}))
+    hook.on_spectra(SpectraRecord(first_step + 2, {"layers.0.q_proj": {"alpha": 1.5}}))
     answers = [Answer(str(i), f"{SECRET}?", f"<b>{SECRET}</b>", (-0.1 * i,), i % 3 > 0) for i in range(30)]
     hook.on_evaluation(EvaluationRecord(first_step + 2, "test", {"calib/test/answer/acc": 0.5}, answers))
     artifact = tmp_path / "calibration.json"
@@ -42,9 +43,10 @@ def test_offline_run_holds_keys_in_step_order_and_a_resume_keeps_its_id(tmp_path
     wandb.teardown()  # finish() answers before its service has written the file's last bytes
     (first,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     rows = history(first)
-    assert [row["train/step"] for row in rows] == [1, 2, 2]
+    assert [row["train/step"] for row in rows] == [1, 2, 2, 2]
     assert rows[0]["train/loss/nll"] == 1.0
-    charts = {key.split("/")[3] for key in rows[2] if key.startswith("calib/test/answer/")}
+    assert rows[2]["spectra/layers.0.q_proj/alpha"] == rows[2]["spectra/mean/alpha"] == 1.5
+    charts = {key.split("/")[3] for key in rows[3] if key.startswith("calib/test/answer/")}
     assert {"acc", "reliability", "confidence_right", "confidence_wrong"} <= charts
     assert "answers" not in charts
     assert any("risk_coverage" in chart for chart in charts)
@@ -82,7 +84,7 @@ def test_unreachable_server_falls_back_to_the_same_run_offline(tmp_path, monkeyp
     wandb.teardown()
     (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert path.stem == f"run-{state['run_id']}"
-    assert [row["train/step"] for row in history(path)] == [1, 2, 2]
+    assert [row["train/step"] for row in history(path)] == [1, 2, 2, 2]
     assert caplog.text.count("not reachable") == 1
     assert "a" * 40 not in caplog.text
 

@@ -40,7 +40,7 @@ def config(folder, **changes):
         "training": {"micro_batch_size": 2, "global_batch_size": 8, "epochs": 2},
     }
     for key, values in changes.items():
-        sections[key] = {**sections.get(key, {}), **values}
+        sections[key] = {**sections.get(key, {}), **values} if isinstance(values, dict) else values
     return RunConfig.model_validate(sections)
 
 
@@ -84,6 +84,18 @@ def test_of_a_large_set_the_first_records_are_encoded(folder, monkeypatch):
         ({"training": {"global_batch_size": 9}}, "cannot be cut into micro-batches"),
         ({"training": {"resume": "/nowhere"}}, "not a whole checkpoint"),
         ({"model": {"source": "/nowhere"}}, "no such directory"),
+        (
+            {"weight_penalties": [{"name": "row_stretch", "target_modules": ["nope"]}]},
+            "no trained linear layer is called nope",
+        ),
+        ({"tracking": {"spectra_every": 2, "spectra_modules": ["layers.7"]}}, "called or lies in layers.7"),
+        (
+            {
+                "tracking": {"spectra_every": 2, "spectra_modules": ["up_proj"]},
+                "model": {"lora": {"target_modules": ["q_proj"]}},
+            },
+            "lies in up_proj; there are q_proj, as in model.layers.0",
+        ),
     ],
 )
 def test_mistakes_are_found(folder, changes, words):

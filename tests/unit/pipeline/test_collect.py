@@ -2,15 +2,17 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import certify, collect
-from calibtrain.pipeline.calibration_file import made_by_source
+from calibtrain.pipeline.calibration_file import made_by_source, weights_hash
 from calibtrain.pipeline.evaluate import write_measurement
 from calibtrain.pipeline.report import render_report
+from tests.unit.pipeline import spectra_cases
 from tests.unit.pipeline.conftest import mark_of, measured
 
 SECRET = "a-persons-own-words"
@@ -75,3 +77,22 @@ def test_raw_answers_of_another_starting_model_are_not_reported_as_this_ones(tes
     write_measurement(measured(300, 3), raw, made_by_source(source.model_copy(update={"revision": "another"})))
     with pytest.raises(UserError, match="not answers of"):
         collect.report_data(tested)
+
+
+def test_spectra_of_the_run_are_part_of_its_report(tested, monkeypatch):
+    monkeypatch.setattr(collect, "ReportData", partial(collect.ReportData, bootstrap_replicates=2))
+    path = tested / "spectra.json"
+    assert collect.report_data(tested).spectra is None
+    content = spectra_cases.with_nulls()
+    path.write_text(json.dumps(content))
+    assert "of other weights than those" in collect.report_data(tested).spectra_problem
+    content["tuned_hash"] = weights_hash(tested / "model")
+    path.write_text(json.dumps(content))
+    assert collect.report_data(tested).spectra == content
+    collect.run(tested)
+    assert 'href="spectra.html"' in (tested / "report.html").read_text("utf-8")
+    assert "lm_head.weight" in (tested / "spectra.html").read_text("utf-8")
+    path.write_text(path.read_text()[:-100])
+    data = collect.report_data(tested)
+    assert data.spectra is None
+    assert data.spectra_problem.startswith(f"{path}: cannot be read")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -12,7 +10,8 @@ from calibtrain.config import RunConfig
 from calibtrain.errors import UserError
 from calibtrain.losses.rotation_step import DecoupledPenalty, DenseMatrix
 from calibtrain.losses.silence import PATIENCE
-from calibtrain.training.weight_penalty import WeightPenalties, _lora_layers, _targets
+from calibtrain.training.matrices import trained_layers
+from calibtrain.training.weight_penalty import WeightPenalties, penalised_layers
 from tests.tiny import tiny_model
 
 
@@ -36,22 +35,28 @@ def penalty_on(targets):
 def test_target_modules_that_are_not_there(layers, targets, cause):
     named = [(f"model.{name}", nn.Linear(2, 2)) for name in layers]
     with pytest.raises(UserError, match=cause):
-        _targets(named, penalty_on(targets))
+        penalised_layers(named, penalty_on(targets))
     if layers:
-        assert len(_targets(named, penalty_on("all-linear"))) == len(layers)
-        assert [name for name, _ in _targets(named, penalty_on(["q_proj"]))] == ["model.q_proj"]
+        assert len(penalised_layers(named, penalty_on("all-linear"))) == len(layers)
+        assert [name for name, _ in penalised_layers(named, penalty_on(["q_proj"]))] == ["model.q_proj"]
 
 
 def test_frozen_adapters_are_no_layers():
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    module = SimpleNamespace(policy=model)
-    assert len(_lora_layers(module)) == 4
+    assert len(trained_layers(model.get_base_model())) == 4
     for name, parameter in model.named_parameters():
         if "v_proj" in name:
             parameter.requires_grad_(False)
-    assert [name.rpartition(".")[2] for name, _ in _lora_layers(module)] == ["q_proj"] * 2
+    assert [name.rpartition(".")[2] for name, _ in trained_layers(model.get_base_model())] == ["q_proj"] * 2
+
+
+def test_adapters_of_embeddings_are_no_linear_layers():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(tied=False), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    assert [name.rpartition(".")[2] for name, _ in trained_layers(model.get_base_model())] == ["q_proj"] * 2
 
 
 @pytest.mark.parametrize("moves", [False, True])
