@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -228,6 +229,10 @@ def spectra(
     ] = None,
     layers: Annotated[str | None, typer.Option(help="E.g. 0-5,12. Default: all.")] = None,
     modules: Annotated[str | None, typer.Option(help="E.g. q_proj,down_proj. Default: all linear layers.")] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a run: its checkpoint of that step, in float32, instead of its export."),
+    ] = None,
     write_without: Annotated[
         str | None,
         typer.Option(
@@ -239,7 +244,7 @@ def spectra(
     ] = None,
 ) -> None:
     """Tell what training did to the weights: singular values, rotations, and what of it is more than chance."""
-    from calibtrain.pipeline.spectra import parse_layers, parse_modules, run, sides
+    from calibtrain.pipeline.spectra import at_step, parse_layers, parse_modules, run, sides
     from calibtrain.pipeline.spectra import write_without as write
     from calibtrain.spectral import Settings
 
@@ -247,9 +252,11 @@ def spectra(
     if write_without is None:
         if random_rotation is not None:
             raise UserError("--random-rotation goes with --write-without rotation")
-        compared = sides(base, tuned)
+        if step is not None and tuned is not None:
+            raise UserError("--step goes with the output_dir of a run, not with two models")
         settings = Settings(null_seeds=null_seeds, rank=rank)
-        found = run(compared, output=output, settings=settings, layers=of_layers, modules=of_modules)
+        with nullcontext(sides(base, tuned)) if step is None else at_step(_existing(Path(base)), step) as compared:
+            found = run(compared, output=output, settings=settings, layers=of_layers, modules=of_modules)
         for finding in found["findings"]:
             typer.echo(finding["text"])
         typer.echo(str((output or compared.home) / "spectra.html"))

@@ -332,13 +332,18 @@ class RunConfig(Section):
 
     @property
     def penalties_in_loss(self) -> list[Penalty]:
-        """The penalties whose gradient trains the weights: all but the one that is solved for the logit scale."""
-        return [penalty for penalty in self.penalties if getattr(penalty, "moves", "all") == "all"]
+        """The penalties whose gradient trains the weights, with the score of a likelihood that `rollouts` ask for."""
+        found = [penalty for penalty in self.penalties if getattr(penalty, "moves", "all") == "all"]
+        if self.trains_on_rollouts and not found and (score := self.rollouts.score_in_loss):
+            found.append(AnswerScoreConfig(moves="all", score=score, weight=self.rollouts.score_weight))
+        return found
 
     @property
     def penalties_on_answers(self) -> list[OwnAnswersConfig]:
-        """The penalties for which the model answers questions while it trains."""
-        return [penalty for penalty in self.penalties if isinstance(penalty, OwnAnswersConfig)]
+        """The penalties for which the model answers questions of the calibration split while it trains."""
+        answering = [penalty for penalty in self.penalties if isinstance(penalty, OwnAnswersConfig)]
+        # Rollouts are graded answers already: what is in the loss reads those.
+        return [one for one in answering if not self.trains_on_rollouts or getattr(one, "moves", "all") == "scale"]
 
     @property
     def sequences_per_record(self) -> int:
@@ -383,10 +388,11 @@ def _unfit_for_objective(config: RunConfig) -> str | None:
             if value:
                 return f"objective.name: reward_model trains a scalar head and answers no questions: leave out {key}"
     if isinstance(config.objective, PolicyGradientConfig):
-        if any(getattr(penalty, "moves", "all") == "all" for penalty in config.penalties):
-            return (
-                f"objective.name: {name} trains on its own answers: of penalties, answer_score with moves: scale fits"
-            )
+        in_loss = {penalty.name for penalty in config.penalties if getattr(penalty, "moves", "all") == "all"}
+        if others := sorted(in_loss - {"answer_score"}):
+            return f"objective.name: {name} trains on its own answers: of penalties, answer_score fits, not {others[0]}"
+        if in_loss and config.rollouts.confidence == "stated":
+            return "penalties.answer_score, moves: all, scores a likelihood: set rollouts.confidence to it, or leave it out"
         if config.rollouts.confidence == "stated" and config.rollouts.reward not in ("brier", "log"):
             return f"rollouts.confidence: stated is scored by reward: brier or log, not {config.rollouts.reward}"
         if config.rollouts.confidence == "stated" and config.rollouts.decoupled and name != "grpo":

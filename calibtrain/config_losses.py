@@ -128,22 +128,42 @@ class RolloutsConfig(Section):
     steps_per_round: Count = 1
     """Optimiser steps that share one round of sampling; above 1 the later ones are off-policy, and clipping acts."""
     reward: Literal["accuracy", "brier", "log", "ternary"] = "brier"
-    """`accuracy`: 1 if right; `brier`, `log`: that and a proper score of the confidence; `ternary`: 1 if right, 0 for an
-    abstention, and a wrong answer costs so much that answering pays below abstention.target_risk alone."""
+    """`accuracy`: 1 if right; `brier`, `log`: a proper score of the confidence, and accuracy_weight if right; `ternary`: 1
+    if right, 0 for an abstention, and a wrong answer costs so much that answering pays below abstention.target_risk."""
     confidence: Literal["likelihood", "stated"] = "likelihood"
-    """Where the confidence comes from: the probability of the whole answer, or "Confidence: 80%" behind it."""
-    accuracy_weight: Weight = 1.0
-    """Of being right, in `brier` and `log`; too small a weight beside score_weight would pay for being wrong: an error."""
+    """`likelihood`: the probability of the whole answer, a function of the weights, so that its score is a term of the
+    loss, answer_score; `stated`: "Confidence: 80%" behind the answer, which is sampled, so that its score is a reward."""
+    accuracy_weight: Weight | None = None
+    """Reward of being right, in `brier` and `log`. null: 0 with `likelihood`, whose score ends at the truth, and with any
+    weight here above it (docs/rewards.md); 1 with `stated`; so little that being wrong would pay is refused."""
     score_weight: Weight = 1.0
-    """Of the confidence's score."""
+    """Of the confidence's score. With `likelihood` a penalty answer_score, `moves: all`, may stand in its place."""
     decoupled: bool = True
     """With `stated` and grpo: the answer's words get the credit of being right, the confidence's words that of the score."""
-    target_mixing: Fraction = 0.5
-    """With `decoupled`: share of the other samples' mean grade in what the confidence is scored against."""
+    target_mixing: Fraction = 0.0
+    """With `decoupled`: share of the other samples' mean grade in what the confidence is scored against; less noise, and a
+    confidence that is part the answer's chance to be right, part the policy's on that question."""
     format_penalty: float | None = None
     """What an answer that states no confidence earns; below the worst proper score. null: one half below it."""
     abstentions: tuple[str, ...] = ("I don't know",)
     """What counts as abstaining, in `ternary`, compared as evaluation.grading compares answers."""
+
+    @property
+    def score_in_loss(self) -> Literal["brier", "log"] | None:
+        """The score that enters the loss, not the reward: that of a confidence which is a function of the weights."""
+        return self.reward if self.reward in ("brier", "log") and self.confidence == "likelihood" else None  # type: ignore[return-value]
+
+    @property
+    def reward_of_right(self) -> float:
+        """`accuracy_weight` with its default."""
+        if self.accuracy_weight is not None:
+            return self.accuracy_weight
+        return 0.0 if self.score_in_loss else 1.0
+
+    @property
+    def rewards_nothing(self) -> bool:
+        """Whether sampling is not rewarded at all, and the score in the loss is what teaches."""
+        return self.score_in_loss is not None and self.reward_of_right == 0.0
 
 
 class PolicyGradientConfig(Section):
@@ -168,7 +188,8 @@ class GRPOConfig(PolicyGradientConfig):
     kl: Literal["k2", "k3", "k3+"] = "k3+"
     """Estimator of the KL in the loss: `k3` as published; `k3+` is right in value and gradient."""
     scale_advantages: Literal["group", "batch", "none"] = "none"
-    """Standard deviation that advantages are divided by: `group` as published; it blurs what a proper score asks for."""
+    """Standard deviation that advantages are divided by: `group` as published, which makes a rank of a stated confidence's
+    score, so that training ends at certainty: an error with it unless `decoupled`."""
 
     @model_validator(mode="after")
     def _constant_needs_length(self) -> GRPOConfig:
@@ -231,7 +252,8 @@ class OwnAnswersConfig(Section):
 class AnswerScoreConfig(OwnAnswersConfig):
     """Proper score of the likelihood of the model's own graded answers, as a penalty (docs/calibration-term.md).
 
-    With `moves: scale` there is one more round of answering after the last step.
+    With `moves: scale` there is one more round of answering after the last step. With `moves: all` beside grpo, rloo or ppo
+    the answers are those that these sample and grade anyway; refresh_every and its like are not read.
     """
 
     name: Literal["answer_score"] = "answer_score"

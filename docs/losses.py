@@ -60,7 +60,7 @@ KINDS = {
 }
 NOTES = {
     "reward": "Of sampled answers; `rollouts` in the config composes them for grpo, rloo and ppo. Import them from "
-    "`calibtrain.losses.rewards`.",
+    "`calibtrain.losses.rewards`. [rewards.md](rewards.md) says where training ends with each.",
     "function": "Pure functions for a rollout engine or a trainer of your own.",
 }
 

@@ -2,6 +2,11 @@
 
 All rewards of a group must be there: with several ranks, gather them first. A NaN reward (an answer that nobody could
 grade) counts for nothing: it enters no baseline, and its advantage is 0.
+
+Theta or data: rewards are data. One that is a function of the weights, such as the score of the policy's own likelihood,
+has a derivative of its own beside that of what is sampled, and an advantage would drop it: such rewards are refused, and
+their place is the loss (`calibtrain.losses.AnswerScoreLoss`). Values are a baseline, which is right without a gradient, and
+returns a target: neither carries any.
 """
 
 from __future__ import annotations
@@ -32,12 +37,12 @@ def grpo_advantages(rewards: Tensor, group_ids: Tensor, *, scale: AdvantageScale
     """A_i = (R_i - mean of the group) / (std + 1e-4) (Shao et al. 2024, arXiv 2402.03300, sec. 4.1.2).
 
     `scale` says whose standard deviation (with n - 1): of the group, of the batch, or none (Dr. GRPO: Liu et al. 2025,
-    arXiv 2503.20783). Dividing a proper score by a group's own spread rescales it by what was sampled, so that honest
-    confidence is only nearly best: take "none" for such rewards. A group whose rewards are equal has advantage exactly 0.
+    arXiv 2503.20783). Divided by its group's own spread a proper score is a rank: a right answer's group and a wrong one's
+    count alike, and stating 0 or 1 is best. Take "none" for such rewards. Equal rewards of a group give exactly 0.
 
     `rewards` (S,) floating, NaN where there is none; `group_ids` (S,) int64. Returns (S,) float64, without gradient. Raises
-    UserError where every completion is alone in its group, so that no advantage could differ from 0; logs once that all
-    were 0 in the first 20 calls.
+    UserError where every completion is alone in its group, so that no advantage could differ from 0, and for rewards that
+    carry a gradient; logs once that all were 0 in the first 20 calls.
     """
     if scale not in ("group", "batch", "none"):
         raise UserError(f"scale must be group|batch|none, got {scale!r}")
@@ -87,9 +92,10 @@ def token_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, sequence_ids: Tenso
     """PPO's reward of each token: -beta * kl_t, plus the completion's reward at its last token (arXiv 2203.02155).
 
     `rewards` (S,); `kl` (N,), k1 of each token; `mask` (N,) bool, the sampled tokens; `sequence_ids` (N,) int64
-    ascending in [0, S). Returns (N,), 0 outside the mask.
+    ascending in [0, S). Returns (N,), 0 outside the mask. `kl` is data: the gradient of k1 itself is 0 on average, and
+    credit for it is the whole gradient of the divergence.
     """
-    result = torch.where(mask, -beta * at_least_float32(kl), 0.0)
+    result = torch.where(mask, -beta * at_least_float32(kl.detach()), 0.0)
     last = last_tokens(mask, sequence_ids, rewards.shape[0])
     return result.index_add(0, last[last >= 0], rewards.to(result)[last >= 0])
 
@@ -108,9 +114,10 @@ def generalized_advantages(
 
     delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after a sequence's last token. `rewards`, `values` (N,) floating;
     `mask` (N,) bool, the sampled tokens; `sequence_ids` (N,) int64 ascending. Returns two (N,) without gradient, 0 outside
-    the mask.
+    the mask. Raises UserError for rewards that carry a gradient.
     """
-    rewards, values = rewards.detach(), at_least_float32(values.detach())
+    _check_data(rewards)
+    values = at_least_float32(values.detach())
     advantages = torch.zeros_like(values)
     index = mask.nonzero()[:, 0]
     if not index.numel():
@@ -158,9 +165,18 @@ def decoupled_advantages(
 
 
 def _known(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values in float64 with 0 for NaN, and 1 where there is a value, else 0."""
+    """Values in float64 with 0 for NaN, and 1 where there is a value, else 0. Raises UserError for a gradient."""
+    _check_data(values)
     known = ~values.isnan()
-    return values.detach().to(torch.float64).nan_to_num(0.0), known.to(torch.float64)
+    return values.to(torch.float64).nan_to_num(0.0), known.to(torch.float64)
+
+
+def _check_data(rewards: Tensor) -> None:
+    if rewards.requires_grad:
+        raise UserError(
+            "rewards carry a gradient, which an advantage would drop: a reward is a number that was measured. Put what "
+            "depends on the weights into the loss (the score of a likelihood: AnswerScoreLoss), and detach() the rest"
+        )
 
 
 def _group_min(values: Tensor, known: Tensor, group_ids: Tensor) -> Tensor:

@@ -1,4 +1,13 @@
-"""Proper score of the likelihood that the model gave to its own graded answers (docs/calibration-term.md)."""
+"""Proper score of the likelihood that the model gave to its own graded answers (docs/calibration-term.md).
+
+Theta or data: the likelihood q carries its gradient; which answers were given, and their grades, are data, also where the
+policy itself drew them a moment ago. The whole gradient of E_{y ~ pi} S(pi(y), c) has another part, S times that of
+log pi(y): credit for giving answers that are easy to score. With it a policy over three answers does not end at the truth,
+and where some answers are never right it ends at these, because being wrong and sure of it scores best (docs/rewards.md).
+Without it each answer's term is least where pi(y) is that answer's own chance to be right, whatever else is sampled and how
+often. So samples of an earlier policy need no importance ratio and no clipping: what they change is how much each answer
+weighs, not where its term is least.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +77,8 @@ CATALOG = (
         title="Proper score of the likelihood of the model's own graded answers",
         paper="Good 1952, J. R. Stat. Soc. B 14(1); Brier 1950, Monthly Weather Review 78(1)",
         equation="-(c log q + (1 - c) log(1 - q)); (q - c)^2",
-        cost="the model answers questions now and then; with moves=all, the answers' forward pass",
+        cost="the model answers questions now and then; with moves=all, the answers' forward pass; beside grpo, rloo or "
+        "ppo, whose answers it reads, none",
         compared_with="scikit-learn 1.9 log_loss and brier_score_loss",
         largest_deviation="1e-12 (value, float64)",
         differs="The probability is that of the whole answer; log(1 - q) is finite as q rounds to 1.",

@@ -54,7 +54,11 @@ def held_out_target(confidence: Tensor, knots: Tensor, accuracy: Tensor) -> Tens
 
 
 def calibration_aware_score(confidence: Tensor, target: Tensor) -> Tensor:
-    """(q - acc(q))^2 with acc(q) held fixed. Both (M,) in [0, 1]; returns (M,), differentiable in `confidence` alone."""
+    """(q - acc(q))^2. Both (M,) in [0, 1]; returns (M,), differentiable in `confidence` alone.
+
+    The target is data, as in the paper's M-step: it was measured on other answers, and moving q along its slope would change
+    what is measured and not what is right.
+    """
     return (at_least_float32(confidence) - target.detach()).square()
 
 

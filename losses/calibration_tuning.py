@@ -45,11 +45,12 @@ def jensen_shannon(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
 def token_divergence(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
     """Jensen-Shannon divergence between policy and reference of the event "the next token is this one".
 
-    Both (N,) floating: log-probs of the same tokens. Returns (N,). Never above the divergence over the whole vocabulary
-    (data-processing inequality), 0 exactly where the token's probability is the reference's, and whatever drew the
-    tokens: greedy answers need no correction, as sampled-token estimators of KL would.
+    Both (N,) floating: log-probs of the same tokens; the reference is data. Returns (N,). Never above the divergence over
+    the whole vocabulary (data-processing inequality), 0 exactly where the token's probability is the reference's, and
+    whatever drew the tokens: greedy answers need no correction, as sampled-token estimators of KL would.
     """
-    two = (torch.stack([at_least_float32(one), log1mexp(one)], dim=-1) for one in (logprob, reference_logprob))
+    both = (logprob, reference_logprob.detach())
+    two = (torch.stack([at_least_float32(one), log1mexp(one)], dim=-1) for one in both)
     return jensen_shannon(*two)
 
 

@@ -27,7 +27,7 @@ def focal_loss(logprob: Tensor, gamma: Tensor | float) -> Tensor:
 def sample_gamma(logprob: Tensor, gamma: float = 3.0) -> Tensor:
     """Sample-dependent gamma: 5 for p < 0.2, 3 for p < 0.5, else `gamma` (Mukhoti et al. 2020, arXiv 2002.09437).
 
-    With gamma = 3 it is the paper's FLSD-53. `logprob` (N,); returns (N,) without gradient.
+    With gamma = 3 it is the paper's FLSD-53. `logprob` (N,); returns (N,) without gradient, as a step function has none.
     """
     p = at_least_float32(logprob.detach()).exp()
     return torch.where(p < 0.2, 5.0, torch.where(p < 0.5, 3.0, gamma)).to(logprob.dtype)

@@ -15,8 +15,9 @@ from calibtrain.ops import TokenStats, at_least_float32, log1mexp
 
 
 def idk_weight(logprob: Tensor, confidence: Tensor, scale: float = 0.2) -> Tensor:
-    """Share of the target that goes to [IDK]: lambda = scale * (1 - p_gold / max_v p_v), in [0, scale], no gradient.
+    """Share of the target that goes to [IDK]: lambda = scale * (1 - p_gold / max_v p_v), in [0, scale].
 
+    Data to the loss: with a gradient of its own it would be lowered, and the loss with it, by lowering max_v p_v.
     `logprob` (N,) of the gold tokens, `confidence` (N,) the largest probability. Returns (N,).
     """
     ratio = at_least_float32(logprob.detach()).exp() / at_least_float32(confidence.detach())

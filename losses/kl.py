@@ -7,6 +7,10 @@ With d = log pi(y) - log pi_ref(y) and y drawn from pi:
     k2    d^2 / 2         biased  grad KL                  in the loss
     k3    exp(-d) - 1 + d KL      grad KL(ref || policy)   in GRPO's loss, as published
     k3+   k3              KL      grad KL                  in the loss, where its value is also logged
+
+Theta or data: KL is that of each next-token distribution, given the tokens before it, and those are data to a term in the
+loss, as in GRPO as published: what a token does to the divergence of the tokens after it has no part in its gradient. In the
+reward (RLOO, PPO) it has. Likewise the tokens of an earlier policy are taken as they are.
 """
 
 from __future__ import annotations
@@ -66,8 +70,8 @@ def kl_straight_through(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
 
 
 def _log_ratio(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
-    """d, in float32 or float64: two bf16 log-probs of -10 that differ by 0.03 are the same number."""
-    return at_least_float32(logprob) - at_least_float32(reference_logprob)
+    """d, in float32 or float64: two bf16 log-probs of -10 that differ by 0.03 are the same number. The reference is data."""
+    return at_least_float32(logprob) - at_least_float32(reference_logprob.detach())
 
 
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3, "k3+": kl_straight_through}

@@ -16,7 +16,8 @@ from calibtrain.ops import TokenStats, at_least_float32
 
 TokenNorm = Literal["sequence", "token", "constant"]
 """What divides the sum over tokens: each sequence's own length, then the sequences (GRPO); all tokens of the step (DAPO);
-a constant, then the sequences (Dr. GRPO). TRL's "bnpo", all tokens of a micro-batch, is "token" where a step has one."""
+a constant, then the sequences (Dr. GRPO). TRL's "bnpo", all tokens of a micro-batch, is "token" where a step has one. How
+long the samples are is data here: with "sequence" a long answer's credit counts for less than a short one's."""
 
 
 def clipped_policy_loss(

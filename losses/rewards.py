@@ -3,6 +3,10 @@
 A confidence reward is honest when it is proper: whatever the true probability of being right, stating that one earns
 most. A reward linear in the confidence, or the absolute error, is not: it pays for stating 0 or 1.
 
+That holds for a confidence that is stated, hence sampled: the policy learns which statement earns most. One that is a
+function of the weights, as the likelihood of the answer is, learns nothing from a reward, which is a constant to it: its
+score is a loss (`calibtrain.losses.AnswerScoreLoss`), and docs/rewards.md says where training ends.
+
 Where one reward serves answer and confidence together, a second rule holds: being right must be worth more than being
 wrong, whatever confidence goes with each. Otherwise "be wrong on purpose and say 0" wins. `check_accuracy_weight` says so
 before training does. With decoupled credit (`calibtrain.losses.advantages.decoupled_advantages`) the rule is moot: give
@@ -30,6 +34,8 @@ CLIP = 1e-3
 
 def proper_score(confidence: Tensor, target: Tensor, *, score: Score = "brier", clip: float = CLIP) -> Tensor:
     """What a stated confidence earns: -(q - c)^2 (Brier 1950), or c log q + (1 - c) log(1 - q) (Good 1952), q clipped.
+
+    Differentiable in the confidence but where it is clipped, for a head that is trained by it.
 
     Both (S,) in [0, 1]; `target` is the grade, or the target of `confidence_target`. Returns (S,), at most 0. On average
     most is earned at q = the mean of the target. UserError outside [0, 1].
@@ -101,10 +107,11 @@ def calibrated_reward(
 def confidence_target(correct: Tensor, group_ids: Tensor, mixing: float = 0.5) -> Tensor:
     """What a confidence is scored against: mixing * (mean grade of the other samples) + (1 - mixing) * own grade.
 
-    Its mean is the chance to be right for any `mixing`, with less noise than the own grade; with the others alone, not
-    with itself again, it stays unbiased. The target of DCPO (Ma et al. 2026, arXiv 2603.09117), which scores it by
-    the absolute error and so asks for a median: score it with `proper_score`. `correct` (S,), NaN where ungraded;
-    `group_ids` (S,) int64. Returns (S,) without gradient.
+    Its mean is mixing * (how often the policy is right on this question) + (1 - mixing) * (how often this answer is), with
+    less noise than the own grade: this answer's chance to be right for mixing = 0, and for any where the samples give one
+    answer. The own sample is not counted again among the others. The target of DCPO (Ma et al. 2026, arXiv 2603.09117),
+    which scores it by the absolute error and so asks for a median: score it with `proper_score`. `correct` (S,), NaN where
+    ungraded; `group_ids` (S,) int64. Returns (S,) without gradient.
     """
     if not 0.0 <= mixing <= 1.0:
         raise UserError(f"mixing: {mixing} is not between 0 and 1")
@@ -205,7 +212,7 @@ def _entry(name: str, title: str, paper: str, equation: str, against: str, devia
 CATALOG = (
     _entry(
         "calibrated_reward",
-        "Correctness plus the Brier score of a confidence (RLCR), or plus the log score",
+        "Correctness plus the Brier score of a stated confidence (RLCR), or plus the log score",
         "Damani et al. 2025, arXiv 2507.16806; log score: Bani-Harouni et al. 2025, arXiv 2503.02623",
         "a c - b (q - c)^2",
         "float64 formula of the authors' code",

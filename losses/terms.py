@@ -47,6 +47,7 @@ class Batch:
     returns: Tensor | None = None  # (N,) what the value head is to predict
     scores: Tensor | None = None  # output of a scalar head, differentiable: (S,) rewards, or (N,) values
     reference_logprob: Tensor | None = None  # (N,) float32 under a frozen reference; NaN where not known, None: nowhere
+    is_answer: Tensor | None = None  # (N,) bool: completion tokens that are the answer, behind its reasoning; None: all
 
     @property
     def packed(self) -> bool:

@@ -32,16 +32,21 @@ def query_tokens(batch: Batch, token_set: Tensor) -> Tensor:
 
 def own_answers(batch: Batch, *, graded: bool) -> Tensor:
     """ANSWER sequences that have tokens and, where asked for, a grade. (S,) bool."""
-    tokens = sequence_token_counts(batch.is_completion, batch.sequence_ids, batch.roles.shape[0])
+    tokens = sequence_token_counts(answer_tokens(batch), batch.sequence_ids, batch.roles.shape[0])
     answers = (batch.roles == ANSWER) & (tokens > 0)
     return answers & ~batch.correct.isnan() if graded else answers
 
 
 def answer_logprob(stats: TokenStats, batch: Batch, answers: Tensor) -> Tensor:
-    """Log-prob of each whole answer where `answers` (S,) bool holds, and a harmless -1 elsewhere. (S,)."""
-    read = answers[batch.sequence_ids] & batch.is_completion
+    """Log-prob of each whole answer, given what was thought before it, where `answers` (S,) bool holds; else -1. (S,)."""
+    read = answers[batch.sequence_ids] & answer_tokens(batch)
     logprob = torch.where(read, stats.logprob, 0.0)
     return torch.where(answers, sequence_sums(logprob, batch.sequence_ids, batch.roles.shape[0]), -1.0)
+
+
+def answer_tokens(batch: Batch) -> Tensor:
+    """Completion tokens, of answers without the reasoning before them. (N,) bool."""
+    return batch.is_completion if batch.is_answer is None else batch.is_completion & batch.is_answer
 
 
 def readable(stats: TokenStats, read: Tensor) -> TokenStats:

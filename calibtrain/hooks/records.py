@@ -11,6 +11,7 @@ from torch import Tensor
 
 from calibtrain.confidence.answer import Answer
 from calibtrain.losses.terms import Batch, LossTerms
+from calibtrain.losses.token_terms import answer_tokens
 from calibtrain.ops import TokenStats
 
 
@@ -36,7 +37,7 @@ class MicroBatchRecord:
     confidence: Tensor  # (N,)
     correct: Tensor  # (N,) bool
     sequence_ids: Tensor  # (N,)
-    is_completion: Tensor  # (N,) bool
+    is_completion: Tensor  # (N,) bool; of answers without the reasoning before them
     roles: Tensor  # (S,)
     sequence_correct: Tensor  # (S,) float32: grade of own answers, NaN elsewhere
     term_sums: Mapping[str, Tensor]  # () each
@@ -50,7 +51,7 @@ class MicroBatchRecord:
         return cls(
             *detached,
             sequence_ids=batch.sequence_ids,
-            is_completion=batch.is_completion,
+            is_completion=answer_tokens(batch),
             roles=batch.roles,
             sequence_correct=batch.correct,
             term_sums={name: term.total.detach() for name, term in terms.items()},

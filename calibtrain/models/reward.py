@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,10 @@ class RewardLossModel(LossModel):
 class ValueLossModel(LossModel):
     """LossModel with a value head, as PPO needs: `score` reads the hidden state that predicts each target token."""
 
-    def __init__(self, policy: Policy, objective: nn.Module, seed: int = 0) -> None:
-        super().__init__(policy, objective)
+    def __init__(
+        self, policy: Policy, objective: nn.Module, penalties: Sequence[nn.Module] = (), seed: int = 0
+    ) -> None:
+        super().__init__(policy, objective, penalties)
         self.score = scalar_head(policy, seed)
 
     def scored(self, hidden: Tensor, batch: Batch) -> Batch:

@@ -30,6 +30,7 @@ from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspee
 from calibtrain.training.losses import term_names
 from calibtrain.training.matrices import trained_layers
 from calibtrain.training.output_directory import check_output_dir, check_same_data
+from calibtrain.training.rollout_credit import check_rewards
 from calibtrain.training.spectra import spectra_layers
 from calibtrain.training.weight_penalty import penalised_layers
 
@@ -80,6 +81,8 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     """
     deepspeed_dict(config, world_size)
     term_names(config)
+    if config.trains_on_rollouts:
+        check_rewards(config)
     finished = not replace and check_output_dir(config)
     if not finished and not replace:
         find_checkpoint(config, World(0, world_size, 0, torch.device("cpu")), None)
@@ -177,6 +180,12 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
     elif training.max_steps is None and n * training.epochs < total:
         found.append(
             f"training.epochs: {training.epochs:g} of {n} records is less than one step of {total}: one is taken"
+        )
+    rollouts = config.rollouts
+    if config.trains_on_rollouts and rollouts.score_in_loss and rollouts.reward_of_right:
+        found.append(
+            f"rollouts.accuracy_weight: {rollouts.reward_of_right:g} rewards being sure beside the score of a likelihood, "
+            "which then ends above the truth (docs/rewards.md); leave it out to end there"
         )
     if training.warmup_ratio == 1:
         found.append("training.warmup_ratio: 1: the learning rate reaches its peak at the last step")

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -65,7 +66,6 @@ def sides(base: str, tuned: Path | None) -> Compared:
 
 def _of_run(output_dir: Path) -> Compared:
     from calibtrain.config_file import load_config
-    from calibtrain.models.loading import local_path
 
     if not (output_dir / "config.yaml").is_file():
         raise UserError(
@@ -76,13 +76,43 @@ def _of_run(output_dir: Path) -> Compared:
     if not (model / "config.json").is_file():
         raise UserError(f"{output_dir}: training has not finished (no exported model in {model})")
     source = load_config(output_dir / "config.yaml").model.source
+    return Compared(_start_of(output_dir, source), model, source, str(model), output_dir)
+
+
+def _start_of(output_dir: Path, source: str) -> Path:
+    from calibtrain.models.loading import local_path
+
     start = Path(local_path(source))
     if not start.is_dir():
         raise UserError(
             f"{output_dir}: the run began from {source}, which is not a directory here; download it and give both: "
-            f"`calibtrain spectra DIR {model}`"
+            f"`calibtrain spectra DIR {output_dir / 'model'}`"
         )
-    return Compared(start, model, source, str(model), output_dir)
+    return start
+
+
+@contextmanager
+def at_step(output_dir: Path, step: int) -> Iterator[Compared]:
+    """A run's start and its checkpoint of `step`, as a float32 model directory that is gone afterwards.
+
+    Raises UserError where the run keeps no whole checkpoint of that step.
+    """
+    from calibtrain.config_file import load_config
+    from calibtrain.models.export import restored_model
+    from calibtrain.training.checkpoint import complete_checkpoints
+    from calibtrain.training.checkpoint_weights import checkpoint_weights
+
+    kept = {int(path.name.removeprefix("step-")): path for path in complete_checkpoints(output_dir / "checkpoints")}
+    if step not in kept:
+        there = ", ".join(map(str, kept)) or "none (training.checkpoint_every and training.keep_checkpoints keep them)"
+        raise UserError(f"--step {step}: {output_dir} has no whole checkpoint of it; there are: {there}")
+    config = load_config(output_dir / "config.yaml")
+    start = _start_of(output_dir, config.model.source)
+    with TemporaryDirectory(dir=output_dir, prefix="spectra-") as folder:
+        whole = config.model.model_copy(update={"dtype": "fp32"})
+        restored_model(checkpoint_weights(kept[step]), whole).save_pretrained(folder)
+        name = f"{output_dir}, step {step}"
+        yield Compared(start, Path(folder), config.model.source, name, output_dir / f"spectra-step-{step}")
 
 
 def run(

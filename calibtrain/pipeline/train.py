@@ -175,7 +175,7 @@ def build_model(config: RunConfig, template: Template | None = None, device: tor
         policy.to(device)
     check_head(policy)
     # A penalty that moves only the logit scale is solved by the answer stream, outside the gradient.
-    if len(config.penalties_in_loss) < len(config.penalties):
+    if any(getattr(penalty, "moves", None) == "scale" for penalty in config.penalties):
         check_scale_folds(policy.causal_model)
     if template is None:
         template = template_of(config.data, load_tokenizer(config.model))
@@ -184,7 +184,7 @@ def build_model(config: RunConfig, template: Template | None = None, device: tor
         check_classifier(policy.causal_model)
         return RewardLossModel(policy, objective, config.seed)
     if config.objective.name == "ppo":
-        return ValueLossModel(policy, objective, config.seed)
+        return ValueLossModel(policy, objective, penalties, config.seed)
     return LossModel(policy, objective, penalties)
 
 

@@ -111,14 +111,14 @@ def _test(name: str, value: float, draws: Mapping[str, Sequence[float]]) -> Test
     nulls = {} if math.isnan(value) else {null: one for null, one in nulls.items() if not math.isnan(one.p)}
     p = max((one.p for one in nulls.values()), default=math.nan)
     if name == "uniform_scaling":  # shown as a share; tested with its sign, under which a draw is close to normal
-        nulls = {null: _squared(one) for null, one in nulls.items()}
+        nulls = {null: _squared(one, draws[null]) for null, one in nulls.items()}
         value = value**2
     return Test(value, nulls, p)
 
 
-def _squared(null: Null) -> Null:
-    reach = max(abs(null.low), abs(null.high))
-    return Null(null.mean**2 + ((null.high - null.low) / 4) ** 2, 0.0, reach**2, null.p)
+def _squared(null: Null, draws: Sequence[float]) -> Null:
+    reach = min(1.0, max(abs(null.low), abs(null.high)))
+    return Null(math.fsum(one**2 for one in draws) / len(draws), 0.0, reach**2, null.p)
 
 
 def against(value: float, draws: Sequence[float], tail: str) -> Null:

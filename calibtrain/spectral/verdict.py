@@ -150,4 +150,6 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _percent(value: float) -> str:
-    return "unknown" if math.isnan(value) else f"{100 * value:.2g}%"
+    if math.isnan(value):
+        return "unknown"
+    return f"{100 * value:.0f}%" if value >= 0.095 else f"{100 * value:.2g}%"

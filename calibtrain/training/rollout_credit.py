@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calibtrain.config import GRPOConfig, PolicyGradientConfig, PPOConfig, RunConfig
+from calibtrain.errors import UserError
 from calibtrain.losses.advantages import (
     decoupled_advantages,
     generalized_advantages,
@@ -40,6 +41,7 @@ class Sample:
     correct: float
     confidence: float  # NaN: it should have stated one and did not
     abstained: bool = False
+    answer_start: int = 0  # tokens of reasoning before the answer
     stated: tuple[bool, ...] = ()  # which tokens state the confidence, where it is stated
     logprobs: tuple[float, ...] = ()  # under the policy that sampled, where a later step or the KL needs them
     reference: tuple[float, ...] = ()  # under the starting model, where the KL needs them
@@ -59,13 +61,19 @@ def check_rewards(config: RunConfig) -> None:
     rollouts, score = config.rollouts, config.rollouts.reward
     if score not in ("brier", "log"):
         return
-    check_any_weight(rollouts.accuracy_weight, rollouts.score_weight)
-    if not (rollouts.confidence == "stated" and rollouts.decoupled):
-        check_accuracy_weight(rollouts.accuracy_weight, rollouts.score_weight, score=score)
-    if rollouts.confidence == "stated":
-        with_format_penalty(
-            torch.zeros(0), torch.zeros(0, dtype=torch.bool), penalty=_penalty(config), worst=_worst(config)
-        )
+    check_any_weight(rollouts.reward_of_right, rollouts.score_weight)
+    if rollouts.confidence == "likelihood":
+        return  # no answer is given for its score's sake
+    if not rollouts.decoupled:
+        if getattr(config.objective, "scale_advantages", "none") == "group":
+            raise UserError(
+                "objective.scale_advantages: group makes a rank of a stated confidence's score, which ends at certainty: "
+                "set it to none or batch, or rollouts.decoupled: true"
+            )
+        check_accuracy_weight(rollouts.reward_of_right, rollouts.score_weight, score=score)
+    with_format_penalty(
+        torch.zeros(0), torch.zeros(0, dtype=torch.bool), penalty=_penalty(config), worst=_worst(config)
+    )
 
 
 def credit(
@@ -84,13 +92,20 @@ def credit(
     rewards = _rewards(samples, ids, config)
     kl = _kl(samples, owners)
     means = _means(samples, rewards)
+    scored = any(one.name == "answer_score" for one in config.penalties_in_loss)
     # PPO's baseline is its value head; the others praise only what differs within a group.
-    means["alike"] = _share_alike(rewards, torch.zeros_like(ids) if isinstance(objective, PPOConfig) else ids)
+    compared = torch.zeros_like(ids) if isinstance(objective, PPOConfig) else ids
+    means["alike"] = 0.0 if scored else _share_alike(rewards, compared)  # a score in the loss teaches all the same
     if kl is not None:
         means["kl"] = float(sequence_sums(kl, owners, len(samples)).mean())
     returns = None
-    if isinstance(objective, PPOConfig):
+    if config.rollouts.rewards_nothing and (kl is None or isinstance(objective, GRPOConfig)):
+        tokens = torch.zeros(len(owners), dtype=torch.float64)
+        returns = tokens if isinstance(objective, PPOConfig) else None
+    elif isinstance(objective, PPOConfig):
         tokens, returns = _ppo(samples, rewards.sum(0), kl, owners, objective)
+        if not config.rollouts.rewards_nothing:  # a KL alone is no advantage of variance 1
+            tokens = whiten(tokens, torch.ones_like(tokens, dtype=torch.bool))
     elif isinstance(objective, GRPOConfig):
         first, second = (grpo_advantages(one, ids, scale=objective.scale_advantages) for one in rewards)
         if config.rollouts.decoupled and config.rollouts.confidence == "stated":
@@ -118,25 +133,27 @@ def _rewards(samples: Sequence[Sample], ids: Tensor, config: RunConfig) -> Tenso
     nothing = torch.zeros_like(correct)
     if rollouts.reward == "accuracy":
         return torch.stack([correct, nothing])
+    if rollouts.score_in_loss:
+        # The confidence is a function of the weights. As a reward, a constant, its score would teach nothing of it.
+        return torch.stack([rollouts.reward_of_right * correct, nothing])
     if rollouts.reward == "ternary":
         abstained = torch.tensor([one.abstained for one in samples], dtype=torch.bool)
         return torch.stack([ternary_reward(correct, abstained, config.abstention.target_risk), nothing])
     missing = confidence.isnan()
     stated = confidence.nan_to_num(0.5)
-    if rollouts.confidence == "stated" and rollouts.decoupled:
+    if rollouts.decoupled:
         target = confidence_target(correct, ids, rollouts.target_mixing)
         scores = rollouts.score_weight * proper_score(stated, target, score=rollouts.reward)
         scores = with_format_penalty(scores, ~missing, penalty=_penalty(config), worst=_worst(config))
-        return torch.stack([rollouts.accuracy_weight * correct, scores])
+        return torch.stack([rollouts.reward_of_right * correct, scores])
     rewards = calibrated_reward(
         correct,
         stated,
         score=rollouts.reward,
-        accuracy_weight=rollouts.accuracy_weight,
+        accuracy_weight=rollouts.reward_of_right,
         score_weight=rollouts.score_weight,
     )
-    if rollouts.confidence == "stated":
-        rewards = with_format_penalty(rewards, ~missing, penalty=_penalty(config), worst=_worst(config))
+    rewards = with_format_penalty(rewards, ~missing, penalty=_penalty(config), worst=_worst(config))
     return torch.stack([rewards, nothing])
 
 
@@ -182,7 +199,7 @@ def _ppo(
     advantages, returns = generalized_advantages(
         per_token, values, mask, owners, gamma=objective.gamma, lam=objective.lam
     )
-    return whiten(advantages, mask), returns
+    return advantages, returns
 
 
 def _means(samples: Sequence[Sample], rewards: Tensor) -> dict[str, float]:

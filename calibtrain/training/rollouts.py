@@ -23,6 +23,7 @@ from calibtrain.data.loader import step_indices
 from calibtrain.data.records import Record, unit_hash
 from calibtrain.distributed import gather_lists, shard
 from calibtrain.errors import UserError
+from calibtrain.losses.silence import watch_of
 from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.models.loss_model import LogprobStep, LossModel
 from calibtrain.training.deepspeed_config import BatchPlan
@@ -60,6 +61,8 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         self.needs_reference = objective.beta > 0
         self.needs_values = isinstance(objective, PPOConfig)
         self.off_policy = config.rollouts.steps_per_round > 1
+        if config.rollouts.rewards_nothing:
+            watch_of(answerer.module.objective).leave("advantages")  # all 0, as they should be
         self.samples: list[Sample] = []
         self.metrics: dict[str, float] = {}
         self._alike = 0  # rounds in a row without any difference in reward
@@ -113,7 +116,14 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             reference_logprob=flat([one.reference for one in samples]) if self.needs_reference else None,
             old_values=flat([one.values for one in samples]) if self.needs_values else None,
             returns=flat([self._credit[i].returns for i in chosen]) if self.needs_values else None,
+            is_answer=self._is_answer(samples),
         )
+
+    def _is_answer(self, samples: Sequence[Sample]) -> Tensor | None:
+        """Which tokens are the answer, where any of the round's has reasoning before it."""
+        if not any(one.answer_start for one in samples):
+            return None
+        return torch.tensor([t >= one.answer_start for one in samples for t in range(len(one.tokens))])
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values of the present round; nothing where each step has its own, which the next one draws anew."""
@@ -168,10 +178,8 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         template, rollouts = self.answerer.template, self.config.rollouts
         method, accepted = self.config.evaluation.grading, self.questions[index].accepted
         text = template.decode_answer(generation.tokens)
-        confidence, stated = (
-            math.exp(min(0.0, math.fsum(answer_span(generation, template).logprobs))),
-            tuple[bool, ...](),
-        )
+        span = answer_span(generation, template)
+        confidence, stated = math.exp(min(0.0, math.fsum(span.logprobs))), tuple[bool, ...]()
         if rollouts.confidence == "stated":
             statement = read_statement(text)
             text, confidence = statement.answer, math.nan if statement.confidence is None else statement.confidence
@@ -182,6 +190,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             correct=float(grade(text, accepted, method)),
             confidence=confidence,
             abstained=rollouts.reward == "ternary" and grade(text, rollouts.abstentions, method),
+            answer_start=len(generation.tokens) - len(span.tokens),
             stated=stated,
         )
 
@@ -211,7 +220,9 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
 
     def _encoded(self, sample: Sample) -> Encoded:
         prompt = self._prompts[sample.question]
-        return Encoded((*prompt, *sample.tokens), len(prompt), ANSWER, sample.question, correct=sample.correct)
+        # Who abstains claims nothing: there is no likelihood to score.
+        correct = math.nan if sample.abstained else sample.correct
+        return Encoded((*prompt, *sample.tokens), len(prompt), ANSWER, sample.question, correct=correct)
 
 
 def _loaded(saved: dict[str, Any]) -> Sample:

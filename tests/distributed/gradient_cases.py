@@ -16,7 +16,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from calibtrain.confidence.answering import Answerer
-from calibtrain.config import AnswerScoreConfig, RunConfig
+from calibtrain.config import RunConfig
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import encode_records
 from calibtrain.data.records import Message, Record
@@ -33,6 +33,8 @@ from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.checkpoint import Progress
 from calibtrain.training.deepspeed_config import batch_plan
 from calibtrain.training.engine import Engine, start_engine
+from calibtrain.training.rollout_credit import Sample
+from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.trainer import Trainer
 from tests.distributed.jobs import SHARDED
 
@@ -113,6 +115,11 @@ CASES = {
         for stage in (1, 2)
         for own in (True, False)
     },
+    "rollouts_stage0": Case("rollouts", training={"zero_stage": 0}, objective="grpo"),
+    "rollouts_separate_rows_stage3": Case(
+        "rollouts", data={"shared_prefix": False}, training={"zero_stage": 3}, zero=SHARDED, objective="grpo"
+    ),
+    "rollouts_wide_stage1": Case("rollouts", training={"zero_stage": 1, "micro_batch_size": 4}, objective="grpo"),
     "reference_ops": Case("orpo", training={"zero_stage": 0}, ops="reference"),
     "torch_ops_stage3": Case("orpo", training={"zero_stage": 3}, zero=SHARDED, ops="torch"),
 }
@@ -141,6 +148,28 @@ class FixedAnswers(AnswerStream):
         self.asked = list(range(ANSWERS))
         self.texts = [f"It is {i} I think" + " perhaps" * i for i in self.asked]
         self.correct = [i % 2 == 0 for i in self.asked]
+
+
+class FixedRollouts(Rollouts):
+    """The same samples in every round, whatever the policy would say."""
+
+    def before_step(self, step: int) -> None:
+        """Take them."""
+        self._take(fixed_samples(self.answerer.template))
+
+
+def fixed_samples(template: Template) -> list[Sample]:
+    """Two answers to each question, of different lengths, graded alike to every third one."""
+    return [
+        Sample(
+            question=i,
+            tokens=tuple(template.completion_ids(f"It is {i + k}" + " perhaps" * (i % 3 + k))),
+            correct=float((i + k) % 2 == 0 or i % 3 == 0),
+            confidence=0.5,
+        )
+        for i in range(RECORDS)
+        for k in range(2)
+    ]
 
 
 class Recording(Engine):
@@ -172,12 +201,18 @@ def config_of(case: Case, model: Path) -> RunConfig:
         "max_steps": STEPS,
         **case.training,
     }
+    losses: dict[str, Any] = {
+        "objective": {"name": case.objective, "nll_scope": "full"},
+        "penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 1, "answers_per_step": ANSWERS}],
+    }
+    if case.objective == "grpo":
+        rollouts = {"group_size": 2, "reward": "log", "accuracy_weight": 2.0, "score_weight": 0.5}
+        losses = {"objective": {"name": "grpo"}, "rollouts": rollouts}
     return RunConfig.model_validate(
         {
             "model": {"source": str(model), "dtype": "fp32", **case.model},
             "data": {"max_length": 96, **case.data},
-            "objective": {"name": case.objective, "nll_scope": "full"},
-            "penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 1, "answers_per_step": ANSWERS}],
+            **losses,
             "training": training,
             "evaluation": {"batch_size": 4, "max_new_tokens": 3},
         }
@@ -192,7 +227,7 @@ def build(config: RunConfig) -> LossModel:
         for name, parameter in model.named_parameters():
             if "lora_B" in name or name.endswith(".bias"):
                 parameter.normal_(std=0.1)
-    return LossModel(Policy(model), build_loss(config.objective), [build_loss(one) for one in config.penalties])
+    return LossModel(Policy(model), build_loss(config.objective), [build_loss(one) for one in config.penalties_in_loss])
 
 
 def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
@@ -223,11 +258,15 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
 
 def make_trainer(config: RunConfig, engine: Engine, template: Template, world: World) -> Trainer:
     """Trainer over `records()` with fixed graded answers."""
-    examples = encode_records(
-        records(), template, config.data.max_length, config.objective.name == "orpo", DropReport()
-    )
     answerer = Answerer(engine.module, template, config.evaluation, world, lockstep=engine.stage == 3)
-    penalty: AnswerScoreConfig = config.penalties[0]
+    examples: Any
+    stream = rollouts = None
+    if config.trains_on_rollouts:
+        examples = rollouts = FixedRollouts(config, answerer, records(), batch_plan(config.training, world.size))
+    else:
+        pairs = config.objective.name == "orpo"
+        examples = encode_records(records(), template, config.data.max_length, pairs, DropReport())
+        stream = FixedAnswers(config.penalties_on_answers, answerer, records(), 0, config.data.max_length)
     return Trainer(
         config=config,
         engine=engine,
@@ -240,9 +279,10 @@ def make_trainer(config: RunConfig, engine: Engine, template: Template, world: W
         hooks=HookList([]),
         output_dir=Path(),
         data_hash="",
-        stream=FixedAnswers([penalty], answerer, records(), 0, config.data.max_length),
+        stream=stream,
         packing_tokens=config.data.packing_tokens,
-        shared_prefix=config.data.shared_prefix and config.objective.name == "orpo",
+        shared_prefix=config.data.shared_prefix and config.objective.name != "sft",
+        rollouts=rollouts,
     )
 
 

@@ -10,10 +10,11 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from calibtrain.data.drops import DropReport
-from calibtrain.data.encode import encode_answer, encode_records
+from calibtrain.data.encode import Encoded, encode_answer, encode_records
 from calibtrain.data.loader import step_indices
 from calibtrain.data.templates import Template
-from tests.distributed.gradient_cases import ANSWERS, CASES, FixedAnswers, build, config_of, records
+from calibtrain.losses import ANSWER
+from tests.distributed.gradient_cases import ANSWERS, CASES, FixedAnswers, build, config_of, fixed_samples, records
 from tests.distributed.ranks import run, torchrun
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
@@ -27,6 +28,7 @@ ON_ONE_RANK = (
     "untied_stage0",
     "untied_lora_stage0",
     "rotation_stage0",
+    "rollouts_stage0",
 )
 REFERENCE = {
     "orpo": "stage0",
@@ -35,6 +37,7 @@ REFERENCE = {
     "untied": "untied_stage0",
     "untied_lora": "untied_lora_stage0",
     "rotation": "rotation_stage0",
+    "rollouts": "rollouts_stage0",
 }
 BF16 = tuple(name for name in CASES if name.startswith("bf16"))
 RUNS = [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in CASES if name not in BF16)]
@@ -106,6 +109,8 @@ def norm(gradients):
 
 def dense_loss(model, config, family):
     template = Template("plain", tiny_tokenizer())
+    if family == "rollouts":
+        return rollout_loss(model, config, template)
     examples = encode_records(records(), template, config.data.max_length, family != "sft", DropReport())
     step = [examples[i] for i in step_indices(0, 8, len(examples), config.seed)]
     nll, tokens, odds = 0.0, 0, []
@@ -119,6 +124,21 @@ def dense_loss(model, config, family):
     if family != "sft":
         loss = loss - 0.5 * logsigmoid(torch.stack(odds)).mean()
     return loss + answer_score(model, config, template)
+
+
+def rollout_loss(model, config, template):
+    """GRPO's credit for being right, and the score of each answer's likelihood, means over the answers of the step."""
+    samples, losses = fixed_samples(template), []
+    for i in step_indices(0, 8, len(records()), config.seed):
+        pair = samples[2 * i : 2 * i + 2]
+        mean = (pair[0].correct + pair[1].correct) / 2
+        for one in pair:
+            prompt = template.prompt_ids(records()[i])
+            logprob = logprobs(model, Encoded((*prompt, *one.tokens), len(prompt), ANSWER, i))[len(prompt) - 1 :]
+            whole = logprob.sum()
+            score = -whole if one.correct else -torch.log1p(-whole.exp())
+            losses.append(-2.0 * (one.correct - mean) * logprob.mean() + 0.5 * score)
+    return torch.stack(losses).mean()
 
 
 def answer_score(model, config, template):

@@ -5,8 +5,11 @@ import random
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from calibtrain.errors import UserError
+from calibtrain.pipeline.spectra import at_step
 from tests.distributed.jobs import TRAIN, metrics, train, trained, write_job
 from tests.distributed.ranks import environment, run
 
@@ -143,6 +146,26 @@ def test_wandb_file_of_two_ranks_holds_the_keys_in_step_order(runs):
     logged_lines = {line["step"]: line for line in metrics(folder / "whole0") if line["event"] == "log"}
     first = next(row for row in rows if "train/loss/nll" in row)
     assert first["train/loss/nll"] == pytest.approx(logged_lines[1]["train/loss/nll"])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])  # 2 exports an average, in bf16
+def test_the_last_checkpoint_compared_by_step_is_what_was_exported(runs, stage):
+    """Whole weights come out of every stage's shards, an adapter merged, with nothing rounded on the way."""
+    folder = runs[0]
+    with at_step(folder / f"whole{stage}", 6) as compared:
+        found = load_file(compared.tuned / "model.safetensors")
+    exported = load_file(folder / f"whole{stage}" / "model" / "model.safetensors")
+    assert found.keys() == exported.keys()
+    matrices = [name for name, one in exported.items() if "layers" in name and one.ndim == 2]
+    assert matrices
+    # What is no matrix may hold the logit scale, which is the export's alone.
+    assert all(torch.allclose(found[name], exported[name], atol=1e-6) for name in matrices)
+    assert not compared.tuned.exists()
+    with (
+        pytest.raises(UserError, match="no whole checkpoint of it; there are: 4, 6"),
+        at_step(folder / f"whole{stage}", 5),
+    ):
+        pass
 
 
 def test_the_calibration_term_leaves_the_trajectory_as_it_was(runs):

@@ -18,12 +18,12 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 BETA = 0.05
 JOBS = {  # objective, rollouts, training, model
     "rloo0": ({"name": "rloo", "beta": BETA}, {"group_size": 4, "steps_per_round": 2}, {"zero_stage": 0}, {}),
-    "grpo1": ({"name": "grpo"}, {"group_size": 4}, {"zero_stage": 1}, {"lora": {"r": 2, "dropout": 0.2}}),
+    "grpo1": ({"name": "grpo"}, {"group_size": 4, "reward": "log"}, {"zero_stage": 1}, {"lora": {"r": 2, "dropout": 0.2}}),
     "ppo2": ({"name": "ppo", "beta": BETA}, {"group_size": 2, "steps_per_round": 2}, {"zero_stage": 2}, {}),
     "grpo3": ({"name": "grpo", "norm": "token", "beta": BETA}, {"group_size": 4, "steps_per_round": 2}, {"zero_stage": 3},
               {"lora": {"r": 2}}),
     "grpo3whole": ({"name": "grpo", "beta": BETA}, {"group_size": 2}, {"zero_stage": 3}, {"source": "untied"}),
-    "ppo3": ({"name": "ppo"}, {"group_size": 2}, {"zero_stage": 3}, {}),
+    "ppo3": ({"name": "ppo"}, {"group_size": 2, "reward": "brier", "accuracy_weight": 0.5}, {"zero_stage": 3}, {}),
     "reward3": ({"name": "reward_model"}, {}, {"zero_stage": 3}, {}),
 }  # fmt: skip
 
@@ -36,6 +36,8 @@ def job(folder, name):
     config["model"].update(model | ({"source": str(folder / model["source"])} if "source" in model else {}))
     config["evaluation"]["max_new_tokens"] = 1
     config.update(objective=objective, rollouts={"reward": "accuracy", **rollouts})
+    if name == "grpo3":
+        config["penalties"] = [{"name": "answer_score", "moves": "all"}]
     path.write_text(yaml.safe_dump(config))
     return path
 
@@ -86,6 +88,8 @@ def test_rollouts_are_logged_and_learned_from(runs, name):
     lines = logs(whole[name][0])
     assert all(0 < lines[step]["train/rollouts/correct"] < 1 for step in lines)
     assert any(line["train/grad_norm"] > 1e-4 for line in lines.values())
+    scored = name in ("grpo1", "grpo3", "ppo3")
+    assert all((line.get("train/loss/answer_score", 0) > 0) == scored for line in lines.values())
     if JOBS[name][1].get("steps_per_round") == 2:
         first, second, third = (lines[step]["train/rollouts/reward"] for step in (1, 2, 3))
         assert first == second

@@ -63,6 +63,22 @@ def test_advantages_are_the_formulas():
 
 
 @pytest.mark.peer
+def test_a_reward_that_carries_a_gradient_is_an_error():
+    """An advantage would drop it: the score of the policy's own likelihood is the loss's, not the reward's."""
+    rewards, ids = torch.rand(4, dtype=torch.float64, requires_grad=True), torch.tensor([0, 0, 1, 1])
+    mask = torch.ones(4, dtype=torch.bool)
+    for credit in (
+        lambda: grpo_advantages(rewards, ids),
+        lambda: rloo_advantages(rewards, ids),
+        lambda: leave_one_out_mean(rewards, ids),
+        lambda: generalized_advantages(rewards, torch.zeros(4), mask, ids),
+    ):
+        with pytest.raises(UserError, match="carry a gradient"):
+            credit()
+    kl = token_rewards(rewards.detach(), rewards, mask, torch.arange(4), beta=0.1)
+    assert not kl.requires_grad  # k1's own gradient is 0 on average
+
+
 def test_advantages_equal_trl():
     utils = pytest.importorskip("trl.trainer.utils", reason="TRL's statistics are the oracle")
     rewards = torch.randn(8, 4, dtype=torch.float64)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from calibtrain.losses.calibration_tuning import token_divergence
 from calibtrain.losses.kl import KL_ESTIMATORS, kl_k1, kl_k2, kl_k3, kl_straight_through, tangent_exp
 
 K = 6
@@ -30,6 +31,15 @@ def reference_formulas(d):
 def test_value_is_the_formula(name, d):
     actual = KL_ESTIMATORS[name](torch.tensor([d], dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
     assert actual.item() == pytest.approx(reference_formulas(d)[name], rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("divergence", [*KL_ESTIMATORS.values(), token_divergence])
+def test_the_reference_is_data(divergence):
+    """Also where it comes from weights that are trained, such as those below an adapter."""
+    logprob, reference = torch.tensor([[-1.0, -2.0], [-1.5, -0.5]], dtype=torch.float64, requires_grad=True).unbind(0)
+    gradients = torch.autograd.grad(divergence(logprob, reference).sum(), (logprob, reference), allow_unused=True)
+    assert gradients[0].abs().sum() > 0
+    assert gradients[1] is None
 
 
 def test_k3_keeps_its_digits_near_the_reference():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,16 @@ def totals(loss, examples):
 )
 def test_sft_by_hand(loss, total, count):
     assert totals(loss, MIXED)[0] == {"nll": (pytest.approx(total), count)}
+
+
+def test_the_likelihood_of_an_answer_is_that_behind_its_reasoning():
+    stats, batch, leaf = make_batch(MIXED)
+    read = torch.ones_like(batch.is_completion)
+    read[-2] = False  # the second token of the graded answer of two
+    term = AnswerScoreLoss(score="brier")(stats, replace(batch, is_answer=read))["answer_score"]
+    assert term.total.item() == pytest.approx((math.exp(-0.5) - 1) ** 2 + math.exp(-1.5) ** 2)
+    assert term.count == 2
+    assert torch.autograd.grad(term.total, leaf)[0][-2] == 0
 
 
 def test_orpo_by_hand():

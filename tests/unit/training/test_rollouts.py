@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -56,7 +57,7 @@ def brier(correct, confidence):
 
 
 def test_grpo_credit_is_the_reward_less_its_groups_mean():
-    found, means = credit(FOUR, GROUP, config(rollouts={"group_size": 4}))
+    found, means = credit(FOUR, GROUP, config(rollouts={"group_size": 4, "confidence": "stated", "decoupled": False}))
     rewards = [brier(one.correct, one.confidence) for one in FOUR]
     mean = sum(rewards) / 4
     for one, reward, parts in zip(FOUR, rewards, found, strict=True):
@@ -98,7 +99,7 @@ def test_ppo_credits_tokens_through_its_values():
 
 def test_stated_confidence_has_its_own_credit_and_silence_the_least():
     rows = samples((0, 2, 1, 0.9), (0, 3, 0, 0.9), (0, 2, 1, math.nan), (0, 2, 0, 0.1))
-    rollouts = {"confidence": "stated", "target_mixing": 0.0}
+    rollouts = {"confidence": "stated"}
     found, means = credit(rows, GROUP, config(rollouts=rollouts))
     answers = [parts.advantages[0] for parts in found]
     assert answers == pytest.approx([0.5, -0.5, 0.5, -0.5])
@@ -117,22 +118,43 @@ def test_ternary_reward_prices_wrong_answers_by_the_target_risk():
     assert means["reward"] == pytest.approx((1 - 3 + 0) / 3)
 
 
+@pytest.mark.parametrize("objective", ["grpo", "rloo", "ppo"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_likelihood_earns_nothing_by_its_score(objective, beta):
+    """No credit depends on it; without a weight on accuracy there is none at all, but what pays for the KL."""
+    given = [replace(one, values=(0.25,) * len(one.tokens)) for one in FOUR]
+    if beta:
+        given = [replace(one, logprobs=(-1.0,) * len(one.tokens), reference=(-1.5,) * len(one.tokens)) for one in given]
+    for reward, weight in (("brier", None), ("log", None), ("brier", 0.5)):
+        run = config({"name": objective, "beta": beta}, rollouts={"reward": reward, "accuracy_weight": weight})
+        found, means = credit(given, GROUP, run)
+        other = [replace(one, confidence=1.0 - one.confidence) for one in given]
+        assert credit(other, GROUP, run)[0] == found
+        nothing = weight is None and (not beta or objective == "grpo")
+        assert all(value == 0.0 for one in found for value in one.advantages) == nothing
+        assert means["alike"] == 0.0  # every graded answer teaches
+        assert means["reward"] == (0.0 if weight is None else pytest.approx(0.25))
+
+
+STATED = {"confidence": "stated"}
+
+
 @pytest.mark.parametrize(
-    ("rollouts", "message"),
+    ("objective", "rollouts", "message"),
     [
-        ({"score_weight": 2.0}, "accuracy_weight"),
-        ({"reward": "log"}, r"at least 6\.907"),
-        ({"confidence": "stated", "format_penalty": -0.5}, "format penalty"),
+        ("rloo", {**STATED, "decoupled": False, "score_weight": 2.0}, "accuracy_weight"),
+        ("ppo", {**STATED, "decoupled": False, "reward": "log"}, r"at least 6\.907"),
+        ("grpo", {**STATED, "format_penalty": -0.5}, "format penalty"),
+        ("grpo", {"score_weight": 0.0}, "both 0"),
+        ({"name": "grpo", "scale_advantages": "group"}, {**STATED, "decoupled": False}, "ends at certainty"),
     ],
 )
-def test_rewards_that_teach_something_else_are_errors(rollouts, message):
+def test_rewards_that_teach_something_else_are_errors(objective, rollouts, message):
     with pytest.raises(UserError, match=message):
-        check_rewards(config(rollouts=rollouts))
+        check_rewards(config(objective, rollouts=rollouts))
 
 
-@pytest.mark.parametrize(
-    "rollouts", [{}, {"reward": "log", "accuracy_weight": 7.0}, {"confidence": "stated", "score_weight": 9.0}]
-)
+@pytest.mark.parametrize("rollouts", [{}, {"reward": "log"}, {"score_weight": 2.0}, {**STATED, "score_weight": 9.0}])
 def test_rewards_that_are_honest_are_not(rollouts):
     check_rewards(config(rollouts=rollouts))
 
@@ -141,7 +163,8 @@ def test_configs_that_do_not_fit_are_refused():
     for changes, message in (
         ({"objective": "rloo", "rollouts": {"confidence": "stated"}}, "decoupled"),
         ({"rollouts": {"confidence": "stated", "reward": "accuracy"}}, "stated is scored"),
-        ({"penalties": [{"name": "answer_score", "moves": "all"}]}, "its own answers"),
+        ({"penalties": [{"name": "mmce"}]}, "its own answers"),
+        ({"rollouts": STATED, "penalties": [{"name": "answer_score", "moves": "all"}]}, "scores a likelihood"),
         ({"objective": {"name": "grpo", "norm": "constant"}}, "length"),
         ({"objective": "reward_model", "penalties": [{"name": "answer_score"}]}, "scalar head"),
     ):
@@ -158,7 +181,8 @@ QUESTIONS = [Record(prompt=(Message("user", f"What is {i}?"),), accepted=(f"{i}"
 def rollouts_of(run, module_class=LossModel, questions=QUESTIONS, reference=None, seed=0):
     torch.manual_seed(seed)
     template = Template("plain", tiny_tokenizer())
-    model = module_class(Policy(tiny_model(len(template.tokenizer), seed=seed)), build_loss(run.objective))
+    penalties = [build_loss(one) for one in run.penalties_in_loss]
+    model = module_class(Policy(tiny_model(len(template.tokenizer), seed=seed)), build_loss(run.objective), penalties)
     answerer = Answerer(model, template, run.evaluation, WORLD)
     plan = BatchPlan(run.training.micro_batch_size, 2, 1)
     return Rollouts(run, answerer, questions, plan, reference), model
@@ -204,6 +228,33 @@ def test_batches_hold_each_tokens_own_numbers(objective, shared):
     assert rollouts.samples is before
     rollouts.before_step(2)
     assert rollouts.samples is not before
+
+
+def test_the_loss_scores_the_likelihood_that_was_sampled_behind_any_reasoning(monkeypatch):
+    monkeypatch.setattr(Template, "answer_start", lambda self, ids: 1 if len(ids) > 1 else 0)
+    rollouts, model = rollouts_of(config(rollouts={"group_size": 3}))
+    rollouts.before_step(0)
+    batch = batch_of(rollouts)
+    read = torch.tensor([t >= one.answer_start for one in rollouts.samples for t in range(len(one.tokens))])
+    assert not read.all()
+    model.eval()
+    loss, output = model(TrainStep(batch, {name: count.float() for name, count in model.counts(batch).items()}))
+    scores = [(one.confidence - one.correct) ** 2 for one in rollouts.samples]
+    assert loss.item() == pytest.approx(sum(scores) / len(scores), rel=1e-4)
+    assert output.terms["answer_score"].count == len(scores)
+
+
+def test_an_abstention_has_no_likelihood_to_score(monkeypatch):
+    monkeypatch.setattr(
+        "calibtrain.training.rollouts.grade",
+        lambda text, accepted, method: accepted == ("I don't know",) and len(text) % 2 == 0,
+    )
+    penalties = [{"name": "answer_score", "moves": "all"}]
+    rollouts, model = rollouts_of(config(rollouts={"group_size": 6, "reward": "ternary"}, penalties=penalties))
+    rollouts.before_step(0)
+    abstained = sum(one.abstained for one in rollouts.samples)
+    assert 0 < abstained < len(rollouts.samples)
+    assert model.counts(batch_of(rollouts))["answer_score"] == len(rollouts.samples) - abstained
 
 
 def test_a_round_survives_a_checkpoint():
@@ -264,6 +315,42 @@ def test_a_policy_learns_what_is_rewarded(objective, monkeypatch):
         optimizer.step()
     assert sum(correct[:10]) / 10 < 0.65
     assert sum(correct[-10:]) / 10 > 0.85
+
+
+@pytest.mark.parametrize(
+    ("objective", "rollouts", "likelihood"),
+    [
+        ("grpo", {"reward": "log"}, 0.6),
+        ("ppo", {"reward": "brier", "steps_per_round": 3}, 0.6),
+        ("rloo", {"reward": "accuracy"}, 1.0),
+    ],
+)
+def test_a_whole_policy_ends_where_the_reward_says(objective, rollouts, likelihood, monkeypatch):
+    """One of two answers is right, drawn anew for each question and round, .6 of the time the first."""
+    right: dict[str, str] = {}
+    monkeypatch.setattr("calibtrain.training.rollouts.grade", lambda text, accepted, method: text == right[accepted[0]])
+    run = config(objective, rollouts={"group_size": 8, **rollouts}, evaluation={"max_new_tokens": 1})
+    rollouts, model = rollouts_of(run, ValueLossModel if objective == "ppo" else LossModel)
+    template = rollouts.answerer.template
+    first, second = (template.tokenizer.encode(text, add_special_tokens=False)[0] for text in ("a", "b"))
+    with torch.no_grad():  # all other tokens out of reach
+        head = model.policy.causal_model.get_output_embeddings()
+        bias = torch.full((head.weight.shape[0],), -30.0)
+        bias[[first, second]] = 0.0
+        head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    draw, found = random.Random(0), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(180):
+        right.update({one.accepted[0]: "a" if draw.random() < 0.6 else "b" for one in QUESTIONS})
+        rollouts.before_step(step)
+        batch = batch_of(rollouts)
+        divisors = {name: count.float() for name, count in model.counts(batch).items()}
+        loss, output = model(TrainStep(batch, divisors))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(output.stats.logprob[batch.targets == first].exp().mean().item())
+    assert torch.tensor(found[60:]).nanmean().item() == pytest.approx(likelihood, abs=0.06)
 
 
 @pytest.mark.parametrize("objective", ["grpo", "rloo", "ppo"])

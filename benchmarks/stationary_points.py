@@ -1,0 +1,323 @@
+"""Where training ends: the exact expected gradient of a config's reward, advantage and losses, followed until it is zero.
+
+    python benchmarks/stationary_points.py --json benchmarks/results/stationary_points.json
+
+The policy gives one of a few answers to one question, and which of them is right is drawn anew each time, so that the
+truth is a distribution. Every group of samples that the policy may draw is enumerated with its probability. Credit,
+objective and penalties are the package's own, built from the config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from _report import print_table, write_json
+from torch import Tensor, nn
+
+from calibtrain.config import RunConfig
+from calibtrain.data.collate import collate
+from calibtrain.data.encode import Encoded
+from calibtrain.losses import build_loss
+from calibtrain.losses.advantages import rloo_advantages
+from calibtrain.losses.answer_score import answer_brier_score, answer_log_score
+from calibtrain.losses.rewards import ppo_c_proper_reward, ppo_c_reward
+from calibtrain.losses.silence import watch_of
+from calibtrain.losses.terms import ANSWER, Batch
+from calibtrain.ops import TokenStats
+from calibtrain.training.rollout_credit import Sample, credit
+
+GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Confidences that can be stated."""
+
+Reward = Callable[[Tensor, Tensor], Tensor]
+"""(correct (S,), stated (S,)) -> rewards (S,), in place of the config's."""
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A question: the chance of each answer to be the right one, at most 1 together, and how many are sampled at once."""
+
+    truth: tuple[float, ...]
+    stated: bool = False  # whether a confidence of GRID follows the answer
+    abstains: bool = False  # whether the last answer is an abstention
+    group: int = 2
+    start: tuple[
+        float, ...
+    ] = ()  # logits of the answers, which then stay: what follows an answer is all that is learnt
+
+
+@dataclass(frozen=True)
+class End:
+    """Where the gradient is zero: probability of each answer, and the mean confidence stated behind each."""
+
+    answers: tuple[float, ...]
+    stated: tuple[float, ...] = ()
+
+
+class Policy:
+    """Logits of the answers, and of what may be stated behind each."""
+
+    def __init__(self, toy: Toy) -> None:
+        size = len(toy.truth)
+        start = toy.start or (0.0,) * size
+        self.answers = torch.tensor(start, dtype=torch.float64).requires_grad_(not toy.start)
+        self.levels = torch.zeros((size, len(GRID)), dtype=torch.float64).requires_grad_(toy.stated)
+        statements = range(len(GRID)) if toy.stated else [None]
+        self.actions = list(itertools.product(range(size), statements))
+        self.toy = toy
+
+    def parameters(self) -> list[Tensor]:
+        """What is learnt."""
+        return [one for one in (self.answers, self.levels) if one.requires_grad]
+
+    def logprobs(self) -> Tensor:
+        """Log-prob of each token of each action, (A, 1) or (A, 2)."""
+        answers, levels = self.answers.log_softmax(0), self.levels.log_softmax(1)
+        place = torch.tensor([answer for answer, _ in self.actions])
+        if not self.toy.stated:
+            return answers[place, None]
+        said = torch.tensor([statement for _, statement in self.actions])
+        return torch.stack([answers[place], levels[place, said]], dim=1)
+
+    def end(self) -> End:
+        """Where it is now."""
+        q = self.levels.detach().softmax(1) @ torch.tensor(GRID, dtype=torch.float64)
+        answers = self.answers.detach().softmax(0)
+        return End(tuple(answers.tolist()), tuple(q.tolist()) if self.toy.stated else ())
+
+
+class Question:
+    """All groups that may be sampled, each with every answer that may be right, as samples and as one batch."""
+
+    def __init__(self, toy: Toy, policy: Policy, size: int) -> None:
+        self.toy, self.size = toy, size
+        wrong = 1.0 - sum(toy.truth)
+        outcomes = [*enumerate(toy.truth), *([(-1, wrong)] if wrong > 1e-9 else [])]
+        groups = list(itertools.product(range(len(policy.actions)), repeat=size))
+        cases = [(group, right, chance) for right, chance in outcomes for group in groups]
+        self.groups = torch.tensor([group for group, _, _ in cases])
+        self.chance = torch.tensor([chance for _, _, chance in cases], dtype=torch.float64)
+        self.owner = torch.arange(len(cases)).repeat_interleave(size)
+        kinds = {
+            (action, right): self._sample(policy.actions[action], right)
+            for action in range(len(policy.actions))
+            for right, _ in outcomes
+        }
+        self.samples = [kinds[action, right] for group, right, _ in cases for action in group]
+        self.batch = self.batch_of(self.samples)
+
+    def _sample(self, action: tuple[int, int | None], right: int) -> Sample:
+        answer, statement = action
+        abstained = self.toy.abstains and answer == len(self.toy.truth) - 1
+        tokens = (answer,) if statement is None else (answer, 100 + statement)
+        return Sample(
+            question=0,
+            tokens=tokens,
+            correct=float(answer == right and not abstained),
+            confidence=0.5 if statement is None else GRID[statement],  # of a likelihood no credit may depend on it
+            abstained=abstained,
+            stated=(False, True)[: len(tokens)],
+        )
+
+    @staticmethod
+    def batch_of(samples: Sequence[Sample]) -> Batch:
+        """The samples as the trainer collates them."""
+        grades = [math.nan if one.abstained else one.correct for one in samples]
+        pairs = zip(samples, grades, strict=True)
+        return collate([Encoded((7, *one.tokens), 1, ANSWER, 0, correct=grade) for one, grade in pairs], 0)
+
+    def weights(self, logprobs: Tensor) -> Tensor:
+        """Probability of each case under a policy with these log-probs of its actions. (cases,)."""
+        return self.chance * logprobs.sum(1)[self.groups].sum(1).exp()
+
+
+def stats_of(logprob: Tensor) -> TokenStats:
+    zeros = torch.zeros_like(logprob)
+    return TokenStats(logprob, zeros, zeros, zeros, zeros > 0)
+
+
+def find_end(config: RunConfig, toy: Toy, reward: Reward | None = None, *, steps: int = 500, rate: float = 0.1) -> End:
+    """Ascend the exact expected gradient with Adam, its rate falling to 0."""
+    policy = Policy(toy)
+    ppo = config.objective.name == "ppo"
+    question = Question(toy, policy, 1 if ppo else toy.group)
+    answers = Question(toy, policy, 1)  # what the score in the loss is a sum over
+    objective = build_loss(config.objective)
+    penalties = [build_loss(one) for one in config.penalties_in_loss]
+    if config.rollouts.rewards_nothing:
+        watch_of(objective).leave("advantages")
+    optimizer = torch.optim.Adam(policy.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
+    fixed = None if ppo else credit_of(config, question, policy, reward)
+    for step in range(steps):
+        logprobs = policy.logprobs()
+        if step % config.rollouts.steps_per_round == 0:
+            old = logprobs.detach()
+            advantages = fixed if fixed is not None else ppo_credit(config, question, policy)
+        weights = question.weights(old)
+        flat = question.groups.flatten()
+        batch = replace(
+            question.batch,
+            advantages=advantages * weights[question.owner].repeat_interleave(old.shape[1]),
+            old_logprob=old[flat].flatten(),
+        )
+        if ppo:  # its value head is taken to be right
+            batch = replace(batch, scores=batch.advantages, old_values=batch.advantages, returns=batch.advantages)
+        per_answer = old.shape[1] if getattr(objective, "norm", "token") == "token" and objective.name != "rloo" else 1
+        terms = objective(stats_of(logprobs[flat].flatten()), batch)
+        loss = terms["policy"].total / (question.size * per_answer)
+        for penalty in penalties:
+            loss = loss + expected(penalty, answers, logprobs, old)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return policy.end()
+
+
+def expected(penalty: nn.Module, answers: Question, logprobs: Tensor, old: Tensor) -> Tensor:
+    """What has the gradient of a penalty's mean over the answers that the policy of log-probs `old` samples.
+
+    The term is a sum over answers, each a function of its own log-prob: that sum's gradient holds one for each.
+    """
+    flat = logprobs[answers.groups[:, 0]].flatten()
+    leaf = flat.detach().requires_grad_()
+    (term,) = penalty(stats_of(leaf), answers.batch).values()
+    (each,) = torch.autograd.grad(term.weight * term.total, leaf)
+    return (answers.weights(old).repeat_interleave(old.shape[1]) * each * flat).sum()
+
+
+def credit_of(config: RunConfig, question: Question, policy: Policy, reward: Reward | None) -> Tensor:
+    """Advantage of every token of every case; the config's, or leave-one-out of another reward. (N,) float64."""
+    if reward is None:
+        found, _ = credit(question.samples, question.owner.tolist(), config)
+        return torch.tensor([value for one in found for value in one.advantages], dtype=torch.float64)
+    correct, stated = (
+        torch.tensor([getattr(one, name) for one in question.samples], dtype=torch.float64)
+        for name in ("correct", "confidence")
+    )
+    found = rloo_advantages(reward(correct, stated), question.owner)
+    return found.repeat_interleave(policy.logprobs().shape[1])
+
+
+def ppo_credit(config: RunConfig, question: Question, policy: Policy) -> Tensor:
+    """Advantages with the value of each state as it is under the policy: of the question, and of what was answered.
+
+    They are divided by the spread over all cases alike, not by that over what is sampled: a positive factor.
+    """
+    logprobs = policy.logprobs().detach()
+    weights = question.weights(logprobs)
+    zero = [replace(one, values=(0.0,) * len(one.tokens)) for one in question.samples]
+    plain = config.model_copy(update={"objective": config.objective.model_copy(update={"lam": 1.0, "gamma": 1.0})})
+    returns = torch.tensor(
+        [one.returns[0] for one in credit(zero, question.owner.tolist(), plain)[0]], dtype=torch.float64
+    )
+    start = (weights * returns).sum()
+    by_answer: dict[int, float] = {}
+    for answer in {one.tokens[0] for one in question.samples}:
+        mask = torch.tensor([one.tokens[0] == answer for one in question.samples])
+        by_answer[answer] = float((weights * returns)[mask].sum() / weights[mask].sum())
+    given = [
+        replace(one, values=(float(start), by_answer[one.tokens[0]])[: len(one.tokens)]) for one in question.samples
+    ]
+    found, _ = credit(given, question.owner.tolist(), config)
+    return torch.tensor([value for one in found for value in one.advantages], dtype=torch.float64)
+
+
+def score_end(truth: Sequence[float], score: str, how: str, *, steps: int = 1000, rate: float = 0.1) -> End:
+    """Where the mean score of the likelihoods ends by itself.
+
+    `how`: "loss" differentiates the likelihood, as answer_score does; "whole" also what is sampled, so that answers are
+    credited with their scores; "reward" that alone, so that the likelihood is a constant, with 1 for being right beside it.
+    """
+    t = torch.tensor(truth, dtype=torch.float64)
+    logits = torch.zeros_like(t).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
+    loss_of = {"brier": answer_brier_score, "log": answer_log_score}[score]
+    for _ in range(steps):
+        logprob = logits.log_softmax(0)
+        q = logprob.detach() if how == "reward" else logprob
+        mean = t * loss_of(q, torch.ones_like(t)) + (1.0 - t) * loss_of(q, torch.zeros_like(t))
+        share = logprob.exp().detach() if how == "loss" else logprob.exp()
+        loss = (share * (mean - (t if how == "reward" else 0.0))).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return End(tuple(logits.detach().softmax(0).tolist()))
+
+
+def run_config(objective: Mapping[str, Any] | str, rollouts: Mapping[str, Any], **more: Any) -> RunConfig:
+    """A run of this objective, by name or with its keys, and these rollouts."""
+    name = {"name": objective} if isinstance(objective, str) else dict(objective)
+    return RunConfig.model_validate({"objective": name, "rollouts": dict(rollouts), **more})
+
+
+TWO, THREE, NEVER = (0.6, 0.4), (0.5, 0.3, 0.2), (0.5, 0.3, 0.0, 0.0, 0.0, 0.0)
+
+
+def rows() -> list[dict[str, Any]]:
+    """The table of docs/rewards.md."""
+    found = []
+
+    def add(what: str, truth: Sequence[float], end: End) -> None:
+        ends = " ".join(f"{one:.2f}" for one in end.answers)
+        stated = f"{end.stated[0]:.2f}" if end.stated else ""
+        found.append({"what": what, "truth": " ".join(f"{one:g}" for one in truth), "ends": ends, "stated": stated})
+
+    rloo = {"group_size": 2}
+    for truth in (TWO, THREE, NEVER):
+        add("reward: accuracy", truth, find_end(run_config("rloo", {**rloo, "reward": "accuracy"}), Toy(truth)))
+        for score in ("brier", "log"):
+            for weight in (None, 1.0):
+                rollouts = {**rloo, "reward": score, "accuracy_weight": weight}
+                name = f"reward: {score}" + ("" if weight is None else f", accuracy_weight: {weight:g}")
+                add(name, truth, find_end(run_config("rloo", rollouts), Toy(truth), steps=800))
+            add(f"{score}, whole gradient", truth, score_end(truth, score, "whole"))
+        add("1 if right and brier, as a reward", truth, score_end(truth, "brier", "reward"))
+    stated = {**rloo, "confidence": "stated", "decoupled": False}
+    for reward, weight in (("brier", 1.0), ("log", 7.0)):
+        rollouts = {**stated, "reward": reward, "accuracy_weight": weight}
+        add(f"reward: {reward}, confidence: stated", TWO, find_end(run_config("rloo", rollouts), Toy(TWO, stated=True)))
+    ranked = run_config({"name": "grpo", "scale_advantages": "group"}, stated)
+    add("the same with scale_advantages: group", TWO, find_end(ranked, Toy(TWO, stated=True)))
+    brier = run_config("rloo", {**stated, "reward": "brier"})
+    for name, reward in ppo_c_rewards().items():
+        add(f"{name}, confidence: stated", TWO, find_end(brier, Toy(TWO, stated=True), reward))
+    for risk in (0.3, 0.5):
+        config = run_config("rloo", {**rloo, "reward": "ternary"}, abstention={"target_risk": risk})
+        add(f"reward: ternary, target_risk: {risk:g}", (*TWO, 0.0), find_end(config, Toy((*TWO, 0.0), abstains=True)))
+    return found
+
+
+def ppo_c_rewards() -> dict[str, Reward]:
+    """PPO-C on a reward model that gives 1 to a right answer and -1 to a wrong one; its threshold is 0."""
+    return {
+        "PPO-C, threshold": lambda c, q: ppo_c_reward(2.0 * c - 1.0, q, 0.0),
+        "PPO-C, difference": lambda c, q: ppo_c_reward(2.0 * c - 1.0, q, 0.0, mode="difference"),
+        "PPO-C, proper": lambda c, q: ppo_c_proper_reward(2.0 * c - 1.0, q, 0.0),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write machine, versions, rows and summary here")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found = rows()
+    print_table("Where training ends", found)
+    if arguments.json:
+        summary = {f"{one['what']} ({one['truth']})": one["stated"] or one["ends"] for one in found}
+        write_json(arguments.json, found, summary)
+
+
+if __name__ == "__main__":
+    main()
