@@ -50,6 +50,7 @@ def train(work: Path, arm: str, seed: int, overrides: Sequence[str]) -> Path:
 
     output = work / f"run-{arm}-{seed}"
     if not (output / "model" / "config.json").is_file():
+        shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
         pipeline.run(load_config("demo", [f"seed={seed}", f"output_dir={output}", *BASE, *ARMS[arm], *overrides]))
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return output / "model"

@@ -111,6 +111,7 @@ def work(job: Sequence[Any]) -> None:
     if kind == "sft":
         settings += ["objective={name: sft}", "penalties=[]"]
     config = load_config("demo", [*settings, *overrides])
+    shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
     prepared = prepare(config)
     models: dict[str, Path | None] = {"raw": None}
     if kind == "orpo":

@@ -177,6 +177,7 @@ def work(job: Sequence[Any]) -> None:
     output = folder / f"run-{label(method, strength, seed)}"
     own = METHODS[method][strength] if method != "raw" else []
     config = load_config("demo", [f"seed={seed}", f"output_dir={output}", *BASE, *own, *overrides])
+    shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
     # The questions are those of seed 0 in every run, so that methods and seeds are compared on the same ones.
     fixed = load_config("demo", [*BASE, *overrides])
     splits, shots = prepare(fixed).splits, prepare(fixed).shots

@@ -163,7 +163,7 @@ class TrainingConfig(Section):
     keep_checkpoints: Count = 2
     """Older checkpoints are deleted once a newer one is complete."""
     resume: Path | Literal["auto"] | None = None
-    """A checkpoint directory, or `auto`: the newest complete one of output_dir, if any."""
+    """A checkpoint directory, or `auto`: the newest complete one of output_dir, if any; null refuses one with a run."""
     max_skipped_steps: Count = 10
     """Consecutive steps with non-finite gradients before training gives up."""
 
@@ -265,7 +265,7 @@ class RunConfig(Section):
     name: str = "run"
     """Shown in W&B and in the report."""
     output_dir: Path = Path("out")
-    """Everything the run makes; relative to the working directory."""
+    """Everything the run makes, and of no other run; relative to the working directory."""
     seed: int = 0
     """Of data order, sampling and dropout."""
     model: ModelConfig = ModelConfig()

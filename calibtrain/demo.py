@@ -16,7 +16,7 @@ from calibtrain.config_file import dump_config
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled, told
 from calibtrain.pipeline import calibrate, collect
-from calibtrain.pipeline.calibration_file import made_by, weights_hash
+from calibtrain.pipeline.calibration_file import made_by, made_by_source, weights_hash
 from calibtrain.pipeline.check import check
 from calibtrain.pipeline.evaluate import (
     Loaded,
@@ -26,6 +26,7 @@ from calibtrain.pipeline.evaluate import (
     write_measurement,
 )
 from calibtrain.pipeline.prepare import prepare
+from calibtrain.training.output_directory import check_replaceable
 
 COLUMNS = {
     "acc": "accuracy",
@@ -36,6 +37,11 @@ COLUMNS = {
     "auroc": "AUROC",
     "cov@0.2": "answers at 20% risk",
 }
+RESULTS = (
+    *("model", "checkpoints", "answers", "probe", "sources", "confidence", "errors"),
+    *("metrics.jsonl", "calibration.json", "report.html", "spectra.json", "spectra.html", "run.json"),
+)
+"""What a run leaves behind that speaks of its model."""
 
 
 def run(config: RunConfig) -> Path:
@@ -45,15 +51,16 @@ def run(config: RunConfig) -> Path:
     console = Console(highlight=False)
     started = time.monotonic()
     output = config.output_dir
-    for name, records in check(config, 1).prepared.splits.items():
+    earlier = check_replaceable(config)
+    for name, records in check(config, 1, replace=True).prepared.splits.items():
         if not records:
             raise UserError(f"data.splits.{name}: 0; the demo needs some of each split")
-    if (output / "model").exists():
-        console.print(f"{output} holds an earlier run: its results are replaced")
-        for name in ("model", "checkpoints", "answers"):
+    if earlier:
+        console.print(f"{output} holds an earlier run of this name: its results are replaced")
+        for name in RESULTS:
             shutil.rmtree(output / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "calibration.json", "report.html", "spectra.json", "spectra.html"):
-            (output / name).unlink(missing_ok=True)
+            if (output / name).is_file():
+                (output / name).unlink()
     output.mkdir(parents=True, exist_ok=True)
     console.rule("1/4  the raw model", align="left")
     if config.model.dtype == "auto":
@@ -62,7 +69,7 @@ def run(config: RunConfig) -> Path:
     # In a process of its own, whose memory is free again when training starts.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         raw = pool.submit(_measure_raw, config).result()
-    write_measurement(raw, output / "answers" / "raw_test.jsonl")
+    write_measurement(raw, output / "answers" / "raw_test.jsonl", made_by_source(config.model))
     console.rule("2/4  fine-tuning", align="left")
     resolved = output / "config.yaml"
     dump_config(config, resolved)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from calibtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +144,38 @@ def all_agree(flag: bool, device: torch.device) -> bool:
     tensor = torch.tensor([int(flag)], dtype=torch.int32, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
     return bool(tensor.item())
+
+
+def on_main(call: Callable[[], T]) -> T:
+    """Call on rank 0 alone; every rank gets what it returns, or its UserError. Collective.
+
+    For whatever each rank could see otherwise (a file, a cache, a clock) and a later collective depends on: were every rank
+    to look for itself, some would enter it and wait for the others. The value is a small Python object.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return call()
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = call()
+        except UserError as error:
+            told[1] = str(error)
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise UserError(told[1])
+    return told[0]  # type: ignore[no-any-return]
+
+
+def check_alike(facts: Mapping[str, str], world: World) -> None:
+    """Raise UserError, on every rank, unless `facts` (what it is -> its hash) are the same on all of them. Collective."""
+    found = gather_lists([dict(facts)])
+    for rank, own in enumerate(found):
+        differing = [name for name in own if own[name] != found[0][name]]
+        if differing:
+            raise UserError(
+                f"rank {rank} has another {' and another '.join(differing)} than rank 0: the files and the software of all "
+                f"{world.size} processes must be the same"
+            )
 
 
 def gather_rows(rows: Tensor, device: torch.device) -> Tensor:

@@ -137,6 +137,8 @@ def show_data(config: RunConfig, world_size: int, console: Console) -> None:
     from calibtrain.pipeline.prepare import needs_rejected
 
     checked = check(config, world_size)
+    if checked.finished:
+        console.print(f"{config.output_dir} holds this very run, and it is finished: nothing will be trained")
     splits, seen = checked.prepared.splits, len(checked.examples)
     for line in [*checked.prepared.lines(), *checked.prepared.drops.lines()]:
         console.print(line)

@@ -186,7 +186,7 @@ def attach(
     Does nothing where training logged no run. `config` is the resolved one of the run.
     """
     latest = output_dir / "wandb" / "latest-run"
-    if not tracking.wandb or not latest.exists():
+    if not tracking.wandb or resolve_mode(tracking.mode) == "disabled" or not latest.exists():
         return
     hook = WandbHook(tracking, str(config["name"]))
     hook.load_state_dict({"run_id": latest.resolve().name.rsplit("-", 1)[-1]})

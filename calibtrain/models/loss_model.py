@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calibtrain.losses.terms import Batch, LossTerm, Objective
 from calibtrain.models.policy import Policy
-from calibtrain.ops import TokenStats, answer_logprobs_at
+from calibtrain.ops import TokenStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +132,7 @@ class LossModel(nn.Module):
         if isinstance(step, SpreadStep):
             logprobs = self.policy.logits(self.policy.scaled(step.hidden)).log_softmax(-1)
             return torch.special.entr(logprobs.exp()).sum(-1), logprobs.topk(2).values
-        head = self.policy.causal_model.get_output_embeddings()
-        return answer_logprobs_at(
-            self.policy.scaled(step.hidden),
-            head.weight,
-            step.targets,
-            step.temperatures,
-            bias=getattr(head, "bias", None),
-            softcap=self.policy.head.softcap,
-            logit_scale=self.policy.head.logit_scale,
-        )
+        return self.policy.answer_logprobs(step.hidden, step.targets, step.temperatures)
 
     def after_step(self) -> None:
         """Tell the terms that keep something between steps that one has ended. Collective."""
@@ -171,7 +162,7 @@ class LossModel(nn.Module):
         # The empty product keeps a micro-batch without any item in the graph: every rank must run backward.
         parts = [term.weight * term.total / step.divisors[name] for name, term in terms.items()]
         loss = torch.stack([anchor.sum() * 0.0, *parts]).sum()
-        # A plain tuple, because ZeRO-3 finds only in those the loss whose backward needs the weights gathered again.
+        # A plain tuple, because hooks of ZeRO-3 look for the loss in nothing else.
         return loss, StepStatistics(
             terms={name: LossTerm(term.total.detach(), term.count, term.weight) for name, term in terms.items()},
             batch=step.batch,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,8 +13,32 @@ from torch import Tensor, nn
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import Batch
 from calibtrain.models.attention_mask import attention_mask
-from calibtrain.ops import TokenStats, fused_linear_token_stats, token_set_logprobs
-from calibtrain.ops.head import head_of
+from calibtrain.ops import TokenStats, answer_logprobs_at, fused_linear_token_stats, token_set_logprobs
+from calibtrain.ops.head import Head, head_of
+
+
+class HeadReader(nn.Module):
+    """The language-model head as a matrix, for what is computed from it without all logits. It has no parameters.
+
+    A module of its own, so that ZeRO-3 brings the head's weight for this call, and again for its backward: `start_engine`
+    registers `parameters_read` with it. DeepSpeed by itself registers a weight that another module than its own reads only
+    where it finds it sharded; one that a prefetch has just brought is read as it is, and gone when backward comes.
+    """
+
+    def __init__(self, find: Callable[[], Any], form: Head) -> None:
+        super().__init__()
+        self.find = find  # not the head itself, which would become a child and its weight a second name in checkpoints
+        self.form = asdict(form)
+
+    def parameters_read(self) -> list[nn.Parameter]:
+        """The head's weight and, where it has one, its bias."""
+        head = self.find()
+        return [one for one in (head.weight, getattr(head, "bias", None)) if one is not None]
+
+    def forward(self, hidden: Tensor, read: Callable[..., Any]) -> Any:
+        """`read(hidden, weight, bias=..., softcap=..., logit_scale=...)`."""
+        head = self.find()
+        return read(hidden, head.weight, bias=getattr(head, "bias", None), **self.form)
 
 
 class Policy(nn.Module):
@@ -27,6 +52,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.head = head_of(model.config)
+        self.reader = HeadReader(lambda: self.causal_model.get_output_embeddings(), self.head)
         self.scale = 1.0
 
     @property
@@ -48,29 +74,25 @@ class Policy(nn.Module):
 
     def token_stats(self, hidden: Tensor, targets: Tensor) -> TokenStats:
         """Statistics of `targets` (N,) from `hidden` (N, H)."""
-        head = self.causal_model.get_output_embeddings()
-        return fused_linear_token_stats(
-            hidden,
-            head.weight,
-            targets,
-            bias=getattr(head, "bias", None),
-            softcap=self.head.softcap,
-            logit_scale=self.head.logit_scale,
+        return self.reader(
+            hidden, lambda states, weight, **form: fused_linear_token_stats(states, weight, targets, **form)
         )
 
     def token_set_logprobs(self, hidden: Tensor, targets: Tensor, stats: TokenStats, token_set: Tensor) -> Tensor:
         """Log-probs of the tokens of `token_set` (K,) at every target, (N, K); `stats` are those of the same targets."""
-        head = self.causal_model.get_output_embeddings()
-        return token_set_logprobs(
-            hidden,
-            head.weight,
-            targets,
-            stats.logprob,
-            token_set.to(hidden.device),
-            bias=getattr(head, "bias", None),
-            softcap=self.head.softcap,
-            logit_scale=self.head.logit_scale,
-        )
+
+        def read(states: Tensor, weight: Tensor, **form: Any) -> Tensor:
+            return token_set_logprobs(states, weight, targets, stats.logprob, token_set.to(states.device), **form)
+
+        return self.reader(hidden, read)
+
+    def answer_logprobs(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> Tensor:
+        """Log-probs of `targets` (N,) at `temperatures` (K,) and the calibrated scale, (N, K); no gradient."""
+
+        def read(states: Tensor, weight: Tensor, **form: Any) -> Tensor:
+            return answer_logprobs_at(states, weight, targets, temperatures, **form)
+
+        return self.reader(self.scaled(hidden), read)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of a few positions, for choosing the next token. (n, H) to (n, V) float32."""

@@ -16,7 +16,7 @@ from calibtrain.abstention.hallucination import HallucinationCertificate
 from calibtrain.abstention.strata import GroupRisk
 from calibtrain.abstention.words import scale_of
 from calibtrain.calibration.calibrators import Calibrator
-from calibtrain.config import RunConfig
+from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline.scope import Scope
@@ -61,6 +61,11 @@ def weights_hash(model: Path) -> str:
 def made_by(weights: str, template: str) -> str:
     """Mark of the model and template that gave an answer, for its line in a file."""
     return hashlib.sha256(f"{weights} {template}".encode()).hexdigest()[:16]
+
+
+def made_by_source(model: ModelConfig) -> str:
+    """Mark of the model that a run starts from, for its answers' lines: nothing is ever certified by these."""
+    return hashlib.sha256(f"starts from {model.source} {model.revision}".encode()).hexdigest()[:16]
 
 
 def source_folder(output_dir: Path, source: str | None) -> Path:

@@ -6,9 +6,10 @@ and `--dry-run` prints it. No weights are read.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -30,6 +31,7 @@ from calibtrain.training.checkpoint import find_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.losses import term_names
 from calibtrain.training.matrices import trained_layers
+from calibtrain.training.output_directory import check_output_dir, check_same_data
 from calibtrain.training.rollout_credit import check_rewards
 from calibtrain.training.spectra import spectra_layers
 from calibtrain.training.weight_penalty import penalised_layers
@@ -58,6 +60,10 @@ class Checked:
     """The records that `examples` were made of; their `record_id` is its index."""
     records: int
     """How many training records there are, as the objective learns from them, those in `drops` among them."""
+    records_hash: str
+    """Of all splits, as they were read."""
+    finished: bool = False
+    """This very run has already come to its end in output_dir."""
 
     @property
     def whole(self) -> bool:
@@ -76,14 +82,22 @@ class Tokens:
     """With the padding of their rows."""
 
 
-def check(config: RunConfig, world_size: int) -> Checked:
-    """Read the data and the tokenizer and try what can be tried without the model. Raises UserError as the run would."""
+def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Checked:
+    """Read the data and the tokenizer and try what can be tried without the model. Raises UserError as the run would.
+
+    `replace`: whatever output_dir holds makes way for the run.
+    """
     deepspeed_dict(config, world_size)
     term_names(config)
     if config.trains_on_rollouts:
         check_rewards(config)
-    find_checkpoint(config, World(0, world_size, 0, torch.device("cpu")), None)
+    finished = not replace and check_output_dir(config)
+    if not finished and not replace:
+        find_checkpoint(config, World(0, world_size, 0, torch.device("cpu")), None)
     prepared = prepare(config)
+    records_hash = prepared.data_hash
+    if finished:
+        check_same_data(config.output_dir, records_hash)
     train = prepared.splits["train"]
     if not train:
         raise UserError("; ".join(["data.splits.train: 0 records to train on", *prepared.drops.lines()]))
@@ -114,10 +128,11 @@ def check(config: RunConfig, world_size: int) -> Checked:
             mismatched([one for (one,) in examples], config.data.max_length, tokenizer.bos_token_id)
     for split in ("calibration", "temperature", "certification", "test"):
         _ask(template, prepared.splits[split][:READ_WHOLE], prepared.shots)
-    found = [replace(record, rejected=PENDING) for record in train] if wanting else train
+    found = [dataclasses.replace(record, rejected=PENDING) for record in train] if wanting else train
     left_out = DropReport()
     records = len(learned_records(config, found, left_out)) + left_out.total
-    return Checked(prepared, template, batch_plan(config.training, world_size), examples, drops, learned, records)
+    plan = batch_plan(config.training, world_size)
+    return Checked(prepared, template, plan, examples, drops, learned, records, records_hash, finished)
 
 
 def _check_layers(config: RunConfig) -> None:

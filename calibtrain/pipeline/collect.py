@@ -16,7 +16,7 @@ from calibtrain.data.calibration_set import Composition
 from calibtrain.errors import UserError
 from calibtrain.hooks.jsonl import read_metrics
 from calibtrain.hooks.wandb import attach
-from calibtrain.pipeline.calibration_file import made_by, read_calibration, weights_hash, write_json
+from calibtrain.pipeline.calibration_file import made_by, made_by_source, read_calibration, weights_hash, write_json
 from calibtrain.pipeline.evaluate import measured_metrics, read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.report import CompositionRow, Measured, ReportData, write_report
@@ -86,7 +86,15 @@ def report_data(output_dir: Path) -> ReportData:
     if test.made_by != made_by(fitted.weights_hash, fitted.template_hash):
         raise UserError(f"{answers}: not known to be answers of this model; run {again}")
     raw_path = output_dir / "answers" / "raw_test.jsonl"
-    measured = [Measured("raw model", read_measurement(raw_path).answers)] if raw_path.is_file() else []
+    measured = []
+    if raw_path.is_file():
+        raw = read_measurement(raw_path)
+        if raw.made_by not in (None, made_by_source(config.model)):
+            raise UserError(
+                f"{raw_path}: not answers of {config.model.source}, from which this run started; delete it, or run "
+                f"`calibtrain evaluate {output_dir / 'config.yaml'} --output {raw_path}`"
+            )
+        measured.append(Measured("raw model", raw.answers))
     measured.append(Measured("fine-tuned", test.answers))
     label = f"with {calibrated.calibrator.method.replace('_', ' ')}"
     confidence = calibrated.calibrator.apply(test.scores(config.calibration.domain))

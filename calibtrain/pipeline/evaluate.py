@@ -29,7 +29,7 @@ from calibtrain.lines import lines_of
 from calibtrain.models.loading import answering_config, load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy, check_head
-from calibtrain.pipeline.calibration_file import made_by, weights_hash
+from calibtrain.pipeline.calibration_file import made_by, made_by_source, weights_hash
 from calibtrain.pipeline.prepare import prepare
 
 
@@ -110,7 +110,7 @@ def run(config: RunConfig, *, model: Path | None, split: str, output: Path | Non
     loaded = Loaded(config, model)
     measurement = with_progress(loaded, records, () if model is not None else prepared.shots, f"answering {split}")
     if output is not None:
-        mark = None if model is None else made_by(weights_hash(model), loaded.template.hash)
+        mark = made_by_source(config.model) if model is None else made_by(weights_hash(model), loaded.template.hash)
         write_measurement(measurement, output, mark)
     metrics = measured_metrics(measurement.confidence, measurement.correct)
     _print(metrics, f"{model or config.model.source}, {split}")

@@ -21,6 +21,7 @@ from calibtrain.data.strata import check_named
 from calibtrain.data.summary import data_hash
 from calibtrain.data.templates import Template
 from calibtrain.data.unpaired import unpair
+from calibtrain.distributed import on_main
 from calibtrain.errors import UserError
 from calibtrain.models.loading import cache_directory
 
@@ -115,7 +116,10 @@ def check_rejected(prepared: Prepared) -> None:
 
 
 def add_own_wrong_answers(config: RunConfig, prepared: Prepared, template: Template, sample: Sampler) -> None:
-    """Give every training record a rejected answer that the starting model itself produced; cached by content."""
+    """Give every training record a rejected answer that the starting model itself produced; cached by content.
+
+    Collective, as `sample` may be: rank 0 alone looks into the cache, which on another machine may be another one.
+    """
     check_rejected(prepared)
     train = prepared.splits["train"]
     parts: list[object] = [
@@ -127,11 +131,11 @@ def add_own_wrong_answers(config: RunConfig, prepared: Prepared, template: Templ
     ]
     parts += [config.evaluation.max_new_tokens, SAMPLES_PER_QUESTION, config.seed, "without thinking"]
     path = cache_directory() / "samples" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.json"
-    samples = _read(path, len(train))
+    samples = on_main(lambda: _read(path, len(train)))
     if samples is None:
         logger.info("sampling the starting model's own wrong answers to %d training questions", len(train))
-        samples = sample(train, prepared.shots)
-        _write(path, samples)
+        samples = found = sample(train, prepared.shots)
+        on_main(lambda: _write(path, found))
     pairs, fallbacks = add_rejected(train, samples, config.evaluation.grading)
     logger.info("rejected answers: %d the model's own, %d of another question", len(pairs) - fallbacks, fallbacks)
     prepared.splits["train"] = pairs
@@ -140,13 +144,17 @@ def add_own_wrong_answers(config: RunConfig, prepared: Prepared, template: Templ
 def _read(path: Path, count: int) -> list[list[str]] | None:
     try:
         samples = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
-    return samples if len(samples) == count else None
+    return samples if isinstance(samples, list) and len(samples) == count else None
 
 
 def _write(path: Path, samples: list[list[str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(samples), encoding="utf-8")
-    os.replace(partial, path)  # atomic: other ranks and runs may write the same
+    """Keep the answers for the next run. Without room for them this one goes on: they were dear."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(samples), encoding="utf-8")
+        os.replace(partial, path)  # atomic: other runs may write the same
+    except OSError as error:
+        logger.warning("the sampled answers could not be kept for later runs in %s: %s", path, error)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import logging
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from calibtrain.data.loader import planned_steps
 from calibtrain.data.records import Record
 from calibtrain.data.templates import Template, template_of
 from calibtrain.data.unpaired import mismatched
-from calibtrain.distributed import World, barrier, gather_lists, shard, start_world
+from calibtrain.distributed import World, barrier, check_alike, gather_lists, on_main, shard, start_world
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
@@ -37,7 +39,7 @@ from calibtrain.models.reward import (
     check_classifier,
     export_reward_model,
 )
-from calibtrain.pipeline.check import advice, check
+from calibtrain.pipeline.check import Checked, advice, check
 from calibtrain.pipeline.prepare import (
     SAMPLES_PER_QUESTION,
     Prepared,
@@ -80,6 +82,11 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     checked = check(config, int(os.environ.get("WORLD_SIZE", 1)))
     world = start_world()
     prepared, template = checked.prepared, checked.template
+    target = config.output_dir / "model"
+    if on_main(lambda: checked.finished):
+        logger.info("%s holds this very run, and it is finished: nothing to train", config.output_dir)
+        return target
+    check_alike(_what_ranks_share(config, checked), world)
     for line in prepared.lines():
         logger.info("data: %s", line)
     for line in advice(config, checked) if world.is_main else []:
@@ -97,9 +104,9 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     if world.device.type == "cpu":
         release_freed_memory()  # what flattening the weights left behind would be fragmented by the first steps
     trainer = _trainer(config, prepared, template, engine, world, layout, examples)
-    checkpoint = find_checkpoint(config, world, trainer.data_hash)
+    checkpoint = on_main(lambda: find_checkpoint(config, world, trainer.data_hash))
     if world.is_main:
-        write_provenance(config, prepared, template, trainer, world)
+        write_provenance(config, checked, trainer, world)
     progress = Progress()
     if checkpoint is not None:
         progress = load_checkpoint(
@@ -107,7 +114,6 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         )
     record = RunRecord(config.resolved(), config.output_dir, trainer.total_steps, progress.step, world.rank, world.size)
     trainer.hooks.dispatch("on_start", record)
-    target = config.output_dir / "model"
     error: str | None = None
     try:
         progress = trainer.fit(progress)
@@ -135,14 +141,31 @@ def _show_messages(*, main: bool) -> None:
         root.propagate = False
 
 
+def _what_ranks_share(config: RunConfig, checked: Checked) -> dict[str, str]:
+    """Hashes of what every rank has read for itself and all must have alike."""
+    text = json.dumps(config.resolved(), sort_keys=True)
+    return {
+        "config": hashlib.sha256(text.encode()).hexdigest(),
+        "data set": checked.records_hash,
+        "chat template or tokenizer": checked.template.hash,
+    }
+
+
 def _export(config: RunConfig, engine: Engine, template: Template, target: Path, scale: float, world: World) -> None:
+    """Write the model directory whole or not at all: what has its name is a finished run's."""
     weights = gathered_weights(engine.module.policy, keep=world.is_main)
+    partial = target.with_name(target.name + ".partial")
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
     if isinstance(engine.module, RewardLossModel):
         score = gathered_weights(engine.module.score, keep=world.is_main)
         if world.is_main:
-            export_reward_model(weights, score["weight"], config.model, template.tokenizer, template.end_id, target)
+            export_reward_model(weights, score["weight"], config.model, template.tokenizer, template.end_id, partial)
     elif world.is_main:
-        export_model(weights, config.model, template.tokenizer, target, scale, template.end_id)
+        export_model(weights, config.model, template.tokenizer, partial, scale, template.end_id)
+    if world.is_main:
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
     barrier()
 
 
@@ -199,9 +222,9 @@ def training_examples(
     return gather_lists([tuple(next(place) for _ in group) for group in mine])
 
 
-def write_provenance(config: RunConfig, prepared: Prepared, template: Template, trainer: Trainer, world: World) -> None:
+def write_provenance(config: RunConfig, checked: Checked, trainer: Trainer, world: World) -> None:
     """config.yaml, deepspeed.json and run.json: what made this run."""
-    output = config.output_dir
+    output, prepared = config.output_dir, checked.prepared
     output.mkdir(parents=True, exist_ok=True)
     dump_config(config, output / "config.yaml")
     hidden_size = getattr(trainer.engine.module.policy.causal_model.config, "hidden_size", None)
@@ -214,7 +237,8 @@ def write_provenance(config: RunConfig, prepared: Prepared, template: Template, 
         "compute": {"instruction_set": instruction_set(), "dtype": config.model.dtype},
         "total_steps": trainer.total_steps,
         "data_hash": trainer.data_hash,
-        "template_hash": template.hash,
+        "records_hash": checked.records_hash,
+        "template_hash": checked.template.hash,
         "records_read": prepared.read,
         "splits": {name: len(records) for name, records in prepared.splits.items()},
         "available": prepared.available,
@@ -334,8 +358,6 @@ def _add_rejected(config: RunConfig, prepared: Prepared, template: Template, wor
         )
         return gather_lists(own)
 
-    barrier()  # all ranks look into the cache before any of them fills it
     add_own_wrong_answers(config, prepared, template, sample)
     if world.device.type == "cpu":
         release_freed_memory()  # the sampled batches' and that model's, which training would otherwise come on top of
-    barrier()

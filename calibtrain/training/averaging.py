@@ -6,7 +6,7 @@ what it memorised, and costs one more copy of the weights. It observes: the traj
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +53,7 @@ class WeightAverage:
         return {"count": torch.tensor(self.count), **{f"mean/{name}": mean for name, mean in self.means.items()}}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up the state of a checkpoint."""
+        """Take up the state of a checkpoint, each mean where its weight lies."""
         self.count = int(tensors["count"])
-        self.means = {name[5:]: tensors[name].clone() for name in _means(tensors)}
-
-
-def _means(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.startswith("mean/")]
+        saved = {name.removeprefix("mean/"): mean for name, mean in tensors.items() if name.startswith("mean/")}
+        self.means = {name: mean.to(self.parameters[name].device, copy=True) for name, mean in saved.items()}

@@ -10,18 +10,20 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from calibtrain.config import RunConfig
-from calibtrain.distributed import World, all_agree, barrier
+from calibtrain.distributed import World, all_agree, on_main
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
+from calibtrain.models.arithmetic import settled
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.changing_examples import ChangingExamples
@@ -71,43 +73,29 @@ def save_checkpoint(
     """
     final = directory / f"step-{progress.step:07d}"
     partial = final.with_name(final.name + ".partial")
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    error = _write_engine(engine, partial)
-    if error is None:
-        try:
-            _write_rank_state(partial, engine, stream, hooks, world, rollouts)
-            if world.is_main:
-                if average is not None:
-                    save_file(average.tensors(), partial / "average.safetensors")
-                _write_json(
-                    partial / "run.json",
-                    {
-                        "step": progress.step,
-                        "skipped_in_a_row": progress.skipped_in_a_row,
-                        "world_size": world.size,
-                        "data_hash": data_hash,
-                        "config": config.resolved(),
-                    },
-                )
-        except OSError as caught:
-            error = caught
-    written = all_agree(error is None, world.device)
-    if error is not None:
-        logger.warning("rank %d could not write checkpoint %s: %s", world.rank, partial, error)
-    if world.is_main:
-        if written:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in complete_checkpoints(directory)[: -config.training.keep_checkpoints]:
-                shutil.rmtree(old, ignore_errors=True)
+    problem = on_main(lambda: _failure(_begin, partial))
+    if problem is None:
+        error = _write_engine(engine, partial)
+        if error is None:
+            try:
+                _write_rank_state(partial, engine, stream, hooks, world, rollouts)
+                if world.is_main:
+                    _write_run_state(partial, progress, average, config, data_hash, world)
+            except (OSError, SafetensorError) as caught:
+                error = caught
+        if error is not None:
+            logger.warning("rank %d could not write checkpoint %s: %s", world.rank, partial, error)
+        if all_agree(error is None, world.device):
+            problem = on_main(lambda: _failure(_complete, partial, final, config.training.keep_checkpoints))
         else:
-            shutil.rmtree(partial, ignore_errors=True)
-            logger.warning("no checkpoint at step %d; the last good one stays: free some disk space", progress.step)
-    barrier()
-    return final if written else None
+            problem = "a rank could not write"
+            on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+    if problem is None:
+        return final
+    if world.is_main:
+        told = "no checkpoint at step %d (%s); the last good one stays: free some disk space"
+        logger.warning(told, progress.step, problem)
+    return None
 
 
 def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> Path | None:
@@ -138,7 +126,7 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> P
             f"training.resume: {path} was written by {run['world_size']} process(es), this run has {world.size}; start "
             "as many, or begin anew from its exported weights with model.source"
         )
-    differing = _differences(run["config"], config.resolved())
+    differing = differences(run["config"], settled(config).resolved())
     if differing:
         raise UserError(
             f"training.resume: {path} was written by another config; these keys differ: " + "; ".join(differing)
@@ -157,7 +145,16 @@ def load_checkpoint(
     world: World,
     rollouts: ChangingExamples | None = None,
 ) -> Progress:
-    """Restore everything from a checkpoint that `find_checkpoint` accepted; the last thing before the loop. Collective."""
+    """Restore everything from a checkpoint that `find_checkpoint` accepted; the last thing before the loop. Collective.
+
+    Raises UserError, on every rank, when one of them does not see its part of it.
+    """
+    whole = all((path / f"rank{world.rank}{ending}").is_file() for ending in (".json", ".safetensors"))
+    if not all_agree(whole, world.device):
+        raise UserError(
+            f"training.resume: {path} is not seen whole by every process: output_dir must be on a disk that all machines "
+            "share"
+        )
     engine.deepspeed.load_checkpoint(str(path), tag="engine")
     tensors = load_file(path / f"rank{world.rank}.safetensors")
     state = json.loads((path / f"rank{world.rank}.json").read_text(encoding="utf-8"))
@@ -190,7 +187,35 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in found if (path / "run.json").is_file())
 
 
-def _write_engine(engine: Engine, partial: Path) -> OSError | None:
+def _failure(call: Callable[..., None], *arguments: Any) -> str | None:
+    """What the file system said against it, if anything: rank 0 tells it to the others, who would wait for it."""
+    try:
+        call(*arguments)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _begin(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _complete(partial: Path, final: Path, keep: int) -> None:
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _drop_others(final.parent, final, keep)
+
+
+def _drop_others(directory: Path, newest: Path, keep: int) -> None:
+    """Delete what is older than the last `keep`, and what a run that went back to an earlier step had written beyond it."""
+    found = complete_checkpoints(directory)
+    place = found.index(newest) + 1
+    for path in [*found[: max(0, place - keep)], *found[place:]]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_engine(engine: Engine, partial: Path) -> Exception | None:
     """DeepSpeed's shards. A failed write must not keep this rank from the barriers that the others wait at."""
     writer = engine.deepspeed.checkpoint_engine
     errors: list[OSError] = []
@@ -234,6 +259,29 @@ def _write_rank_state(
     _write_json(partial / f"rank{world.rank}.json", {"hooks": plain, **state})
 
 
+def _write_run_state(
+    partial: Path,
+    progress: Progress,
+    average: WeightAverage | None,
+    config: RunConfig,
+    data_hash: str,
+    world: World,
+) -> None:
+    """What is the same on every rank. run.json makes a checkpoint whole, and comes last."""
+    if average is not None:
+        save_file(average.tensors(), partial / "average.safetensors")
+    _write_json(
+        partial / "run.json",
+        {
+            "step": progress.step,
+            "skipped_in_a_row": progress.skipped_in_a_row,
+            "world_size": world.size,
+            "data_hash": data_hash,
+            "config": config.resolved(),
+        },
+    )
+
+
 def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         tensors[path] = value
@@ -259,7 +307,8 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Where two resolved configs make different runs, a phrase a key; FREE_TO_CHANGE is left out."""
     found = []
     for key in sorted({*old, *new}):
         dotted = f"{prefix}{key}"
@@ -267,7 +316,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
             continue
         left, right = old.get(key), new.get(key)
         if isinstance(left, Mapping) and isinstance(right, Mapping):
-            found += _differences(left, right, f"{dotted}.")
+            found += differences(left, right, f"{dotted}.")
         elif left != right:
             found.append(f"{dotted} was {left!r}, is {right!r}")
     return found

@@ -109,4 +109,8 @@ def start_engine(model: LossModel, config: RunConfig, world: World) -> Engine:
         engine.clip_fp32_gradients = lambda: None  # done in Engine.step: DeepSpeed's fails where none is left
     if stage in (1, 2):
         leave_out_passes(engine.optimizer, world.size)
+    if stage == 3:
+        reader = model.policy.reader
+        for parameter in reader.parameters_read():
+            deepspeed.zero.register_external_parameter(reader, parameter)
     return Engine(engine, stage, full_gradients)

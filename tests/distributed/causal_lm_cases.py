@@ -23,6 +23,7 @@ from calibtrain.losses import (
     normalized_loss,
 )
 from calibtrain.losses.terms import Batch
+from tests.distributed.jobs import SHARDED
 from tests.tiny import tiny_model
 
 STEPS, PAIRS = 2, 4
@@ -65,7 +66,7 @@ def wrap(name: str) -> tuple[torch.nn.Module, Any, Any]:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": PAIRS // dist.get_world_size(),
-        "zero_optimization": {"stage": int(name[4]), "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {**SHARDED, "stage": int(name[4])},
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,
     }

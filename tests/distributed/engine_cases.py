@@ -17,19 +17,22 @@ import torch
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.data.loader import step_indices
-from calibtrain.data.templates import Template
-from calibtrain.distributed import World, barrier, leave_world, start_world
+from calibtrain.data.templates import Template, template_of
+from calibtrain.distributed import World, barrier, check_alike, leave_world, on_main, start_world
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import Hook, HookList
 from calibtrain.models.export import export_model, gathered_weights
 from calibtrain.models.loading import load_tokenizer
 from calibtrain.models.loss_model import DecodeStep, ScoreStep
+from calibtrain.pipeline import prepare as prepare_module
 from calibtrain.pipeline import train as pipeline
 from calibtrain.pipeline.prepare import Prepared, prepare
-from calibtrain.training.checkpoint import Progress, complete_checkpoints
+from calibtrain.training import checkpoint as checkpoint_module
+from calibtrain.training.checkpoint import Progress, complete_checkpoints, load_checkpoint
 from calibtrain.training.engine import start_engine
 from calibtrain.training.trainer import Trainer
 
+HOMES = ((0, 1), (2, 0), (0, 3))  # of both ranks: no cache at all, rank 1's alone is filled, rank 0's alone
 QUESTIONS = {"uneven": 5, "fewer than ranks": 1, "none": 0}
 
 
@@ -130,7 +133,7 @@ def poisoned(config: RunConfig, world: World) -> dict[str, Any]:
 
 
 def full_disk(config: RunConfig, world: World) -> dict[str, Any]:
-    """Rank 1's writes fail at the second checkpoint; at the third they work again."""
+    """Rank 1's writes fail at the second checkpoint; at the third they work again; at the fourth rank 0 cannot begin."""
     trainer, _ = begin(config, world)
     writer = trainer.engine.deepspeed.checkpoint_engine
     plain = writer.save
@@ -142,6 +145,14 @@ def full_disk(config: RunConfig, world: World) -> dict[str, Any]:
         return plain(state, path)
 
     writer.save = full
+    begin_writing = checkpoint_module._begin
+
+    def refused(partial: Path) -> None:
+        if "step-0000008" in partial.name:
+            raise OSError(errno.EROFS, "Read-only file system")
+        begin_writing(partial)
+
+    checkpoint_module._begin = refused
 
     class Kept(Hook):
         name = "kept"
@@ -151,8 +162,50 @@ def full_disk(config: RunConfig, world: World) -> dict[str, Any]:
 
     trainer = replace(trainer, hooks=HookList([Kept()]))
     progress = trainer.fit(Progress())
+    checkpoint_module._begin = begin_writing
     found = sorted(one.name for one in (config.output_dir / "checkpoints").iterdir())
     return {"kept": saved, "step": progress.step, "left": found}
+
+
+def sampled(config: RunConfig, world: World, folder: Path) -> dict[str, Any]:
+    """The rejected answers of the training records, as each rank gets them with each pair of homes."""
+    found, calls = [], []
+    plain = pipeline.sample_answers
+    pipeline.sample_answers = lambda *args, **options: calls.append(1) or plain(*args, **options)
+    for homes in HOMES:
+        home = folder / f"home{homes[world.rank]}"
+        prepare_module.cache_directory = lambda home=home: home
+        prepared = prepare(config)
+        pipeline._add_rejected(config, prepared, template_of(config.data, load_tokenizer(config.model)), world)
+        found.append([record.rejected for record in prepared.splits["train"]])
+    pipeline.sample_answers = plain
+    kept = sorted(home.name for home in folder.glob("home*") if list(home.rglob("*.json")))
+    return {"rejected": found, "sampled": len(calls), "kept": kept, "messages": disagreements(world, folder)}
+
+
+def disagreements(world: World, folder: Path) -> list[str]:
+    """What each rank is told where one of them sees something else."""
+
+    def refuse() -> None:
+        raise UserError("rank 0 says no")
+
+    mine = folder / f"seen-by-{world.rank}"
+    mine.mkdir(exist_ok=True)
+    for name in ("rank0.json", "rank0.safetensors", "rank1.json", "rank1.safetensors")[: 4 - world.rank]:
+        (mine / name).touch()
+    check_alike({"config": "a", "data set": "b"}, world)
+    calls: list[Any] = [
+        lambda: on_main(refuse),
+        lambda: check_alike({"config": "a", "data set": f"b{world.rank}"}, world),
+        lambda: load_checkpoint(mine, None, None, None, HookList([]), world),  # type: ignore[arg-type]
+    ]
+    told = []
+    for call in calls:
+        try:
+            call()
+        except UserError as error:
+            told.append(str(error))
+    return told
 
 
 if __name__ == "__main__":
@@ -170,6 +223,8 @@ if __name__ == "__main__":
             results[name] = poisoned(config, world)
         elif name.startswith("disk") and world.size == 2:
             results[name] = full_disk(config, world)
+        elif name == "homes" and world.size == 2:
+            results[name] = sampled(config, world, folder)
         elif name.startswith("stage"):
             trainer, _ = begin(config, world)
             results[name] = answered(trainer, world)

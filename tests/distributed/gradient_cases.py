@@ -39,6 +39,7 @@ from calibtrain.training.rollout_credit import Sample
 from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.trainer import Trainer
 from calibtrain.training.unpaired_examples import UnpairedExamples
+from tests.distributed.jobs import SHARDED
 
 STEPS, RECORDS, ANSWERS = 2, 12, 5
 
@@ -53,27 +54,29 @@ class Case:
     training: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)  # more keys for DeepSpeed's zero_optimization
     objective: str = "orpo"
-    checkpoint: str = "model"  # "untied": a head of its own
+    checkpoint: str = "model"  # "untied": a head of its own; "biased": and biases in attention
     ops: str = ""  # CALIBTRAIN_OPS
     own_passes: bool = True  # False: DeepSpeed's own passes over the gradients (training/gradient_passes.py)
 
 
 BF16 = {"dtype": "bf16"}
 LORA = {"lora": {"r": 4, "alpha": 8.0}}
-ALWAYS_SHARDED = {"stage3_param_persistence_threshold": 0}
+ROTATION = {"adapter": {"kind": "shared_rotation", "rank": 4}}
 CASES = {
     "stage0": Case("orpo", training={"zero_stage": 0}),
     "stage1": Case("orpo", training={"zero_stage": 1}),
     "stage2": Case("orpo", training={"zero_stage": 2}),
-    "stage3": Case("orpo", training={"zero_stage": 3}, zero=ALWAYS_SHARDED),
+    "stage3": Case("orpo", training={"zero_stage": 3}, zero=SHARDED),
     "stage3_persistent": Case("orpo", training={"zero_stage": 3}),
     "packed": Case("orpo", data={"packing_tokens": 128}),
     "separate_rows": Case("orpo", data={"shared_prefix": False}),
     "wide_micro_batches": Case("orpo", training={"micro_batch_size": 4}),
-    "checkpointed_stage3": Case("orpo", model={"gradient_checkpointing": True}, training={"zero_stage": 3}),
+    "checkpointed_stage3": Case(
+        "orpo", model={"gradient_checkpointing": True}, training={"zero_stage": 3}, zero=SHARDED
+    ),
     "sft_stage0": Case("sft", training={"zero_stage": 0}, objective="sft"),
     "sft_packed_stage3": Case(
-        "sft", data={"packing_tokens": 128}, training={"zero_stage": 3}, zero=ALWAYS_SHARDED, objective="sft"
+        "sft", data={"packing_tokens": 128}, training={"zero_stage": 3}, zero=SHARDED, objective="sft"
     ),
     "dpo_stage0": Case("dpo", model=LORA, training={"zero_stage": 0}, objective="dpo"),
     "dpo_packed_stage3": Case(
@@ -81,34 +84,44 @@ CASES = {
         model=LORA,
         data={"packing_tokens": 128, "shared_prefix": False},
         training={"zero_stage": 3},
-        zero=ALWAYS_SHARDED,
+        zero=SHARDED,
         objective="dpo",
     ),
     "kto_stage0": Case("kto", training={"zero_stage": 0}, objective="kto"),
-    "kto_wide_stage3": Case(
-        "kto", training={"zero_stage": 3, "micro_batch_size": 4}, zero=ALWAYS_SHARDED, objective="kto"
-    ),
+    "kto_wide_stage3": Case("kto", training={"zero_stage": 3, "micro_batch_size": 4}, zero=SHARDED, objective="kto"),
     "lora_stage0": Case("lora", model=LORA, training={"zero_stage": 0}),
     "lora_stage1": Case("lora", model=LORA, training={"zero_stage": 1}),
     "lora_checkpointed_stage2": Case(
         "lora", model={**LORA, "gradient_checkpointing": True}, training={"zero_stage": 2}
     ),
-    "lora_stage3": Case("lora", model=LORA, training={"zero_stage": 3}, zero=ALWAYS_SHARDED),
+    "lora_stage3": Case("lora", model=LORA, training={"zero_stage": 3}, zero=SHARDED),
     "lora_reference_ops": Case("lora", model=LORA, training={"zero_stage": 0}, ops="reference"),
     "untied_stage0": Case("untied", training={"zero_stage": 0}, checkpoint="untied"),
     "untied_stage1": Case("untied", training={"zero_stage": 1}, checkpoint="untied"),
     "untied_stage2": Case("untied", training={"zero_stage": 2}, checkpoint="untied"),
-    "untied_stage3": Case("untied", training={"zero_stage": 3}, zero=ALWAYS_SHARDED, checkpoint="untied"),
+    "untied_stage3": Case("untied", training={"zero_stage": 3}, zero=SHARDED, checkpoint="untied"),
+    "untied_offload_stage3": Case(
+        "untied",
+        training={"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+        zero=SHARDED,
+        checkpoint="untied",
+    ),
     "untied_reference_ops": Case("untied", training={"zero_stage": 0}, checkpoint="untied", ops="reference"),
     "untied_lora_reference_ops": Case(
         "untied_lora", model=LORA, training={"zero_stage": 0}, checkpoint="untied", ops="reference"
     ),
     **{
         f"untied_lora_stage{stage}": Case(
-            "untied_lora", model=LORA, training={"zero_stage": stage}, checkpoint="untied"
+            "untied_lora",
+            model=LORA,
+            training={"zero_stage": stage},
+            checkpoint="untied",
+            zero=SHARDED if stage == 3 else {},
         )
         for stage in range(4)
     },
+    "rotation_stage0": Case("rotation", model=ROTATION, training={"zero_stage": 0}, checkpoint="biased"),
+    "rotation_stage3": Case("rotation", model=ROTATION, training={"zero_stage": 3}, checkpoint="biased", zero=SHARDED),
     **{
         f"bf16_stage{stage}{'' if own else '_deepspeed'}": Case(
             "", model=BF16, training={"zero_stage": stage, "max_grad_norm": 1e9}, own_passes=own
@@ -118,11 +131,11 @@ CASES = {
     },
     "rollouts_stage0": Case("rollouts", training={"zero_stage": 0}, objective="grpo"),
     "rollouts_separate_rows_stage3": Case(
-        "rollouts", data={"shared_prefix": False}, training={"zero_stage": 3}, zero=ALWAYS_SHARDED, objective="grpo"
+        "rollouts", data={"shared_prefix": False}, training={"zero_stage": 3}, zero=SHARDED, objective="grpo"
     ),
     "rollouts_wide_stage1": Case("rollouts", training={"zero_stage": 1, "micro_batch_size": 4}, objective="grpo"),
     "reference_ops": Case("orpo", training={"zero_stage": 0}, ops="reference"),
-    "torch_ops_stage3": Case("orpo", training={"zero_stage": 3}, zero=ALWAYS_SHARDED, ops="torch"),
+    "torch_ops_stage3": Case("orpo", training={"zero_stage": 3}, zero=SHARDED, ops="torch"),
 }
 
 
@@ -141,9 +154,11 @@ def records() -> list[Record]:
 
 
 class FixedAnswers(AnswerStream):
-    """The same graded answers in every round, whatever the model would say."""
+    """The same graded answers in every round, whatever the model says: it is asked all the same, between the steps."""
 
     def _ask(self, round_number: int) -> Any:
+        if self.answerer is not None:
+            self.answerer(self.questions[:ANSWERS])
         self.asked = list(range(ANSWERS))
         self.texts = [f"It is {i} I think" + " perhaps" * i for i in self.asked]
         self.correct = [i % 2 == 0 for i in self.asked]
@@ -218,7 +233,7 @@ def config_of(case: Case, model: Path) -> RunConfig:
     }
     losses: dict[str, Any] = {
         "objective": {"name": case.objective, **({"nll_scope": "full"} if case.objective in ("orpo", "sft") else {})},
-        "penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 2, "answers_per_step": ANSWERS}],
+        "penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 1, "answers_per_step": ANSWERS}],
     }
     if case.objective == "grpo":
         rollouts = {"group_size": 2, "reward": "log", "accuracy_weight": 2.0, "score_weight": 0.5}
@@ -229,17 +244,18 @@ def config_of(case: Case, model: Path) -> RunConfig:
             "data": {"max_length": 96, **case.data},
             **losses,
             "training": training,
+            "evaluation": {"batch_size": 4, "max_new_tokens": 3},
         }
     )
 
 
 def build(config: RunConfig) -> LossModel:
-    """The module of a run; LoRA's adapters are made different from zero, so that both halves learn."""
+    """The module of a run; LoRA's adapters are made different from zero, so that both halves learn, and so are biases."""
     torch.manual_seed(1)
     model = load_model(config.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or name.endswith(".bias"):
                 parameter.normal_(std=0.1)
     return LossModel(Policy(model), build_loss(config.objective), [build_loss(one) for one in config.penalties_in_loss])
 

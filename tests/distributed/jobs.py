@@ -13,13 +13,33 @@ from tests.distributed.ranks import torchrun
 from tests.tiny import write_tiny_model
 
 TRAIN = ("-m", "calibtrain.launchers.train")
+SHARDED = {
+    "stage": 3,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 1_700,
+    "stage3_max_live_parameters": 5_000,
+    "stage3_max_reuse_distance": 5_000,
+}
+"""ZeRO-3 of a tiny model (40,000 parameters) as DeepSpeed's defaults are to one of 8B. By those every weight of it would
+stay whole; here a prefetch brings less than a layer's widest matrix, and what was used is released."""
+
+
+def sharded(folder: Path) -> str:
+    """A DeepSpeed JSON with SHARDED, for `training.deepspeed`."""
+    path = folder / "sharded.json"
+    path.write_text(json.dumps({"zero_optimization": SHARDED}))
+    return str(path)
 
 
 def write_job(folder: Path, name: str = "run", **sections: dict[str, Any]) -> Path:
-    """Write the model, 200 questions and `folder`/NAME.yaml (its output goes to `folder`/NAME). Returns the YAML."""
+    """Write two models (`tiny`, and `untied` with a head of its own), 200 questions and `folder`/NAME.yaml; returns this.
+
+    Its output goes to `folder`/NAME. At ZeRO-3 weights are sharded as those of a large model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tiny").exists():
         write_tiny_model(folder / "tiny")
+        write_tiny_model(folder / "untied", tied=False)
         rows = [{"question": f"What is {i}?", "answers": [f"{i * 7 % 10}"], "kind": "sum"} for i in range(200)]
         (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config: dict[str, Any] = {
@@ -47,6 +67,8 @@ def write_job(folder: Path, name: str = "run", **sections: dict[str, Any]) -> Pa
     }
     for section, values in sections.items():
         config[section] = {**config[section], **values} if isinstance(values, dict) else values
+    if config["training"].get("zero_stage") == 3:
+        config["training"].setdefault("deepspeed", sharded(folder))
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -27,6 +27,7 @@ from calibtrain.models.loading import load_model
 from calibtrain.models.loss_model import LossModel, TrainStep
 from calibtrain.models.policy import Policy
 from calibtrain.training.engine import Engine, start_engine
+from tests.distributed.jobs import sharded
 
 STEPS, MICRO_BATCHES, PAD = 3, 8, 2
 NO, YES, SURE = 40, 41, 42
@@ -74,6 +75,7 @@ def start(folder: Path, stage: int, world: World) -> Engine:
                 "adam_epsilon": 1e-2,
                 "max_grad_norm": 0.0,
                 "zero_stage": stage,
+                "deepspeed": sharded(folder) if stage == 3 else None,
             },
         }
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,25 +18,16 @@ from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
 from calibtrain.pipeline.prepare import prepare
-from calibtrain.training import engine as engine_module
+from calibtrain.training.engine import start_engine
 
 SHARD_SIZE, BATCH = 3, 2
 
 
 def main(folder: Path) -> None:
     world = start_world()
-    plain = engine_module.deepspeed_dict
-
-    def always_split(*args: Any, **options: Any) -> dict[str, Any]:
-        """DeepSpeed keeps small weights whole, which are all of a tiny model's."""
-        settings = plain(*args, **options)
-        zero = {**settings["zero_optimization"], "stage3_param_persistence_threshold": 0}
-        return {**settings, "zero_optimization": zero}
-
-    engine_module.deepspeed_dict = always_split
     for path in sorted(folder.glob("*.yaml")):
         config = load_config(path)
-        engine = engine_module.start_engine(LossModel(Policy(load_model(config.model))), config, world)
+        engine = start_engine(LossModel(Policy(load_model(config.model))), config, world)
         module = engine.module.eval()
         forwards = 0
 

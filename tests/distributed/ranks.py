@@ -65,7 +65,10 @@ def run(
         try:
             while process.poll() is None:
                 if watch is not None and watch(process.pid):
+                    ranks = descendants(process.pid)  # in sessions of their own: their parent alone leads to them
                     os.killpg(process.pid, signal.SIGKILL)
+                    for one in ranks:
+                        _kill(one)
                     break
                 if time.monotonic() > deadline:
                     raise AssertionError(f"no end within {seconds} s:\n{log.read_text('utf-8', 'replace')[-6000:]}")

@@ -5,7 +5,6 @@ import torch
 
 from tests.distributed.jobs import write_job
 from tests.distributed.ranks import run, torchrun
-from tests.tiny import write_tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -16,7 +15,6 @@ POISONED = ("poison0", "poison1", "poison2bf16", "poison3", "poison0always", "po
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
-    write_tiny_model(folder / "untied", tied=False)
     for stage in STAGES:
         model = {"source": str(folder / "untied")} if stage % 2 else {}
         if stage >= 2:
@@ -25,7 +23,8 @@ def results(tmp_path_factory):
     for name in POISONED:
         training = {"zero_stage": int(name[6]), "max_skipped_steps": 3, "max_steps": 4, "checkpoint_every": None}
         write_job(folder, name, model={"dtype": "bf16" if "bf16" in name else "fp32"}, training=training)
-    write_job(folder, "disk", training={"zero_stage": 2, "keep_checkpoints": 1})
+    write_job(folder, "disk", training={"zero_stage": 2, "keep_checkpoints": 1, "max_steps": 8})
+    write_job(folder, "homes", objective={"name": "orpo"}, penalties=[])
     script = str(__file__).replace("test_engine", "engine_cases")
     for ranks in (1, 2):
         ended = run(torchrun(ranks, script, str(folder)), folder)
@@ -99,9 +98,32 @@ def test_training_that_no_longer_learns_ends_with_the_records(results, name):
 def test_a_full_disk_on_one_rank_keeps_the_last_good_checkpoint_and_training_goes_on(results):
     for rank in (0, 1):
         found = results[1][2, rank]["disk"]
-        assert found["step"] == 6
+        assert found["step"] == 8
         kept = dict(found["kept"])
         assert kept[5] == ["step-0000002"]
         assert found["left"] == ["step-0000006"]
     assert any("No space left on device" in line for line in results[1][2, 1]["disk"]["warnings"])
-    assert any("last good one stays" in line for line in results[1][2, 0]["disk"]["warnings"])
+    told = [line for line in results[1][2, 0]["disk"]["warnings"] if "last good one stays" in line]
+    assert len(told) == 2
+    assert "step 8" in told[1]
+    assert "Read-only file system" in told[1]
+
+
+def test_rank_0_alone_looks_into_the_cache_of_sampled_answers(results):
+    """Each rank has a home of its own: one that found its answers there would leave the others alone in a collective."""
+    both = [results[1][2, rank]["homes"] for rank in (0, 1)]
+    first, *others = both[0]["rejected"]
+    assert len(first) == 40
+    assert all(first)
+    assert both[0]["rejected"] == both[1]["rejected"]
+    assert others == [first, first]
+    assert [found["sampled"] for found in both] == [2, 2]  # the third time rank 0 has them
+    assert both[0]["kept"] == ["home0", "home2"]
+
+
+def test_what_one_rank_sees_otherwise_is_told_on_all(results):
+    for rank in (0, 1):
+        no, data, unseen = results[1][2, rank]["homes"]["messages"]
+        assert no == "rank 0 says no"
+        assert data.startswith("rank 1 has another data set than rank 0")
+        assert f"seen-by-{rank} is not seen whole by every process" in unseen

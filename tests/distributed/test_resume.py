@@ -25,7 +25,10 @@ EXTRA = {  # what else must be restored: dropout's random numbers, bf16's fp32 m
         "training": {"average_last": 0.7},
         "objective": {"name": "refusal", "relabel_every": 4},
     },
-    3: {"penalties": [{"name": name, **ANSWERS} for name in ("mmce", "calibration_aware", "correctness_query")]},
+    3: {
+        "model": {"source": "untied"},
+        "penalties": [{"name": name, **ANSWERS} for name in ("mmce", "calibration_aware", "correctness_query")],
+    },
 }
 EXTRA[3]["penalties"][2]["choices"] = ["In", "of"]  # single tokens of the tiny tokenizer
 KILL_AFTER = random.Random(20260101)  # seeded: the steps are the same in every run of the suite
@@ -33,7 +36,8 @@ KILL_AFTER = random.Random(20260101)  # seeded: the steps are the same in every 
 
 def job(folder, name, stage):
     sections = dict(EXTRA[stage])
-    model = {"dtype": "fp32", "source": str(folder / "tiny"), **sections.pop("model", {})}
+    model = {"dtype": "fp32", "source": "tiny", **sections.pop("model", {})}
+    model["source"] = str(folder / model["source"])
     training = {"zero_stage": stage, **sections.pop("training", {})}
     return write_job(
         folder, name, model=model, training=training, tracking={"wandb": True, "mode": "offline"}, **sections
@@ -42,13 +46,18 @@ def job(folder, name, stage):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Uninterrupted runs of every stage; killed ones; and the killed ones resumed."""
+    """Uninterrupted runs of every stage; killed ones; and the killed ones resumed, with two that had already ended."""
     folder = tmp_path_factory.mktemp("resume")
     env = environment(WANDB_SILENT="true")
     without_term = write_job(folder, "without_term", training={"zero_stage": 0}, penalties=[])
+    # Its first pass through the model on resume is the one that answers, after the last step.
+    no_export = write_job(
+        folder, "no_export", model={"source": str(folder / "untied")}, training={"zero_stage": 3, "max_steps": 2}
+    )
     whole = [job(folder, f"whole{stage}", stage) for stage in STAGES]
-    ended = run(trained(2, *whole, without_term), folder, 400, env)
+    ended = run(trained(2, *whole, without_term, no_export), folder, 400, env)
     assert ended.code == 0, ended.output[-6000:]
+    (folder / "no_export" / "model").rename(folder / "exported")
     killed = {}
     for stage in STAGES:
         config, step = job(folder, f"killed{stage}", stage), KILL_AFTER.randint(2, 5)
@@ -60,9 +69,17 @@ def runs(tmp_path_factory):
         killed[stage] = (ended.code, logged(output), wandb_id)
         assert not (output / "model").exists(), "the run ended before it could be killed"
     again = [folder / f"killed{stage}.yaml" for stage in STAGES]
-    ended = run([*trained(2, *again), "training.resume=auto"], folder, 400, env)
+    before = contents(folder / "whole0")
+    ended = run([*trained(2, *again, whole[0], no_export), "training.resume=auto"], folder, 400, env)
     assert ended.code == 0, ended.output[-6000:]
+    assert contents(folder / "whole0") == before
+    assert ended.output.count("it is finished: nothing to train") == 1
     return folder, killed
+
+
+def contents(output):
+    """Every file of a run and when it was written."""
+    return {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
 
 
 def logged(output):
@@ -93,8 +110,17 @@ def test_killed_run_continues_bit_for_bit(runs, stage):
     found = load_file(folder / f"killed{stage}" / "model" / "model.safetensors")
     assert expected.keys() == found.keys()
     assert all(expected[name].equal(found[name]) for name in expected)
-    start = load_file(folder / "tiny" / "model.safetensors")
+    start = load_file(folder / EXTRA[stage].get("model", {}).get("source", "tiny") / "model.safetensors")
     assert any(not start[name].to(found[name].dtype).equal(found[name]) for name in start)
+
+
+def test_a_finished_run_without_its_export_is_exported_again(runs):
+    folder, _ = runs
+    expected, found = (
+        load_file(path / "model.safetensors") for path in (folder / "exported", folder / "no_export" / "model")
+    )
+    assert expected.keys() == found.keys()
+    assert all(expected[name].equal(found[name]) for name in expected)
 
 
 @pytest.mark.parametrize("stage", STAGES)

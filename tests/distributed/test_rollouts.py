@@ -22,6 +22,7 @@ JOBS = {  # objective, rollouts, training, model
     "ppo2": ({"name": "ppo", "beta": BETA}, {"group_size": 2, "steps_per_round": 2}, {"zero_stage": 2}, {}),
     "grpo3": ({"name": "grpo", "norm": "token", "beta": BETA}, {"group_size": 4, "steps_per_round": 2}, {"zero_stage": 3},
               {"lora": {"r": 2}}),
+    "grpo3whole": ({"name": "grpo", "beta": BETA}, {"group_size": 2}, {"zero_stage": 3}, {"source": "untied"}),
     "ppo3": ({"name": "ppo"}, {"group_size": 2, "reward": "brier", "accuracy_weight": 0.5}, {"zero_stage": 3}, {}),
     "kto3": ({"name": "kto"}, {}, {"zero_stage": 3}, {}),
     "reward3": ({"name": "reward_model"}, {}, {"zero_stage": 3}, {}),
@@ -33,7 +34,7 @@ def job(folder, name):
     objective, rollouts, training, model = JOBS[name]
     path = write_job(folder, name, penalties=[], training={"checkpoint_every": 3, "keep_checkpoints": 9, **training})
     config = yaml.safe_load(path.read_text())
-    config["model"].update(model)
+    config["model"].update(model | ({"source": str(folder / model["source"])} if "source" in model else {}))
     config["evaluation"]["max_new_tokens"] = 1
     config.update(objective=objective, rollouts={"reward": "accuracy", **rollouts})
     if name == "grpo3":

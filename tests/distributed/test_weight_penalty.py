@@ -47,12 +47,7 @@ def penalties(**settings):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    (folder / "shards.json").write_text(  # also of matrices so small that DeepSpeed would keep them whole
-        json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
-    )
     for name, sections in CASES.items():
-        if name in ("stage3", "lora3"):
-            sections["training"]["deepspeed"] = str(folder / "shards.json")
         tracking = {"spectra_every": 1, "spectra_modules": SPECTRA}
         write_job(folder, name, **sections, penalties=[], weight_penalties=penalties(), tracking=tracking)
     script = __file__.replace("test_weight_penalty", "penalty_cases")

@@ -33,11 +33,13 @@ def test_python_snippets_run(text):
 
 @pytest.mark.parametrize("text", blocks("bash run"))
 def test_commands_run(text, tmp_path):
+    """As in a clone in which nothing was run yet."""
     write_tiny_model(tmp_path)  # the documented sizes come from another model
     for line in filter(None, text.splitlines()):
         words = shlex.split(line, comments=True)
         assert words[0] == "calibtrain"
-        argv = [sys.executable, "-m", "calibtrain.cli", *words[1:], f"model.source={tmp_path}"]
+        changes = [f"model.source={tmp_path}", f"output_dir={tmp_path / 'out'}"]
+        argv = [sys.executable, "-m", "calibtrain.cli", *words[1:], *changes]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT)
         assert done.returncode == 0, done.stderr
 

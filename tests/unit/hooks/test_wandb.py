@@ -114,3 +114,17 @@ def test_mode(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert resolve_mode("auto") == "disabled"
     assert resolve_mode("offline") == "offline"
+
+
+def test_a_report_of_a_run_without_wandb_joins_no_earlier_one(tmp_path, monkeypatch):
+    (tmp_path / "wandb" / "latest-run").mkdir(parents=True)  # of a run that was here before
+    started = []
+    monkeypatch.setattr(WandbHook, "on_start", lambda hook, record: started.append(record))
+    facts = {"name": "run", "world_size": 1}
+    for tracking, joined in (
+        (TrackingConfig(mode="disabled"), 0),
+        (TrackingConfig(wandb=False), 0),
+        (TrackingConfig(), 1),
+    ):
+        hook_module.attach(tmp_path, facts, tracking, [], {})
+        assert len(started) == joined

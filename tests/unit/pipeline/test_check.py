@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from calibtrain import cli
 from calibtrain.config import RunConfig
+from calibtrain.config_file import dump_config
 from calibtrain.data.collate import collate
 from calibtrain.errors import UserError
 from calibtrain.pipeline import check as checks
@@ -203,8 +204,9 @@ def test_questions_asked_while_training(folder):
     assert evaluations(one, 5, 3) == ["2 questions, 3 times: training.evaluate_every"]
 
 
-def test_the_dry_run_prints_data_steps_and_tokens(folder):
+def test_the_dry_run_prints_data_steps_and_tokens(folder, tmp_path):
     arguments = ["objective={name: sft}", "penalties=[]", f"model.source={folder / 'tiny'}", "model.dtype=fp32"]
+    arguments += [f"output_dir={tmp_path}"]
     arguments += [f"data.source={{kind: file, path: {folder / 'questions.jsonl'}}}", "data.max_length=48"]
     splits = "data.splits={train: 20, calibration: 3, temperature: 3, certification: 4, test: 3}"
     call = ["train", "demo", "--dry-run", "--num-processes", "2", "training.micro_batch_size=4", *arguments]
@@ -217,6 +219,28 @@ def test_the_dry_run_prints_data_steps_and_tokens(folder):
     assert "2000 asked for" in str(done.exception)
     done = CliRunner().invoke(cli.app, [*call, splits, "model.lora={target_modules: [nope]}"])
     assert "model.lora.target_modules" in str(done.exception)  # as training itself would end
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    done = CliRunner().invoke(cli.app, [*call, splits])
+    assert isinstance(done.exception, UserError)
+    assert f"output_dir: {tmp_path} holds a finished run" in str(done.exception)
+
+
+def test_a_run_that_has_ended_is_told_from_another_and_from_one_on_other_data(folder, tmp_path):
+    one = config(folder, training={"resume": "auto"}).model_copy(update={"output_dir": tmp_path})
+    checked = check(one, 2)
+    assert not checked.finished
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    dump_config(one, tmp_path / "config.yaml")
+    for records, finished in ((checked.records_hash, True), ("other", False)):
+        (tmp_path / "run.json").write_text(json.dumps({"records_hash": records}))
+        if finished:
+            assert check(one, 1).finished  # however many processes it had
+        else:
+            with pytest.raises(UserError, match="finished run on other data"):
+                check(one, 2)
+    assert not check(one, 2, replace=True).finished
 
 
 def test_a_directory_that_is_no_finished_run_is_told(tmp_path):

@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 
+from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import certify, collect
-from calibtrain.pipeline.calibration_file import weights_hash
+from calibtrain.pipeline.calibration_file import made_by_source, weights_hash
 from calibtrain.pipeline.evaluate import write_measurement
 from calibtrain.pipeline.report import render_report
 from tests.unit.pipeline import spectra_cases
@@ -64,6 +65,17 @@ def test_what_leaves_the_machine_holds_no_question_answer_or_name_of_a_group(tes
 def test_test_answers_of_another_model_are_not_reported_as_this_ones(tested):
     write_measurement(measured(30, 3), tested / "answers" / "test.jsonl")
     with pytest.raises(UserError, match="not known to be answers of this model"):
+        collect.report_data(tested)
+
+
+def test_raw_answers_of_another_starting_model_are_not_reported_as_this_ones(tested):
+    source = load_config(tested / "config.yaml").model
+    raw = tested / "answers" / "raw_test.jsonl"
+    for mark in (None, made_by_source(source)):  # files of earlier releases bear none
+        write_measurement(measured(300, 3), raw, mark)
+        assert next(one.label for one in collect.report_data(tested).measured) == "raw model"
+    write_measurement(measured(300, 3), raw, made_by_source(source.model_copy(update={"revision": "another"})))
+    with pytest.raises(UserError, match="not answers of"):
         collect.report_data(tested)
 
 

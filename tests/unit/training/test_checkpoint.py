@@ -8,7 +8,8 @@ import torch
 from calibtrain.config import RunConfig
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
-from calibtrain.training.checkpoint import complete_checkpoints, find_checkpoint
+from calibtrain.models.arithmetic import settled
+from calibtrain.training.checkpoint import _drop_others, complete_checkpoints, find_checkpoint
 
 TWO = World(0, 2, 0, torch.device("cpu"))
 
@@ -25,7 +26,7 @@ def write(output, step, whole=True, **changes):
         "skipped_in_a_row": 0,
         "world_size": 2,
         "data_hash": "abc",
-        "config": config(output).resolved(),
+        "config": settled(config(output)).resolved(),
     }
     if whole:
         (path / "run.json").write_text(json.dumps({**run, **changes}))
@@ -76,3 +77,13 @@ def test_a_damaged_run_json_is_refused(tmp_path):
     (write(tmp_path, 2) / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json"):
         find_checkpoint(config(tmp_path), TWO, "abc")
+
+
+@pytest.mark.parametrize(("newest", "left"), [(8, [6, 8]), (6, [4, 6]), (2, [2])])
+def test_the_newest_written_and_the_one_before_it_stay(tmp_path, newest, left):
+    """Also where the run went back: what it had written beyond that step is no longer its own."""
+    for step in (2, 4, 6, 8):
+        write(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    _drop_others(folder, folder / f"step-{newest:07d}", 2)
+    assert [int(path.name[5:]) for path in complete_checkpoints(folder)] == left
