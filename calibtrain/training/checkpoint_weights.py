@@ -20,12 +20,16 @@ def checkpoint_weights(path: Path) -> dict[str, Tensor]:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+    engine = path / "engine"
     try:
-        if any((path / "engine").glob("*_optim_states.pt")):
-            found = get_fp32_state_dict_from_zero_checkpoint(str(path), tag="engine")
-        else:  # ZeRO-0 holds the weights whole
-            file = path / "engine" / "mp_rank_00_model_states.pt"
-            found = torch.load(file, map_location="cpu", weights_only=False)["module"]
+        found: dict[str, Tensor] = {}
+        whole = engine / "mp_rank_00_model_states.pt"  # ZeRO-0 to 2; under 1 it alone holds what is frozen
+        if whole.is_file():
+            found |= torch.load(whole, map_location="cpu", weights_only=False)["module"]
+        if any(engine.glob("*_optim_states.pt")):
+            found |= get_fp32_state_dict_from_zero_checkpoint(str(path), tag="engine")
     except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
         raise UserError(f"{path}: the checkpoint's weights cannot be read ({error}); take another step's") from error
+    if not found:
+        raise UserError(f"{path}: the checkpoint holds no weights; take another step's")
     return {name.removeprefix(PREFIX): weight.float() for name, weight in found.items() if name.startswith(PREFIX)}
