@@ -74,7 +74,11 @@ def main() -> None:
             if key[0] in STRUCTURE
         }
         raw = measure(work, "raw", None, overrides, limit)
-        asked = {key: measure(work, f"{key[0]}-{key[1]}", model, overrides, limit) for key, model in models.items()}
+        asked = {
+            key: measure(work, f"{key[0]}-{key[1]}", model, overrides, limit)
+            for key, model in models.items()
+            if key[0] in CAUSAL + PENALTIES
+        }
         undone = {
             (arm, seed, name): measure(
                 work,

@@ -15,21 +15,17 @@ from calibtrain.config_base import BelowOne, Count, Fraction, Positive, Risk, Se
 from calibtrain.config_data import DataConfig, FileSource, GeographySource, HubSource, SplitSizes
 from calibtrain.config_losses import (
     AnswerScoreConfig,
-    GRPOConfig,
     NLLScope,
     Objective,
     ORPOConfig,
     OwnAnswersConfig,
     Penalty,
-    PolicyGradientConfig,
-    PPOConfig,
     RefusalConfig,
     RewardModelConfig,
-    RLOOConfig,
-    RolloutsConfig,
     SFTConfig,
     WeightPenaltyConfig,
 )
+from calibtrain.config_rollouts import GRPOConfig, PolicyGradientConfig, PPOConfig, RLOOConfig, RolloutsConfig
 
 __all__ = [
     "AnswerScoreConfig",

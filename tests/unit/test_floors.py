@@ -19,6 +19,7 @@ FLOORS = (
         "config_data",
         "config_losses",
         "config_preferences",
+        "config_rollouts",
         "config_file",
         "distributed",
         "errors",
