@@ -45,7 +45,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
             for name in TESTS
         },
         "alpha": _median([row["scale"]["alpha"] for row in changed]),
-        "nf_ratio": _median([row["consistency"]["nf"] / row["consistency"]["null"] for row in changed]),
+        "nf_ratio": _median([_ratio(row["consistency"]) for row in changed]),
         "kinds": dict(Counter(row["kind"] for row in rows)),
     }
 
@@ -68,11 +68,13 @@ def findings(found: Mapping[str, Any], level: float) -> list[dict[str, Any]]:
         ("shared_rotation", _rotation_text(found)),
     ):
         verdict = verdict_of(tests[name])
-        counted = f"{tests[name]['beyond']} of {tests[name]['tested']} matrices are beyond chance"
+        beyond = tests[name]["beyond"] or "none"
+        counted = f"{beyond} of {tests[name]['tested']} matrices stand out"
+        alarms = f", of which at most {level:.0%} by luck on average" if tests[name]["beyond"] else ""
         lead = {
-            "beyond chance": f"More than chance: {counted}.",
-            "in some matrices": f"More than chance in a part of the model: {counted}.",
-            "chance": f"No more than chance: {counted}, with at most {level:.0%} false alarms among such finds.",
+            "beyond chance": f"More than chance: {counted}{alarms}.",
+            "in some matrices": f"More than chance in a part of the model: {counted}{alarms}.",
+            "chance": f"No more than chance: {counted}{alarms}.",
             "not tested": "Not tested.",
         }[verdict]
         result.append(
@@ -89,15 +91,14 @@ def _size(found: Mapping[str, Any]) -> dict[str, Any]:
     )
     if rounding >= ROUNDED:
         text += (
-            f" In half of them rounding to the stored number format is {min(rounding, 1.0):.0%} or more of that change, and "
-            "looks like noise: export the model in float32 to see past it."
+            f" In half of them rounding to the stored number format may be {min(rounding, 1.0):.0%} or more of that change, "
+            "and looks like noise; models stored in float32, or a checkpoint of the run (--step), show what is below."
         )
     return {"claim": "size", "verdict": "measured", "beyond": False, "text": text}
 
 
 def _scale_text(found: Mapping[str, Any]) -> str:
-    moved = found["alpha"] - 1
-    return f"Level of the singular values: the median matrix has them times {found['alpha']:.6g} ({moved:+.2g})."
+    return f"Level of the singular values: in the median matrix they are {found['alpha']:.6f} times what they were."
 
 
 def _uniform_text(found: Mapping[str, Any]) -> str:
@@ -142,6 +143,10 @@ def _meaning(found: Mapping[str, Any]) -> dict[str, Any]:
 def _chance(test: Mapping[str, Any]) -> float:
     means = [null["mean"] for null in test["nulls"].values()]
     return sum(means) / len(means) if means else math.nan
+
+
+def _ratio(consistency: Mapping[str, float]) -> float:
+    return consistency["nf"] / consistency["null"] if consistency["null"] > 0 else math.nan
 
 
 def _median(values: Sequence[float]) -> float:

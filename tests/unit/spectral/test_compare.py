@@ -15,6 +15,7 @@ from calibtrain.errors import UserError
 from calibtrain.spectral import Settings, compare
 from calibtrain.spectral.compare import compare_matrix, judge
 from calibtrain.spectral.null import TESTS
+from calibtrain.spectral.verdict import findings, summary
 from tests.unit.spectral.truth import KINDS, by_svd, pair
 
 SHAPES = ((48, 48), (72, 40), (40, 72))
@@ -122,6 +123,15 @@ def test_factors_of_an_adapter_give_the_row_of_the_merged_matrix():
     assert merged["update_rank"] == closed["update_rank"] <= 4
     assert merged["kind"] == closed["kind"] == "low rank"
     assert closed["relative_drift"] == pytest.approx(merged["relative_drift"], rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8, 1), (1, 1), (2, 2)])
+def test_matrices_with_hardly_a_direction_are_told_too(shape):
+    w0 = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    row = compare(w0, w0 + 0.1)
+    assert row["rank"] == min(shape)
+    assert summary([row])["changed"] == 1
+    assert findings(summary([row]), 0.05)
 
 
 def test_state_dicts_are_compared_by_name_and_order_changes_nothing():
