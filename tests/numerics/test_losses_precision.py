@@ -47,7 +47,7 @@ FUNCTIONS = {
     "proper_log": ((Q,), lambda x: rewards.proper_score(x, GRADES, score="log")),
     "ppo_c": ((Z, Q), lambda r, q: rewards.ppo_c_reward(r, q, 0.1)),
     "ppo_c_proper": ((Z, Q), lambda r, q: rewards.ppo_c_proper_reward(r, q, 0.1, scale=0.5)),
-    "gae": ((Z, Z), lambda r, v: advantages.generalized_advantages(r, v, MASK, IDS)[0]),
+    "gae": ((Z, Z), lambda r, v: advantages.generalized_advantages(r.detach(), v, MASK, IDS)[0]),
     "whiten": ((Z,), lambda x: advantages.whiten(x, MASK)),
 }
 
