@@ -83,6 +83,7 @@ def noised(work: Path, base: Path, like: Path, name: str) -> Path:
 
 INTERVENTIONS = (
     "without scale",
+    "noise as large as the scale",
     "without rotation",
     "random rotation",
     "random part undone",
@@ -90,7 +91,7 @@ INTERVENTIONS = (
     "random part kept",
     "change shrunk",
 )
-"""The last two are controls of "without residual", "random part undone" of "without rotation"."""
+"""Controls: noise, of "without scale"; "random part undone", of "without rotation"; the last two, of "without residual"."""
 
 
 def intervened(work: Path, base: Path, tuned: Path, name: str, label: str) -> Path:
@@ -142,7 +143,20 @@ def _shrunk(pair: Any, initial: Any, weight: Any) -> Any:
     return initial.double() + change * (structured.norm() / change.norm().clamp(min=1e-300))
 
 
+def _as_scale(pair: Any, initial: Any, weight: Any) -> Any:
+    """W and noise as large as what undoing the scale takes away: the weights are rounded anew, as they are there."""
+    import torch
+
+    from calibtrain.spectral.split import without
+
+    taken = (without("scale", initial, weight) - weight.double()).norm()
+    draw = torch.Generator().manual_seed(zlib.crc32(pair.name.encode()))
+    noise = torch.randn(weight.shape, generator=draw, dtype=torch.float64)
+    return weight.double() + noise * (taken / noise.norm())
+
+
 CONTROLS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "noise as large as the scale": _as_scale,
     "random part undone": lambda pair, initial, weight: weight.double() - _part(pair, initial, weight),
     "random part kept": lambda pair, initial, weight: initial.double() + _part(pair, initial, weight),
     "change shrunk": _shrunk,

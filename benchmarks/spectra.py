@@ -198,13 +198,15 @@ def claim_rows(arm: str, seeds: Sequence[int], spectra: Any, asked: Any, undone:
         joined(undone, "correct", "without residual"), joined(undone, "correct", "random part kept")
     )
     rows.append(_claim(arm, "scale and rotation keep the skill", value, low, high, beyond=low > 0))
-    # A temperature multiplies every answer's log-odds and changes no order: look at their mean size.
-    tuned, flat = (
-        np.abs(log_odds(joined(found, "confidence", name)))
-        for found, name in ((asked, None), (undone, "without scale"))
+    # A temperature multiplies every answer's log-odds: their mean size, before and after the scale is undone. Noise as
+    # large, which rounds the weights anew as well, moves it by as much as chance does.
+    sizes = [np.abs(log_odds(joined(asked, "confidence")))]
+    sizes += [np.abs(log_odds(joined(undone, "confidence", name))) for name in INTERVENTIONS[:2]]
+    value, (_, low, high) = paired(sizes[0], sizes[1])[0], paired(sizes[0], sizes[2])
+    reach = max(abs(low), abs(high))
+    rows.append(
+        _claim(arm, "scale acts as a temperature", value, value - reach, value + reach, beyond=abs(value) > reach)
     )
-    value, low, high = paired(tuned, flat)
-    rows.append(_claim(arm, "scale acts as a temperature", value, low, high, beyond=low > 0 or high < 0))
     return rows
 
 
