@@ -273,7 +273,7 @@ def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 def summary(
     claims: Sequence[dict[str, Any]], causal: Sequence[dict[str, Any]], spectra: Any, arms: Sequence[str], sizes: Any
 ) -> dict[str, Any]:
-    """What the issue of interest is: how many claims hold beyond chance, what the skill needs, and what it costs to tell."""
+    """How many claims hold beyond chance, what the skill needs, and what it costs to tell."""
     found = {(row["arm"], row["model"]): row for row in causal}
     timed = spectra[next(iter(spectra))]
     result: dict[str, Any] = {
