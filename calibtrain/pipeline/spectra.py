@@ -55,7 +55,7 @@ def sides(base: str, tuned: Path | None) -> Compared:
     if tuned is not None:
         from calibtrain.models.loading import local_path
 
-        found = Path(local_path(base)).expanduser()
+        found = Path(local_path(base)) if base.startswith("embedded:") else Path(base).expanduser()
         if not found.is_dir():
             raise UserError(
                 f"{base}: no such directory; give a Hugging Face model directory (a model of the hub: download it)"
