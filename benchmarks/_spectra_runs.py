@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forgetting import BASE as FORGETTING
 from forgetting import text_nats
 
 BASE = [
-    "penalties=[]",
-    "tracking.wandb=false",
-    "training.zero_stage=1",
-    "training.micro_batch_size=8",
-    "training.epochs=2",
-    "training.learning_rate=5.0e-5",
+    *FORGETTING,
     "data.splits={train: 400, calibration: 384, temperature: 0, certification: 0, test: 1000}",
 ]
 SMOKE = ["training.max_steps=2", "data.splits={train: 16, calibration: 8, temperature: 0, certification: 0, test: 16}"]

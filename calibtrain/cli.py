@@ -231,7 +231,7 @@ def spectra(
     modules: Annotated[str | None, typer.Option(help="E.g. q_proj,down_proj. Default: all linear layers.")] = None,
     step: Annotated[
         int | None,
-        typer.Option(min=1, help="Of a run: its checkpoint of that step, in float32, instead of its export."),
+        typer.Option(min=1, help="Of a run of your own (its checkpoints are pickles): that step, in float32."),
     ] = None,
     write_without: Annotated[
         str | None,

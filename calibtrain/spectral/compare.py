@@ -113,7 +113,6 @@ def compare_matrix(
     overlaps = first.left.mT @ second.left, first.right.mT @ second.right
     total = float(change.square().sum())
     fit = split(first, inner, total)
-    rounding = _rounding(tuned)
     row: dict[str, Any] = {
         "name": name,
         "shape": list(base.shape),
@@ -122,9 +121,7 @@ def compare_matrix(
         "basis_error": max(first.error, second.error),
         "squared_norm": float(start.square().sum()),
         "relative_drift": math.sqrt(total) / float(start.norm()),
-        "rounding_share": rounding / total
-        if total > 0 and factors is None
-        else (0.0 if total == 0 or factors else math.nan),
+        "rounding_share": _rounding(tuned) / total if total > 0 and factors is None else 0.0,
         "update_rank": _update_rank(change, factors),
         "scale": _scale(first, second, fit),
         "spectrum": _spectrum(first, second, total),

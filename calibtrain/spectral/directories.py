@@ -21,7 +21,7 @@ WHAT = {"embedding": "an embedding", "head": "the head"}
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A weight matrix before and after, still on disk. It can be pickled and read in another process."""
+    """A weight matrix before and after, still on disk."""
 
     name: str  # the tensor's name in TUNED; of a part "...qkv_proj.weight[q]", of a stack of experts "...down_proj[3]"
     layer: int | None
