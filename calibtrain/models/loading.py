@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from calibtrain.errors import UserError
 from calibtrain.models import cpu_attention
 from calibtrain.models.arithmetic import dtype_name, torch_dtype
 from calibtrain.models.compiled import compile_layers
+from calibtrain.models.quantized import (
+    COMPRESSED_TENSORS,
+    check_full_precision,
+    decompress,
+    quantisation_of,
+    require_compressed_tensors,
+    without_bars,
+)
 from calibtrain.spectral.shared_rotation import add_shared_rotations
 
 logger = logging.getLogger(__name__)
@@ -51,10 +60,11 @@ def local_path(source: str) -> str:
 
 
 def check_weights(config: ModelConfig) -> None:
-    """Raise UserError where the model is a directory without weights. Nothing is read."""
+    """Raise UserError where the model is a directory without weights, or quantised. No weights are read."""
     path = Path(local_path(config.source))
     if path.is_dir() and not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         raise UserError(f"model.source: {config.source} holds no weights (*.safetensors)")
+    check_full_precision(f"model.source: {config.source}", load_settings(config))
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -124,12 +134,23 @@ def load_settings(config: ModelConfig) -> Any:
 
 
 def load_model(config: ModelConfig) -> Any:
-    """Causal language model in the config's dtype, with LoRA adapters when asked for."""
+    """Causal language model in the config's dtype, with LoRA adapters when asked for.
+
+    A quantised one computes as its scheme says, on dense weights. Raises UserError where it cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = _from_pretrained(
-        AutoModelForCausalLM, config, dtype=torch_dtype(config), attn_implementation=attention_implementation(config)
-    )
+    packed = quantisation_of(load_settings(config)) == COMPRESSED_TENSORS
+    if packed:
+        require_compressed_tensors()
+    with without_bars() if packed else nullcontext():
+        model = _from_pretrained(
+            AutoModelForCausalLM,
+            config,
+            dtype=torch_dtype(config),
+            attn_implementation=attention_implementation(config),
+        )
+    decompress(model)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -301,7 +322,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
         return kind.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.source: cannot load {config.source}: {cause(error)}") from error
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibtrain.errors import UserError
+from calibtrain.models.quantized import check_full_precision
 from calibtrain.quantization.affine import QuantizedWeight
 from calibtrain.quantization.formats import packing_of, quantization_config
 from calibtrain.quantization.schemes import Scheme
@@ -196,9 +197,7 @@ def read_config(source: Path) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}); give a Hugging Face model directory") from error
-    if settings.get("quantization_config") is not None:
-        method = settings["quantization_config"].get("quant_method", "unknown method")
-        raise UserError(f"{source}: is quantised already ({method}); give the model in full precision")
+    check_full_precision(source, settings)
     return settings
 
 

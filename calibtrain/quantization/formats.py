@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calibtrain.errors import UserError
+from calibtrain.models.quantized import require_compressed_tensors
 from calibtrain.quantization.affine import Grid, QuantizedWeight
 from calibtrain.quantization.schemes import Scheme
 
@@ -67,16 +68,6 @@ def packing_of(scheme: Scheme) -> Packing:
         return Packing(scheme, name, ("weight", "weight_scale"))
     keys = ("weight_packed", "weight_shape", "weight_scale")
     return Packing(scheme, "pack-quantized", keys if scheme.weights.symmetric else (*keys, "weight_zero_point"))
-
-
-def require_compressed_tensors() -> None:
-    """Raise UserError where the package that writes and reads quantised models is not installed."""
-    try:
-        import compressed_tensors  # noqa: F401
-    except ImportError:
-        raise UserError(
-            'quantised models need compressed-tensors: run `pip install "calibtrain[quantization]"`'
-        ) from None
 
 
 def quantization_config(scheme: Scheme, ignored: list[str]) -> dict[str, Any]:

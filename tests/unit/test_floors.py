@@ -39,6 +39,8 @@ SIDEWAYS = {
     # A penalty charges what the analysis measures: the same functions.
     ("losses", "spectral"),
     ("models", "spectral"),
+    # Whether a model is quantised already is known where models are loaded.
+    ("quantization", "models"),
     ("confidence", "data"),
     ("confidence", "models"),
     # A word the model states about itself is read by the same scales that words are spoken by.
