@@ -1,4 +1,4 @@
-"""Metrics of two ranks, with uneven and empty shards, equal those of one process on the concatenated samples."""
+"""Metrics and observed ranges of two ranks, with uneven and empty shards, are those of one process on all samples."""
 
 import socket
 
@@ -10,6 +10,8 @@ import torch.multiprocessing as mp
 from calibtrain.calibration.metrics import summary
 from calibtrain.calibration.state import CalibrationState, state_of
 from calibtrain.distributed import leave_world
+from calibtrain.quantization.affine import Grid
+from calibtrain.quantization.observers import LeastError, MinMax, Percentile
 
 pytestmark = pytest.mark.distributed
 
@@ -22,10 +24,29 @@ def samples():
     return q, torch.rand(500, generator=generator, dtype=torch.float64) < q
 
 
+def activations():
+    return torch.randn(500, 3, generator=torch.Generator().manual_seed(1)) ** 3
+
+
+def observers():
+    """Of a tensor and of its channels."""
+    return [
+        one
+        for channels in (None, 3)
+        for one in (MinMax("x", channels), Percentile("x", channels, p=95.0), LeastError("x", Grid(4), channels))
+    ]
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def _reduced_range(observer, bounds):
+    observer.update(activations()[slice(*bounds)])
+    observer.all_reduce()
+    return torch.stack(observer.range()) if bool((observer.low <= observer.high).all()) else None
 
 
 def worker(rank, port, folder):
@@ -40,6 +61,8 @@ def worker(rank, port, folder):
         merged[name] = local.all_reduce().state_dict()
         for key, tensor in before.items():
             assert torch.equal(tensor, local.state_dict()[key])
+    for name, bounds in SHARDS.items():
+        merged[f"ranges, {name}"] = [_reduced_range(one, bounds[rank : rank + 2]) for one in observers()]
     torch.save(merged, f"{folder}/{rank}.pt")
     leave_world()
 
@@ -74,3 +97,12 @@ def test_all_reduced_state_is_that_of_all_samples(reduced, name):
         assert summary(state) == pytest.approx(summary(whole), rel=1e-9, abs=1e-12, nan_ok=True)
     for field in CalibrationState.FIELDS:
         assert torch.equal(reduced[0][name][field], reduced[1][name][field])
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_observed_ranges_of_two_ranks_are_those_of_one(reduced, name):
+    for rank in reduced:
+        for found, whole in zip(rank[f"ranges, {name}"], observers(), strict=True):
+            whole.update(activations()[: SHARDS[name][2]])
+            assert (found is None) == (name == "both empty")
+            assert found is None or torch.equal(found, torch.stack(whole.range()))
