@@ -151,6 +151,28 @@ def observe(
     return outputs
 
 
+@torch.no_grad()
+def stages_of(block: nn.Module, index: int, batch: Inputs, layers: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Names of the `layers` in the order in which they run, those that read the same tensor together."""
+    read: dict[int, list[str]] = {}
+    kept: list[Tensor] = []  # so that no address is used twice
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            kept.append(args[0])
+            read.setdefault(args[0].data_ptr(), []).append(name)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in layers.items()]
+    try:
+        run_block(block, index, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(read.values())
+
+
 def _shower(name: str, batch: Inputs, see: Callable[[str, Tensor, Inputs], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
