@@ -36,7 +36,7 @@ class Inputs:
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder's blocks: "model.layers", "transformer.h". Raises UserError where there is no such list."""
+    """Name and list of the decoder's blocks: "model.layers", "transformer.h". Raises UserError where there is none."""
     count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and any(True for _ in module.parameters()):

@@ -39,7 +39,7 @@ class Fold:
 
 
 def folds_of(model_or_config: Any, block: nn.Module) -> list[Fold]:
-    """Every exact fold of a block, in the order it computes. Empty for an architecture without an entry: nothing is guessed."""
+    """Every exact fold of a block, in the order it computes. None of an architecture without an entry: no guesses."""
     config = _text_config(model_or_config)
     entry = _TABLE.get(config.model_type)
     return entry(config, block) if entry else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from torch import nn
 
 from calibtrain.quantization.blocks import find_blocks
 from calibtrain.quantization.folds import apply_fold, folds_of, no_folds_reason, shared_by_heads, weight_in
