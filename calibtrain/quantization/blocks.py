@@ -36,10 +36,10 @@ class Inputs:
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder's blocks: "model.layers", "transformer.h". Raises UserError where there is no such list."""
+    """Name and list of the decoder's blocks: "model.layers", "transformer.h". Raises UserError where there is none."""
     count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and any(module.parameters()):
+        if isinstance(module, nn.ModuleList) and len(module) == count and any(True for _ in module.parameters()):
             return name, module
     raise UserError(f"{type(model).__name__}: has no list of {count} blocks to quantise one after the other")
 
@@ -175,8 +175,12 @@ def stages_of(block: nn.Module, index: int, batch: Inputs, layers: Mapping[str, 
 
 def _shower(name: str, batch: Inputs, see: Callable[[str, Tensor, Inputs], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        # Experts read the tokens that are sent to them, in rows without a place in the batch.
-        see(name, x[batch.real] if x.shape[:2] == batch.real.shape else x.flatten(0, -2), batch)
+        x, real = args[0], batch.real
+        if x.shape[:2] == real.shape:
+            x = x[real]
+        elif x.shape[:-1] == (real.numel(),):  # a mixture of experts reads its tokens in rows
+            x = x[real.flatten()]
+        # An expert reads the tokens that are sent to it, in rows without a place in the batch.
+        see(name, x.flatten(0, -2), batch)
 
     return hook
