@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calibtrain.ops.head import head_of
 from calibtrain.quantization.blocks import Text, batches_of
 
 Weights = Mapping[str, Sequence[Tensor]]
@@ -39,12 +40,10 @@ def token_weights(
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
     device = model.get_input_embeddings().weight.device
-    answers = 0
-    for ids, real, predicts in batches_of(texts, pad_id, size):
+    for ids, _, predicts in batches_of(texts, pad_id, size):
         ids, predicts = ids.to(device), predicts.to(device)
-        answers += int(predicts.sum())
         hidden, squares = _traced(model, layers, ids)
-        logprobs = model.get_output_embeddings()(hidden[predicts]).float().log_softmax(-1)
+        logprobs = _logprobs(model, hidden[predicts])
         drawn = torch.multinomial(logprobs.detach().exp().cpu(), 1, generator=generator).to(device)
         divergence = -logprobs.gather(1, drawn).sum()
         divergence.backward(retain_graph=log_odds > 0)
@@ -58,6 +57,13 @@ def token_weights(
             found[name].append(totals[name])
         on_batch(len(ids))
     return {name: _normalised(parts, texts, pad_id, size) for name, parts in found.items()}
+
+
+def _logprobs(model: Any, hidden: Tensor) -> Tensor:
+    """(n, H) to (n, V) float32."""
+    form = head_of(model.config)
+    logits = model.get_output_embeddings()(hidden).float() * form.logit_scale
+    return (logits if form.softcap is None else form.softcap * torch.tanh(logits / form.softcap)).log_softmax(-1)
 
 
 def _log_odds(logprobs: Tensor, ids: Tensor, predicts: Tensor) -> Tensor:

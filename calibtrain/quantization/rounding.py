@@ -11,9 +11,7 @@ from calibtrain.quantization.affine import (
     FLOAT8,
     QuantizedWeight,
     from_grid,
-    grouped,
     quantize_weight,
-    scale_and_zero,
     to_grid,
 )
 from calibtrain.quantization.schemes import Scheme

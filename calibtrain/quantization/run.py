@@ -6,10 +6,9 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, ExitStack
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from calibtrain.errors import UserError
-from calibtrain.quantization.affine import QuantizedWeight, quantize_tokens, quantize_weight
+from calibtrain.quantization.affine import QuantizedWeight, from_grid, quantize_tokens, quantize_weight, to_grid
+from calibtrain.quantization.awq import awq_block
 from calibtrain.quantization.blocks import (
     Inputs,
     Text,
@@ -28,5 +28,243 @@ from calibtrain.quantization.blocks import (
     run_block,
     stages_of,
 )
+from calibtrain.quantization.directory import ModelWriter
+from calibtrain.quantization.folds import folds_of, no_folds_reason
+from calibtrain.quantization.observers import first_token_outliers, static_input_scales
+from calibtrain.quantization.preserve import Weights, token_weights
+from calibtrain.quantization.rounding import Hessian, round_compensated
 from calibtrain.quantization.schemes import Scheme, fit_groups, is_ignored
+from calibtrain.quantization.smoothquant import smooth_block
 from calibtrain.quantization.streaming import StreamedModel
+
+METHODS = ("minmax", "smoothquant", "awq", "preserve")
+DAMPING = 0.1
+"""Share of the mean second moment that rounding adds to every channel's; with 256 answers .01 fits them, not the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a model is quantised. ignore: layers left in full precision, as in `schemes.is_ignored`. alpha: SmoothQuant's."""
+
+    scheme: Scheme
+    method: str
+    ignore: tuple[str, ...] = ()
+    alpha: float = 0.5
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass(slots=True)
+class _Facts:
+    """What is told of a run beside the model."""
+
+    folds: dict[str, Any] = field(default_factory=dict)
+    massive: dict[str, Any] = field(default_factory=dict)
+
+
+def quantize_directory(
+    source: Path,
+    target: Path,
+    texts: Sequence[Text],
+    settings: Settings,
+    *,
+    on_block: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
+    """Quantise the Hugging Face directory `source` into `target`, whole or not at all; texts calibrate it.
+
+    Goes on where an interrupted run of the same source, texts and settings stopped. Returns plain facts: the scheme as it
+    was taken, what stayed in full precision, folds, massive activations, seconds, peak memory in GB. Raises UserError,
+    before anything is written, for an unknown method, a quantised source and layers that the scheme does not fit.
+    """
+    started = time.monotonic()
+    if settings.method not in METHODS:
+        raise UserError(f"--method: {settings.method!r} is none of {', '.join(METHODS)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    streamed = StreamedModel(source, trust_remote_code=settings.trust_remote_code, device=device)
+    chosen, ignored = _chosen(streamed, settings)
+    scheme = fit_groups(settings.scheme, {name: matrix_of(one).shape[1] for name, one in chosen.items()})
+    writer = ModelWriter(source, target, scheme, _mark(source, texts, settings))
+    facts = _Facts()
+    try:
+        batches = first_inputs(streamed.model, texts, streamed.pad_id)
+        weights = _answers_weights(streamed, chosen, texts, settings)
+        count = len(streamed.blocks)
+        for index in range(count):
+            block = streamed.bring(index)
+            layers = {name: one for name, one in chosen.items() if name.startswith(f"{streamed.name_of(index)}.")}
+            if index < writer.done():
+                scales = _restore(writer, index, block, streamed.name_of(index), layers)
+            else:
+                scales = _quantize_block(streamed, index, batches, layers, scheme, settings, weights, writer, facts)
+            with quantized_inputs(layers, scheme, scales), torch.no_grad():
+                batches = [one.with_hidden(run_block(block, index, one)) for one in batches]
+            streamed.drop(index)
+            on_block(index + 1, count)
+        writer.finish(streamed.others(), ignored)
+    finally:
+        writer.abandon()
+    return {
+        "scheme": asdict(scheme),
+        "label": scheme.label,
+        "method": settings.method,
+        "samples": len(texts),
+        "asked_group_size": settings.scheme.group_size,
+        "full_precision": [*ignored, "embeddings, norms and head"],
+        "folds": facts.folds,
+        "no_folds": None if settings.method == "minmax" else no_folds_reason(streamed.model),
+        "massive_first_tokens": facts.massive,
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+
+
+def _chosen(streamed: StreamedModel, settings: Settings) -> tuple[dict[str, nn.Module], list[str]]:
+    """The layers to quantise by full name, and the names of those that stay."""
+    matrices: dict[str, nn.Module] = {}
+    for index, block in enumerate(streamed.blocks):
+        matrices |= matrices_in(block, f"{streamed.name_of(index)}.")
+    ignored = [name for name in matrices if is_ignored(name, settings.ignore)]
+    unknown = [one for one in settings.ignore if not any(is_ignored(name, (one,)) for name in (*matrices, "lm_head"))]
+    if unknown:
+        known = list(dict.fromkeys(name.rpartition(".")[2] for name in matrices))
+        raise UserError(f"--ignore: no layer is called {unknown[0]!r}; there are {', '.join(known)}")
+    chosen = {name: one for name, one in matrices.items() if name not in ignored}
+    if not chosen:
+        raise UserError("--ignore: leaves no layer to quantise")
+    return chosen, ignored
+
+
+def _answers_weights(
+    streamed: StreamedModel, layers: Mapping[str, nn.Module], texts: Sequence[Text], settings: Settings
+) -> Weights | None:
+    """What each token's error does to the answers; of a model that is too large to be run whole, None."""
+    if settings.method != "preserve":
+        return None
+    for index in range(len(streamed.blocks)):
+        streamed.bring(index)
+    return token_weights(streamed.model, layers, texts, streamed.pad_id, seed=settings.seed)
+
+
+def _quantize_block(
+    streamed: StreamedModel,
+    index: int,
+    batches: Sequence[Inputs],
+    layers: Mapping[str, nn.Module],
+    scheme: Scheme,
+    settings: Settings,
+    weights: Weights | None,
+    writer: ModelWriter,
+    facts: _Facts,
+) -> dict[str, Tensor]:
+    """Quantise one block in place and write it. Returns the scales of its inputs, where they are static."""
+    block, name = streamed.blocks[index], streamed.name_of(index)
+    folds = folds_of(streamed.model, block)
+    massive = first_token_outliers(block, index, batches, layers)
+    facts.massive |= {layer: asdict(one) for layer, one in massive.items()}
+    ranges: Mapping[str, tuple[Tensor, Tensor]] = {}
+    if settings.method == "smoothquant" or (settings.method == "preserve" and scheme.activations is not None):
+        further = settings.method == "preserve"
+        facts.folds[name] = smooth_block(block, index, batches, folds, settings.alpha, further=further)
+    elif settings.method == "awq":
+        ranges = awq_block(block, index, batches, folds, scheme, layers)
+        facts.folds[name] = [fold.source for fold in folds]
+    scales: dict[str, Tensor] = {}
+    quantized: dict[str, QuantizedWeight] = {}
+    stages = stages_of(block, index, batches[0], layers) if settings.method == "preserve" else [list(layers)]
+    for stage in stages:
+        some = {layer: layers[layer] for layer in stage}
+        if scheme.static:
+            scales |= static_input_scales(block, index, batches, some, scheme)
+        if weights is None:
+            rounded = {
+                layer: quantize_weight(matrix_of(one), scheme.weights, scheme.group_size, *ranges.get(layer, ()))
+                for layer, one in some.items()
+            }
+        else:
+            rounded = _compensated(block, index, batches, some, layers, scheme, weights, scales)
+        for layer, one in rounded.items():
+            matrix_of(layers[layer]).copy_(one.dequantized())
+        quantized |= rounded
+    kept = {f"{name}.{key}": value for key, value in block.state_dict().items()}
+    others = {key: value for key, value in kept.items() if key.removesuffix(".weight") not in quantized}
+    writer.add_block(index, quantized, others, scales)
+    return scales
+
+
+def _compensated(
+    block: nn.Module,
+    index: int,
+    batches: Sequence[Inputs],
+    some: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Module],
+    scheme: Scheme,
+    weights: Weights,
+    scales: Mapping[str, Tensor],
+) -> dict[str, QuantizedWeight]:
+    """Layers that read the same inputs, rounded for the tokens that answers depend on."""
+    hessians = {name: Hessian.of(matrix_of(one).shape[1], matrix_of(one).device) for name, one in some.items()}
+    place = {id(batch.real): number for number, batch in enumerate(batches)}
+
+    def see(name: str, x: Tensor, batch: Inputs) -> None:
+        hessians[name].update(x, weights[name][place[id(batch.real)]][batch.real])
+
+    with quantized_inputs(layers, scheme, scales):
+        observe(block, index, batches, some, see)
+    found = {}
+    for name, one in some.items():
+        hessians[name].all_reduce()
+        found[name] = round_compensated(matrix_of(one), hessians[name].total, scheme, DAMPING)
+    return found
+
+
+def _restore(
+    writer: ModelWriter, index: int, block: nn.Module, name: str, layers: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Give a block the weights that an interrupted run has written."""
+    quantized, others = writer.read_block(index)
+    with torch.no_grad():
+        for layer, one in quantized.items():
+            matrix_of(layers[layer]).copy_(one.dequantized())
+        block.load_state_dict({key.removeprefix(f"{name}."): value for key, value in others.items()}, strict=False)
+    return writer.read_scales(index)[0]
+
+
+@contextmanager
+def quantized_inputs(layers: Mapping[str, nn.Module], scheme: Scheme, scales: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let layers read their activations on the scheme's grid, as an engine computes them."""
+    grid = scheme.activations
+    if grid is None:
+        yield
+        return
+
+    def hook(name: str) -> Callable[..., Any]:
+        def quantize(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            x = args[0]
+            if not scheme.static:
+                return (quantize_tokens(x, grid), *args[1:])
+            if name not in scales:
+                return args
+            scale = scales[name].float().to(x.device)
+            zero = torch.zeros_like(scale)
+            return (from_grid(to_grid(x.float(), scale, zero, grid), scale, zero).to(x.dtype), *args[1:])
+
+        return quantize
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mark(source: Path, texts: Sequence[Text], settings: Settings) -> str:
+    """Hash of all that the blocks are made from."""
+    digest = hashlib.sha256()
+    for file in sorted(source.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while part := stream.read(1 << 22):
+                digest.update(part)
+    digest.update(json.dumps([[list(one.prompt), list(one.answer)] for one in texts]).encode())
+    digest.update(json.dumps(asdict(settings), sort_keys=True).encode())
+    return digest.hexdigest()

@@ -99,9 +99,10 @@ class StreamedModel:
     def _whole(self, trust_remote_code: bool) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(self.source), trust_remote_code=trust_remote_code, dtype=self.dtype, attn_implementation="sdpa"
-        ).to(self.device)
+        )
+        return model.to(self.device)
 
     def _fill(self, module: nn.Module, prefix: str, skip: str | None = None) -> None:
         """Read a module's parameters and saved buffers from the files."""
