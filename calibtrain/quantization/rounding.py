@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from calibtrain.quantization.affine import (
@@ -14,6 +15,7 @@ from calibtrain.quantization.affine import (
     quantize_weight,
     to_grid,
 )
+from calibtrain.quantization.inputs import over_ranks
 from calibtrain.quantization.schemes import Scheme
 
 BLOCK = 128
@@ -38,8 +40,7 @@ class Hessian:
 
     def all_reduce(self) -> None:
         """Sum over ranks, where there are several. Collective."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.total)
+        over_ranks(self.total, dist.ReduceOp.SUM)
 
 
 def round_compensated(

@@ -6,8 +6,7 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from calibtrain.errors import UserError
-from calibtrain.quantization.affine import QuantizedWeight, from_grid, quantize_tokens, quantize_weight, to_grid
+from calibtrain.quantization.activations import cache_scales, quantized_inputs
+from calibtrain.quantization.affine import QuantizedWeight, quantize_weight
 from calibtrain.quantization.awq import awq_block
 from calibtrain.quantization.blocks import (
     Inputs,
@@ -187,7 +187,8 @@ def _quantize_block(
         quantized |= rounded
     kept = {f"{name}.{key}": value for key, value in block.state_dict().items()}
     others = {key: value for key, value in kept.items() if key.removesuffix(".weight") not in quantized}
-    writer.add_block(index, quantized, others, scales)
+    cache = cache_scales(block, index, name, batches, layers, scheme, scales) if scheme.kv_cache else None
+    writer.add_block(index, quantized, others, scales, cache)
     return scales
 
 
@@ -227,35 +228,6 @@ def _restore(
             matrix_of(layers[layer]).copy_(one.dequantized())
         block.load_state_dict({key.removeprefix(f"{name}."): value for key, value in others.items()}, strict=False)
     return writer.read_scales(index)[0]
-
-
-@contextmanager
-def quantized_inputs(layers: Mapping[str, nn.Module], scheme: Scheme, scales: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let layers read their activations on the scheme's grid, as an engine computes them."""
-    grid = scheme.activations
-    if grid is None:
-        yield
-        return
-
-    def hook(name: str) -> Callable[..., Any]:
-        def quantize(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            x = args[0]
-            if not scheme.static:
-                return (quantize_tokens(x, grid), *args[1:])
-            if name not in scales:
-                return args
-            scale = scales[name].float().to(x.device)
-            zero = torch.zeros_like(scale)
-            return (from_grid(to_grid(x.float(), scale, zero, grid), scale, zero).to(x.dtype), *args[1:])
-
-        return quantize
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _mark(source: Path, texts: Sequence[Text], settings: Settings) -> str:
