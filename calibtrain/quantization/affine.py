@@ -80,15 +80,25 @@ class QuantizedWeight:
 
 
 def quantize_weight(
-    weight: Tensor, grid: Grid, group_size: int | None, low: Tensor | None = None, high: Tensor | None = None
+    weight: Tensor,
+    grid: Grid,
+    group_size: int | None,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> QuantizedWeight:
-    """Round to nearest. weight (out, in); low and high (out, groups) where a search has narrowed the min-max range."""
+    """Round to nearest. weight (out, in); low and high (out, groups) where a search has narrowed the min-max range.
+
+    dtype: of the layer, where it is not that of `weight`.
+    """
+    dtype = dtype or weight.dtype
     parts = grouped(weight.float(), group_size)
     low = parts.amin(-1) if low is None else low
     high = parts.amax(-1) if high is None else high
-    scale, zero = scale_and_zero(low, high, grid, weight.dtype)
+    scale, zero = scale_and_zero(low, high, grid, dtype)
     q = to_grid(parts, scale[..., None], zero[..., None], grid).flatten(-2)
-    return QuantizedWeight(q.to(FLOAT8 if grid.floating else torch.int8), scale, zero, grid, group_size, weight.dtype)
+    return QuantizedWeight(q.to(FLOAT8 if grid.floating else torch.int8), scale, zero, grid, group_size, dtype)
 
 
 def quantize_tokens(x: Tensor, grid: Grid) -> Tensor:

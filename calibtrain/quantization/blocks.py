@@ -95,6 +95,26 @@ def first_inputs(model: Any, texts: Sequence[Text], pad_id: int, size: int = 32)
     return found
 
 
+def passed_through(model: Any, ids: Tensor, states: Tensor) -> Tensor:
+    """Final hidden states (B, T, H) of a model whose last block hands on `states`: what comes behind the blocks, alone."""
+    blocks = find_blocks(model)[1]
+    with _replaced(blocks, lambda block: lambda *args, **named: states):
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+@contextmanager
+def _replaced(blocks: nn.ModuleList, by: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Let each block do something else."""
+    kept = [block.forward for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = by(block)
+        yield
+    finally:
+        for block, forward in zip(blocks, kept, strict=True):
+            block.forward = forward
+
+
 @contextmanager
 def _recorded(blocks: nn.ModuleList, hidden: list[Tensor], arguments: list[dict[str, Any]]) -> Iterator[None]:
     """Let every block hand on what it reads, and note what it is given."""
@@ -108,14 +128,8 @@ def _recorded(blocks: nn.ModuleList, hidden: list[Tensor], arguments: list[dict[
 
         return forward
 
-    kept = [block.forward for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = recorder(block)
+    with _replaced(blocks, recorder):
         yield
-    finally:
-        for block, forward in zip(blocks, kept, strict=True):
-            block.forward = forward
 
 
 def block_parameters(block: nn.Module) -> list[str]:

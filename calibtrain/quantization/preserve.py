@@ -15,48 +15,65 @@ import torch
 from torch import Tensor, nn
 
 from calibtrain.ops.head import head_of
-from calibtrain.quantization.blocks import Text, batches_of
+from calibtrain.quantization.blocks import Inputs, Text, batches_of, passed_through, run_block
+from calibtrain.quantization.streaming import StreamedModel
 
 Weights = Mapping[str, Sequence[Tensor]]
 """Of each layer, a weight (B, T) for the tokens of each batch; answers' positions weigh 1 on average."""
 
 
 def token_weights(
-    model: Any,
+    streamed: StreamedModel,
     layers: Mapping[str, nn.Module],
     texts: Sequence[Text],
-    pad_id: int,
+    batches: Sequence[Inputs],
     *,
     log_odds: float = 1.0,
     seed: int = 0,
-    size: int = 32,
-    on_batch: Callable[[int], None] = lambda texts_done: None,
 ) -> dict[str, list[Tensor]]:
     """How much an error of a layer's output at each token disturbs the answers: E |d log p(y) / d output|^2, y ~ p.
 
     log_odds: weight of the squared gradient of the log-odds of the model's own answer, log P - log(1 - P), beside it.
-    Batches are those of `blocks.first_inputs` of the same texts and size. The model's own weights get no gradient.
+    batches: `blocks.first_inputs` of the texts. Blocks come and go twice, forward and backward; what each reads is kept.
     """
-    generator = torch.Generator().manual_seed(seed)
+    kept = [[batch.hidden for batch in batches]]
+    for index in range(len(streamed.blocks)):
+        block = streamed.bring(index)
+        with torch.no_grad():
+            pairs = zip(batches, kept[-1], strict=True)
+            kept.append([run_block(block, index, batch.with_hidden(states)) for batch, states in pairs])
+        streamed.drop(index)
+    ids = [one for one, _, _ in batches_of(texts, streamed.pad_id)]
+    cotangents = _answers_gradients(streamed, ids, batches, kept.pop(), seed)
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
-    device = model.get_input_embeddings().weight.device
-    for ids, _, predicts in batches_of(texts, pad_id, size):
-        ids, predicts = ids.to(device), predicts.to(device)
-        hidden, squares = _traced(model, layers, ids)
-        logprobs = _logprobs(model, hidden[predicts])
-        drawn = torch.multinomial(logprobs.detach().exp().cpu(), 1, generator=generator).to(device)
-        divergence = -logprobs.gather(1, drawn).sum()
-        divergence.backward(retain_graph=log_odds > 0)
-        totals = squares.take()
-        if log_odds > 0:
-            _log_odds(logprobs, ids, predicts).sum().backward()
-            for name, more in squares.take().items():
-                totals[name] += log_odds * more
-        squares.remove()
-        for name in layers:
-            found[name].append(totals[name])
-        on_batch(len(ids))
-    return {name: _normalised(parts, texts, pad_id, size) for name, parts in found.items()}
+    for index in reversed(range(len(streamed.blocks))):
+        block, inputs = streamed.bring(index), kept.pop()
+        own = {name: one for name, one in layers.items() if name.startswith(f"{streamed.name_of(index)}.")}
+        for number, batch in enumerate(batches):
+            squares, cotangents[number] = _squares(
+                block, index, batch.with_hidden(inputs[number]), own, cotangents[number]
+            )
+            for name, (divergence, odds) in squares.items():
+                found[name].append(divergence + log_odds * odds)
+        streamed.drop(index)
+    return {name: _normalised(parts, batches) for name, parts in found.items()}
+
+
+def _answers_gradients(
+    streamed: StreamedModel, ids: Sequence[Tensor], batches: Sequence[Inputs], last: Sequence[Tensor], seed: int
+) -> list[list[Tensor]]:
+    """By batch, gradients at the last block's output (B, T, H): of -log p(y), y drawn from p, and of the log-odds."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for tokens, batch, states in zip(ids, batches, last, strict=True):
+        states = states.detach().requires_grad_()
+        with torch.enable_grad():
+            tokens = tokens.to(states.device)
+            logprobs = _logprobs(streamed.model, passed_through(streamed.model, tokens, states)[batch.predicts])
+            drawn = torch.multinomial(logprobs.detach().exp().cpu(), 1, generator=generator).to(states.device)
+            losses = -logprobs.gather(1, drawn).sum(), _log_odds(logprobs, tokens, batch.predicts).sum()
+            found.append([torch.autograd.grad(loss, states, retain_graph=True)[0] for loss in losses])
+    return found
 
 
 def _logprobs(model: Any, hidden: Tensor) -> Tensor:
@@ -75,43 +92,37 @@ def _log_odds(logprobs: Tensor, ids: Tensor, predicts: Tensor) -> Tensor:
     return answer - torch.log(-torch.expm1(answer))
 
 
-class _Squares:
-    """Sums over outputs of the squared gradients of layers' outputs, at each token."""
+def _squares(
+    block: nn.Module, index: int, batch: Inputs, layers: Mapping[str, nn.Module], cotangents: Sequence[Tensor]
+) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+    """Squared gradients of layers' outputs, summed over outputs, (B, T) for each cotangent; and those of the inputs."""
+    made: dict[str, Tensor] = {}
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self.found: dict[str, Tensor] = {}
-        self.handles = [module.register_forward_hook(self._hook(name)) for name, module in layers.items()]
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def keep(gradient: Tensor) -> None:
-            self.found[name] = gradient.float().square().sum(-1)
-
+    def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            output.register_hook(keep)
+            made[name] = output
 
         return hook
 
-    def take(self) -> dict[str, Tensor]:
-        """What was summed since, by layer."""
-        taken, self.found = self.found, {}
-        return taken
-
-    def remove(self) -> None:
-        """Leave the layers as they were."""
-        for handle in self.handles:
+    handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    states = batch.hidden.detach().requires_grad_()
+    try:
+        with torch.enable_grad():
+            output = run_block(block, index, batch.with_hidden(states))
+    finally:
+        for handle in handles:
             handle.remove()
+    squares: dict[str, list[Tensor]] = {name: [] for name in layers}
+    inner = []
+    for cotangent in cotangents:
+        gradients = torch.autograd.grad(output, [states, *made.values()], cotangent, retain_graph=True)
+        inner.append(gradients[0])
+        for name, gradient in zip(made, gradients[1:], strict=True):
+            squares[name].append(gradient.float().square().sum(-1))
+    return squares, inner
 
 
-def _traced(model: Any, layers: Mapping[str, nn.Module], ids: Tensor) -> tuple[Tensor, _Squares]:
-    squares = _Squares(layers)
-    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    return model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state, squares
-
-
-def _normalised(parts: list[Tensor], texts: Sequence[Text], pad_id: int, size: int) -> list[Tensor]:
-    places = [
-        predicts.to(part.device) for part, (_, _, predicts) in zip(parts, batches_of(texts, pad_id, size), strict=True)
-    ]
-    total = sum(float(part[place].sum()) for part, place in zip(parts, places, strict=True))
-    mean = total / sum(int(place.sum()) for place in places)
+def _normalised(parts: list[Tensor], batches: Sequence[Inputs]) -> list[Tensor]:
+    total = sum(float(part[batch.predicts].sum()) for part, batch in zip(parts, batches, strict=True))
+    mean = total / sum(int(batch.predicts.sum()) for batch in batches)
     return [part / mean for part in parts] if mean > 0 else [torch.ones_like(part) for part in parts]

@@ -23,24 +23,41 @@ BLOCK = 128
 
 
 @dataclass(slots=True)
-class Hessian:
-    """Second moments of what a layer reads, sum of w x xᵀ over tokens: half the Hessian of its squared output error."""
+class Moments:
+    """Sums over weighted tokens of what a layer reads, x, and of what its output lacks, e = y - W x."""
 
-    total: Tensor  # (in, in) float32
+    inputs: Tensor  # sum of w x xᵀ, (in, in) float32: half the Hessian of the squared output error
+    lacking: Tensor  # sum of w e xᵀ, (out, in) float32
 
     @classmethod
-    def of(cls, width: int, device: torch.device | str = "cpu") -> Hessian:
-        """Of no tokens yet."""
-        return cls(torch.zeros(width, width, device=device))
+    def of(cls, weight: Tensor) -> Moments:
+        """Of no tokens yet, for a layer of `weight` (out, in)."""
+        width, device = weight.shape[1], weight.device
+        return cls(torch.zeros(width, width, device=device), torch.zeros(weight.shape, device=device))
 
-    def update(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """Add tokens x (N, in), each with its weight (N,)."""
-        x = x.float()
-        self.total.addmm_((x if weights is None else x * weights[:, None]).T, x)
+    def update(self, x: Tensor, lacking: Tensor, weights: Tensor) -> None:
+        """Add tokens x (N, in), what the output lacks there (N, out), and how much each counts (N,)."""
+        weighted = x.float() * weights[:, None]
+        self.inputs.addmm_(weighted.T, x.float())
+        self.lacking.addmm_(lacking.float().T, weighted)
 
     def all_reduce(self) -> None:
         """Sum over ranks, where there are several. Collective."""
-        over_ranks(self.total, dist.ReduceOp.SUM)
+        over_ranks(self.inputs, dist.ReduceOp.SUM)
+        over_ranks(self.lacking, dist.ReduceOp.SUM)
+
+
+def corrected(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
+    """Weights whose outputs lack as little as can be, before they are rounded: W + E (H + ridge)^-1. (out, in) float32.
+
+    What comes in is already off, since the layers before are rounded; the least-squares weights for that are these
+    (the asymmetric calibration of GPTAQ, Li et al. 2025, arXiv 2504.02692). ridge: share of the mean diagonal of H added
+    to it.
+    """
+    found = torch.linalg.solve_ex(_damped(moments.inputs, ridge), moments.lacking.T)
+    if int(found.info) or not bool(torch.isfinite(found.result).all()):
+        return weight.float()
+    return weight.float() + found.result.T
 
 
 def round_compensated(
@@ -48,21 +65,19 @@ def round_compensated(
     hessian: Tensor,
     scheme: Scheme,
     damping: float,
-    low: Tensor | None = None,
-    high: Tensor | None = None,
+    dtype: torch.dtype,
 ) -> QuantizedWeight:
     """Quantise column after column, letting the columns to come make up for the error of each (OBS update).
 
-    weight (out, in); hessian (in, in) of its inputs; damping: share of the mean diagonal added to it, which keeps the
-    result good on inputs that were not seen. Grids are fixed beforehand from the weights' range, or from low and high
-    (out, groups), so that columns may be taken in the order of their second moments without reordering groups.
+    weight (out, in) float32; hessian (in, in) of its inputs; damping: share of the mean diagonal added to it, which keeps
+    the result good on inputs that were not seen; dtype: of the layer. Grids are fixed beforehand from the weights' range,
+    so that columns may be taken in the order of their second moments without reordering groups.
     """
-    nearest = quantize_weight(weight, scheme.weights, scheme.group_size, low, high)
+    nearest = quantize_weight(weight, scheme.weights, scheme.group_size, dtype=dtype)
     width = weight.shape[1]
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True, stable=True)
-    damped = hessian[order][:, order] + damping * diagonal.mean() * torch.eye(width, device=hessian.device)
-    factor = _inverse_factor(damped)
+    factor = _inverse_factor(_damped(hessian, damping)[order][:, order])
     if factor is None:  # nothing was read, or nothing finite
         return nearest
     owner = torch.arange(width, device=weight.device) // (scheme.group_size or width)
@@ -81,7 +96,11 @@ def round_compensated(
     values = torch.empty_like(q)
     values[:, order] = q
     values = values.to(FLOAT8 if scheme.weights.floating else torch.int8)
-    return QuantizedWeight(values, nearest.scale, nearest.zero, scheme.weights, scheme.group_size, weight.dtype)
+    return QuantizedWeight(values, nearest.scale, nearest.zero, scheme.weights, scheme.group_size, dtype)
+
+
+def _damped(hessian: Tensor, share: float) -> Tensor:
+    return hessian + share * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import resource
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from calibtrain.errors import UserError
 from calibtrain.quantization.activations import cache_scales, quantized_inputs
-from calibtrain.quantization.affine import QuantizedWeight, quantize_weight
+from calibtrain.quantization.affine import quantize_weight
 from calibtrain.quantization.awq import awq_block
 from calibtrain.quantization.blocks import (
     Inputs,
@@ -24,22 +25,18 @@ from calibtrain.quantization.blocks import (
     first_inputs,
     matrices_in,
     matrix_of,
-    observe,
     run_block,
-    stages_of,
 )
 from calibtrain.quantization.directory import ModelWriter
 from calibtrain.quantization.folds import folds_of, no_folds_reason
+from calibtrain.quantization.matching import match_block
 from calibtrain.quantization.observers import first_token_outliers, static_input_scales
 from calibtrain.quantization.preserve import Weights, token_weights
-from calibtrain.quantization.rounding import Hessian, round_compensated
 from calibtrain.quantization.schemes import Scheme, fit_groups, is_ignored
 from calibtrain.quantization.smoothquant import smooth_block
 from calibtrain.quantization.streaming import StreamedModel
 
 METHODS = ("minmax", "smoothquant", "awq", "preserve")
-DAMPING = 0.1
-"""Share of the mean second moment that rounding adds to every channel's; with 256 answers .01 fits them, not the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +49,14 @@ class Settings:
     alpha: float = 0.5
     seed: int = 0
     trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Twin:
+    """Beside the model that is rounded, the one in full precision."""
+
+    weights: Weights
+    references: Sequence[Inputs]  # what its block reads
 
 
 @dataclass(slots=True)
@@ -86,18 +91,24 @@ def quantize_directory(
     writer = ModelWriter(source, target, scheme, _mark(source, texts, settings))
     facts = _Facts()
     try:
-        batches = first_inputs(streamed.model, texts, streamed.pad_id)
-        weights = _answers_weights(streamed, chosen, texts, settings)
+        batches = references = first_inputs(streamed.model, texts, streamed.pad_id)
+        weights = None
+        if settings.method == "preserve":
+            weights = token_weights(streamed, chosen, texts, batches, seed=settings.seed)
         count = len(streamed.blocks)
         for index in range(count):
             block = streamed.bring(index)
+            reference = copy.deepcopy(block) if weights is not None else None
             layers = {name: one for name, one in chosen.items() if name.startswith(f"{streamed.name_of(index)}.")}
             if index < writer.done():
                 scales = _restore(writer, index, block, streamed.name_of(index), layers)
             else:
-                scales = _quantize_block(streamed, index, batches, layers, scheme, settings, weights, writer, facts)
+                twin = None if weights is None else _Twin(weights, references)
+                scales = _quantize_block(streamed, index, batches, layers, scheme, settings, twin, writer, facts)
             with quantized_inputs(layers, scheme, scales), torch.no_grad():
                 batches = [one.with_hidden(run_block(block, index, one)) for one in batches]
+                if reference is not None:
+                    references = [one.with_hidden(run_block(reference, index, one)) for one in references]
             streamed.drop(index)
             on_block(index + 1, count)
         writer.finish(streamed.others(), ignored)
@@ -134,17 +145,6 @@ def _chosen(streamed: StreamedModel, settings: Settings) -> tuple[dict[str, nn.M
     return chosen, ignored
 
 
-def _answers_weights(
-    streamed: StreamedModel, layers: Mapping[str, nn.Module], texts: Sequence[Text], settings: Settings
-) -> Weights | None:
-    """What each token's error does to the answers; of a model that is too large to be run whole, None."""
-    if settings.method != "preserve":
-        return None
-    for index in range(len(streamed.blocks)):
-        streamed.bring(index)
-    return token_weights(streamed.model, layers, texts, streamed.pad_id, seed=settings.seed)
-
-
 def _quantize_block(
     streamed: StreamedModel,
     index: int,
@@ -152,7 +152,7 @@ def _quantize_block(
     layers: Mapping[str, nn.Module],
     scheme: Scheme,
     settings: Settings,
-    weights: Weights | None,
+    twin: _Twin | None,
     writer: ModelWriter,
     facts: _Facts,
 ) -> dict[str, Tensor]:
@@ -168,54 +168,24 @@ def _quantize_block(
     elif settings.method == "awq":
         ranges = awq_block(block, index, batches, folds, scheme, layers)
         facts.folds[name] = [fold.source for fold in folds]
-    scales: dict[str, Tensor] = {}
-    quantized: dict[str, QuantizedWeight] = {}
-    stages = stages_of(block, index, batches[0], layers) if settings.method == "preserve" else [list(layers)]
-    for stage in stages:
-        some = {layer: layers[layer] for layer in stage}
-        if scheme.static:
-            scales |= static_input_scales(block, index, batches, some, scheme)
-        if weights is None:
-            rounded = {
-                layer: quantize_weight(matrix_of(one), scheme.weights, scheme.group_size, *ranges.get(layer, ()))
-                for layer, one in some.items()
-            }
-        else:
-            rounded = _compensated(block, index, batches, some, layers, scheme, weights, scales)
-        for layer, one in rounded.items():
-            matrix_of(layers[layer]).copy_(one.dequantized())
-        quantized |= rounded
+    if twin is not None:
+        # A copy of the folded block, so that both compute alike but for rounding.
+        full = copy.deepcopy(block)
+        quantized, scales = match_block(block, full, index, batches, twin.references, layers, scheme, twin.weights)
+    else:
+        scales = static_input_scales(block, index, batches, layers, scheme) if scheme.static else {}
+        quantized = {
+            layer: quantize_weight(matrix_of(one), scheme.weights, scheme.group_size, *ranges.get(layer, ()))
+            for layer, one in layers.items()
+        }
+        with torch.no_grad():
+            for layer, one in quantized.items():
+                matrix_of(layers[layer]).copy_(one.dequantized())
     kept = {f"{name}.{key}": value for key, value in block.state_dict().items()}
     others = {key: value for key, value in kept.items() if key.removesuffix(".weight") not in quantized}
     cache = cache_scales(block, index, name, batches, layers, scheme, scales) if scheme.kv_cache else None
     writer.add_block(index, quantized, others, scales, cache)
     return scales
-
-
-def _compensated(
-    block: nn.Module,
-    index: int,
-    batches: Sequence[Inputs],
-    some: Mapping[str, nn.Module],
-    layers: Mapping[str, nn.Module],
-    scheme: Scheme,
-    weights: Weights,
-    scales: Mapping[str, Tensor],
-) -> dict[str, QuantizedWeight]:
-    """Layers that read the same inputs, rounded for the tokens that answers depend on."""
-    hessians = {name: Hessian.of(matrix_of(one).shape[1], matrix_of(one).device) for name, one in some.items()}
-    place = {id(batch.real): number for number, batch in enumerate(batches)}
-
-    def see(name: str, x: Tensor, batch: Inputs) -> None:
-        hessians[name].update(x, weights[name][place[id(batch.real)]][batch.real])
-
-    with quantized_inputs(layers, scheme, scales):
-        observe(block, index, batches, some, see)
-    found = {}
-    for name, one in some.items():
-        hessians[name].all_reduce()
-        found[name] = round_compensated(matrix_of(one), hessians[name].total, scheme, DAMPING)
-    return found
 
 
 def _restore(
