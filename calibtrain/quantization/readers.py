@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from calibtrain.errors import UserError
 from calibtrain.quantization.affine import QuantizedWeight, quantize_weight
 from calibtrain.quantization.schemes import Scheme
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that read the same input and that engines make one of."""
 
 
 def check_readable(model: nn.Module, scheme: Scheme) -> None:
@@ -27,6 +30,19 @@ def check_readable(model: nn.Module, scheme: Scheme) -> None:
             f"--scheme: transformers reads the experts of {type(model).__name__} with symmetric 4- or 8-bit weights alone, "
             "or in float8: take w4a16, w8a16 or fp8, without --asymmetric"
         )
+
+
+def check_ignored(layers: Sequence[str], ignored: Collection[str]) -> None:
+    """Raise UserError where an engine fuses two of a model's `layers` of which one stays in full precision (`ignored`)."""
+    for name in layers:
+        place, _, own = name.rpartition(".")
+        for group in (one for one in FUSED if own in one):
+            together = [f"{place}.{one}" for one in group if f"{place}.{one}" in layers]
+            if name not in ignored and any(one in ignored for one in together):
+                raise UserError(
+                    f"--ignore: vLLM fuses {', '.join(group)} into one layer, so that all of them stay in full precision "
+                    f"or none ({name} would be quantised)"
+                )
 
 
 def has_fused_experts(model: nn.Module) -> bool:

@@ -32,6 +32,7 @@ from calibtrain.quantization.blocks import matrices_in
 from calibtrain.quantization.directory import ModelWriter
 from calibtrain.quantization.formats import packing_of
 from calibtrain.quantization.readers import (
+    check_ignored,
     check_readable,
     fused_parameters,
     quantize_experts,
@@ -96,8 +97,10 @@ def logprobs(model):
     return model(tokens()).logits.float().log_softmax(-1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "bf16") for name in SCHEMES] + [(name, "fp32") for name in ("w8a8", "w4a16 asymmetric", "fp8 static")],
+)
 @torch.no_grad()
 def test_transformers_loads_what_was_in_memory(sources, tmp_path, name, dtype):
     scheme = SCHEMES[name]
@@ -325,6 +328,16 @@ def test_conv1d_is_refused():
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8))
     with pytest.raises(UserError, match=r"^GPT2LMHeadModel: transformer\.h\.0\.attn\.c_attn is a Conv1D"):
         check_readable(model, SCHEMES["w4a16"])
+
+
+def test_layers_that_engines_fuse_stay_together():
+    layers = [f"model.layers.0.{one}" for one in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
+    layers += [f"model.layers.0.mlp.{one}_proj" for one in ("gate", "up", "down")]
+    for ignored in ([], layers, layers[:3], layers[3:5], layers[5:]):
+        check_ignored(layers, ignored)
+    for ignored in (layers[1:2], layers[4:5], layers[2:5]):
+        with pytest.raises(UserError, match=r"^--ignore: vLLM fuses (q|gate)_proj"):
+            check_ignored(layers, ignored)
 
 
 SIZES = {
