@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibtrain.errors import UserError
 from calibtrain.models.quantized import require_compressed_tensors
@@ -108,13 +108,3 @@ def _arguments(grid: Grid, **settings: Any) -> Any:
     return QuantizationArgs(
         num_bits=grid.bits, type="float" if grid.floating else "int", symmetric=grid.symmetric, **settings
     )
-
-
-def check_readable(model: nn.Module) -> None:
-    """Raise UserError, before any work, for a model whose quantised layers no reader of the format would read."""
-    for name, module in model.named_modules():
-        if type(module).__name__ == "Conv1D":
-            raise UserError(
-                f"{type(model).__name__}: {name} is a Conv1D, which stores its weight as (in, out); compressed-tensors "
-                "directories hold (out, in), and transformers quantises nn.Linear alone, so that nothing would load it"
-            )

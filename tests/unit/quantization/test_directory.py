@@ -11,15 +11,34 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
 from calibtrain.models.loading import check_weights, load_model
 from calibtrain.models.policy import Policy, check_head
 from calibtrain.quantization import directory
+from calibtrain.quantization.affine import quantize_weight
+from calibtrain.quantization.blocks import matrices_in
 from calibtrain.quantization.directory import ModelWriter
-from calibtrain.quantization.formats import check_readable, packing_of
+from calibtrain.quantization.formats import packing_of
+from calibtrain.quantization.readers import (
+    check_ignored,
+    check_readable,
+    fused_parameters,
+    quantize_experts,
+    routers,
+    stored_names,
+)
 from calibtrain.quantization.schemes import scheme_of
 from tests.quantized import add_block, outside_blocks, quantized_blocks, quantized_in_memory, write_quantized
 from tests.tiny import write_tiny_model
@@ -78,8 +97,10 @@ def logprobs(model):
     return model(tokens()).logits.float().log_softmax(-1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "bf16") for name in SCHEMES] + [(name, "fp32") for name in ("w8a8", "w4a16 asymmetric", "fp8 static")],
+)
 @torch.no_grad()
 def test_transformers_loads_what_was_in_memory(sources, tmp_path, name, dtype):
     scheme = SCHEMES[name]
@@ -306,4 +327,62 @@ def test_the_extra_is_named_where_the_package_is_missing(sources, tmp_path, monk
 def test_conv1d_is_refused():
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8))
     with pytest.raises(UserError, match=r"^GPT2LMHeadModel: transformer\.h\.0\.attn\.c_attn is a Conv1D"):
-        check_readable(model)
+        check_readable(model, SCHEMES["w4a16"])
+
+
+def test_layers_that_engines_fuse_stay_together():
+    layers = [f"model.layers.0.{one}" for one in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
+    layers += [f"model.layers.0.mlp.{one}_proj" for one in ("gate", "up", "down")]
+    for ignored in ([], layers, layers[:3], layers[3:5], layers[5:]):
+        check_ignored(layers, ignored)
+    for ignored in (layers[1:2], layers[4:5], layers[2:5]):
+        with pytest.raises(UserError, match=r"^--ignore: vLLM fuses (q|gate)_proj"):
+            check_ignored(layers, ignored)
+
+
+SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts_per_tok": 2,
+}
+
+
+def mixture(kind):
+    torch.manual_seed(0)
+    if kind == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(num_local_experts=3, **SIZES)).eval()
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=3, moe_intermediate_size=32, **SIZES)).eval()
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w8a16 asymmetric", "w8a8", "w4a16 asymmetric"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@torch.no_grad()
+def test_experts(tmp_path, kind, name):
+    model, scheme = mixture(kind), SCHEMES[name]
+    if name != "w4a16":
+        with pytest.raises(UserError, match="take w4a16, w8a16 or fp8"):
+            check_readable(model, scheme)
+        return
+    check_readable(model, scheme)
+    model.save_pretrained(tmp_path / "source")
+    writer = ModelWriter(tmp_path / "source", tmp_path / "out", scheme, "a")
+    for index, block in enumerate(model.model.layers):
+        prefix = f"model.layers.{index}."
+        weights, fused = {}, fused_parameters(block, prefix)
+        others = {prefix + key: one for key, one in block.named_parameters() if prefix + key not in fused}
+        for layer, module in matrices_in(block, prefix).items():
+            weights[layer] = quantize_weight(others.pop(f"{layer}.weight"), scheme.weights, scheme.group_size)
+            module.weight.copy_(weights[layer].dequantized())
+        weights |= quantize_experts(model, block, prefix, scheme)
+        writer.add_block(index, weights, stored_names(model, others))
+    writer.finish(outside_blocks(model), routers(model))
+    router = "block_sparse_moe.gate" if kind == "mixtral" else "mlp.gate"
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignored == ["lm_head", f"model.layers.0.{router}", f"model.layers.1.{router}"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logprobs(loaded), logprobs(model))
