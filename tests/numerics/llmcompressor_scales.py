@@ -30,7 +30,7 @@ def main(folder: str, tokens: str, out: str, group_size: str) -> None:
         rows = [
             {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids))} for ids in json.load(file)
         ]
-    weights = {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": int(group_size)}
+    weights = {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": int(group_size)}
     groups = {"all": {"targets": ["Linear"], "weights": weights}}
     recipe = [AWQModifier(duo_scaling=False, n_grid=20), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
     oneshot(model=model, dataset=torch.utils.data.DataLoader(rows, batch_size=None), recipe=recipe)

@@ -331,3 +331,18 @@ def test_every_architecture_of_the_table_can_be_searched():
 def test_queries_and_keys_are_known_by_the_names_of_other_architectures():
     assert awq._of_queries_and_keys("self_attention.query_key_value")
     assert not awq._of_queries_and_keys("mlp.dense_h_to_4h")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_device_finds_the_same_scales(recorded):
+    found = []
+    for device in ("cpu", "cuda"):
+        model = uneven().to(device)
+        block, batches = find_blocks(model)[1][0], prepared(model)
+        scheme = scheme_of("w4a16", group_size=32, asymmetric=True)
+        ranges = awq_block(block, 0, batches, folds_of(model, block), scheme, matrices_in(block))
+        assert {end.device.type for pair in ranges.values() for end in pair} == {device}
+        found.append({source: scale.cpu() for source, scale in recorded.items()})
+    for source, scale in found[0].items():
+        torch.testing.assert_close(found[1][source], scale, rtol=1e-3, atol=1e-4)
