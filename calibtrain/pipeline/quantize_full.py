@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +64,6 @@ def full_precision(subject: Subject, prepared: Prepared, chosen: Sequence[Record
             config, calibrator, measured["certification"], promise.target_risk, promise.delta
         )
     del loaded
-    gc.collect()
     return Full(texts, measured, calibrated, *hashes, costs)
 
 

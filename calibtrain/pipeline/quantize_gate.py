@@ -90,7 +90,7 @@ def _check(key: str, allowed: float, row: Mapping[str, Any], sign: int) -> Check
     lost, ends = row["difference"], [row["low"], row["high"]]
     if lost is None or not math.isfinite(lost):
         return Check(key, allowed, None, None, None)
-    ends = sorted(sign * one for one in ends if one is not None and math.isfinite(one))
+    ends = sorted(sign * one + 0.0 for one in ends if one is not None and math.isfinite(one))
     low, high = ends if len(ends) == 2 else (None, None)
     return Check(key, allowed, sign * lost + 0.0, low, high)
 

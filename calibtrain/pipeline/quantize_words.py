@@ -102,7 +102,7 @@ def _certified(content: Mapping[str, Any]) -> str:
 
 def name_of(one: Named, risk: float) -> str:
     """A row's name, with the risk that it is about."""
-    return f"Answered at {at_most(risk)} risk, test questions" if one.key == "coverage" else one.name
+    return f"Coverage at {at_most(risk)} risk, test" if one.key == "coverage" else one.name
 
 
 def value(one: Named, found: float | None) -> str:
@@ -120,7 +120,7 @@ def difference(one: Named, row: Row) -> tuple[str, str]:
     if row["difference"] is None:
         return "–", ""
     ends = "" if row["low"] is None else f"{number(row['low'])} to {number(row['high'])}"
-    return number(row["difference"]) + (" points" if one.percent else ""), ends
+    return number(row["difference"]) + (" pts" if one.percent else ""), ends
 
 
 def verdict(one: Named, row: Row) -> str:
@@ -147,18 +147,21 @@ def table_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def changed_rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Answers that are others than before, in all and by kind, and whether right and wrong turned evenly."""
+def changed_rows(content: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Answers that are others than before, in all and by kind: name, count, share, its interval; then McNemar's p."""
     changed, row = content["table"]["changed"], content["table"]["rows"]["changed"]
-    p = changed["mcnemar_p"]
+    n, p = changed["n"], changed["mcnemar_p"]
+    kinds = {
+        "right_to_wrong": "right to wrong",
+        "wrong_to_right": "wrong to right",
+        "wrong_to_wrong": "wrong to another wrong",
+        "right_to_right": "right in other words",
+    }
     between = f"{page.share(row['low'])} to {page.share(row['high'])}"
     return [
-        ("Answers changed", f"{changed['changed']:,} of {changed['n']:,}, {page.share(row['after'])} ({between})"),
-        ("right to wrong", f"{changed['right_to_wrong']:,}"),
-        ("wrong to right", f"{changed['wrong_to_right']:,}"),
-        ("wrong to another wrong", f"{changed['wrong_to_wrong']:,}"),
-        *([("right in other words", f"{changed['right_to_right']:,}")] if changed["right_to_right"] else []),
-        ("chance of so uneven a turn (McNemar)", "below 0.001" if p < 0.001 else f"{p:.3f}"),
+        ("Answers changed", f"{changed['changed']:,}", page.share(row["after"]), between),
+        *((name, f"{changed[key]:,}", page.share(changed[key] / n) if n else "–", "") for key, name in kinds.items()),
+        ("chance of so uneven a turn", "p < 0.001" if p < 0.001 else f"p = {p:.3f}", "", "McNemar"),
     ]
 
 
@@ -182,22 +185,22 @@ def _amount(key: str, found: float) -> str:
 
 def print_table(content: Mapping[str, Any]) -> None:
     """The comparison on the terminal, before anything is handed over."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     n = content["table"]["questions"]
-    title = f"{content['label']}, {content['method']}: {n:,} held-out questions, difference with 95% interval"
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for name in ("full precision", "quantised", "difference"):
-        table.add_column(name, justify="right")
+    title = f"{content['label']}, {content['method']}: {n:,} held-out questions"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in ("full prec.", "quantised", "difference", "95% interval"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in table_rows(content):
-        change = row["difference"] + (f" ({row['interval']})" if row["interval"] else "")
-        table.add_row(row["name"], row["before"], row["after"], change)
+        table.add_row(*(row[key] for key in ("name", "before", "after", "difference", "interval")))
     table.add_section()
-    for place, (name, text) in enumerate(changed_rows(content)):
-        table.add_row(name if not place else f"  {name}", "", text, "")
+    for place, (name, count, share, between) in enumerate(changed_rows(content)):
+        table.add_row(name if not place else f"  {name}", "", count, share, between)
     table.add_section()
     for cells in cost_rows(content):
         table.add_row(*cells)
