@@ -130,7 +130,7 @@ def _run(subject: Subject, asked: Asked, prepared: Prepared, samples: int) -> Ou
         "model_hash": made.hashes[1],
         "template_hash": made.hashes[0],
         "scheme": asked.scheme.name,
-        "label": asked.scheme.label,
+        "label": made.facts.get("label", asked.scheme.label),  # the group that was taken may be smaller
         "method": asked.method,
         "settings": {**_settings_of(asked), "samples": samples, "seed": subject.config.seed},
         "calibration_set": _make_up(chosen, prepared),
@@ -209,7 +209,11 @@ def _quantized(subject: Subject, asked: Asked, full: Full) -> dict[str, Any]:
         def on_block(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        facts = quantize_directory(subject.model, target, full.texts, settings, on_block=on_block)
+        try:
+            facts = quantize_directory(subject.model, target, full.texts, settings, on_block=on_block)
+        except UserError:  # what was asked for cannot be: nothing here is worth going on with
+            shutil.rmtree(subject.work, ignore_errors=True)
+            raise
     write_json(path, {"key": key, "model_hash": weights_hash(target), "facts": facts})
     return facts
 

@@ -186,18 +186,26 @@ def _samples(part: Part, kinds: NDArray[Any]) -> list[dict[str, Any]]:
 
 
 def _facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How it was made, as far as the file says it in plain values."""
+    """How it was made, as far as a person asks; quantization.json has the rest."""
     made: Mapping[str, Any] = content["quantization"] if isinstance(content["quantization"], Mapping) else {}
-    settings: Mapping[str, Any] = content.get("settings", {})
-    by = content.get("calibration_set", {})
+    by, settings = content.get("calibration_set"), content.get("settings", {})
     found = [("Scheme", content["label"]), ("Method", content["method"]), ("Made of", content["source"])]
+    if content["method"] == "smoothquant":
+        found.append(("Alpha", f"{settings.get('alpha')}"))
     if by:
         found.append(("Quantised by", f"{by['n']} calibration questions with the model's own answers. {by['verdict']}"))
-    plain = {**{key: one for key, one in settings.items() if one not in (None, False, [])}, **made}
-    for key, one in plain.items():
-        if isinstance(one, str | int | float) and not isinstance(one, bool):
-            text = f"{one:.4g}" if isinstance(one, float) else str(one)
-        else:
-            text = json.dumps(one, ensure_ascii=False)
-        found.append((str(key).replace("_", " "), text if len(text) < 400 else text[:400] + " …"))
+    if kept := made.get("full_precision"):
+        found.append(("In full precision", _listed(kept)))
+    if made.get("no_folds"):
+        found.append(("Folds", f"none: {made['no_folds']}"))
+    if massive := made.get("massive_first_tokens"):
+        found.append(("First token far larger than others", f"in what {len(massive)} layers read: {_listed(massive)}"))
+    if isinstance(made.get("seconds"), int | float):
+        memory = f", {made['peak_gb']:.1f} GB of memory" if isinstance(made.get("peak_gb"), int | float) else ""
+        found.append(("Took", f"{made['seconds']:.0f} seconds{memory}"))
     return found
+
+
+def _listed(names: Any, most: int = 6) -> str:
+    every = [str(one) for one in names]
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

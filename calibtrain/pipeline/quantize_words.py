@@ -57,7 +57,7 @@ def _accuracy(row: Row) -> list[str]:
     noise = row["low"] is None or row["low"] <= 0 <= row["high"]
     if not row["difference"]:
         return [f"{found}."]
-    return [f"{found}: {'a difference that chance explains' if noise else 'more than chance explains'}."]
+    return [f"{found}. Chance alone {'explains' if noise else 'does not explain'} that difference."]
 
 
 def _kept_threshold(kept: Mapping[str, Any] | None, n: int) -> list[str]:

@@ -99,7 +99,7 @@ def test_the_table_holds_what_the_answers_say(artefact):
     assert table["rows"]["accuracy"]["after"] == small.correct.mean()
     assert table["changed"]["changed"] > 0
     assert {"disk_bytes", "held_bytes", "tokens_per_second"} <= found.content["cost"]["after"].keys()
-    assert found.content["quantization"]["layers"] == 16  # as many texts as samples
+    assert found.content["quantization"]["samples"] == 16
 
 
 def test_what_is_quantised_by_is_prompts_with_the_models_own_answers(made):
@@ -218,6 +218,16 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(out, monkeypatch, p
         quantize.run(out, asked())
     assert "\n" not in str(raised.value)
     assert not (out / "quantized" / "w4a16-minmax").exists()
+
+
+def test_what_the_quantiser_refuses_leaves_nothing(out, monkeypatch):
+    def refuses(*_args, **_named):
+        raise UserError("--ignore: no layer is called 'x_proj'")
+
+    monkeypatch.setattr(quantize, "quantize_directory", refuses)
+    with pytest.raises(UserError, match="x_proj"):
+        quantize.run(out, asked(ignore=("x_proj",)))
+    assert not any((out / "quantized").iterdir())
 
 
 def test_a_disk_without_room_is_told_before_the_work(out, monkeypatch):

@@ -26,8 +26,8 @@ def part():
     before.answers[:] = [replace(one, question=f"{EVIL} {i}", accepted=(EVIL,)) for i, one in enumerate(before.answers)]
     content = content_of(
         before, after, source=f"out/{EVIL}", source_hash="s", model_hash="m", template_hash="t",
-        quantization={"why": {EVIL: EVIL}, "seconds": 1.0}, settings={"ignore": ["re:.*"], "alpha": 0.5},
-        calibration_set={"n": 256, "verdict": EVIL}, format=quantize_page.FORMAT,
+        quantization={"full_precision": [EVIL] * 9, "massive_first_tokens": {EVIL: {}}, "no_folds": EVIL, "seconds": 1.0},
+        settings={"alpha": 0.5}, calibration_set={"n": 256, "verdict": EVIL}, format=quantize_page.FORMAT,
     )  # fmt: skip
     return Part(content, before.answers, after.answers, (before.old, after.old))
 

@@ -149,7 +149,7 @@ def test_the_words_say_what_changed_and_that_the_old_threshold_is_void(capsys):
         f"Of 1,000 questions 90 are answered otherwise than before: {became} right before and wrong now and {90 - became} "
         "wrong before and wrong in another way now."
     )
-    assert told[1].endswith("more than chance explains.")
+    assert told[1].endswith("Chance alone does not explain that difference.")
     assert "where at most 20% were promised: more than promised" in told[2]
     assert "not carried over" in told[2]
     assert told[3].startswith("Certified anew on its own answers: from ")
