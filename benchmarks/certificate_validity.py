@@ -2,6 +2,7 @@
 
     python benchmarks/certificate_validity.py --json benchmarks/results/certificate_validity.json
     python benchmarks/certificate_validity.py --answers answers.jsonl --json out.json
+    python benchmarks/certificate_validity.py --run out/quantized/w4a16-awq --splits 200 --json out.json
 
 Each split draws n graded answers from a pool, certifies a threshold on them and asks for the true risk of answering
 above it: the share of wrong answers above the threshold in the pool, which is the population the split was drawn from
@@ -27,8 +28,11 @@ from scipy.stats import binom
 from calibtrain.abstention.certificate import certify
 from calibtrain.abstention.hallucination import control_hallucinations
 from calibtrain.calibration.intervals import clopper_pearson
+from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
+from calibtrain.pipeline.calibration_file import read_calibration
+from calibtrain.pipeline.evaluate import read_measurement
 
 Array = NDArray[Any]
 Pool = tuple[Array, Array]  # confidences, whether correct
@@ -77,6 +81,25 @@ def read_answers(path: Path) -> Pool:
     if not confidence:
         raise UserError(f"{path}: no graded answers")
     return np.array(confidence), np.array(correct)
+
+
+def read_run(output_dir: Path) -> Pool:
+    """Graded answers of a run, or of a quantised one, to questions that its calibrator has not seen."""
+    config, calibrated = load_config(output_dir / "config.yaml"), read_calibration(output_dir)
+    found = [read_measurement(output_dir / "answers" / f"{split}.jsonl") for split in ("certification", "test")]
+    confidence = [calibrated.calibrator.apply(one.scores(config.calibration.domain)) for one in found]
+    return np.concatenate(confidence), np.concatenate([one.correct for one in found])
+
+
+def resplits(output_dir: Path, splits: int = 200, seed: int = 0) -> dict[str, Any]:
+    """Certificates at the run's own risk and delta over `splits` draws as large as its certification set: see `measure`."""
+    pool, config = read_run(output_dir), load_config(output_dir / "config.yaml")
+    certificate, abstention = read_calibration(output_dir).certification.certificate, config.abstention
+    risk, delta = (abstention.target_risk, abstention.delta)
+    if certificate is not None:
+        risk, delta = certificate.target_risk, certificate.delta
+    n = len(read_measurement(output_dir / "answers" / "certification.jsonl").answers)
+    return measure(f"run {output_dir.name}", pool, n, splits, risk, delta, seed) | {"delta": delta}
 
 
 def measure(name: str, pool: Pool, n: int, splits: int, target_risk: float, delta: float, seed: int) -> dict[str, Any]:
@@ -156,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write machine, versions, rows and summary here")
     parser.add_argument("--answers", type=Path, help="JSONL of graded answers, used as one more pool")
+    parser.add_argument("--run", type=Path, nargs="*", default=[], help="output_dirs, also quantised: more pools")
     parser.add_argument("--n", type=int, nargs="+", default=[59, 300, 1000], help="graded answers in a split")
     parser.add_argument("--splits", type=int, default=2000, help="splits per pool; 200 leave 3 points of noise")
     parser.add_argument("--target-risk", type=float, nargs="+", default=[0.1, 0.2])
@@ -168,6 +192,7 @@ def main() -> None:
         pools = synthetic_pools(target_risk, np.random.default_rng(args.seed))
         if args.answers:
             pools[f"answers of {args.answers.name}"] = read_answers(args.answers)
+        pools |= {f"run {one.name}": read_run(one) for one in args.run}
         rows += [
             claim(name, pool, n, args.splits, target_risk, args.delta, args.seed)
             for claim in (measure, measure_hallucinations)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from calibtrain.cli_checks import existing as _existing
+from calibtrain.cli_checks import trained as _trained
+from calibtrain.cli_weights import quantize, spectra
 from calibtrain.errors import UserError
 
 app = typer.Typer(
@@ -215,57 +217,8 @@ def confidence(
     run(_trained(output_dir), sources=parse_sources(sources), questions=questions)
 
 
-@app.command()
-def spectra(
-    base: Annotated[str, typer.Argument(help="A Hugging Face directory, or the output_dir of a finished run.")],
-    tuned: Annotated[
-        Path | None,
-        typer.Argument(help="What became of it: another directory, or a LoRA adapter's. Default: the run's."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Default: the run's output_dir, else spectra.")] = None,
-    null_seeds: Annotated[int, typer.Option(min=0, help="Draws of each null model; 0: measure, test nothing.")] = 5,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Largest singular values to look at. Default: all, of wide matrices 256.")
-    ] = None,
-    layers: Annotated[str | None, typer.Option(help="E.g. 0-5,12. Default: all.")] = None,
-    modules: Annotated[str | None, typer.Option(help="E.g. q_proj,down_proj. Default: all linear layers.")] = None,
-    step: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of a run of your own (its checkpoints are pickles): that step, in float32."),
-    ] = None,
-    write_without: Annotated[
-        str | None,
-        typer.Option(
-            help="Write the model with its rotation, scale or residual undone to --output, and compare nothing."
-        ),
-    ] = None,
-    random_rotation: Annotated[
-        int | None, typer.Option(help="With --write-without rotation: a seed; turn as far, in random directions.")
-    ] = None,
-) -> None:
-    """Tell what training did to the weights: singular values, rotations, and what of it is more than chance."""
-    from calibtrain.pipeline.spectra import at_step, parse_layers, parse_modules, run, sides
-    from calibtrain.pipeline.spectra import write_without as write
-    from calibtrain.spectral import Settings
-
-    of_layers, of_modules = parse_layers(layers), parse_modules(modules)
-    if write_without is None:
-        if random_rotation is not None:
-            raise UserError("--random-rotation goes with --write-without rotation")
-        if step is not None and tuned is not None:
-            raise UserError("--step goes with the output_dir of a run, not with two models")
-        settings = Settings(null_seeds=null_seeds, rank=rank)
-        with nullcontext(sides(base, tuned)) if step is None else at_step(_existing(Path(base)), step) as compared:
-            found = run(compared, output=output, settings=settings, layers=of_layers, modules=of_modules)
-        for finding in found["findings"]:
-            typer.echo(finding["text"])
-        typer.echo(str((output or compared.home) / "spectra.html"))
-        return
-    if output is None:
-        raise UserError("--write-without: give --output, the directory that the model is written to")
-    both = sides(base, tuned)
-    write(both, write_without, output, random_rotation=random_rotation, layers=of_layers, modules=of_modules)
-    typer.echo(str(output))
+app.command()(spectra)
+app.command()(quantize)
 
 
 @app.command()
@@ -369,24 +322,6 @@ def _check_model(model: Path) -> None:
         raise UserError(f"--model: {model} is not a Hugging Face model directory (no config.json)")
     if not any(any(model.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         raise UserError(f"--model: {model} holds no weights (*.safetensors)")
-
-
-def _existing(output_dir: Path) -> Path:
-    if not output_dir.is_dir():
-        raise UserError(f"{output_dir}: no such directory; give the output_dir of a finished run")
-    if not (output_dir / "config.yaml").is_file():
-        raise UserError(f"{output_dir}: not the output_dir of a run (it has no config.yaml)")
-    return output_dir
-
-
-def _trained(output_dir: Path) -> Path:
-    model = _existing(output_dir) / "model"
-    if not (model / "config.json").is_file() or not any(model.glob("*.safetensors")):
-        raise UserError(
-            f"{output_dir}: training has not finished (no exported model in {model}); go on with "
-            f"`calibtrain train {output_dir / 'config.yaml'} training.resume=auto`"
-        )
-    return output_dir
 
 
 def _shares(options: dict[str, float | None]) -> None:

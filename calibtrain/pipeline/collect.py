@@ -11,14 +11,18 @@ from typing import Any
 import numpy as np
 
 from calibtrain.abstention.strata import group_risks
+from calibtrain.calibration.calibrators import Calibrator
+from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.data.calibration_set import Composition
 from calibtrain.errors import UserError
 from calibtrain.hooks.jsonl import read_metrics
 from calibtrain.hooks.wandb import attach
 from calibtrain.pipeline.calibration_file import made_by, made_by_source, read_calibration, weights_hash, write_json
-from calibtrain.pipeline.evaluate import measured_metrics, read_measurement
+from calibtrain.pipeline.evaluate import Measurement, measured_metrics, read_measurement
 from calibtrain.pipeline.prepare import prepare
+from calibtrain.pipeline.quantize_page import Part, read_quantization
+from calibtrain.pipeline.quantize_source import DATA_FILE, FULL_ANSWERS
 from calibtrain.pipeline.report import CompositionRow, Measured, ReportData, write_report
 from calibtrain.pipeline.spectra_page import read_spectra, write_page
 
@@ -34,7 +38,7 @@ def run(output_dir: Path) -> Path:
     data = report_data(output_dir)
     report = write_report(output_dir / "report.html", data)
     config = load_config(output_dir / "config.yaml")
-    described = {**data.config, "world_size": _facts(output_dir / "run.json")["world_size"]}
+    described = {**data.config, "world_size": _facts(output_dir).get("world_size", 1)}
     with TemporaryDirectory() as folder:
         files = [output_dir / "calibration.json", report]
         if not config.tracking.log_answers:
@@ -75,7 +79,7 @@ def _summary(data: ReportData) -> dict[str, float]:
 def report_data(output_dir: Path) -> ReportData:
     """Collect the report's content. Raises UserError naming the file that is missing."""
     config = load_config(output_dir / "config.yaml")
-    facts = _facts(output_dir / "run.json")
+    facts = _facts(output_dir)
     calibrated = read_calibration(output_dir)
     answers = output_dir / "answers" / "test.jsonl"
     fitted = calibrated.calibrator
@@ -95,10 +99,17 @@ def report_data(output_dir: Path) -> ReportData:
                 f"`calibtrain evaluate {output_dir / 'config.yaml'} --output {raw_path}`"
             )
         measured.append(Measured("raw model", raw.answers))
-    measured.append(Measured("fine-tuned", test.answers))
-    label = f"with {calibrated.calibrator.method.replace('_', ' ')}"
     confidence = calibrated.calibrator.apply(test.scores(config.calibration.domain))
-    measured.append(Measured(label, test.answers, confidence.tolist()))
+    quantized, no_quantization = _quantized(output_dir, config, test)
+    if quantized is None:
+        measured.append(Measured("fine-tuned", test.answers))
+        label = f"with {calibrated.calibrator.method.replace('_', ' ')}"
+        measured.append(Measured(label, test.answers, confidence.tolist()))
+    else:
+        old, kept = (one.tolist() for one in quantized.confidence)
+        measured = [Measured("full precision", quantized.before, old)]
+        measured.append(Measured("quantised, old calibrator", test.answers, kept))
+        measured.append(Measured("quantised, refitted", test.answers, confidence.tolist()))
     composition = prepare(config).composition
     metrics = output_dir / "metrics.jsonl"
     # `calibrate` and `certify` take another risk or delta than the config's: the certificate says which.
@@ -137,6 +148,8 @@ def report_data(output_dir: Path) -> ReportData:
         training=read_metrics(metrics) if metrics.is_file() else [],
         spectra=spectra,
         spectra_problem=problem,
+        quantized=quantized,
+        quantization_problem=no_quantization,
     )
 
 
@@ -166,8 +179,39 @@ def composition_rows(composition: Composition) -> list[CompositionRow]:
     ]
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _quantized(output_dir: Path, config: RunConfig, test: Measurement) -> tuple[Part | None, str]:
+    """What quantising cost, of an artefact of `calibtrain quantize`, and why that cannot be shown."""
+    path = output_dir / DATA_FILE
+    if not path.is_file():
+        return None, ""
+    again = f"quantise again, or delete {path}"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = read_quantization(path)
+        if content["model_hash"] != weights_hash(output_dir / "model"):
+            return None, f"{path}: of other weights than those in {output_dir / 'model'}; {again}"
+        hashes = {"template_hash": content["template_hash"], "weights_hash": content["source_hash"]}
+        old = Calibrator.from_dict(content["calibrator_before"], **hashes)
+        full = read_measurement(output_dir / "answers" / FULL_ANSWERS)
+    except UserError as error:
+        return None, str(error)
+    ids = [[one.question_id for one in found.answers] for found in (full, test)]
+    if full.made_by != made_by(content["source_hash"], content["template_hash"]) or ids[0] != ids[1]:
+        return (
+            None,
+            f"{output_dir / 'answers' / FULL_ANSWERS}: not the full-precision model's to these questions; {again}",
+        )
+    domain = config.calibration.domain
+    confidence = tuple(old.apply(found.scores(domain)) for found in (full, test))
+    return Part(content, full.answers, test.answers, (confidence[0], confidence[1])), ""
+
+
+def _facts(output_dir: Path) -> dict[str, Any]:
+    """What made the run; of a quantised model, what made that."""
+    path = output_dir / "run.json"
+    if not path.is_file() and (output_dir / DATA_FILE).is_file():
+        path = output_dir / DATA_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(content["made_with"] if path.name == DATA_FILE else content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); train first") from error

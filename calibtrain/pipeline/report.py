@@ -17,8 +17,9 @@ from calibtrain.abstention.groups import GroupCertification
 from calibtrain.abstention.strata import GroupRisk
 from calibtrain.abstention.words import Scale, scale_of, word_for
 from calibtrain.confidence.answer import Answer
-from calibtrain.pipeline import page
+from calibtrain.pipeline import page, quantize_page
 from calibtrain.pipeline import report_figures as figures
+from calibtrain.pipeline.quantize_page import Part
 from calibtrain.pipeline.report_numbers import Stage, comparison, stage_of, threshold_table, words_table
 from calibtrain.pipeline.scope import Scope, at_most
 from calibtrain.pipeline.spectra_page import report_part
@@ -71,6 +72,8 @@ class ReportData:
     samples: bool = True  # show some questions with their answers
     spectra: Mapping[str, Any] | None = None  # content of spectra.json
     spectra_problem: str = ""  # why it cannot be shown
+    quantized: Part | None = None  # of a quantised model: what that cost
+    quantization_problem: str = ""  # why it cannot be shown
 
 
 def write_report(output: Path, report: ReportData) -> Path:
@@ -103,12 +106,13 @@ def _context(report: ReportData) -> dict[str, Any]:
         "certificate": certificate,
         "certified_now": table["rows"][table["certified"]] if table and table["certified"] is not None else None,
         "thresholds": table,
-        "comparison": comparison(stages, report.bootstrap_replicates),
+        "comparison": [] if report.quantized else comparison(stages, report.bootstrap_replicates),
         "words": words_table(after, _words(report)) if has_answers and after else [],
         "figures": figures.all_figures(stages, table, report.target_risk, report.training),
         "samples": _samples(report, threshold) if report.samples else [],
         **_strata(report),
         "spectra": report_part(report.spectra) if report.spectra else None,
+        "quantization": report.quantized and quantize_page.report_part(report.quantized, samples=report.samples),
         "config": json.dumps(report.config, indent=2, ensure_ascii=False, default=str),
         "curve": sorted(report.certified_curve.items()),
     }

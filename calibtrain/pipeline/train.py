@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +45,7 @@ from calibtrain.pipeline.prepare import (
     learned_records,
     needs_rejected,
 )
+from calibtrain.pipeline.provenance import git_hash, versions
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.changing_examples import ChangingExamples
@@ -65,8 +64,6 @@ from calibtrain.training.unpaired_examples import UnpairedExamples
 from calibtrain.training.weight_penalty import build_weight_penalties
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("calibtrain", "torch", "deepspeed", "transformers", "datasets", "peft", "wandb")
 
 
 def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
@@ -245,26 +242,6 @@ def write_provenance(config: RunConfig, checked: Checked, trainer: Trainer, worl
         "dropped": prepared.drops.lines(),
     }
     (output / "run.json").write_text(json.dumps(run_facts, indent=2), encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that shape a run."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_hash() -> str | None:
-    """Commit of the working directory, with "+changes" when it differs from it; None outside a repository."""
-    try:
-        command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _trainer(

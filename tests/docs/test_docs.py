@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,24 @@ def test_spectra_commands_run(text, tmp_path):
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         assert list((tmp_path / str(i)).iterdir())
+
+
+@pytest.mark.parametrize("text", blocks("bash run quantize"))
+def test_quantize_commands_run(text, tmp_path):
+    if find_spec("calibtrain.quantization.run") is None:
+        pytest.skip("the quantiser is not built yet")
+    from tests.quantize_cases import tiny_run
+
+    places = {"OUT": tiny_run(tmp_path), "MODEL": write_tiny_model(tmp_path / "hub", tied=False, hidden=64)}
+    places |= {"questions.jsonl": tmp_path / "questions.jsonl", "DIR": tmp_path / "DIR"}
+    for line in filter(None, text.splitlines()):
+        words = [str(places.get(word, word)) for word in shlex.split(line, comments=True)]
+        argv = [sys.executable, "-m", "calibtrain.cli", *words[1:]]
+        if words[1] == "quantize":  # the tiny run has fewer questions
+            argv += ["--samples", "16"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT)
+        assert done.returncode in (0, 1, 3), done.stderr  # the tiny model may lose its certificate, or too much
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("text", blocks("yaml config"))

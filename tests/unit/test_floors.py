@@ -30,7 +30,7 @@ FLOORS = (
     {"losses", "models", "data", "confidence", "abstention", "spectral", "quantization"},
     {"training", "hooks"},
     {"pipeline"},
-    {"launchers", "configs", "cli", "app", "demo", "doctor", "dry_run", "loss_list"},
+    {"launchers", "configs", "cli", "cli_checks", "cli_weights", "app", "demo", "doctor", "dry_run", "loss_list"},
 )
 SIDEWAYS = {
     # A batch is made for losses, a model is run on it, and an answer is what the model makes of a question.
