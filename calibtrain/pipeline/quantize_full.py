@@ -93,10 +93,10 @@ def _texts(loaded: Loaded, records: Sequence[Record], path: Path, key: str) -> l
     return found
 
 
-def own_answers(loaded: Loaded, records: Sequence[Record]) -> list[Text]:
+def own_answers(loaded: Loaded, records: Sequence[Record], shots: Sequence[Record] = ()) -> list[Text]:
     """What to quantise by: each prompt with what the model itself answers; its thinking counts to the prompt."""
     template, settings = loaded.template, loaded.config.evaluation
-    prompts = [template.prompt_ids(record) for record in records]
+    prompts = [template.prompt_ids(record, shots) for record in records]
     made = generate(
         loaded.model,
         prompts,
