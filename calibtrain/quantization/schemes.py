@@ -29,7 +29,9 @@ class Scheme:
         kind = "float8" if self.weights.floating else f"{self.weights.bits}-bit"
         where = "per output channel" if self.group_size is None else f"in groups of {self.group_size}"
         shape = "" if self.weights.symmetric else ", asymmetric"
-        inputs = "" if self.activations is None else f", {kind} activations {'per tensor' if self.static else 'per token'}"
+        inputs = (
+            "" if self.activations is None else f", {kind} activations {'per tensor' if self.static else 'per token'}"
+        )
         return f"{kind} weights {where}{shape}{inputs}{', float8 key-value cache' if self.kv_cache else ''}"
 
 
