@@ -73,7 +73,7 @@ class Address:
                     if error.code not in BUSY or attempt == attempts:
                         raise UserError(self._refusal(path, error)) from None
                     wait = max(wait, _asked_wait(error.headers.get("Retry-After")))
-            except (OSError, HTTPException) as error:
+            except (OSError, HTTPException, UnicodeError) as error:  # the last: a host that is no name
                 if attempt == attempts or _timed_out(error):
                     raise UserError(self._unreachable(error)) from None
             time.sleep(wait)

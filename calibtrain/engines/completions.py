@@ -6,7 +6,6 @@ generated tokens and their log-probs, the end token among them, of a greedy answ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -227,12 +226,12 @@ def _logprobs(scores: dict[str, Any], count: int, url: str) -> tuple[float, ...]
     if len(values) != count:
         raise UserError(f"{url}: {count} tokens and {len(values)} log-probs in a reply; each token needs its own")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{url}: a log-prob is {shown(str(value), 20)}, which is no number")
         if not LEAST_LOGPROB < value <= GREEDY_SLACK:
             raise UserError(
-                f"{url}: {value:g} is no log-prob of a token that was chosen; the server must return natural log-probs "
-                "(vLLM: --logprobs-mode raw_logprobs)"
+                f"{url}: {shown(str(value), 20)} is no log-prob of a token that was chosen; the server must return "
+                "natural log-probs (vLLM: --logprobs-mode raw_logprobs)"
             )
     return tuple(min(0.0, float(value)) for value in values)
 
@@ -273,10 +272,6 @@ def _best(scores: dict[str, Any], logprobs: Sequence[float], url: str) -> tuple[
             f"{url}: the server returns no top_logprobs, so whether its answers are greedy cannot be told; serve with them"
         )
     return tuple(
-        max(
-            chosen,
-            *(min(0.0, float(one)) for one in top.values() if isinstance(one, int | float) and one == one),
-            chosen,
-        )
+        max([chosen, *(min(0.0, one) for one in top.values() if isinstance(one, int | float))])
         for top, chosen in zip(tops, logprobs, strict=True)
     )

@@ -91,7 +91,9 @@ SPOILED = {
     "None, which is no number": lambda r: scores(r, token_logprobs=[-0.1, None, -0.1]),
     "True, which is no number": lambda r: scores(r, token_logprobs=[-0.1, True, -0.1]),
     "3.5 is no log-prob": lambda r: scores(r, token_logprobs=[3.5, -0.1, -0.1]),
-    "-9999 is no log-prob": lambda r: scores(r, token_logprobs=[-9999.0, -0.1, -0.1]),
+    "-100000.* is no log-prob": lambda r: scores(r, token_logprobs=[-(10**400), -0.1, -0.1]),
+    "inf is no log-prob": lambda r: json.dumps(scores(r, token_logprobs=[7, -0.1, -0.1])).replace("7,", "1e999,").encode(),
+    "-9999.0 is no log-prob": lambda r: scores(r, token_logprobs=[-9999.0, -0.1, -0.1]),
     "no top_logprobs": lambda r: scores(r, top_logprobs=None),
     "not greedy": lambda r: scores(r, top_logprobs=[{"a": -0.1}, {"b": -0.25}, {"c": -0.25}]),
     "without its end token": lambda r: choice(r, token_ids=[23, 30], stop_reason=None, logprobs={
@@ -194,8 +196,9 @@ def test_where_no_server_answers_it_is_told_at_once():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    with pytest.raises(UserError, match="no server answers there"):
-        CompletionsServer(f"http://127.0.0.1:{port}/v1")
+    for host in (f"127.0.0.1:{port}", "a..b", "no-such-host.invalid"):
+        with pytest.raises(UserError, match="no server answers there"):
+            CompletionsServer(f"http://{host}/v1")
 
 
 def test_a_server_that_hangs_is_given_up(fake):
