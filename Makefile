@@ -1,11 +1,11 @@
-# make install | demo | test | test-all | lint | clean
+# make install | demo | test | test-all | engines | lint | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 test test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-all peers lint clean
+.PHONY: install demo test test-all peers engines lint clean
 
 install: $(STAMP)
 
@@ -22,7 +22,7 @@ demo: $(STAMP)
 
 # Two processes, each with whole files: what a file's tests share is made once.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not peer"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not peer and not engine"
 
 peers: $(VENV)/.peers
 
@@ -30,6 +30,15 @@ $(VENV)/.peers: $(STAMP)
 	$(BIN)/python -m pip install -c constraints.txt torchmetrics relplot trl liger-kernel netcal mapie lightning triton openai playwright
 	# Of these two a few files of arithmetic are wanted; the rest of them wants torchvision, spaCy and older packages.
 	$(BIN)/python -m pip install -c constraints.txt --no-deps torch-uncertainty lm-polygraph
+	touch $@
+
+# A real server to certify against, in an environment of its own: its pins of transformers are not ours.
+engines: .venv-engines/.installed
+
+.venv-engines/.installed: constraints-engines.txt
+	test -x .venv-engines/bin/python || $(PYTHON) -m venv .venv-engines
+	# Every package is listed; the wheel asks for torchvision and torchaudio too, which text does not need.
+	.venv-engines/bin/python -m pip install --no-deps -r constraints-engines.txt
 	touch $@
 
 test-all: peers

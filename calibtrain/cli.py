@@ -32,6 +32,10 @@ Uncertified = Annotated[
     bool,
     typer.Option("--uncertified", help="Without a certificate go on, and promise nothing. Default: answer nothing."),
 ]
+Engine = Annotated[
+    str | None, typer.Option(help="Ask this OpenAI-compatible server instead, e.g. http://127.0.0.1:8000/v1.")
+]
+EngineModel = Annotated[str | None, typer.Option(help="The model's id there. Default: the only one.")]
 OutputDir = Annotated[Path, typer.Argument(help="The output_dir of a run.")]
 
 
@@ -81,8 +85,13 @@ def evaluate(
     force: Annotated[
         bool, typer.Option("--force", help="Of a model that refuses: make it answer too, and count refusals.")
     ] = False,
+    engine: Engine = None,
+    engine_model: EngineModel = None,
 ) -> None:
-    """Let a model answer a split's questions and measure its calibration."""
+    """Let a model answer a split's questions and measure its calibration.
+
+    With --engine, --model is the directory that the server serves: its tokenizer and template are asked with.
+    """
     from calibtrain.config_file import load_config
 
     loaded = load_config(config, overrides or [])
@@ -92,6 +101,13 @@ def evaluate(
         _check_model(model)
     from calibtrain.pipeline.evaluate import run, run_forced
 
+    if _asks(engine, engine_model):
+        if force:
+            raise UserError("--force: needs the model itself; leave it out with --engine")
+        from calibtrain.pipeline.served import serving
+
+        run(loaded, model=model, split=split, output=output, load=serving(str(engine), engine_model))
+        return
     if force:
         run_forced(loaded, model=model, split=split)
         return
@@ -114,13 +130,23 @@ def calibrate(
     of: Annotated[
         str | None, typer.Option(help="Members of --source ensemble. Default: likelihoods, and probes where fitted.")
     ] = None,
+    engine: Engine = None,
+    engine_model: EngineModel = None,
 ) -> None:
     """Fit the temperature, or another source's calibrator, and certify the answer/abstain threshold of a trained model.
 
     Exit code 1 where something that was asked for cannot be certified.
     """
     _shares({"--target-risk": target_risk, "--delta": delta})
-    if source != "likelihood" or of is not None:
+    if _asks(engine, engine_model):
+        if source != "likelihood" or of is not None:
+            raise UserError("--source, --of: a server returns log-probs alone; leave them out with --engine")
+        from calibtrain.pipeline.engine import run as calibrate_engine
+
+        found = calibrate_engine(
+            _trained(output_dir), url=str(engine), name=engine_model, target_risk=target_risk, delta=delta
+        )
+    elif source != "likelihood" or of is not None:
         from calibtrain.pipeline.confidence import parse_sources
         from calibtrain.pipeline.source import run as calibrate_source
 
@@ -250,13 +276,16 @@ def answer(
         str | None, typer.Option(help="Value of the stratum that `certify --by` certified, e.g. Africa.")
     ] = None,
     uncertified: Uncertified = False,
+    engine: Engine = None,
+    engine_model: EngineModel = None,
 ) -> None:
     """Answer a question with a calibrated probability, or abstain; first of all say what is certified, and of what."""
     if not question.strip():
         raise UserError("the question is empty")
     from calibtrain.pipeline.answer import load
 
-    typer.echo(load(_trained(output_dir), source, uncertified=uncertified).answer(question, group=group).told())
+    answerer = load(_trained(output_dir), source, uncertified=uncertified, engine=engine, engine_model=engine_model)
+    typer.echo(answerer.answer(question, group=group).told())
 
 
 @app.command()
@@ -322,6 +351,13 @@ def _check_model(model: Path) -> None:
         raise UserError(f"--model: {model} is not a Hugging Face model directory (no config.json)")
     if not any(any(model.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         raise UserError(f"--model: {model} holds no weights (*.safetensors)")
+
+
+def _asks(engine: str | None, engine_model: str | None) -> bool:
+    """Whether a server is asked."""
+    if engine is None and engine_model is not None:
+        raise UserError("--engine-model: goes with --engine, the address of the server")
+    return engine is not None
 
 
 def _shares(options: dict[str, float | None]) -> None:

@@ -20,7 +20,8 @@ from calibtrain.data.values import unreadable
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import LIKELIHOOD, Calibrated, read_calibration, weights_hash
 from calibtrain.pipeline.confidence import asker_of
-from calibtrain.pipeline.evaluate import Loaded
+from calibtrain.pipeline.engine import load_served
+from calibtrain.pipeline.evaluate import Answering, Loaded
 from calibtrain.pipeline.promise import Level, Promises
 from calibtrain.pipeline.scope import at_most, plain
 from calibtrain.pipeline.source import check_calibrated, load_scorer
@@ -82,11 +83,12 @@ class Reply:
 class Answerer:
     """The model and calibration of a finished run; `scorer` where the confidence is not the answer's likelihood.
 
+    loaded: the run's model, or the server of one (without `scorer`, which reads hidden states).
     uncertified: without a certificate answer everything instead of nothing; whoever runs the model decides that.
     """
 
     def __init__(
-        self, loaded: Loaded, calibrated: Calibrated, scorer: Scorer | None = None, *, uncertified: bool = False
+        self, loaded: Answering, calibrated: Calibrated, scorer: Scorer | None = None, *, uncertified: bool = False
     ) -> None:
         self.loaded = loaded
         self.calibrated = calibrated
@@ -194,7 +196,7 @@ class Answerer:
         records = [self._record(question) for question in questions]
         if not records:
             return []
-        found = before_answering(asker_of(self.loaded), records, self.scorer.probes["p_ik"], self.scorer.fingerprint)
+        found = before_answering(asker_of(self._own()), records, self.scorer.probes["p_ik"], self.scorer.fingerprint)
         return [float(one) for one in self.calibrated.calibrator.apply(found.values)]
 
     def _scored(self, records: Sequence[Record]) -> tuple[list[Answer], Any, Cost]:
@@ -203,9 +205,15 @@ class Answerer:
             measurement = self.loaded.measure(records)
             scores = measurement.scores(self.loaded.config.calibration.domain)
             return measurement.answers, scores, Cost.none(len(records))
-        answered = self.loaded.answer(records)
-        found = self.scorer.score(asker_of(self.loaded), records, answered)
+        loaded = self._own()
+        answered = loaded.answer(records)
+        found = self.scorer.score(asker_of(loaded), records, answered)
         return answered.answers, found.values, found.cost
+
+    def _own(self) -> Loaded:
+        """The run's model in this process, which alone has hidden states."""
+        assert isinstance(self.loaded, Loaded)
+        return self.loaded
 
     def _record(self, question: str) -> Record:
         question = question.strip()
@@ -221,13 +229,27 @@ class Answerer:
         return Record(prompt=(Message("user", question),))
 
 
-def load(output_dir: str | Path, source: str = LIKELIHOOD, *, uncertified: bool = False) -> Answerer:
+def load(
+    output_dir: str | Path,
+    source: str = LIKELIHOOD,
+    *,
+    uncertified: bool = False,
+    engine: str | None = None,
+    engine_model: str | None = None,
+) -> Answerer:
     """Load a finished run. Raises UserError when it lacks a model or a calibration that fits it.
 
     source: where its confidence comes from; others than the likelihood need `calibtrain calibrate OUT --source ...`.
-    uncertified: without a certificate answer everything instead of nothing.
+    uncertified: without a certificate answer everything instead of nothing. engine: address of an OpenAI-compatible server
+    that answers in the run's place, under the certificate of `calibtrain calibrate OUT --engine ...`; engine_model: the
+    model's id there.
     """
     folder = Path(output_dir)
+    if engine is not None:
+        if source != LIKELIHOOD:
+            raise UserError(f"--source {source}: a server returns log-probs alone; leave it out with --engine")
+        served, calibrated = load_served(folder, engine, engine_model)
+        return Answerer(served, calibrated, uncertified=uncertified)
     config = load_config(folder / "config.yaml")
     if not (folder / "model" / "config.json").is_file():
         raise UserError(f"{folder}: no exported model (model/config.json); train first")

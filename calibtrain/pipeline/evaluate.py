@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from calibtrain.confidence.forced import Forced, forced_answers
 from calibtrain.confidence.likelihood import Answered, answer_questions, logprob_table, token_logprob_table
 from calibtrain.config import RunConfig
 from calibtrain.data.records import Record
-from calibtrain.data.templates import template_of
+from calibtrain.data.templates import Template, template_of
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
 from calibtrain.models.loading import answering_config, load_model, load_tokenizer
@@ -38,7 +38,7 @@ class Measurement:
     """Graded answers and their log-probs at each temperature of TEMPERATURE_GRID."""
 
     answers: list[Answer]
-    table: NDArray[np.float64]  # (answers, temperatures)
+    table: NDArray[np.float64]  # (answers, temperatures); (answers, 0) of an engine, which tells temperature 1 alone
     tokens: TokenScores | None = None  # kept for calibration.method: adaptive_temperature alone
     made_by: str | None = None  # mark of the model and template that gave all of them, where a file says so
 
@@ -55,7 +55,25 @@ class Measurement:
     def scores(self, domain: str | None = None) -> Scores:
         """What a calibrator sees; `domain` names the stratum that is a question's domain ("" where it has none)."""
         names = None if domain is None else [answer.strata.get(domain, "") for answer in self.answers]
-        return scores_of(self.table, domains=names, tokens=self.tokens)
+        return scores_of(self.table if self.table.shape[1] else self.confidence, domains=names, tokens=self.tokens)
+
+
+class Answering(Protocol):
+    """Who answers: a model in this process (Loaded), or one behind an address (pipeline.served.Served)."""
+
+    config: RunConfig
+    template: Template
+    name: str  # for people
+
+    def measure(
+        self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None
+    ) -> Measurement:
+        """Answer and grade `records`."""
+        ...
+
+    def mark(self) -> str:
+        """Mark of who answers, for the lines of a file of answers."""
+        ...
 
 
 class Loaded:
@@ -65,6 +83,8 @@ class Loaded:
         """Load `model` (a Hugging Face directory), or the one that the config starts from."""
         source = answering_config(config.model, model)
         self.config = config
+        self.directory = model
+        self.name = str(model or config.model.source)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.template = template_of(config.data, load_tokenizer(source))
         policy = Policy(load_model(source)).to(self.device)
@@ -85,6 +105,12 @@ class Loaded:
             on_batch=on_batch,
         )
 
+    def mark(self) -> str:
+        """Mark of the model and template."""
+        if self.directory is None:
+            return made_by_source(self.config.model)
+        return made_by(weights_hash(self.directory), self.template.hash)
+
     def measure(
         self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None
     ) -> Measurement:
@@ -101,19 +127,28 @@ class Loaded:
         return Measurement(answered.answers, table, TokenScores(per_token, features.hidden.float().numpy(), owner))
 
 
-def run(config: RunConfig, *, model: Path | None, split: str, output: Path | None) -> dict[str, float]:
-    """Measure a model on a split and print the numbers; the starting model is shown examples of the format first."""
+def run(
+    config: RunConfig,
+    *,
+    model: Path | None,
+    split: str,
+    output: Path | None,
+    load: Callable[[RunConfig, Path | None], Answering] = Loaded,
+) -> dict[str, float]:
+    """Measure a model on a split and print the numbers; the starting model is shown examples of the format first.
+
+    load: makes who answers of the config and `model`; `partial(Served, url=...)` asks a server of it instead.
+    """
     prepared = prepare(config)
     records = prepared.splits[split]
     if not records:
         raise UserError(f"data.splits.{split}: 0 questions; ask for some in the config")
-    loaded = Loaded(config, model)
+    loaded = load(config, model)
     measurement = with_progress(loaded, records, () if model is not None else prepared.shots, f"answering {split}")
     if output is not None:
-        mark = made_by_source(config.model) if model is None else made_by(weights_hash(model), loaded.template.hash)
-        write_measurement(measurement, output, mark)
+        write_measurement(measurement, output, loaded.mark())
     metrics = measured_metrics(measurement.confidence, measurement.correct)
-    _print(metrics, f"{model or config.model.source}, {split}")
+    _print(metrics, f"{loaded.name}, {split}")
     return metrics
 
 
@@ -130,7 +165,7 @@ def run_forced(config: RunConfig, *, model: Path | None, split: str) -> Forced:
     return found
 
 
-def with_progress(loaded: Loaded, records: Sequence[Record], shots: Sequence[Record], label: str) -> Measurement:
+def with_progress(loaded: Answering, records: Sequence[Record], shots: Sequence[Record], label: str) -> Measurement:
     """`Loaded.measure` under a progress bar."""
     from rich.console import Console
     from rich.progress import Progress
@@ -202,7 +237,8 @@ def read_measurement(path: Path) -> Measurement:
                 "`calibtrain evaluate --output`"
             ) from error
     tokens = TokenScores(**load_file(_tokens_file(path))) if _tokens_file(path).is_file() else None
-    grid = np.array(table, dtype=np.float64).reshape(len(answers), len(TEMPERATURE_GRID))
+    width = 0 if table and not any(table) else len(TEMPERATURE_GRID)
+    grid = np.array(table, dtype=np.float64).reshape(len(answers), width)
     return Measurement(answers, grid, tokens, marks.pop() if len(marks) == 1 else None)
 
 

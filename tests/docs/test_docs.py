@@ -12,6 +12,8 @@ from typer.main import get_command
 
 from calibtrain import cli
 from calibtrain.config_file import load_config
+from tests.end_to_end.runs import finished_run
+from tests.serving import needs_vllm, vllm_server
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +58,7 @@ def test_spectra_commands_run(text, tmp_path):
         assert list((tmp_path / str(i)).iterdir())
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("text", blocks("bash run quantize"))
 def test_quantize_commands_run(text, tmp_path):
     if find_spec("calibtrain.quantization.run") is None:
@@ -72,6 +75,28 @@ def test_quantize_commands_run(text, tmp_path):
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT)
         assert done.returncode in (0, 1, 3), done.stderr  # the tiny model may lose its certificate, or too much
         assert "Traceback" not in done.stderr
+=======
+@pytest.mark.engine
+@needs_vllm
+@pytest.mark.timeout(600)
+def test_commands_that_ask_a_server_run(tmp_path):
+    """In the page's order, on one server; a random model is never right, so that nothing can be certified of it."""
+    sizes = {"train": 8, "calibration": 8, "temperature": 24, "certification": 24, "test": 8}
+    out = finished_run(tmp_path, sizes, 8)
+    write_tiny_model(out / "model", hidden=128, max_position_embeddings=512)  # vLLM wants heads of 32
+    with vllm_server(out / "model") as url:
+        for text in blocks("bash run engine"):
+            for line in filter(None, text.values[0].replace("http://127.0.0.1:8001/v1", url).splitlines()):
+                words = [re.sub("^out(?=/|$)", str(out), word) for word in shlex.split(line)]
+                argv = [sys.executable, "-m", "calibtrain.cli", *words[1:]]
+                done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT)
+                assert done.returncode == (words[1] == "calibrate"), done.stderr
+        for text in blocks("python run engine"):
+            code = text.values[0].replace("http://127.0.0.1:8001/v1", url).replace('"out"', repr(str(out)))
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+            assert done.returncode == 0, done.stderr
+            assert "I do not know." in done.stdout
+>>>>>>> engines
 
 
 @pytest.mark.parametrize("text", blocks("yaml config"))

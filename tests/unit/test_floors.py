@@ -27,7 +27,7 @@ FLOORS = (
         "version",
     },
     {"ops", "calibration"},
-    {"losses", "models", "data", "confidence", "abstention", "spectral", "quantization"},
+    {"losses", "models", "data", "confidence", "abstention", "spectral", "quantization", "engines"},
     {"training", "hooks"},
     {"pipeline"},
     {"launchers", "configs", "cli", "cli_checks", "cli_weights", "app", "demo", "doctor", "dry_run", "loss_list"},
