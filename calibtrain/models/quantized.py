@@ -21,11 +21,10 @@ def require_compressed_tensors() -> None:
 
 def quantisation_of(settings: Any) -> str | None:
     """By which method a model is quantised, from its Hugging Face config or config.json; None: in full precision."""
-    found = settings.get("quantization_config") if isinstance(settings, dict) else None
-    found = getattr(settings, "quantization_config", None) if not isinstance(settings, dict) else found
+    found = _entry(settings, "quantization_config")
     if not found:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    method = _entry(found, "quant_method")
     return str(getattr(method, "value", method) or "unknown method")
 
 
@@ -69,3 +68,7 @@ def without_bars() -> Iterator[None]:
     finally:
         for place, bar in zip(places, kept, strict=True):
             place.tqdm = bar
+
+
+def _entry(holder: Any, name: str) -> Any:
+    return holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)

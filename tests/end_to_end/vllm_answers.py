@@ -1,7 +1,7 @@
 """Run by vLLM's own Python: python vllm_answers.py JOBS.json. Greedy answers of real vLLM to token ids, with log-probs.
 
-JOBS.json: [{"directory", "dtype", "prompts", "max_tokens", "stop", "output"}]. Each output is a list of {"tokens", "logprobs"}, or
-{"error"} where the engine cannot run the model. One process for all, since a server takes most of a minute to start.
+JOBS.json: [{"directory", "dtype", "prompts", "max_tokens", "stop", "output"}]. Each output is a list of {"tokens",
+"logprobs"}, or {"error"} where the engine cannot run the model. One process for all: a server starts slowly.
 """
 
 import gc
