@@ -20,7 +20,8 @@ from calibtrain.quantization.schemes import Scheme
 
 RATIOS = tuple(step / 20 for step in range(20))  # exponents of mean|X|
 SHRINKS = tuple(1 - step / 20 for step in range(10))  # of the largest weight of a group
-SEARCH_TOKENS = 2048  # that a part of the block runs on, once for each exponent
+SEARCH_TOKENS = 512  # that a part of the block runs on, once for each exponent
+SEARCH_ROWS = 16  # at least, where texts are long
 CLIP_TOKENS = 512
 SMALLEST = 1e-4  # of a scale before it is normalised, as published
 
@@ -163,7 +164,10 @@ def _run(part: nn.Module, call: _Call) -> Tensor:
 
 @contextmanager
 def _in_float32(part: nn.Module) -> Iterator[torch.dtype]:
-    """Let a part multiply in float32; it gets the very tensors back that it had. Gives its dtype."""
+    """Let a part multiply in float32; it gets the very tensors back that it had. Gives its dtype.
+
+    In bfloat16 its own rounding hides that of 8 bits: exponents chosen so cost up to four times the least error.
+    """
     kept = [(parameter, parameter.data) for parameter in part.parameters()]
     try:
         for parameter, data in kept:
@@ -181,13 +185,13 @@ def _quantized(
     """Let layers multiply X / s by Q(W s), X / s on the scheme's grid too where it has one."""
 
     def read(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (_on_grid(args[0] / scale, scheme, span), *args[1:])
+        return (_on_grid(args[0] / scale, scheme, span).to(args[0].dtype), *args[1:])
 
     with ExitStack() as stack:
         for module in targets:
             stack.callback(setattr, module.weight, "data", module.weight.data)
             scaled = (matrix_of(module) * scale).to(dtype)
-            taken = quantize_weight(scaled, scheme.weights, scheme.group_size).dequantized().float()
+            taken = quantize_weight(scaled, scheme.weights, scheme.group_size).dequantized().to(module.weight.dtype)
             module.weight.data = taken if isinstance(module, nn.Linear) else taken.T
             stack.callback(module.register_forward_pre_hook(read).remove)
         yield
@@ -233,9 +237,10 @@ def _look(
                 some = some * weight[-done % every :: every, None].sqrt()
             seen.tokens.setdefault(name, []).append(some)
 
-    row = 0
+    row, texts = 0, sum(len(batch.real) for batch in batches)
+    step = max(1, min(-(-tokens // SEARCH_TOKENS), texts // SEARCH_ROWS))
     for at, batch in enumerate(batches):
-        rows = torch.arange(-row % -(-tokens // SEARCH_TOKENS), len(batch.real), -(-tokens // SEARCH_TOKENS))
+        rows = torch.arange(-row % step, len(batch.real), step)
         row += len(batch.real)
         with ExitStack() as stack:
             for name in {fold.part for fold in folds} if len(rows) else ():

@@ -244,15 +244,17 @@ def test_only_some_rows_are_run_and_they_suffice(recorded, monkeypatch):
     found, sizes = [], []
     run = awq._run
     monkeypatch.setattr(awq, "_run", lambda part, call: sizes.append(len(call.weights)) or run(part, call))
-    for budget in (2048, 150):
+    for budget, rows in ((2048, 16), (150, 4), (150, 16)):
         sizes.clear()
         monkeypatch.setattr(awq, "SEARCH_TOKENS", budget)
+        monkeypatch.setattr(awq, "SEARCH_ROWS", rows)
         model = uneven()
         block, batches = find_blocks(model)[1][0], prepared(model, count=60)
         awq_block(block, 0, batches, folds_of(model, block), W4, matrices_in(block))
         found.append((sum(sizes) / 21 / 4, dict(recorded)))
     assert found[0][0] == 60
     assert found[1][0] == pytest.approx(60 / 5, abs=1)
+    assert found[2][0] == 20  # long texts: few tokens would be of fewer texts still
     scales = [one for _, one in found]
     for source, scale in scales[0].items():  # the means are of all tokens, the exponent of a fifth
         assert torch.corrcoef(torch.stack([scale.log(), scales[1][source].log()]))[0, 1] > 0.99 or scale.std() < 0.05
