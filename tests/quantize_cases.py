@@ -6,6 +6,7 @@ import shutil
 import sys
 import types
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def _install():
 
 _install()
 
-from calibtrain.pipeline import calibrate, quantize  # noqa: E402
+from calibtrain.pipeline import calibrate, quantize, quantize_table  # noqa: E402
 from calibtrain.pipeline.evaluate import Loaded  # noqa: E402
 from calibtrain.pipeline.quantize_source import Asked  # noqa: E402
 from calibtrain.quantization.schemes import scheme_of  # noqa: E402
@@ -94,6 +95,12 @@ def tiny_run(folder, target_risk=0.5):
     write_rows(folder / "questions.jsonl", rows)
     calibrate.run(config.output_dir)
     return config.output_dir
+
+
+def few_resamples(patch):
+    """What many of them give is tested with the table."""
+    patch.setattr(quantize, "compare", partial(quantize.compare, replicates=2))
+    patch.setattr(quantize_table, "CERTIFICATE_REPLICATES", 2)
 
 
 def write_rows(path, rows):

@@ -38,7 +38,7 @@ from calibtrain.pipeline.calibration_file import (
 from calibtrain.pipeline.evaluate import Loaded, Measurement, read_measurement, with_progress, write_measurement
 from calibtrain.pipeline.prepare import Prepared, prepare
 from calibtrain.pipeline.provenance import git_hash, versions
-from calibtrain.pipeline.quantize_cost import Memory, cost, speeds
+from calibtrain.pipeline.quantize_cost import Memory, cost, has_room, speeds
 from calibtrain.pipeline.quantize_full import TEXTS_FILE, Full, full_precision, kept_answers
 from calibtrain.pipeline.quantize_gate import Check, check, refusal
 from calibtrain.pipeline.quantize_page import FORMAT
@@ -99,13 +99,19 @@ def run(source: Path, asked: Asked) -> Outcome:
     check_space(subject, asked.scheme)
     try:
         return _run(subject, asked, prepared, samples)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _is_full_disk(error):
             raise
         raise UserError(
             f"{subject.work}: no space left on the disk, and nothing is written to {subject.target}; make room and run "
             f"the same command, which goes on where it was, or delete {subject.work}"
         ) from error
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Whether there was no room to write. safetensors says so in words alone."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(f"(os error {one})" in str(error) for one in numbers)
 
 
 def _run(subject: Subject, asked: Asked, prepared: Prepared, samples: int) -> Outcome:
@@ -171,12 +177,19 @@ def _measured(subject: Subject, asked: Asked, prepared: Prepared, full: Full, pr
             write_measurement(with_progress(loaded, records, (), f"answering {split}, quantised"), path, mark)
         measured[split] = read_measurement(path)  # as rounded there
     after = cost(work / "model", loaded, memory.peak())
-    before, other = dict(full.cost), Loaded(config, subject.model)
-    taken = speeds((other, loaded), prepared.splits["test"])
+    before, test = dict(full.cost), prepared.splits["test"]
+    if alternating := has_room(subject.model):
+        other = Loaded(config, subject.model)
+        taken = speeds((other, loaded), test)
+    else:
+        (second,) = speeds((loaded,), test)
+        del loaded
+        other = Loaded(config, subject.model)
+        taken = [*speeds((other,), test), second]
     before["tokens_per_second"], after["tokens_per_second"] = taken
-    del loaded, other
+    costs = {"before": before, "after": after, "alternating": alternating}
     calibrated = _calibrated(promised, prepared, measured, hashes, work)
-    return Quantized(facts, measured, calibrated, hashes, {"before": before, "after": after})
+    return Quantized(facts, measured, calibrated, hashes, costs)
 
 
 def _quantized(subject: Subject, asked: Asked, full: Full) -> dict[str, Any]:

@@ -46,6 +46,18 @@ class Memory:
         return None if found is None or self.start is None else max(0, found - self.start)
 
 
+def has_room(model: Path) -> bool:
+    """Whether the weights of another model fit beside what is in memory; where that cannot be told, they do."""
+    needed = 1.5 * sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] > needed
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(one.split()[1]) for one in lines if one.startswith("MemAvailable:")) * 1024 > needed
+    except (OSError, StopIteration):
+        return True
+
+
 def speeds(models: Sequence[Loaded], records: Sequence[Record]) -> list[float]:
     """Tokens of answers a second of each model, the median of rounds in which the models take turns."""
     questions = list(records)[:QUESTIONS]

@@ -50,10 +50,10 @@ def full_precision(subject: Subject, prepared: Prepared, chosen: Sequence[Record
         path = answers / f"{split}.jsonl"
         found = kept_answers(path, mark, prepared.splits[split])
         if found is None:
-            made = with_progress(loaded, prepared.splits[split], (), f"answering {split} in full precision")
+            found = with_progress(loaded, prepared.splits[split], (), f"answering {split} in full precision")
             if subject.run is None or split == "test":
-                write_measurement(made, path, mark)
-            found = made
+                write_measurement(found, path, mark)
+                found = read_measurement(path)  # as rounded there, and by the next command
         measured[split] = found
     if subject.run is not None:
         calibrated = read_calibration(subject.run, template_hash=hashes[0])

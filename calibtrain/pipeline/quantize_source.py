@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -186,6 +187,8 @@ def check_space(subject: Subject, scheme: Scheme) -> None:
     # Blocks are written one by one and then joined, beside what stays in full precision.
     needed = int(size * min(1.0, (scheme.weights.bits + 2) / 16) * 2) + (64 << 20)
     folder = next(one for one in (subject.target, *subject.target.parents) if one.exists())
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: cannot be written to; give another --output")
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from calibtrain import cli
 from calibtrain.errors import UserError
-from tests.quantize_cases import tiny_run
+from tests.quantize_cases import few_resamples, tiny_run
 from tests.tiny import write_tiny_model
 
 REST = ["--method", "minmax", "--group-size", "32", "--samples", "16"]
@@ -17,6 +17,13 @@ SCHEME = ["--scheme", "w8a16", *REST]  # of four bits a random model's answers h
 
 def command(*words):
     return CliRunner().invoke(cli.app, [str(one) for one in words])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        few_resamples(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,29 +6,28 @@ import logging
 import re
 import shutil
 from dataclasses import replace
-from functools import partial
 
 import pytest
+from safetensors import SafetensorError
 
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
-from calibtrain.pipeline import answer, certify, collect, quantize_table
+from calibtrain.pipeline import answer, certify, collect
 from calibtrain.pipeline.calibration_file import made_by, read_calibration, weights_hash
 from calibtrain.pipeline.evaluate import read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize_full import own_answers
 from calibtrain.pipeline.quantize_source import samples_of
 from calibtrain.quantization.schemes import scheme_of
-from tests.quantize_cases import asked, noised, quantize, tiny_run
+from tests.quantize_cases import asked, few_resamples, noised, quantize, tiny_run
 from tests.tiny import write_tiny_model
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick():
-    """Few resamples and no timing: what they give is tested with the table."""
+    """No timing, and a quantiser of noise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "compare", partial(quantize.compare, replicates=2))
-        patch.setattr(quantize_table, "CERTIFICATE_REPLICATES", 2)
+        few_resamples(patch)
         patch.setattr(quantize, "speeds", lambda models, records: [1.0, 2.0])
         patch.setattr(quantize, "quantize_directory", noised)
         yield
@@ -208,16 +207,32 @@ def stop(*_args):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("place", ["quantize_directory", "write_calibration"])
-def test_a_full_disk_is_one_line_and_nothing_is_half_written(out, monkeypatch, place):
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("quantize_directory", SafetensorError("I/O error: No space left on device (os error 28)")),
+        ("write_calibration", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_a_full_disk_is_one_line_and_nothing_is_half_written(out, monkeypatch, place, error):
     def full(*_args, **_named):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(quantize, place, full)
     with pytest.raises(UserError, match="no space left on the disk, and nothing is written to") as raised:
         quantize.run(out, asked())
     assert "\n" not in str(raised.value)
     assert not (out / "quantized" / "w4a16-minmax").exists()
+
+
+def test_models_that_do_not_fit_beside_each_other_are_timed_one_after_the_other(out, monkeypatch):
+    seen = []
+    monkeypatch.setattr(quantize, "has_room", lambda model: False)
+    monkeypatch.setattr(quantize, "speeds", lambda models, records: seen.append(len(models)) or [float(len(seen))])
+    costs = quantize.run(out, asked()).content["cost"]
+    assert seen == [1, 1]
+    assert (costs["before"]["tokens_per_second"], costs["after"]["tokens_per_second"]) == (2.0, 1.0)
+    assert costs["alternating"] is False
 
 
 def test_what_the_quantiser_refuses_leaves_nothing(out, monkeypatch):
