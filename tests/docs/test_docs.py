@@ -4,7 +4,6 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -58,11 +57,8 @@ def test_spectra_commands_run(text, tmp_path):
         assert list((tmp_path / str(i)).iterdir())
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("text", blocks("bash run quantize"))
 def test_quantize_commands_run(text, tmp_path):
-    if find_spec("calibtrain.quantization.run") is None:
-        pytest.skip("the quantiser is not built yet")
     from tests.quantize_cases import tiny_run
 
     places = {"OUT": tiny_run(tmp_path), "MODEL": write_tiny_model(tmp_path / "hub", tied=False, hidden=64)}
@@ -75,7 +71,8 @@ def test_quantize_commands_run(text, tmp_path):
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT)
         assert done.returncode in (0, 1, 3), done.stderr  # the tiny model may lose its certificate, or too much
         assert "Traceback" not in done.stderr
-=======
+
+
 @pytest.mark.engine
 @needs_vllm
 @pytest.mark.timeout(600)
@@ -96,7 +93,6 @@ def test_commands_that_ask_a_server_run(tmp_path):
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
             assert done.returncode == 0, done.stderr
             assert "I do not know." in done.stdout
->>>>>>> engines
 
 
 @pytest.mark.parametrize("text", blocks("yaml config"))

@@ -41,6 +41,8 @@ SIDEWAYS = {
     ("models", "spectral"),
     # Whether a model is quantised already is known where models are loaded.
     ("quantization", "models"),
+    # Weights are read from files one at a time, as the analysis of weights reads them.
+    ("quantization", "spectral"),
     ("confidence", "data"),
     ("confidence", "models"),
     # A word the model states about itself is read by the same scales that words are spoken by.
