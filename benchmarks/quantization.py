@@ -210,10 +210,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--models", default="tuned,start")
+    parser.add_argument("--methods", help="E.g. minmax,awq. Default: all")
     parser.add_argument("--time", type=int, metavar="REPEATS", help="time the passes instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    cells = [cell for cell in CELLS if options.peer or cell[0] == OURS]
+    methods = options.methods.split(",") if options.methods else {method for _, _, method in CELLS}
+    cells = [cell for cell in CELLS if (options.peer or cell[0] == OURS) and cell[2] in methods]
     rows: list[dict[str, Any]] = []
     summary: dict[str, float] = {}
     for name in options.models.split(","):

@@ -62,10 +62,15 @@ def serve(model: FakeModel) -> Iterator[str]:
             with model.lock:
                 model.requests.append(body)
                 model.headers.append(dict(self.headers))
+            self.answer(lambda: self.counted(body))
+
+        def counted(self, body):
+            """Over before anything is sent, since a client that has its reply asks for the next one at once."""
+            with model.lock:
                 model.under_way += 1
                 model.most_at_once = max(model.most_at_once, model.under_way)
             try:
-                self.answer(lambda: model.spoil(model.reply(body), body))
+                return model.spoil(model.reply(body), body)
             finally:
                 with model.lock:
                     model.under_way -= 1
