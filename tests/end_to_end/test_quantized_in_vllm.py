@@ -39,9 +39,9 @@ static float8."""
 LOGPROB = 0.1
 """Largest difference of a token's log-prob that vLLM's own sums make, in bf16 and as large in float32: the model in full
 precision shows 0.03 as well."""
-ROUNDED = {"w8a8": 0.25, "w8a8-static": 0.35, "fp8": 0.6}
-"""The same where inputs are rounded: what differs in the last bit goes to another step of the grid here and there. Random
-weights make much of it."""
+ROUNDED = {"w8a8": 0.05, "w8a8-static": 0.12, "fp8": 0.12}
+"""The mean difference where inputs are rounded: what differs in the last bit goes to another step of the grid here and
+there, and random weights make much of it. Seen: 0.03, 0.06 and 0.06."""
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,9 @@ def test_vllm_answers_as_our_own_loading(answers, name):
         pytest.skip(f"vLLM on this CPU cannot run {name}: {found['error'][:200]}")
     assert "error" not in found, found
     differences, likeliest = compared(directory, prompts, found)
-    assert differences.max() < ROUNDED.get(name, LOGPROB)
     assert likeliest.mean() > (0.75 if name in ROUNDED else 0.9)
-    if name not in ROUNDED:  # as near as vLLM comes in full precision
+    if name in ROUNDED:
+        assert differences.mean() < ROUNDED[name]
+    else:  # as near as vLLM comes in full precision
+        assert differences.max() < LOGPROB
         assert differences.mean() < 2 * compared(*answers["source"])[0].mean()
