@@ -32,6 +32,15 @@ from calibtrain.quantization.folds import folds_of, no_folds_reason
 from calibtrain.quantization.matching import match_block
 from calibtrain.quantization.observers import first_token_outliers, static_input_scales
 from calibtrain.quantization.preserve import Weights, token_weights
+from calibtrain.quantization.readers import (
+    check_ignored,
+    check_readable,
+    fused_parameters,
+    has_fused_experts,
+    quantize_experts,
+    routers,
+    stored_names,
+)
 from calibtrain.quantization.schemes import Scheme, fit_groups, is_ignored
 from calibtrain.quantization.smoothquant import smooth_block
 from calibtrain.quantization.streaming import StreamedModel
@@ -87,7 +96,12 @@ def quantize_directory(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     streamed = StreamedModel(source, trust_remote_code=settings.trust_remote_code, device=device)
     chosen, ignored = _chosen(streamed, settings)
-    scheme = fit_groups(settings.scheme, {name: matrix_of(one).shape[1] for name, one in chosen.items()})
+    check_readable(streamed.model, settings.scheme)
+    widths = {name: matrix_of(one).shape[1] for name, one in chosen.items()}
+    scheme = fit_groups(settings.scheme, widths | _experts_widths(streamed))
+    fused = has_fused_experts(
+        streamed.model
+    )  # they are not read back from what is written, so that such runs start anew
     writer = ModelWriter(source, target, scheme, _mark(source, texts, settings))
     facts = _Facts()
     try:
@@ -100,7 +114,7 @@ def quantize_directory(
             block = streamed.bring(index)
             reference = copy.deepcopy(block) if weights is not None else None
             layers = {name: one for name, one in chosen.items() if name.startswith(f"{streamed.name_of(index)}.")}
-            if index < writer.done():
+            if index < writer.done() and not fused:
                 scales = _restore(writer, index, block, streamed.name_of(index), layers)
             else:
                 twin = None if weights is None else _Twin(weights, references)
@@ -111,7 +125,7 @@ def quantize_directory(
                     references = [one.with_hidden(run_block(reference, index, one)) for one in references]
             streamed.drop(index)
             on_block(index + 1, count)
-        writer.finish(streamed.others(), ignored)
+        writer.finish(streamed.others(), [*ignored, *routers(streamed.model)])
     finally:
         writer.abandon()
     return {
@@ -142,7 +156,16 @@ def _chosen(streamed: StreamedModel, settings: Settings) -> tuple[dict[str, nn.M
     chosen = {name: one for name, one in matrices.items() if name not in ignored}
     if not chosen:
         raise UserError("--ignore: leaves no layer to quantise")
+    check_ignored(list(matrices), ignored)
     return chosen, ignored
+
+
+def _experts_widths(streamed: StreamedModel) -> dict[str, int]:
+    return {
+        name: parameter.shape[-1]
+        for index, block in enumerate(streamed.blocks)
+        for name, parameter in fused_parameters(block, f"{streamed.name_of(index)}.").items()
+    }
 
 
 def _quantize_block(
@@ -181,7 +204,10 @@ def _quantize_block(
         with torch.no_grad():
             for layer, one in quantized.items():
                 matrix_of(layers[layer]).copy_(one.dequantized())
-    kept = {f"{name}.{key}": value for key, value in block.state_dict().items()}
+    experts = fused_parameters(block, f"{name}.")
+    quantized |= quantize_experts(streamed.model, block, f"{name}.", scheme) if experts else {}
+    kept = {f"{name}.{key}": value for key, value in block.state_dict().items() if f"{name}.{key}" not in experts}
+    kept = stored_names(streamed.model, kept) if experts else kept
     others = {key: value for key, value in kept.items() if key.removesuffix(".weight") not in quantized}
     cache = cache_scales(block, index, name, batches, layers, scheme, scales) if scheme.kv_cache else None
     writer.add_block(index, quantized, others, scales, cache)
