@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="output_dir of a finished run")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--peer", help="interpreter of an environment with llm-compressor; without it none is measured")
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--models", default="tuned,start")
     parser.add_argument("--methods", help="E.g. minmax,awq. Default: all")

@@ -18,9 +18,8 @@ from calibtrain.quantization.preserve import Weights
 from calibtrain.quantization.rounding import Moments, corrected, round_compensated
 from calibtrain.quantization.schemes import Scheme
 
-DAMPING, RIDGE = 0.1, 1.0
-"""Shares of the mean second moment, added to every input's: in rounding, and in making up for what the layers before lack.
-With a few hundred answers, smaller ones fit those and no others."""
+DAMPING = 0.1
+"""Share of the mean second moment that rounding adds to every input's; with a few hundred texts .01 fits those alone."""
 OWN_INPUT = ""
 """The block's own input, as a place in the residual stream; others are modules that read it."""
 
@@ -70,12 +69,12 @@ def match_block(
                 lacking = wanted.made[name].float() - found.made[name].float()
                 if name in joins:
                     lacking += wanted.stream[joins[name]].float() - found.stream[joins[name]].float()
-                counted = weights[name][number][batch.real]
-                moments[name].update(found.read[name][batch.real], lacking[batch.real], counted)
+                read, counted = found.read[name][batch.real], weights[name][number][batch.real]
+                moments[name].update(read, lacking[batch.real], counted, _second_half(batch)[batch.real])
         for name, one in some.items():
             moments[name].all_reduce()
-            better = corrected(matrix_of(one), moments[name], RIDGE)
-            quantized[name] = round_compensated(better, moments[name].inputs, scheme, DAMPING, matrix_of(one).dtype)
+            better, hessian = corrected(matrix_of(one), moments[name]), moments[name].inputs.sum(0)
+            quantized[name] = round_compensated(better, hessian, scheme, DAMPING, matrix_of(one).dtype)
             matrix_of(one).copy_(quantized[name].dequantized())
     return quantized, scales
 
@@ -124,6 +123,11 @@ def trace(block: nn.Module, index: int, batch: Inputs, layers: Mapping[str, nn.M
         for handle in handles:
             handle.remove()
     return found
+
+
+def _second_half(batch: Inputs) -> Tensor:
+    """Which tokens (B, T) belong to every second text."""
+    return (torch.arange(len(batch.real), device=batch.real.device) % 2 == 1)[:, None].expand_as(batch.real)
 
 
 def _same_modules(block: nn.Module, reference: nn.Module, layers: Mapping[str, nn.Module]) -> list[nn.Module]:
