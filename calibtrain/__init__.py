@@ -17,12 +17,20 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(output_dir: str | Path, source: str = "likelihood", *, uncertified: bool = False) -> Answerer:
+def load(
+    output_dir: str | Path,
+    source: str = "likelihood",
+    *,
+    uncertified: bool = False,
+    engine: str | None = None,
+    engine_model: str | None = None,
+) -> Answerer:
     """Load a finished run, to be asked by `.answer(question)`. Raises UserError when its calibration does not fit it.
 
     source: of the confidence; any that `calibtrain calibrate OUT --source ...` calibrated. uncertified: where no threshold
-    is certified, answer everything instead of nothing.
+    is certified, answer everything instead of nothing. engine: address of an OpenAI-compatible server that answers in the
+    model's place, as `calibtrain calibrate OUT --engine ...` certified it; engine_model: the model's id there.
     """
     from calibtrain.pipeline.answer import load as load_run  # imports torch: not for those who take a loss alone
 
-    return load_run(output_dir, source, uncertified=uncertified)
+    return load_run(output_dir, source, uncertified=uncertified, engine=engine, engine_model=engine_model)

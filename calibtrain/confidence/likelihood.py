@@ -67,13 +67,13 @@ def answer_questions(
         on_batch=on_batch,
     )
     made = [samples[0] for samples in generations]
-    _tell_thinking(made, template, settings)
+    tell_thinking(made, template, settings)
     first = [answer_span(one, template) for one in made]
     texts = [
         template.decode_answer(one.tokens) for one in made
     ]  # of the whole: the span alone no longer shows its block
     answers = [
-        _answer(record, text, generation, template, settings)
+        graded_answer(record, text, generation, template, settings)
         for record, text, generation in zip(records, texts, first, strict=True)
     ]
     return Answered(answers, _features(first, answers))
@@ -95,7 +95,8 @@ def answer_span(generation: Generation, template: Template) -> Generation:
     )
 
 
-def _tell_thinking(generations: Sequence[Generation], template: Template, settings: EvaluationConfig) -> None:
+def tell_thinking(generations: Sequence[Generation], template: Template, settings: EvaluationConfig) -> None:
+    """Warn of generations that are thinking alone."""
     lost = sum(template.answer_start(one.tokens) is None for one in generations)
     if lost:
         logger.warning(
@@ -160,9 +161,10 @@ def token_logprob_table(
     return model(step).cpu().double()
 
 
-def _answer(
+def graded_answer(
     record: Record, text: str, generation: Generation, template: Template, settings: EvaluationConfig
 ) -> Answer:
+    """The answer `text` to a record, graded where it can be; `generation` is of the answer alone (`answer_span`)."""
     return Answer(
         question_id=record.id,
         question=record.question,

@@ -160,31 +160,36 @@ def read_calibration(output_dir: Path, *, template_hash: str | None = None, sour
             template_hash=fitted["template_hash"] if template_hash is None else template_hash,
             weights_hash=weights_hash(output_dir / "model"),
         )
-        if changed := _changed(content, config, output_dir, source or LIKELIHOOD):
-            raise UserError(f"{changed}; run `{command}` again")
-        hallucination, groups = content["hallucination"], content["groups"]
-        main = {"reason": content["certification"], **{key: content[key] for key in ("certificate", "exceptions")}}
-        return Calibrated(
-            calibrator,
-            _read_certification(main),
-            {one["target_risk"]: _read_certification(one) for one in content["curve"]},
-            Scope.from_dict(content["scope"]),
-            hallucination and HallucinationCertificate.from_dict(hallucination),
-            groups
-            and GroupCertification(
-                {name: _read_certification(one) for name, one in groups["groups"].items()},
-                groups["delta"],
-                groups["share"],
-                groups["by"],
-            ),
-        )
+        if difference := changed(content, config, output_dir, source or LIKELIHOOD):
+            raise UserError(f"{difference}; run `{command}` again")
+        return calibrated_of(content, calibrator)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); run `{command}` again") from error
 
 
-def _changed(content: Mapping[str, Any], config: RunConfig, output_dir: Path, source: str) -> str | None:
+def calibrated_of(content: Mapping[str, Any], calibrator: Calibrator) -> Calibrated:
+    """What the content of calibration.json says, beside its calibrator. KeyError or TypeError where it is not whole."""
+    hallucination, groups = content["hallucination"], content["groups"]
+    main = {"reason": content["certification"], **{key: content[key] for key in ("certificate", "exceptions")}}
+    return Calibrated(
+        calibrator,
+        _read_certification(main),
+        {one["target_risk"]: _read_certification(one) for one in content["curve"]},
+        Scope.from_dict(content["scope"]),
+        hallucination and HallucinationCertificate.from_dict(hallucination),
+        groups
+        and GroupCertification(
+            {name: _read_certification(one) for name, one in groups["groups"].items()},
+            groups["delta"],
+            groups["share"],
+            groups["by"],
+        ),
+    )
+
+
+def changed(content: Mapping[str, Any], config: RunConfig, output_dir: Path, source: str) -> str | None:
     """What is no longer as it was when the calibration was made."""
     if content["source"] != source:
         return f"it is of the source {content['source']!r}, not of {source!r}"

@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from calibtrain.abstention.groups import GroupCertification
-from calibtrain.abstention.hallucination import HallucinationCertificate
 from calibtrain.calibration.calibrators import Calibrator, fit_calibrator
 from calibtrain.calibration.intervals import sample_ids
 from calibtrain.config import RunConfig
@@ -22,14 +20,13 @@ from calibtrain.errors import UserError
 from calibtrain.pipeline.calibrate import SPLITS, certified, check_strata, show
 from calibtrain.pipeline.calibration_file import (
     Calibrated,
-    _changed,
-    _read_certification,
+    calibrated_of,
+    changed,
     file_hash,
     write_calibration,
 )
 from calibtrain.pipeline.evaluate import move_measurement, read_measurement, with_progress, write_measurement
 from calibtrain.pipeline.prepare import prepare
-from calibtrain.pipeline.scope import Scope
 from calibtrain.pipeline.served import Served
 
 SOURCE = "engine"
@@ -113,9 +110,9 @@ def read_engine_calibration(output_dir: Path, config: RunConfig, served: Served)
         calibrator = Calibrator.from_dict(
             content["calibrator"], template_hash=served.template.hash, weights_hash=identity.hash
         )
-        if changed := _changed(content, config, output_dir, SOURCE):
-            raise UserError(f"{changed}; run `{command}` again")
-        return _calibrated(content, calibrator)
+        if difference := changed(content, config, output_dir, SOURCE):
+            raise UserError(f"{difference}; run `{command}` again")
+        return calibrated_of(content, calibrator)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -141,22 +138,3 @@ def _model(output_dir: Path) -> Path:
     if not (model / "config.json").is_file():
         raise UserError(f"{output_dir}: no exported model (model/config.json); train first")
     return model
-
-
-def _calibrated(content: dict[str, Any], calibrator: Calibrator) -> Calibrated:
-    hallucination, groups = content["hallucination"], content["groups"]
-    main = {"reason": content["certification"], **{key: content[key] for key in ("certificate", "exceptions")}}
-    return Calibrated(
-        calibrator,
-        _read_certification(main),
-        {one["target_risk"]: _read_certification(one) for one in content["curve"]},
-        Scope.from_dict(content["scope"]),
-        hallucination and HallucinationCertificate.from_dict(hallucination),
-        groups
-        and GroupCertification(
-            {name: _read_certification(one) for name, one in groups["groups"].items()},
-            groups["delta"],
-            groups["share"],
-            groups["by"],
-        ),
-    )

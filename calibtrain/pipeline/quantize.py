@@ -54,6 +54,7 @@ from calibtrain.pipeline.quantize_source import (
 )
 from calibtrain.pipeline.quantize_table import Side, compare
 from calibtrain.pipeline.quantize_words import print_table
+from calibtrain.quantization import run as quantization
 from calibtrain.quantization.run import METHODS, Settings, quantize_directory
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ def run(source: Path, asked: Asked) -> Outcome:
     if not prepared.splits["test"]:
         raise UserError("data.splits.test: 0 questions; the comparison needs some")
     samples = samples_of(asked.samples, len(prepared.splits["calibration"]))
+    quantization.check(subject.model, _settings(subject, asked))
     check_space(subject, asked.scheme)
     try:
         return _run(subject, asked, prepared, samples)
@@ -198,14 +200,7 @@ def _quantized(subject: Subject, asked: Asked, full: Full) -> dict[str, Any]:
     from rich.progress import Progress
 
     target, path = subject.work / "model", subject.work / FACTS_FILE
-    settings = Settings(
-        scheme=asked.scheme,
-        method=asked.method,
-        ignore=tuple(asked.ignore),
-        alpha=asked.alpha,
-        seed=subject.config.seed,
-        trust_remote_code=subject.config.model.trust_remote_code,
-    )
+    settings = _settings(subject, asked)
     known = [full.weights_hash, asdict(settings), file_hash(subject.work / TEXTS_FILE)]
     key = hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
     kept = _kept_facts(path, key, target)
@@ -229,6 +224,17 @@ def _quantized(subject: Subject, asked: Asked, full: Full) -> dict[str, Any]:
             raise
     write_json(path, {"key": key, "model_hash": weights_hash(target), "facts": facts})
     return facts
+
+
+def _settings(subject: Subject, asked: Asked) -> Settings:
+    return Settings(
+        scheme=asked.scheme,
+        method=asked.method,
+        ignore=tuple(asked.ignore),
+        alpha=asked.alpha,
+        seed=subject.config.seed,
+        trust_remote_code=subject.config.model.trust_remote_code,
+    )
 
 
 def _kept_facts(path: Path, key: str, model: Path) -> dict[str, Any] | None:

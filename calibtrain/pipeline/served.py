@@ -15,7 +15,7 @@ import torch
 
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.generation import Generation
-from calibtrain.confidence.likelihood import _answer, _tell_thinking, answer_span
+from calibtrain.confidence.likelihood import answer_span, graded_answer, tell_thinking
 from calibtrain.config import RunConfig
 from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import template_of
@@ -78,9 +78,9 @@ class Served:
             on_done=on_batch,
         )
         generations = [Generation(one.tokens, one.logprobs, _no_states(one), one.finished) for one in made]
-        _tell_thinking(generations, template, settings)
+        tell_thinking(generations, template, settings)
         answers: list[Answer] = [
-            _answer(record, template.decode_answer(one.tokens), answer_span(one, template), template, settings)
+            graded_answer(record, template.decode_answer(one.tokens), answer_span(one, template), template, settings)
             for record, one in zip(records, generations, strict=True)
         ]
         return Measurement(answers, np.zeros((len(answers), 0)))

@@ -91,14 +91,7 @@ def quantize_directory(
     before anything is written, for an unknown method, a quantised source and layers that the scheme does not fit.
     """
     started = time.monotonic()
-    if settings.method not in METHODS:
-        raise UserError(f"--method: {settings.method!r} is none of {', '.join(METHODS)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    streamed = StreamedModel(source, trust_remote_code=settings.trust_remote_code, device=device)
-    chosen, ignored = _chosen(streamed, settings)
-    check_readable(streamed.model, settings.scheme)
-    widths = {name: matrix_of(one).shape[1] for name, one in chosen.items()}
-    scheme = fit_groups(settings.scheme, widths | _experts_widths(streamed))
+    streamed, chosen, ignored, scheme = _opened(source, settings)
     fused = has_fused_experts(
         streamed.model
     )  # they are not read back from what is written, so that such runs start anew
@@ -141,6 +134,23 @@ def quantize_directory(
         "seconds": round(time.monotonic() - started, 1),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
+
+
+def check(source: Path, settings: Settings) -> None:
+    """Raise UserError for whatever `quantize_directory` would refuse, before there are texts; no block is read."""
+    _opened(source, settings)
+
+
+def _opened(source: Path, settings: Settings) -> tuple[StreamedModel, dict[str, nn.Module], list[str], Scheme]:
+    """The model, the layers to quantise by full name, those that stay, and the scheme that fits."""
+    if settings.method not in METHODS:
+        raise UserError(f"--method: {settings.method!r} is none of {', '.join(METHODS)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    streamed = StreamedModel(source, trust_remote_code=settings.trust_remote_code, device=device)
+    chosen, ignored = _chosen(streamed, settings)
+    check_readable(streamed.model, settings.scheme)
+    widths = {name: matrix_of(one).shape[1] for name, one in chosen.items()}
+    return streamed, chosen, ignored, fit_groups(settings.scheme, widths | _experts_widths(streamed))
 
 
 def _chosen(streamed: StreamedModel, settings: Settings) -> tuple[dict[str, nn.Module], list[str]]:
