@@ -241,8 +241,15 @@ def test_what_the_quantiser_refuses_leaves_nothing(out, monkeypatch):
 
     monkeypatch.setattr(quantize, "quantize_directory", refuses)
     with pytest.raises(UserError, match="x_proj"):
-        quantize.run(out, asked(ignore=("x_proj",)))
+        quantize.run(out, asked())
     assert not any((out / "quantized").iterdir())
+
+
+def test_a_layer_that_is_none_is_told_before_the_work(out, monkeypatch):
+    monkeypatch.setattr(quantize, "full_precision", never)
+    with pytest.raises(UserError, match="--ignore: no layer is called 'x_proj'; there are q_proj"):
+        quantize.run(out, asked(ignore=("x_proj",)))
+    assert not (out / "quantized").exists()
 
 
 def test_a_disk_without_room_is_told_before_the_work(out, monkeypatch):
