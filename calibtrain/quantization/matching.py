@@ -87,13 +87,13 @@ def joins_of(block: nn.Module, index: int, batch: Inputs, layers: Mapping[str, n
     seen = trace(block, index, batch, layers)
     places = list(seen.stream)
     assert seen.output is not None
-    found = {}
+    found: dict[str, str] = {}
     for name, made in seen.made.items():
         for place in places:
             behind = [*(seen.stream[one] for one in places if one != place), seen.output]
             before = seen.stream[place]
             if before.shape == made.shape and any(torch.equal(before + made, after) for after in behind):
-                found[name] = place
+                found.setdefault(name, place)  # a norm at the block's beginning reads what the block does
     return found
 
 

@@ -87,7 +87,7 @@ class StreamedModel:
         try:
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(
-                    self.settings, trust_remote_code=trust_remote_code, dtype=self.dtype, attn_implementation="sdpa"
+                    self.settings, trust_remote_code=trust_remote_code, dtype=self.dtype
                 )
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"{self.source}: {cause(error)}") from None
@@ -100,7 +100,7 @@ class StreamedModel:
         from transformers import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_pretrained(
-            str(self.source), trust_remote_code=trust_remote_code, dtype=self.dtype, attn_implementation="sdpa"
+            str(self.source), trust_remote_code=trust_remote_code, dtype=self.dtype
         )
         return model.to(self.device)
 
