@@ -107,7 +107,8 @@ def model_of(name: str, run: Path, work: Path, samples: int, questions: int) -> 
     found = measured(config, path, splits, shots, folder / "full")
     file = folder / "texts.json"
     if not file.is_file():
-        chosen = choose_calibration_set(splits["calibration"], samples)
+        # With examples in its prompt a text is some five times as long.
+        chosen = choose_calibration_set(splits["calibration"], samples if name == "tuned" else samples // 4)
         texts = own_answers(Loaded(config, path), chosen, shots)
         file.write_text(json.dumps([[list(one.prompt), list(one.answer)] for one in texts]))
     texts = [Text(*one) for one in json.loads(file.read_text())]
