@@ -122,8 +122,7 @@ def quantize(model: Model, cell: tuple[str, str, str], target: Path, work: Path,
     started = time.monotonic()
     if tool == OURS:
         group = GROUP if scheme.endswith("a16") else None
-        alpha = 0.8 if method == "smoothquant" else 0.5
-        settings = Settings(scheme_of(scheme, group_size=group), method, alpha=alpha)
+        settings = Settings(scheme_of(scheme, group_size=group), method, alpha=0.8)
         quantize_directory(model.path, target, model.texts, settings)
         return time.monotonic() - started
     texts = work / model.name / "texts_peer.json"

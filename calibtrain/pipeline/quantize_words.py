@@ -57,7 +57,7 @@ def _accuracy(row: Row) -> list[str]:
     noise = row["low"] is None or row["low"] <= 0 <= row["high"]
     if not row["difference"]:
         return [f"{found}."]
-    return [f"{found}. Chance alone {'explains' if noise else 'does not explain'} that difference."]
+    return [f"{found}. {'That may be chance' if noise else 'Chance alone does not explain that difference'}."]
 
 
 def _kept_threshold(kept: Mapping[str, Any] | None, n: int) -> list[str]:
@@ -75,7 +75,7 @@ def _kept_threshold(kept: Mapping[str, Any] | None, n: int) -> list[str]:
         if after["low"] > kept["promised"]
         else "as promised here, though nobody has certified it"
         if after["high"] <= kept["promised"]
-        else "which of these questions alone cannot be told from the promise"
+        else "these questions are too few to tell that from the promise"
     )
     return [
         f"{head}, {page.share(wrong)} of these wrong ({between}) where at most {promised} were promised: {verdict}. That "
