@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from calibtrain.quantization import rounding
 from calibtrain.quantization.affine import from_grid, quantize_weight, to_grid
 from calibtrain.quantization.rounding import Moments, corrected, round_compensated
 from calibtrain.quantization.schemes import scheme_of
@@ -87,7 +88,8 @@ def moments_of(weight, wanted, x, weights=None):
     return moments
 
 
-def test_weights_are_found_that_make_what_was_wanted():
+def test_weights_are_found_that_make_what_was_wanted(monkeypatch):
+    monkeypatch.setattr(rounding, "RIDGES", (1e-4, 3.0))
     weight, truth, x = weight_of(16, 64), weight_of(16, 64, seed=5), correlated(4000, 64)
     better = corrected(weight, moments_of(weight, x @ truth.T, x))
     lacking = (x @ (truth - better).T).square().mean() / (x @ (truth - weight).T).square().mean()
