@@ -6,6 +6,7 @@
 --peer: the interpreter of an environment with llm-compressor (it wants another transformers than ours). Each model
 answers the run's own splits: the calibrator is fitted on `temperature`, the certificate earned on `certification`, and
 the table is of `test`. Two models: the run's, and the one that it started from, which is shown examples in its prompt.
+half1 and half2 are the run's model, quantised by either half of the texts: how much a result owes to the draw.
 What lies in --work is not made again. --time alternates the passes in turn and does nothing else: give it an idle machine.
 """
 
@@ -101,17 +102,19 @@ def model_of(name: str, run: Path, work: Path, samples: int, questions: int) -> 
     config = load_config(run / "config.yaml")
     prepared = prepare(config)
     splits = {**prepared.splits, "test": prepared.splits["test"][:questions]}
-    path = run / "model" if name == "tuned" else Path(local_path(config.model.source))
-    shots = () if name == "tuned" else prepared.shots
-    folder = work / name
+    path = Path(local_path(config.model.source)) if name == "start" else run / "model"
+    shots = prepared.shots if name == "start" else ()
+    folder = work / ("start" if name == "start" else "tuned")
     found = measured(config, path, splits, shots, folder / "full")
     file = folder / "texts.json"
     if not file.is_file():
         # With examples in its prompt a text is some five times as long.
-        chosen = choose_calibration_set(splits["calibration"], samples if name == "tuned" else samples // 4)
+        chosen = choose_calibration_set(splits["calibration"], samples // 4 if name == "start" else samples)
         texts = own_answers(Loaded(config, path), chosen, shots)
         file.write_text(json.dumps([[list(one.prompt), list(one.answer)] for one in texts]))
     texts = [Text(*one) for one in json.loads(file.read_text())]
+    if name.startswith("half"):
+        texts = texts[int(name[-1]) - 1 :: 2]
     return Model(name, path, config, splits, shots, texts, found, certified(config, found, path))
 
 
@@ -171,11 +174,11 @@ def row_of(model: Model, cell: tuple[str, str, str], work: Path, peer: str | Non
 
 
 def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of the run's model under plain names, of the one it started from behind `start_`; peers behind `peer_`."""
+    """Of the run's model under plain names, of others behind theirs; peers behind `peer_`."""
     found: dict[str, float] = {}
     keys = ("accuracy_delta", "auroc_delta", "ece_old_calibrator", "ece_refitted", "coverage_kept", "changed_answers")
     for row in rows:
-        first = ("start_" if row["model"] != "tuned" else "") + ("peer_" if row["tool"] == PEER else "")
+        first = ("" if row["model"] == "tuned" else f"{row['model']}_") + ("peer_" if row["tool"] == PEER else "")
         for key in keys:
             found[f"{first}{key}_{row['scheme']}_{row['method']}"] = row[key]
     for scheme in ("w4a16", "w8a8"):
@@ -209,7 +212,7 @@ def main() -> None:
     parser.add_argument("--peer", help="interpreter of an environment with llm-compressor; without it none is measured")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--questions", type=int, default=1000)
-    parser.add_argument("--models", default="tuned,start")
+    parser.add_argument("--models", default="tuned,start,half1,half2")
     parser.add_argument("--methods", help="E.g. minmax,awq. Default: all")
     parser.add_argument("--time", type=int, metavar="REPEATS", help="time the passes instead")
     parser.add_argument("--json", type=Path)
@@ -223,7 +226,7 @@ def main() -> None:
         if options.time:
             rows = timed(model, options.work, options.peer, options.time)
             break
-        for cell in cells:
+        for cell in cells if not name.startswith("half") else [(OURS, "w4a16", "preserve")]:
             rows.append(row_of(model, cell, options.work, options.peer))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     if not options.time:
