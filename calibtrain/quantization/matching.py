@@ -18,8 +18,9 @@ from calibtrain.quantization.preserve import Weights
 from calibtrain.quantization.rounding import Moments, corrected, round_compensated
 from calibtrain.quantization.schemes import Scheme
 
-DAMPING = 0.1
-"""Share of the mean second moment that rounding adds to every input's; with a few hundred texts .01 fits those alone."""
+DAMPING, RIDGE = 0.1, 3.0
+"""Shares of the mean second moment, added to every input's: in rounding, and in making up for what the layers before lack.
+With a few hundred texts smaller ones fit those, and serve new questions worse (docs/quantization.md)."""
 OWN_INPUT = ""
 """The block's own input, as a place in the residual stream; others are modules that read it."""
 
@@ -70,11 +71,11 @@ def match_block(
                 if name in joins:
                     lacking += wanted.stream[joins[name]].float() - found.stream[joins[name]].float()
                 read, counted = found.read[name][batch.real], weights[name][number][batch.real]
-                moments[name].update(read, lacking[batch.real], counted, _second_half(batch)[batch.real])
+                moments[name].update(read, lacking[batch.real], counted)
         for name, one in some.items():
             moments[name].all_reduce()
-            better, hessian = corrected(matrix_of(one), moments[name]), moments[name].inputs.sum(0)
-            quantized[name] = round_compensated(better, hessian, scheme, DAMPING, matrix_of(one).dtype)
+            better = corrected(matrix_of(one), moments[name], RIDGE)
+            quantized[name] = round_compensated(better, moments[name].inputs, scheme, DAMPING, matrix_of(one).dtype)
             matrix_of(one).copy_(quantized[name].dequantized())
     return quantized, scales
 
@@ -123,11 +124,6 @@ def trace(block: nn.Module, index: int, batch: Inputs, layers: Mapping[str, nn.M
         for handle in handles:
             handle.remove()
     return found
-
-
-def _second_half(batch: Inputs) -> Tensor:
-    """Which tokens (B, T) belong to every second text."""
-    return (torch.arange(len(batch.real), device=batch.real.device) % 2 == 1)[:, None].expand_as(batch.real)
 
 
 def _same_modules(block: nn.Module, reference: nn.Module, layers: Mapping[str, nn.Module]) -> list[nn.Module]:

@@ -18,33 +18,28 @@ from calibtrain.quantization.affine import (
 from calibtrain.quantization.inputs import over_ranks
 from calibtrain.quantization.schemes import Scheme
 
-RIDGES = (3.0, 10.0, 30.0, 100.0)
-"""Shares of the mean second moment to choose from. Smaller ones would often be chosen and serve new questions worse: the
-blocks before have been fitted to both halves of the texts."""
 BLOCK = 128
 """Columns whose errors are spread among themselves first, and over the others together."""
 
 
 @dataclass(slots=True)
 class Moments:
-    """Sums over weighted tokens of what a layer reads, x, and of what its output lacks, e = y - W x, in two halves."""
+    """Sums over weighted tokens of what a layer reads, x, and of what its output lacks, e = y - W x."""
 
-    inputs: Tensor  # sum of w x xᵀ, (2, in, in) float32: half the Hessian of the squared output error
-    lacking: Tensor  # sum of w e xᵀ, (2, out, in) float32
+    inputs: Tensor  # sum of w x xᵀ, (in, in) float32: half the Hessian of the squared output error
+    lacking: Tensor  # sum of w e xᵀ, (out, in) float32
 
     @classmethod
     def of(cls, weight: Tensor) -> Moments:
         """Of no tokens yet, for a layer of `weight` (out, in)."""
         out, width = weight.shape
-        return cls(*(torch.zeros(2, rows, width, device=weight.device) for rows in (width, out)))
+        return cls(*(torch.zeros(rows, width, device=weight.device) for rows in (width, out)))
 
-    def update(self, x: Tensor, lacking: Tensor, weights: Tensor, second: Tensor) -> None:
-        """Add tokens x (N, in), what the output lacks there (N, out), how much each counts and in which half it is (N,)."""
-        for half, mine in enumerate((~second, second)):
-            read = x[mine].float()
-            weighted = read * weights[mine, None]
-            self.inputs[half].addmm_(weighted.T, read)
-            self.lacking[half].addmm_(lacking[mine].float().T, weighted)
+    def update(self, x: Tensor, lacking: Tensor, weights: Tensor) -> None:
+        """Add tokens x (N, in), what the output lacks there (N, out), and how much each counts (N,)."""
+        weighted = x.float() * weights[:, None]
+        self.inputs.addmm_(weighted.T, x.float())
+        self.lacking.addmm_(lacking.float().T, weighted)
 
     def all_reduce(self) -> None:
         """Sum over ranks, where there are several. Collective."""
@@ -52,40 +47,17 @@ class Moments:
         over_ranks(self.lacking, dist.ReduceOp.SUM)
 
 
-def corrected(weight: Tensor, moments: Moments) -> Tensor:
+def corrected(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
     """Weights whose outputs lack as little as can be, before they are rounded: W + E (H + ridge)^-1. (out, in) float32.
 
     What comes in is already off, since the layers before are rounded; the least-squares weights for that are these
-    (the asymmetric calibration of GPTAQ, Li et al. 2025, arXiv 2504.02692). With a few hundred texts they fit those and
-    no others unless they are held back: the ridge is the one by which each half of the texts serves the other best.
+    (the asymmetric calibration of GPTAQ, Li et al. 2025, arXiv 2504.02692). ridge: share of the mean diagonal of H that is
+    added to it. Where there is no solution the weights stay.
     """
-    errors = []
-    for ridge in RIDGES:
-        changes = [_change(moments.inputs[half], moments.lacking[half], ridge) for half in (0, 1)]
-        if any(change is None for change in changes):
-            errors.append(torch.inf)
-            continue
-        errors.append(
-            sum(_error(change, moments, 1 - half) for half, change in enumerate(changes) if change is not None)
-        )
-    best = min(range(len(RIDGES)), key=errors.__getitem__)
-    change = _change(moments.inputs.sum(0), moments.lacking.sum(0), RIDGES[best])
-    if change is None or not errors[best] < 0:  # 0: as it is
-        return weight.float()
-    return weight.float() + change
-
-
-def _change(inputs: Tensor, lacking: Tensor, ridge: float) -> Tensor | None:
-    """E (H + ridge)^-1, or None where there is none."""
-    factor, failed = torch.linalg.cholesky_ex(_damped(inputs, ridge))
+    factor, failed = torch.linalg.cholesky_ex(_damped(moments.inputs, ridge))
     if int(failed) or not bool(torch.isfinite(factor).all()):
-        return None
-    return torch.cholesky_solve(lacking.T, factor).T
-
-
-def _error(change: Tensor, moments: Moments, half: int) -> float:
-    """Squared error of a half's outputs after a change of the weights, less that before: tr(D H Dᵀ) - 2 tr(D Eᵀ)."""
-    return float(((change @ moments.inputs[half]) * change).sum() - 2 * (change * moments.lacking[half]).sum())
+        return weight.float()
+    return weight.float() + torch.cholesky_solve(moments.lacking.T, factor).T
 
 
 def round_compensated(
