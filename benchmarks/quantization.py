@@ -38,7 +38,7 @@ from calibtrain.pipeline.evaluate import Loaded, Measurement, read_measurement, 
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize import side_of
 from calibtrain.pipeline.quantize_full import own_answers
-from calibtrain.pipeline.quantize_table import compare
+from calibtrain.pipeline.quantize_table import changes, compare
 from calibtrain.quantization.blocks import Text
 from calibtrain.quantization.run import Settings, quantize_directory
 from calibtrain.quantization.schemes import scheme_of
@@ -167,6 +167,9 @@ def row_of(model: Model, cell: tuple[str, str, str], work: Path, peer: str | Non
         "certified_coverage": rows["certified_coverage"]["after"],
         "coverage_kept": (rows["certified_coverage"]["after"] or 0.0) / (rows["certified_coverage"]["before"] or 1.0),
         "changed_answers": changed["changed"],
+        "changed_certification": changes(model.measured["certification"].answers, found["certification"].answers)[
+            "changed"
+        ],
         "wrong_to_right": changed["wrong_to_right"],
         "right_to_wrong": changed["right_to_wrong"],
         "megabytes": sum(one.stat().st_size for one in path.glob("*.safetensors")) / 1e6,
@@ -214,6 +217,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--models", default="tuned,start,half1,half2")
     parser.add_argument("--methods", help="E.g. minmax,awq. Default: all")
+    parser.add_argument("--kept", action="store_true", help="only what lies in --work")
     parser.add_argument("--time", type=int, metavar="REPEATS", help="time the passes instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -227,6 +231,8 @@ def main() -> None:
             rows = timed(model, options.work, options.peer, options.time)
             break
         for cell in cells if not name.startswith("half") else [(OURS, "w4a16", "preserve")]:
+            if options.kept and not (options.work / name / "-".join(cell) / "test.jsonl").is_file():
+                continue
             rows.append(row_of(model, cell, options.work, options.peer))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     if not options.time:
