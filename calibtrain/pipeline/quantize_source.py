@@ -18,6 +18,7 @@ from calibtrain.data.records import Record
 from calibtrain.data.sources import load_records
 from calibtrain.data.splits import EVALUATION_SPLITS, split_of, unique_records
 from calibtrain.errors import UserError
+from calibtrain.models.loading import answering_config
 from calibtrain.pipeline.calibration_file import read_calibration, weights_hash
 from calibtrain.quantization.schemes import Scheme
 
@@ -115,7 +116,7 @@ def _config_of(source: Path, asked: Asked, target: Path) -> RunConfig:
     config = RunConfig(
         name=source.resolve().name,
         output_dir=target,
-        model=ModelConfig(source=str(source.resolve())),
+        model=answering_config(ModelConfig(), source.resolve()),
         # As a source of questions alone, else half of them would be kept for training.
         data=DataConfig(source=file, questions=file, template=template),  # type: ignore[arg-type]
         objective=SFTConfig(),

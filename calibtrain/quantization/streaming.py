@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
-from calibtrain.models.loading import cause, load_settings
+from calibtrain.models.loading import answering_config, cause, load_settings
 from calibtrain.quantization.blocks import find_blocks
 from calibtrain.spectral.model_files import ModelFiles, open_model
 
@@ -27,8 +27,7 @@ class StreamedModel:
         self.source = source
         self.device = torch.device(device)
         self.files: ModelFiles = open_model(source)
-        config = ModelConfig(source=str(source), trust_remote_code=trust_remote_code)
-        self.settings = load_settings(config)
+        self.settings = load_settings(answering_config(ModelConfig(trust_remote_code=trust_remote_code), source))
         self.dtype = self._stored_dtype()
         self.model = self._skeleton(trust_remote_code)
         self.prefix, self.blocks = find_blocks(self.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ stay whole; here a prefetch brings less than a layer's widest matrix, and what w
 def sharded(folder: Path) -> str:
     """A DeepSpeed JSON with SHARDED, for `training.deepspeed`."""
     path = folder / "sharded.json"
-    path.write_text(json.dumps({"zero_optimization": SHARDED}))
+    partial = folder / f"sharded.{os.getpid()}"  # ranks write it side by side: none may read another's half
+    partial.write_text(json.dumps({"zero_optimization": SHARDED}))
+    os.replace(partial, path)
     return str(path)
 
 
