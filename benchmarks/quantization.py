@@ -1,7 +1,7 @@
 """What bits cost in confidence: every scheme and method on real questions, beside llm-compressor's on the same texts.
 
-    calibtrain demo output_dir=/tmp/demo
-    python benchmarks/quantization.py --run /tmp/demo --work /tmp/quantization --peer PYTHON --json PATH
+    calibtrain demo
+    python benchmarks/quantization.py --run out --work work --peer PYTHON --json PATH
 
 --peer: the interpreter of an environment with llm-compressor (it wants another transformers than ours). Each model
 answers the run's own splits: the calibrator is fitted on `temperature`, the certificate earned on `certification`, and

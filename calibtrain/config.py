@@ -26,6 +26,7 @@ from calibtrain.config_losses import (
     WeightPenaltyConfig,
 )
 from calibtrain.config_rollouts import GRPOConfig, PolicyGradientConfig, PPOConfig, RLOOConfig, RolloutsConfig
+from calibtrain.config_tracking import TrackingConfig
 
 __all__ = [
     "AnswerScoreConfig",
@@ -44,6 +45,7 @@ __all__ = [
     "RunConfig",
     "SFTConfig",
     "SplitSizes",
+    "TrackingConfig",
     "WeightPenaltyConfig",
 ]
 
@@ -228,31 +230,6 @@ class AbstentionConfig(Section):
     """Scale of the words for probabilities."""
     report_risks: tuple[Risk, ...] = (0.05, 0.1, 0.2, 0.3)
     """Risks at which the report states the coverage."""
-
-
-class TrackingConfig(Section):
-    """Where the run's numbers go beside metrics.jsonl."""
-
-    wandb: bool = True
-    """Log to Weights & Biases."""
-    project: str = "calibtrain"
-    """W&B project."""
-    entity: str | None = None
-    """W&B user or team; null is your default."""
-    group: str | None = None
-    """W&B group, to show several runs together."""
-    tags: tuple[str, ...] = ()
-    """W&B tags."""
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """`auto`: online with a W&B key, else offline."""
-    log_answers: bool = False
-    """Also send questions, answers, grades and names of groups to W&B; without it numbers alone leave the machine."""
-    spectra_every: Annotated[int, Field(ge=0)] = 0
-    """Optimiser steps between two readings of how far matrices have gone from where the run began; 0 reads none."""
-    spectra_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["first-middle-last", "all-linear"] = (
-        "first-middle-last"
-    )
-    """Which: trained linear layers of three blocks, all of them, or parts of their names: `q_proj`, `layers.0.mlp`."""
 
 
 class RunConfig(Section):

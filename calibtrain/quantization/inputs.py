@@ -19,7 +19,9 @@ def check_finite(x: Tensor, index: int, name: str) -> None:
 
 
 def over_ranks(x: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
-    """The sum or maximum of a tensor over all ranks, in place; as it is where there is one process."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(x, op=how)
+    """The sum, minimum or maximum of a tensor over all ranks, in place; as it is where there is one process."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        on = x.cuda() if dist.get_backend() == "nccl" else x  # which knows no tensors in host memory
+        dist.all_reduce(on, op=how)
+        x.copy_(on)
     return x

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from calibtrain.errors import UserError
 from calibtrain.quantization.affine import Grid, from_grid, scale_and_zero, to_grid
 from calibtrain.quantization.blocks import Inputs, observe
+from calibtrain.quantization.inputs import over_ranks
 from calibtrain.quantization.schemes import Scheme
 
 TENSOR_BITS, CHANNEL_BITS = 7, 4
@@ -50,8 +51,8 @@ class MinMax:
 
     def all_reduce(self) -> None:
         """Take in what all ranks saw. Collective; nothing where there are none."""
-        _reduce(self.low, dist.ReduceOp.MIN)
-        _reduce(self.high, dist.ReduceOp.MAX)
+        over_ranks(self.low, dist.ReduceOp.MIN)
+        over_ranks(self.high, dist.ReduceOp.MAX)
 
     def range(self) -> tuple[Tensor, Tensor]:
         """(low, high), float32, () or (channels,). Raises UserError where no token was seen."""
@@ -94,7 +95,7 @@ class Histogram(MinMax):
     def all_reduce(self) -> None:
         """As MinMax."""
         super().all_reduce()
-        _reduce(self.counts, dist.ReduceOp.SUM)
+        over_ranks(self.counts, dist.ReduceOp.SUM)
 
     def values(self) -> Tensor:
         """The number that each bin stands for, ascending (bins,)."""
@@ -167,13 +168,6 @@ class LeastError(Histogram):
 def _first_at(counts: Tensor, rank: Tensor) -> Tensor:
     """Index of the bin that holds the number of each row's `rank` (from 1 on)."""
     return torch.searchsorted(counts.cumsum(-1, dtype=torch.int64), rank[:, None])[:, 0]
-
-
-def _reduce(tensor: Tensor, op: Any) -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        on = tensor.cuda() if dist.get_backend() == "nccl" else tensor
-        dist.all_reduce(on, op=op)
-        tensor.copy_(on)
 
 
 OBSERVERS = ("minmax", "percentile", "mse")

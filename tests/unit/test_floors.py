@@ -20,6 +20,7 @@ FLOORS = (
         "config_losses",
         "config_preferences",
         "config_rollouts",
+        "config_tracking",
         "config_file",
         "distributed",
         "errors",
