@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibtrain.abstention.words import percent
+from calibtrain.errors import UserError
 
 
 def render(template: str, context: dict[str, Any], **filters: Callable[..., Any]) -> str:
@@ -45,3 +47,14 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.{digits}f}".replace("-", "−")
+
+
+def read_content(path: Path, known: int, again: str) -> dict[str, Any]:
+    """A JSON object of the format that is `known`; else UserError, which ends with `again`: how to make it anew."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {again}") from error
+    if not isinstance(content, dict) or content.get("format") != known:
+        raise UserError(f"{path}: not of format {known}, which this version reads; {again}")
+    return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from calibtrain.confidence.answer import Answer
 from calibtrain.data.grading import normalize
 from calibtrain.errors import UserError
+from calibtrain.pipeline import page
 from calibtrain.pipeline import quantize_words as words
 from calibtrain.pipeline.figures import TOP, Axes, framed, nice_ceiling
 
@@ -43,12 +43,7 @@ class Part:
 def read_quantization(path: Path) -> dict[str, Any]:
     """Content of a quantization.json. Raises UserError naming the file where it cannot be read whole."""
     again = "run `calibtrain quantize` again"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {again}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not of format {FORMAT}, which this version reads; {again}")
+    content = page.read_content(path, FORMAT, again)
     missing = next((key for key in KEYS if key not in content), None)
     if missing is not None:
         raise UserError(f"{path}: {missing} is missing; {again}")

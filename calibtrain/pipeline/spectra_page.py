@@ -5,7 +5,6 @@ The page is made as report.html is: inline SVG, nothing loaded, everything but t
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,12 +53,7 @@ FACTS = (
 def read_spectra(path: Path) -> dict[str, Any]:
     """Content of a spectra.json. Raises UserError naming the file where it cannot be read whole."""
     again = "run `calibtrain spectra` again"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {again}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not of format {FORMAT}, which this version reads; {again}")
+    content = page.read_content(path, FORMAT, again)
     fault = _fault(content)
     if fault:
         raise UserError(f"{path}: {fault}; {again}")
