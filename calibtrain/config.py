@@ -26,6 +26,7 @@ from calibtrain.config_losses import (
     WeightPenaltyConfig,
 )
 from calibtrain.config_rollouts import GRPOConfig, PolicyGradientConfig, PPOConfig, RLOOConfig, RolloutsConfig
+from calibtrain.config_tasks import ShortAnswerTask, TaskConfig
 from calibtrain.config_tracking import TrackingConfig
 
 __all__ = [
@@ -181,14 +182,12 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """How questions are answered and graded."""
+    """How questions are answered."""
 
     batch_size: Count = 64
     """Questions answered at once on one rank."""
     max_new_tokens: Count = 12
-    """An answer not finished after so many tokens is cut, and counts as it stands."""
-    grading: Literal["normalized_match", "exact_match"] = "normalized_match"
-    """`normalized_match` ignores case, accents, punctuation and a leading "the"."""
+    """A reply not finished after so many tokens is cut, and counts as it stands; by default what `task.kind` needs."""
 
 
 class CalibrationConfig(Section):
@@ -245,6 +244,8 @@ class RunConfig(Section):
     """The model."""
     data: DataConfig = DataConfig()
     """The data."""
+    task: TaskConfig = ShortAnswerTask()
+    """What an answer is, and when it is right."""
     objective: Objective = ORPOConfig()
     """What training minimises."""
     rollouts: RolloutsConfig = RolloutsConfig()
@@ -256,13 +257,33 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     """The optimiser and the engine."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Answering and grading."""
+    """Answering."""
     calibration: CalibrationConfig = CalibrationConfig()
     """What confidence means."""
     abstention: AbstentionConfig = AbstentionConfig()
     """When to say nothing."""
     tracking: TrackingConfig = TrackingConfig()
     """Where the numbers go."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _where_grading_was(cls, values: Any) -> Any:
+        """Runs of earlier versions say how to grade under `evaluation`."""
+        evaluation = values.get("evaluation") if isinstance(values, dict) else None
+        if not isinstance(evaluation, dict) or "grading" not in evaluation or "task" in values:
+            return values
+        kept = {key: value for key, value in evaluation.items() if key != "grading"}
+        return {**values, "evaluation": kept, "task": {"kind": "short_answer", "match": evaluation["grading"]}}
+
+    @model_validator(mode="after")
+    def _tokens_of_the_task(self) -> RunConfig:
+        if (
+            "max_new_tokens" not in self.evaluation.model_fields_set
+            and self.evaluation.max_new_tokens != self.task.TOKENS
+        ):
+            # Only here, while the tree is built: afterwards nothing changes.
+            self.__dict__["evaluation"] = self.evaluation.model_copy(update={"max_new_tokens": self.task.TOKENS})
+        return self
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:

@@ -9,17 +9,22 @@ from pydantic import AfterValidator, Field, model_validator
 
 from calibtrain.config_base import Count, Section, Weight
 
+LISTS = {"strata": True, "fields": True, "options": False}
+"""Fields that several columns make up -> whether a single column must be written as a list too."""
 
-def _only_strata_is_a_list(columns: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+
+def _lists_where_they_belong(columns: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
     for field, named in columns.items():
-        if isinstance(named, list) != (field == "strata"):
-            raise ValueError(f"{field}: " + ("a list of columns" if field == "strata" else "one column, not a list"))
-    if len(set(strata := columns.get("strata", []))) < len(strata):
-        raise ValueError("strata: names a column twice")
+        if isinstance(named, list) and field not in LISTS:
+            raise ValueError(f"{field}: one column, not a list")
+        if isinstance(named, str) and LISTS.get(field):
+            raise ValueError(f"{field}: a list of columns")
+        if isinstance(named, list) and len(set(named)) < len(named):
+            raise ValueError(f"{field}: names a column twice")
     return columns
 
 
-Columns = Annotated[dict[str, str | list[str]], AfterValidator(_only_strata_is_a_list)]
+Columns = Annotated[dict[str, str | list[str]], AfterValidator(_lists_where_they_belong)]
 
 
 class GeographySource(Section):
@@ -39,8 +44,9 @@ class FileSource(Section):
     path: Path
     """In a YAML file, relative to that file; on the command line, to the working directory."""
     columns: Columns = Field(default={})
-    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers) to the file's column;
-    `strata` lists the columns whose values group the questions."""
+    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options) to the file's
+    column; `strata` lists the columns whose values group the questions, `fields` those that the task reads; `options` is
+    one column of lists or a list of columns."""
 
 
 class HubSource(Section):
@@ -60,8 +66,9 @@ class HubSource(Section):
     limit: int | None = Field(default=None, ge=1)
     """At most so many rows are read; required when streaming."""
     columns: Columns = Field(default={})
-    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers) to the data set's column;
-    `strata` lists the columns whose values group the questions."""
+    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options) to the data set's
+    column; `strata` lists the columns whose values group the questions, `fields` those that the task reads; `options` is
+    one column of lists or a list of columns."""
 
     @model_validator(mode="after")
     def _streaming_needs_limit(self) -> HubSource:

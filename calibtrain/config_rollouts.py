@@ -36,7 +36,7 @@ class RolloutsConfig(Section):
     format_penalty: float | None = None
     """What an answer that states no confidence earns; below the worst proper score. null: one half below it."""
     abstentions: tuple[str, ...] = ("I don't know",)
-    """What counts as abstaining, in `ternary`, compared as evaluation.grading compares answers."""
+    """What counts as abstaining, in `ternary`, compared as the task compares answers."""
 
     @property
     def score_in_loss(self) -> Literal["brier", "log"] | None:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibtrain.config_file import load_config
-from calibtrain.data.grading import normalize
 from calibtrain.data.sources import load_records
+from calibtrain.tasks.matching import normalize
 from tests.distributed.jobs import write_job
 from tests.tiny import write_tiny_model
 

@@ -7,6 +7,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from calibtrain.tasks.matching import normalize
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPart:
+    """A piece of an answer that is right or wrong by itself: a field of JSON, a claim."""
+
+    name: str
+    text: str
+    logprob: float  # of its tokens
+    correct: bool | None = None
+
+    @property
+    def confidence(self) -> float:
+        """Probability the model gave to exactly these tokens, given what stands before them, in [0, 1]."""
+        return math.exp(min(0.0, self.logprob))
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -21,6 +38,11 @@ class Answer:
     strata: Mapping[str, str] = field(default_factory=dict)
     finished: bool = True  # False: cut at max_new_tokens before the end token
     tokens: tuple[str, ...] = ()  # text of each token, joined the answer as generated; "" for the end token
+    key: str = ""  # answers to one question mean the same where it is equal
+    reply: str = ""  # all that was said, where the answer is a part of it or written otherwise
+    reply_logprob: float | None = None  # of the whole reply with its thinking, where the answer is a part of it
+    found: bool = True  # False: the reply holds nothing that could be an answer
+    parts: tuple[AnswerPart, ...] = ()  # pieces that are right or wrong by themselves
 
     @property
     def logprob(self) -> float:
@@ -32,6 +54,24 @@ class Answer:
         """Probability the model gave to exactly this answer, in [0, 1]."""
         return math.exp(min(0.0, self.logprob))
 
+    @property
+    def meaning(self) -> str:
+        """What answers to one question are compared by."""
+        return self.key or normalize(self.text)
+
+    @property
+    def said(self) -> str:
+        """The whole reply, which is what the model would say again."""
+        return self.reply or self.text
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the confidence."""
         return {**asdict(self), "strata": dict(self.strata), "confidence": self.confidence}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Answer:
+        """From JSON, which knows no tuples; `confidence` is not read. Raises TypeError, ValueError or KeyError."""
+        row: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        row.pop("confidence", None)
+        row["parts"] = tuple(AnswerPart(**one) for one in row.get("parts", ()))
+        return cls(**row)

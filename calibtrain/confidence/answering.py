@@ -13,10 +13,10 @@ from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.likelihood import Answered, answer_questions
 from calibtrain.config import EvaluationConfig
-from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World, all_agree, gather_lists, gather_rows, shard
 from calibtrain.models.loss_model import AnswerFeatures
+from calibtrain.records import Record
 
 
 @dataclass(frozen=True, slots=True)

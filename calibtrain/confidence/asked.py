@@ -13,9 +13,9 @@ from calibtrain.calibration.scores import sigmoid
 from calibtrain.confidence.generation import choice_logprobs, common_prefix, generate
 from calibtrain.confidence.likelihood import Answered
 from calibtrain.confidence.source import Array, Asker, Cost, SourceScores
-from calibtrain.data.grading import normalize
 from calibtrain.data.queries import NO_YES, choice_ids, query_record
-from calibtrain.data.records import Message, Record
+from calibtrain.records import Message, Record
+from calibtrain.tasks.matching import normalize
 
 JUDGE = "Is the proposed answer correct?\nChoices:\n({}): {}\n({}): {}"
 """In the order no, yes the query that `correctness_query` trains (Kapoor et al. 2024, arXiv 2406.08391)."""

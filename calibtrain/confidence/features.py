@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World, barrier, gather_lists
 from calibtrain.errors import UserError
 from calibtrain.models.loss_model import HiddenStep
+from calibtrain.records import Record
 
 POSITIONS = ("question_last", "answer_last", "answer_mean")
 """Last token of the prompt, last token of the answer before its end token, mean over the answer's tokens without that."""

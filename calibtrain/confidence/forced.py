@@ -19,10 +19,10 @@ from calibtrain.calibration.intervals import wilson
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.likelihood import Answered, answer_questions
 from calibtrain.config import EvaluationConfig
-from calibtrain.data.grading import normalize
-from calibtrain.data.records import Record
 from calibtrain.data.refusal import REFUSALS
 from calibtrain.data.templates import Template
+from calibtrain.records import Record
+from calibtrain.tasks.matching import normalize
 
 IDK = "[IDK]"
 _REFUSALS = frozenset(map(normalize, REFUSALS))

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from calibtrain.calibration.temperature import TEMPERATURE_GRID
-from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.answer import Answer, AnswerPart
 from calibtrain.confidence.generation import AllDone, Generation, generate
 from calibtrain.config import EvaluationConfig
-from calibtrain.data.grading import grade
-from calibtrain.data.records import Record
+from calibtrain.data.replies import Reply, read_reply
 from calibtrain.data.templates import Template
 from calibtrain.models.loss_model import AnswerFeatures, ScoreStep
+from calibtrain.records import Record
+from calibtrain.tasks.task import Grade
 
 logger = logging.getLogger(__name__)
 
@@ -66,32 +67,58 @@ def answer_questions(
         not_first=not_first,
         on_batch=on_batch,
     )
-    made = [samples[0] for samples in generations]
-    tell_thinking(made, template, settings)
-    first = [answer_span(one, template) for one in made]
-    texts = [
-        template.decode_answer(one.tokens) for one in made
-    ]  # of the whole: the span alone no longer shows its block
-    answers = [
-        graded_answer(record, text, generation, template, settings)
-        for record, text, generation in zip(records, texts, first, strict=True)
-    ]
-    return Answered(answers, _features(first, answers))
+    return graded_answers(records, [samples[0] for samples in generations], template, settings)
 
 
-def answer_span(generation: Generation, template: Template) -> Generation:
-    """The generation from where its answer begins: its confidence is that of the answer, given what was thought before.
+def graded_answers(
+    records: Sequence[Record], generations: Sequence[Generation], template: Template, settings: EvaluationConfig
+) -> Answered:
+    """The answers that the template's task finds in generated replies, graded where they can be.
 
-    One that is all thinking stays whole.
+    The log-probs and hidden states are those of the answer's tokens, given what was said and thought before them.
     """
-    start = template.answer_start(generation.tokens)
-    if not start or start >= len(generation.tokens):
-        return generation
+    tell_thinking(generations, template, settings)
+    replies = [read_reply(template, one.tokens, record) for one, record in zip(generations, records, strict=True)]
+    grades = template.task.grades([one.reading for one in replies], records)
+    spans = [span_of(one, reply.span) for one, reply in zip(generations, replies, strict=True)]
+    answers = [
+        Answer(
+            question_id=record.id,
+            question=record.question,
+            text=reply.reading.text,
+            token_logprobs=span.logprobs,
+            correct=grade.correct,
+            accepted=record.accepted,
+            strata=record.strata,
+            finished=whole.finished,
+            tokens=template.token_texts(span.tokens),
+            key=template.task.key(reply.reading.text, record),
+            reply="" if reply.text == reply.reading.text else reply.text,
+            reply_logprob=None if len(span.tokens) == len(whole.tokens) else math.fsum(whole.logprobs),
+            found=reply.reading.found,
+            parts=_parts(reply, grade, whole),
+        )
+        for record, reply, grade, span, whole in zip(records, replies, grades, spans, generations, strict=True)
+    ]
+    return Answered(answers, _features(spans, answers))
+
+
+def span_of(generation: Generation, span: tuple[int, int]) -> Generation:
+    """The tokens [start, stop) of a generation."""
+    start, stop = span
     return replace(
         generation,
-        tokens=generation.tokens[start:],
-        logprobs=generation.logprobs[start:],
-        hidden=generation.hidden[start:],
+        tokens=generation.tokens[start:stop],
+        logprobs=generation.logprobs[start:stop],
+        hidden=generation.hidden[start:stop],
+    )
+
+
+def _parts(reply: Reply, grade: Grade, whole: Generation) -> tuple[AnswerPart, ...]:
+    correct = grade.parts or (None,) * len(reply.parts)
+    return tuple(
+        AnswerPart(part.name, part.text, math.fsum(whole.logprobs[slice(*span)]), right)
+        for part, span, right in zip(reply.reading.parts, reply.parts, correct, strict=True)
     )
 
 
@@ -118,7 +145,7 @@ def sample_answers(
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] = lambda questions_done: None,
 ) -> list[list[str]]:
-    """Texts of `samples` answers to each record, drawn at temperature 1."""
+    """Texts of `samples` whole replies to each record, drawn at temperature 1."""
     generations = generate(
         model,
         [template.prompt_ids(record, shots) for record in records],
@@ -159,23 +186,6 @@ def token_logprob_table(
     """Log-prob of each token of the answers with its logits divided by each temperature. (T, K) float64 on CPU."""
     step = ScoreStep(features.hidden.to(device), features.targets.to(device), torch.tensor(temperatures, device=device))
     return model(step).cpu().double()
-
-
-def graded_answer(
-    record: Record, text: str, generation: Generation, template: Template, settings: EvaluationConfig
-) -> Answer:
-    """The answer `text` to a record, graded where it can be; `generation` is of the answer alone (`answer_span`)."""
-    return Answer(
-        question_id=record.id,
-        question=record.question,
-        text=text,
-        token_logprobs=generation.logprobs,
-        correct=grade(text, record.accepted, settings.grading) if record.accepted else None,
-        accepted=record.accepted,
-        strata=record.strata,
-        finished=generation.finished,
-        tokens=template.token_texts(generation.tokens),
-    )
 
 
 def _features(generations: Sequence[Generation], answers: Sequence[Answer]) -> AnswerFeatures:

@@ -20,8 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from calibtrain.calibration.scores import grades_of, log_loss, sigmoid
 from calibtrain.confidence.features import POSITIONS, Features, Fingerprint, check_fingerprint
-from calibtrain.data.records import unit_hash
 from calibtrain.errors import UserError
+from calibtrain.records import unit_hash
 
 Array = NDArray[np.float64]
 Kind = Literal["linear", "mlp"]

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from calibtrain.confidence.generation import generate
-from calibtrain.confidence.likelihood import Answered, answer_span
+from calibtrain.confidence.likelihood import Answered
 from calibtrain.confidence.source import Array, Asker, Cost, SourceScores
-from calibtrain.data.grading import normalize
-from calibtrain.data.records import Record
+from calibtrain.data.replies import read_reply
 from calibtrain.errors import UserError
+from calibtrain.records import Record
+from calibtrain.tasks.matching import normalize
 
 Labels = NDArray[np.int64]
 Equivalence = Callable[[str, Sequence[str]], Labels]
@@ -101,12 +102,12 @@ def sampled(
     )
     rows = []
     for record, answer, row in zip(records, answered.answers, drawn, strict=True):
-        texts = [asker.template.decode_answer(one.tokens) for one in row]
+        replies = [read_reply(asker.template, one.tokens, record) for one in row]
+        texts = [one.reading.text for one in replies]
         labels = equivalence(record.question, [answer.text, *texts])
         same = int((labels[1:] == labels[0]).sum())
-        weighed = semantic_entropy(
-            labels[1:], texts, [math.fsum(answer_span(one, asker.template).logprobs) for one in row]
-        )
+        logprobs = [math.fsum(one.logprobs[slice(*reply.span)]) for one, reply in zip(row, replies, strict=True)]
+        weighed = semantic_entropy(labels[1:], texts, logprobs)
         rows.append(((same + 1) / (samples + 2), math.exp(-weighed), math.exp(-count_entropy(labels[1:]))))
     passes = np.array([sum(len(one.tokens) for one in row) for row in drawn], dtype=np.float64)
     read = passes + samples * (np.array([len(prompt) for prompt in prompts]) - 1.0)

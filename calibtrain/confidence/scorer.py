@@ -13,8 +13,8 @@ from calibtrain.confidence.likelihood import Answered
 from calibtrain.confidence.probe import Probe
 from calibtrain.confidence.source import Asker, Cost, SourceScores
 from calibtrain.confidence.sources import SOURCES, cost_of, score
-from calibtrain.data.records import Record
 from calibtrain.errors import UserError
+from calibtrain.records import Record
 
 PROBES = ("probe", "p_ik")
 """Sources that are probes: of any position, and of the question's last token alone, which knows no answer: P(IK)."""

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from calibtrain.confidence.likelihood import Answered
 from calibtrain.config import EvaluationConfig
-from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
+from calibtrain.records import Record
 
 Array = NDArray[np.float64]
 

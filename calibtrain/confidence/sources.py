@@ -9,8 +9,8 @@ from calibtrain.confidence.likelihood import Answered
 from calibtrain.confidence.sampling import sampled
 from calibtrain.confidence.source import Asker, Cost, Family, SourceScores
 from calibtrain.confidence.spread import likelihoods
-from calibtrain.data.records import Record
 from calibtrain.errors import UserError
+from calibtrain.records import Record
 
 FAMILIES: dict[tuple[str, ...], Family] = {
     (

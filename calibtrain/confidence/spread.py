@@ -9,8 +9,8 @@ import torch
 
 from calibtrain.confidence.likelihood import Answered
 from calibtrain.confidence.source import Array, Asker, Cost, SourceScores
-from calibtrain.data.records import Record
 from calibtrain.models.loss_model import SpreadStep
+from calibtrain.records import Record
 
 CHUNK = 512
 """Tokens whose (tokens, vocabulary) logits are held at once."""

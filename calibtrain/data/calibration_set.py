@@ -9,8 +9,8 @@ from itertools import islice
 
 import numpy as np
 
-from calibtrain.data.records import Record
 from calibtrain.errors import UserError
+from calibtrain.records import Record
 
 NULL_DRAWS = 4000
 

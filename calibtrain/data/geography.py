@@ -13,9 +13,9 @@ from typing import Any
 
 from calibtrain.config import GeographySource
 from calibtrain.data.countries import CONSTITUENT_COUNTRIES, DISPUTED_TIMEZONES, country_names
-from calibtrain.data.grading import normalize
-from calibtrain.data.records import Message, Record, unit_hash
 from calibtrain.errors import UserError
+from calibtrain.records import Message, Record, unit_hash
+from calibtrain.tasks.matching import normalize
 
 QUESTION = "In which country is the city of {}?"
 POPULATION_BANDS = ((30_000, "under 30k"), (100_000, "30k-100k"), (300_000, "100k-300k"), (1_000_000, "300k-1M"))

@@ -6,21 +6,22 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from calibtrain.data.grading import Grading, grade
-from calibtrain.data.records import Record, unit_hash
 from calibtrain.errors import UserError
+from calibtrain.records import Record, unit_hash
+from calibtrain.tasks.short_answer import SHORT_ANSWER
+from calibtrain.tasks.task import Task, is_right
 
 
 def with_rejected(
-    record: Record, samples: Iterable[str], alternatives: Sequence[str], method: Grading = "normalized_match"
+    record: Record, samples: Iterable[str], alternatives: Sequence[str], task: Task = SHORT_ANSWER
 ) -> Record:
     """The record with the first wrong one of the model's `samples` as rejected answer, else one of `alternatives`.
 
     The alternative is a wrong one drawn by a pure function of the question. Raises UserError if all are right.
     """
-    wrong = own_wrong_answer(record, samples, method)
+    wrong = own_wrong_answer(record, samples, task)
     if wrong is None:
-        candidates = [text for text in alternatives if text.strip() and not _right(text, record, method)]
+        candidates = [text for text in alternatives if text.strip() and not is_right(task, text, record)]
         if not candidates:
             raise UserError(f"{record.origin or record.question}: no wrong answer to reject was found or given")
         # The smallest hash wins: adding or reordering alternatives moves as few draws as can be.
@@ -28,13 +29,13 @@ def with_rejected(
     return replace(record, rejected=wrong)
 
 
-def own_wrong_answer(record: Record, samples: Iterable[str], method: Grading = "normalized_match") -> str | None:
+def own_wrong_answer(record: Record, samples: Iterable[str], task: Task = SHORT_ANSWER) -> str | None:
     """First of the model's samples that says something and is wrong, or None."""
-    return next((text.strip() for text in samples if text.strip() and not _right(text, record, method)), None)
+    return next((text.strip() for text in samples if text.strip() and not is_right(task, text, record)), None)
 
 
 def add_rejected(
-    records: Sequence[Record], samples: Sequence[Sequence[str]], method: Grading = "normalized_match"
+    records: Sequence[Record], samples: Sequence[Sequence[str]], task: Task = SHORT_ANSWER
 ) -> tuple[list[Record], int]:
     """Pairs for all records from the model's samples of each, and for how many a fallback had to be used.
 
@@ -48,10 +49,10 @@ def add_rejected(
     pairs, fallbacks = [], 0
     for record, own in zip(records, samples, strict=True):
         near = sorted(by_strata[tuple(sorted(record.strata.items()))])
-        if all(_right(text, record, method) for text in near):
+        if all(is_right(task, text, record) for text in near):
             near = everywhere
-        fallbacks += own_wrong_answer(record, own, method) is None
-        pairs.append(with_rejected(record, own, near, method))
+        fallbacks += own_wrong_answer(record, own, task) is None
+        pairs.append(with_rejected(record, own, near, task))
     return pairs, fallbacks
 
 
@@ -78,7 +79,3 @@ def _stating(record: Record, answer: str) -> tuple[str, str]:
     high, low = (10 * int(4 * unit_hash("confidence", side, record.id, answer)) for side in ("high", "low"))
     said = answer.rstrip()
     return f"{said} (confidence: {70 + high}%)", f"{said} (confidence: {low}%)"
-
-
-def _right(text: str, record: Record, method: Grading) -> bool:
-    return grade(text, record.accepted or (record.chosen or "",), method)

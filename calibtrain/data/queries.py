@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from calibtrain.data.encode import Encoded, encode_answer
-from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import QUERY
+from calibtrain.records import Message, Record
 
 NO_YES = ("i", "ii")
 """Names of the choices no and yes (Kapoor et al. 2024, arXiv 2406.08391)."""

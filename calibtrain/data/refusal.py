@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from calibtrain.data.encode import Encoded, encode_answer
-from calibtrain.data.grading import normalize
 from calibtrain.data.queries import query_record
-from calibtrain.data.records import Record, unit_hash
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import CHOSEN
+from calibtrain.records import Record, unit_hash
+from calibtrain.tasks.matching import normalize
 
 ARE_YOU_SURE = "Are you sure you accurately answered the question based on your internal knowledge?"
 SURE, UNSURE = "I am sure.", "I am unsure."

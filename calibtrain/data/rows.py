@@ -23,12 +23,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from calibtrain.data.records import Message, Record
 from calibtrain.data.strata import strata_of
 from calibtrain.data.values import missing, plain, printable, short, text_of, unreadable
 from calibtrain.errors import UserError
+from calibtrain.records import Message, Record
 
-FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "question", "answers", "label")
+FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "question", "answers", "label", "options")
 ALPACA = ("input", "system", "history")
 """What Alpaca's files hold beside `instruction` and `output`."""
 READABLE = frozenset({*FIELDS, *ALPACA, "instruction", "output"})
@@ -51,6 +51,13 @@ class Layout:
     columns: Mapping[str, str]
     strata: tuple[str, ...] = ()
     cells: bool = False  # a list may stand in text: CSV
+    options: tuple[str, ...] = ()  # a column each
+    fields: tuple[str, ...] = ()  # handed on as they are
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Every column that is read."""
+        return (*self.columns.values(), *self.strata, *self.options, *self.fields)
 
 
 def find_layout(
@@ -65,14 +72,14 @@ def find_layout(
     `labelled`: answers are wanted with a label, or as pairs, or as graded questions to find wrong answers to. Raises
     UserError unless `columns` maps known fields to columns that exist and some shape can be read.
     """
-    strata = tuple(columns.get("strata", ()))
+    lists = {name: tuple(named) for name, named in columns.items() if not isinstance(named, str)}
     mapped = {ours: theirs for ours, theirs in columns.items() if isinstance(theirs, str)}
     listed = ", ".join(printable(str(column)) for column in found) or "none"
     for ours in mapped:
         if ours not in FIELDS:
-            fields = ", ".join((*FIELDS, "strata"))
+            fields = ", ".join((*FIELDS, "strata", "fields"))
             raise UserError(f"{place}: columns maps {ours!r}, which is no field; the fields are {fields}")
-    for ours, theirs in [*mapped.items(), *(("strata", column) for column in strata)]:
+    for ours, theirs in [*mapped.items(), *((name, one) for name, named in lists.items() for one in named)]:
         if theirs not in found:
             raise UserError(f"{place}: columns.{ours} names {theirs!r}; the columns found are {listed}")
     held = {field: mapped.get(field, field) for field in FIELDS if mapped.get(field, field) in found}
@@ -91,7 +98,9 @@ def find_layout(
             f"{place}: the columns found are {listed}; accepted are {SHAPES}. "
             "Map yours with data.source.columns, e.g. {question: your_column}"
         )
-    return Layout(held, strata, cells)
+    if "options" in lists:
+        held.pop("options", None)
+    return Layout(held, lists.get("strata", ()), cells, lists.get("options", ()), lists.get("fields", ()))
 
 
 def _with_alpaca(held: dict[str, str], found: Sequence[str]) -> dict[str, str]:
@@ -111,6 +120,8 @@ def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Recor
     values = {field: plain(row.get(layout.columns[field])) for field in layout.columns}
     values = {field: None if missing(value) else value for field, value in values.items()}
     accepted = _answers(values.pop("answers", None), layout.cells, place)
+    options = _answers(values.pop("options", None), layout.cells, place)
+    options += tuple(one for column in layout.options for one in _answers(plain(row.get(column)), False, place))
     label = values.pop("label", None)
     opened = {field: _opened(value, field, layout.cells, place) for field, value in values.items()}
     prompt, chosen, rejected = _conversation({field: opened.get(field) for field in (*FIELDS, *ALPACA)}, place)
@@ -125,7 +136,9 @@ def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Recor
             raise UserError(f"{place}: the {name} is empty")
     if not prompt[-1].content.strip():
         raise UserError(f"{place}: the question is empty")
-    record = Record(prompt, chosen, rejected, accepted, strata_of(row, layout.strata, place), place)
+    fields = {column: plain(row.get(column)) for column in layout.fields}
+    strata = strata_of(row, layout.strata, place)
+    record = Record(prompt, chosen, rejected, accepted, strata, place, options=options, fields=fields)
     _check_characters(record)
     return record
 
@@ -148,6 +161,7 @@ def _check_characters(record: Record) -> None:
     texts = [("prompt", message.content) for message in record.prompt]
     texts += [("answer", record.chosen or ""), ("rejected answer", record.rejected or "")]
     texts += [("accepted answer", text) for text in record.accepted]
+    texts += [("option", text) for text in record.options]
     texts += [(f"stratum {printable(key)!r}", text) for key, text in record.strata.items()]
     for name, text in texts:
         if not text.isascii() and (half := unreadable(text)):

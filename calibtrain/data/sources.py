@@ -11,10 +11,10 @@ from typing import Any
 from calibtrain.config import FileSource, GeographySource, HubSource
 from calibtrain.data.files import Row, as_written, file_rows, narrow_floats
 from calibtrain.data.geography import load_geography
-from calibtrain.data.records import Record, unit_hash
 from calibtrain.data.rows import READABLE, Layout, find_layout, record_from_row
 from calibtrain.data.strata import check_strata
 from calibtrain.errors import UserError
+from calibtrain.records import Record, unit_hash
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ def load_records(
     name = str(source.path) if isinstance(source, FileSource) else source.name
     cells = isinstance(source, FileSource) and source.path.suffix.lower() == ".csv"
     rows = file_rows(source.path) if isinstance(source, FileSource) else _hub_rows(source)
-    strata = source.columns.get("strata", [])
-    wanted = READABLE | {one for one in source.columns.values() if isinstance(one, str)} | set(strata)
+    mapped = [[named] if isinstance(named, str) else named for named in source.columns.values()]
+    wanted = READABLE.union(*mapped)
     found: dict[str, None] = {}  # columns of the whole set in order: any row may lack one
     kept: list[Row] = []
     for place, row in rows:
@@ -45,7 +45,7 @@ def load_records(
     if not kept:
         raise UserError(f"{name}: the data set is empty")
     layout = find_layout(list(found), source.columns, name, cells, labelled)
-    unread = [column for column in found if column not in {*layout.columns.values(), *layout.strata}]
+    unread = [column for column in found if column not in layout.read]
     if unread:
         logger.info("%s: columns not read: %s", name, ", ".join(map(str, unread)))
     records = [record_from_row(row, layout, place) for place, row in (_whole(kept, layout, name) if cells else kept)]
@@ -57,7 +57,7 @@ def load_records(
 def _whole(rows: list[Row], layout: Layout, name: str) -> list[Row]:
     """CSV rows with 1925 for 1925.0 in columns that hold nothing else: whole numbers that pandas made floats."""
     floats = []
-    for column in dict.fromkeys([*layout.columns.values(), *layout.strata]):
+    for column in dict.fromkeys(layout.read):
         filled = [cell for _, row in rows if (cell := row.get(column))]
         if filled and all(_WHOLE_FLOAT.fullmatch(cell) for cell in filled):
             logger.info("%s: column %r holds whole numbers as floats; %s is read without .0", name, column, filled[0])

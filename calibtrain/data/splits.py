@@ -7,8 +7,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from calibtrain.config import SplitSizes
 from calibtrain.data.calibration_set import choose_calibration_set
 from calibtrain.data.drops import DropReport
-from calibtrain.data.records import Record, unit_hash
 from calibtrain.errors import UserError
+from calibtrain.records import Record, unit_hash
+from calibtrain.tasks.short_answer import SHORT_ANSWER
 
 SHARES = {"train": 0.5, "calibration": 0.1, "temperature": 0.1, "certification": 0.15, "test": 0.15}
 """Fixed, so that asking for other sizes never moves a question from one split to another."""
@@ -34,14 +35,16 @@ def split_records(
     drops: DropReport | None = None,
     *,
     undesirable: bool = False,
+    gradable: Callable[[Record], bool] = SHORT_ANSWER.gradable,
 ) -> dict[str, list[Record]]:
     """Records of each split, in draw order, exactly as many as `sizes` asks for (train: all, where it asks for null).
 
     With `questions` (their own source) all of `records` may train and the other splits are made of `questions`; records
     whose question belongs to a split that is asked for are then left out of training. Train needs an answer to learn,
-    and keeps every row of a question that says something else; the other splits need accepted answers to grade by, and
-    ask a question once. With `undesirable`, an answer to avoid is one to learn from as well. What is dropped or not used is
-    counted in `drops`. Raises UserError that says how many there are when a split cannot be filled.
+    and keeps every row of a question that says something else; the other splits need questions that are `gradable` (have
+    accepted answers to grade by), and ask each once. With `undesirable`, an answer to avoid is one to learn from as well.
+    What is dropped or not used is counted in `drops`. Raises UserError that says how many there are when a split cannot
+    be filled.
     """
     drops = DropReport() if drops is None else drops
     evaluates = any(getattr(sizes, name) for name in EVALUATION_SPLITS)
@@ -56,7 +59,7 @@ def split_records(
     for name in EVALUATION_SPLITS:
         if evaluates and not getattr(sizes, name) and questions is None:
             _kept(pools[name], lambda record: False, f"of the {name} split, which is not asked for", drops)
-        pools[name] = _gradable(pools[name], drops if getattr(sizes, name) else DropReport())
+        pools[name] = _gradable(pools[name], gradable, drops if getattr(sizes, name) else DropReport())
     asked = {name: len(pools[name]) if size is None else size for name, size in sizes.model_dump().items()}
     for name, size in asked.items():
         if len(pools[name]) < size:
@@ -64,9 +67,7 @@ def split_records(
         drops.unused[name] = len(pools[name]) - size
     splits = {name: pools[name][:size] for name, size in asked.items()}
     drawn = unique_records(records if questions is None else questions, DropReport())
-    splits["calibration"] = _stratified(
-        pools["calibration"], asked["calibration"], [one for one in drawn if one.accepted]
-    )
+    splits["calibration"] = _stratified(pools["calibration"], asked["calibration"], list(filter(gradable, drawn)))
     return splits
 
 
@@ -96,8 +97,8 @@ def _learnable(records: Sequence[Record], drops: DropReport, undesirable: bool) 
     return _kept(answered, new, "the same row again", drops)
 
 
-def _gradable(records: Sequence[Record], drops: DropReport) -> list[Record]:
-    graded = _kept(records, lambda record: bool(record.accepted), "no accepted answers to grade by", drops)
+def _gradable(records: Sequence[Record], gradable: Callable[[Record], bool], drops: DropReport) -> list[Record]:
+    graded = _kept(records, gradable, "no accepted answers to grade by", drops)
     return unique_records(graded, drops)
 
 

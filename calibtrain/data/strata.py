@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calibtrain.data.records import Record
 from calibtrain.data.values import missing, plain, short, text_of
 from calibtrain.errors import UserError
+from calibtrain.records import Record
 
 logger = logging.getLogger(__name__)
 

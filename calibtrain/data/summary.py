@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from calibtrain.data.records import Record
+from calibtrain.records import Record
 
 
 def data_hash(records: Sequence[Record]) -> str:

@@ -14,14 +14,17 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from calibtrain.data.grading import THINK_END, THINK_START, thinking_ends
-from calibtrain.data.records import Message, Record
 from calibtrain.errors import UserError
+from calibtrain.records import Message, Record
+from calibtrain.tasks.kinds import task_of
+from calibtrain.tasks.matching import THINK_END, THINK_START, thinking_ends
+from calibtrain.tasks.short_answer import SHORT_ANSWER
+from calibtrain.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from calibtrain.config import DataConfig
+    from calibtrain.config import RunConfig
 
 PLAIN_QUESTION = "Question: {}\nAnswer:"
 PLAIN_ANSWER = " {}"
@@ -37,7 +40,7 @@ class Template:
     `plain` is "Question: ..." and "Answer:" on two lines, with completion " answer" + EOS; `chat` is the tokenizer's
     chat template with its generation prompt, and the completion ends with the token that the template puts after an
     assistant's turn. `chat_template_kwargs` go to the chat template (`enable_thinking`); `merge_system` puts a system turn
-    before the first user turn's text, for templates that have no such role. Raises UserError
+    before the first user turn's text, for templates that have no such role. `task` says what an answer is. Raises UserError
     if the tokenizer has no chat template, or no token that can end an answer.
     """
 
@@ -47,6 +50,7 @@ class Template:
         tokenizer: PreTrainedTokenizerBase,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         merge_system: bool = False,
+        task: Task | None = None,
     ) -> None:
         if kind == "chat" and not tokenizer.chat_template:
             raise UserError("data.template: the tokenizer has no chat template; use data.template: plain")
@@ -56,6 +60,7 @@ class Template:
         self.tokenizer = tokenizer
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.merge_system = merge_system
+        self.task = task or SHORT_ANSWER
         self._prefix_ids = self._special_prefix()
         self.end_id: int = self._chat_end_id() if kind == "chat" else tokenizer.eos_token_id
         """Token that ends every completion."""
@@ -118,9 +123,10 @@ class Template:
         )
 
     def decode_answer(self, ids: Sequence[int]) -> str:
-        """The answer in generated ids: up to the first token that ends it and the first line break, stripped.
+        """The reply in generated ids: up to the first token that ends it and the first line break, stripped.
 
-        A block of thinking that it opens with is no part of it; one that does not end leaves an empty answer.
+        Where the task's replies may have several lines, the first of `stops` ends it in place of a line break. A block of
+        thinking that it opens with is no part of it; one that does not end leaves an empty answer.
         """
         end = next((i for i, token in enumerate(ids) if token in self._end_ids), len(ids))
         start = self.answer_start(ids[:end])
@@ -129,9 +135,12 @@ class Template:
         text = self._decode(ids[start:end], skip_special_tokens=True)
         if start:
             text = text.lstrip()
-        if self.kind == "chat":
+        if self.kind == "chat" or self.task.several_lines:
             text = text.lstrip()  # some chat models open with a line break
-        return text.split("\n")[0].strip()  # other separators, as U+2028, may stand in an answer
+        if not self.task.several_lines:
+            return text.split("\n")[0].strip()  # other separators, as U+2028, may stand in an answer
+        found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        return text[: min(found, default=len(text))].strip()
 
     def answer_start(self, ids: Sequence[int]) -> int | None:
         """How many of the generated ids are a block of thinking before the answer; None where it does not end."""
@@ -146,11 +155,16 @@ class Template:
         return low
 
     def goes_on(self, ids: Sequence[int]) -> bool:
-        """Whether a line break at the end of generated ids does not end the answer: it is still to come."""
+        """Whether generated ids that came to one of `stop_ids` go on all the same: the answer is still to come."""
         if not ids or ids[-1] in self._end_ids:
             return False
         start = self.answer_start(ids)
-        return start is None or (start > 0 and not self._decode(ids[start:], skip_special_tokens=True).strip())
+        if start is None:
+            return True
+        said = self._decode(ids[start:], skip_special_tokens=True)
+        if self.task.several_lines:
+            return not any(stop in said.lstrip() for stop in self.stops)
+        return start > 0 and not said.strip()
 
     def departure(self, record: Record) -> str | None:
         """Where prompt + completion is not what the chat template renders for the whole conversation, in words; or None."""
@@ -184,14 +198,22 @@ class Template:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens after which generation may stop: the ends, and for `plain` every token that holds a line break.
-
-        A raw model that imitates examples ends its answer with a line break, not with EOS.
-        """
-        if self.kind == "chat":
+        """Tokens after which generation may stop: the ends, and every token in which one of `stops` may end."""
+        if not self.stops:
             return self._end_ids
+        last = {stop[-1] for stop in self.stops}
         pieces = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
-        return self._end_ids | {token for token, piece in enumerate(pieces) if "\n" in piece}
+        return self._end_ids | {token for token, piece in enumerate(pieces) if last & set(piece)}
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end a reply. A raw model that imitates examples ends its answer with a line break, not with EOS."""
+        if not self.task.several_lines:
+            return ("\n",) if self.kind == "plain" else ()
+        return (
+            *((PLAIN_BETWEEN + PLAIN_QUESTION.partition("{}")[0],) if self.kind == "plain" else ()),
+            *self.task.stop,
+        )
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -223,6 +245,8 @@ class Template:
             parts.append(self.chat_template_kwargs)
         if self.kind == "chat" and self.merge_system:
             parts.append("merge_system")
+        if self.task.several_lines:
+            parts.append(["several lines", *self.stops])
         return hashlib.sha256(json.dumps(parts, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -275,9 +299,10 @@ class Template:
         return next((token for token in after if token in special), self.tokenizer.eos_token_id)
 
 
-def template_of(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
+def template_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template of a run, the same wherever one is rendered: in training, evaluation, answering and serving."""
-    return Template(data.template, tokenizer, data.chat_template_kwargs, data.merge_system)
+    data = config.data
+    return Template(data.template, tokenizer, data.chat_template_kwargs, data.merge_system, task_of(config.task))
 
 
 def _system_merged(messages: Sequence[Message]) -> list[Message]:

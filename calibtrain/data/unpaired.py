@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import Encoded, cut_left
-from calibtrain.data.records import Record
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import REJECTED
+from calibtrain.records import Record
 
 
 def unpair(records: Sequence[Record], drops: DropReport) -> list[Record]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from calibtrain.confidence.answering import Answerer, answer_metrics
 from calibtrain.config import EvaluationConfig
-from calibtrain.data.records import Record
 from calibtrain.data.rows import find_layout, record_from_row
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World
@@ -24,6 +23,7 @@ from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
 from calibtrain.ops import TokenStats
 from calibtrain.ops.reference import token_stats_of_logits
+from calibtrain.records import Record
 
 LOGITS_AT_ONCE = 2**24  # elements in float32, where the statistics come from a model's own logits
 

@@ -10,12 +10,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from calibtrain.config import EvaluationConfig
-from calibtrain.data.records import Record
 from calibtrain.errors import UserError
 from calibtrain.hooks.callback import AnswerMeter, CalibrationMeter, stats_from_logits
 from calibtrain.losses.label_batch import batch_from_labels
 from calibtrain.losses.terms import Batch
 from calibtrain.ops import TokenStats
+from calibtrain.records import Record
 
 logger = logging.getLogger(__name__)
 

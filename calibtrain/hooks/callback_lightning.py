@@ -8,11 +8,11 @@ from typing import Any, Literal
 import lightning.pytorch as lightning
 
 from calibtrain.config import EvaluationConfig
-from calibtrain.data.records import Record
 from calibtrain.errors import UserError
 from calibtrain.hooks.callback import AnswerMeter, CalibrationMeter
 from calibtrain.losses.terms import Batch
 from calibtrain.ops import TokenStats
+from calibtrain.records import Record
 
 
 class CalibrationCallback(lightning.Callback):

@@ -15,7 +15,6 @@ from calibtrain.confidence.features import Fingerprint
 from calibtrain.confidence.scorer import Scorer, before_answering
 from calibtrain.confidence.source import Cost
 from calibtrain.config_file import load_config
-from calibtrain.data.records import Message, Record
 from calibtrain.data.values import unreadable
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import LIKELIHOOD, Calibrated, read_calibration, weights_hash
@@ -25,6 +24,7 @@ from calibtrain.pipeline.evaluate import Answering, Loaded
 from calibtrain.pipeline.promise import Level, Promises
 from calibtrain.pipeline.scope import at_most, plain
 from calibtrain.pipeline.source import check_calibrated, load_scorer
+from calibtrain.records import Message, Record
 
 REFUSAL = "I do not know."
 
@@ -226,7 +226,7 @@ class Answerer:
                 raise UserError(
                     f"the question contains {token!r}, which the model reads as a control token; leave it out"
                 )
-        return Record(prompt=(Message("user", question),))
+        return self.loaded.template.task.asked(Record(prompt=(Message("user", question),)))
 
 
 def load(

@@ -19,8 +19,6 @@ from calibtrain.calibration.unlabelled import fit_base_alignment
 from calibtrain.confidence.answer import Answer
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
-from calibtrain.data.grading import normalize
-from calibtrain.data.records import Record
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import (
@@ -41,6 +39,7 @@ from calibtrain.pipeline.evaluate import (
 )
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.scope import at_most, plain, scope_of
+from calibtrain.records import Record
 
 SPLITS = ("temperature", "certification")
 """The first fits the calibrator, the second certifies; each is used for nothing else."""
@@ -134,7 +133,7 @@ def align(measurement: Measurement, base: Measurement, template_hash: str, model
     return fit_base_alignment(
         measurement.scores(),
         base.confidence,
-        [normalize(ours.text) == normalize(theirs.text) for ours, theirs in pairs],
+        [ours.meaning == theirs.meaning for ours, theirs in pairs],
         template_hash=template_hash,
         weights_hash=model_hash,
         ids=sample_ids([answer.question_id for answer in measurement.answers]),

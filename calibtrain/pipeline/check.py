@@ -19,7 +19,6 @@ from calibtrain.data.collate import collate, row_tokens
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.loader import planned_steps, rank_micro_batches, step_indices
-from calibtrain.data.records import Record
 from calibtrain.data.templates import Template, template_of
 from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World
@@ -27,6 +26,7 @@ from calibtrain.errors import UserError
 from calibtrain.models.loading import add_lora, check_positions, check_weights, described_model, load_tokenizer
 from calibtrain.models.reward import padding_token
 from calibtrain.pipeline.prepare import Prepared, check_rejected, learned_records, needs_rejected, prepare
+from calibtrain.records import Record
 from calibtrain.training.checkpoint import find_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.losses import term_names
@@ -103,13 +103,13 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
         raise UserError("; ".join(["data.splits.train: 0 records to train on", *prepared.drops.lines()]))
     check_weights(config.model)
     tokenizer = load_tokenizer(config.model)
-    template = template_of(config.data, tokenizer)
+    template = template_of(config, tokenizer)
     check_positions(config.model, config.data.max_length)
     _check_layers(config)
     if config.objective.needs.module == "reward head":
         padding_token(tokenizer, template.end_id)
     if wanting := needs_rejected(config, prepared):
-        check_rejected(prepared)
+        check_rejected(config, prepared)
     drops = DropReport()
     examples: list[tuple[Encoded, ...]] = []
     _ask(template, train[:READ_WHOLE])

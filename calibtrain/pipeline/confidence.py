@@ -25,7 +25,6 @@ from calibtrain.confidence.scorer import PROBES, probe_scores
 from calibtrain.confidence.source import Asker, Cost, SourceScores
 from calibtrain.confidence.sources import FAMILIES, SOURCES, families_of
 from calibtrain.config_file import load_config
-from calibtrain.data.records import Record
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
 from calibtrain.models.loss_model import AnswerFeatures
@@ -33,6 +32,7 @@ from calibtrain.pipeline import probe
 from calibtrain.pipeline.calibration_file import weights_hash
 from calibtrain.pipeline.evaluate import Loaded
 from calibtrain.pipeline.prepare import prepare
+from calibtrain.records import Record
 
 Array = NDArray[np.float64]
 
@@ -212,9 +212,7 @@ def _kept(path: Path) -> SourceScores:
 
 def _answer(line: str) -> Answer:
     values = json.loads(line)
-    for name in ("token_logprobs", "accepted", "tokens"):
-        values[name] = tuple(values[name])
-    return Answer(**values)
+    return Answer.from_dict(values)
 
 
 def _lines(measured: Scored, names: Sequence[str]) -> list[str]:

@@ -22,7 +22,6 @@ from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.forced import Forced, forced_answers
 from calibtrain.confidence.likelihood import Answered, answer_questions, logprob_table, token_logprob_table
 from calibtrain.config import RunConfig
-from calibtrain.data.records import Record
 from calibtrain.data.templates import Template, template_of
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
@@ -31,6 +30,7 @@ from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy, check_head
 from calibtrain.pipeline.calibration_file import made_by, made_by_source, weights_hash
 from calibtrain.pipeline.prepare import prepare
+from calibtrain.records import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Loaded:
         self.directory = model
         self.name = str(model or config.model.source)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.template = template_of(config.data, load_tokenizer(source))
+        self.template = template_of(config, load_tokenizer(source))
         policy = Policy(load_model(source)).to(self.device)
         check_head(policy)
         self.model = LossModel(policy).eval()
@@ -226,11 +226,8 @@ def read_measurement(path: Path) -> Measurement:
             if not isinstance(row["correct"], bool | None):
                 raise ValueError(f"`correct` is {row['correct']!r}; say true, false or null")
             table.append(row.pop("logprobs_at"))
-            row.pop("confidence")
             marks.add(row.pop("made_by", None))
-            row["token_logprobs"], row["accepted"] = tuple(row["token_logprobs"]), tuple(row["accepted"])
-            row["tokens"] = tuple(row.get("tokens", ()))
-            answers.append(Answer(**row))
+            answers.append(Answer.from_dict(row))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path}:{number}: not a graded answer ({error}); such files are written by `calibtrain calibrate` and "

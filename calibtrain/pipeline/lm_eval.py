@@ -19,10 +19,10 @@ import numpy as np
 from calibtrain import __version__
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.stated import read_statement
-from calibtrain.data.grading import normalize
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
 from calibtrain.pipeline.report import Measured, ReportData, write_report
+from calibtrain.tasks.matching import normalize
 
 QUESTION_KEYS = ("question", "query", "ctx", "problem", "input", "sentence")
 UNREPEATED = "none"  # the filter of rows that older harnesses logged without one

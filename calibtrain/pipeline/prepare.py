@@ -14,7 +14,6 @@ from calibtrain.config import RunConfig
 from calibtrain.data.calibration_set import Composition, composition_distance
 from calibtrain.data.drops import DropReport
 from calibtrain.data.pairs import add_rejected, with_confidence_statements
-from calibtrain.data.records import Record
 from calibtrain.data.sources import load_records
 from calibtrain.data.splits import split_records, unique_records
 from calibtrain.data.strata import check_named
@@ -24,6 +23,8 @@ from calibtrain.data.unpaired import unpair
 from calibtrain.distributed import on_main
 from calibtrain.errors import UserError
 from calibtrain.models.loading import cache_directory
+from calibtrain.records import Record
+from calibtrain.tasks.kinds import task_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +72,16 @@ def prepare(config: RunConfig) -> Prepared:
     records = load_records(config.data.source, config.seed, labelled=unpaired)
     if not records:
         raise UserError("data.source: the data set is empty")
+    task = task_of(config.task)
+    records = [task.asked(record) for record in records]
     questions = None if config.data.questions is None else load_records(config.data.questions, config.seed)
+    questions = None if questions is None else [task.asked(record) for record in questions]
     graded = records if questions is None else questions
     strata = {"calibration.domain": config.calibration.domain, "abstention.groups": config.abstention.groups}
-    check_named([record for record in graded if record.accepted], strata)
-    splits = split_records(records, config.data.splits, config.seed, questions, drops, undesirable=unpaired)
+    check_named([record for record in graded if task.gradable(record)], strata)
+    splits = split_records(
+        records, config.data.splits, config.seed, questions, drops, undesirable=unpaired, gradable=task.gradable
+    )
     if config.objective.needs.answers_itself:
         # The model answers each question itself: what else its rows say is not learned from.
         splits["train"] = unique_records(splits["train"], drops)
@@ -96,7 +102,7 @@ def needs_rejected(config: RunConfig, prepared: Prepared) -> bool:
     train, needs = prepared.splits["train"], config.objective.needs
     if not needs.preferences or any(record.rejected is not None for record in train):
         return False
-    return needs.data == "pairs" or all(record.accepted for record in train)
+    return needs.data == "pairs" or all(map(task_of(config.task).gradable, train))
 
 
 def learned_records(config: RunConfig, records: Sequence[Record], drops: DropReport) -> list[Record]:
@@ -107,9 +113,10 @@ def learned_records(config: RunConfig, records: Sequence[Record], drops: DropRep
     return unpair(records, drops) if config.trains_unpaired else list(records)
 
 
-def check_rejected(prepared: Prepared) -> None:
+def check_rejected(config: RunConfig, prepared: Prepared) -> None:
     """Raise UserError unless a rejected answer can be found for every training record."""
-    if any(not record.accepted and not record.chosen for record in prepared.splits["train"]):
+    task = task_of(config.task)
+    if any(not task.gradable(record) and not record.chosen for record in prepared.splits["train"]):
         raise UserError(
             "training on preferences: training records need a rejected answer, or accepted answers to find one by"
         )
@@ -120,7 +127,7 @@ def add_own_wrong_answers(config: RunConfig, prepared: Prepared, template: Templ
 
     Collective, as `sample` may be: rank 0 alone looks into the cache, which on another machine may be another one.
     """
-    check_rejected(prepared)
+    check_rejected(config, prepared)
     train = prepared.splits["train"]
     parts: list[object] = [
         config.model.source,
@@ -136,7 +143,7 @@ def add_own_wrong_answers(config: RunConfig, prepared: Prepared, template: Templ
         logger.info("sampling the starting model's own wrong answers to %d training questions", len(train))
         samples = found = sample(train, prepared.shots)
         on_main(lambda: _write(path, found))
-    pairs, fallbacks = add_rejected(train, samples, config.evaluation.grading)
+    pairs, fallbacks = add_rejected(train, samples, template.task)
     logger.info("rejected answers: %d the model's own, %d of another question", len(pairs) - fallbacks, fallbacks)
     prepared.splits["train"] = pairs
 

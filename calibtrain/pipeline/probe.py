@@ -27,12 +27,12 @@ from calibtrain.confidence.features import (
 )
 from calibtrain.confidence.probe import KINDS, Kind, Probe, cost, fit_probe
 from calibtrain.config_file import load_config
-from calibtrain.data.records import Record
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import weights_hash
 from calibtrain.pipeline.evaluate import Loaded, Measurement, read_measurement, with_progress, write_measurement
 from calibtrain.pipeline.prepare import prepare
+from calibtrain.records import Record
 
 SPLITS = {"fit": "calibration", "calibrate": "temperature", "measure": "test"}
 """What each split of the run is for. The certification split stays untouched."""

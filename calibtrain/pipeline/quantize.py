@@ -23,7 +23,6 @@ from calibtrain.calibration.calibrators import Calibrator
 from calibtrain.config import RunConfig
 from calibtrain.config_file import dump_config
 from calibtrain.data.calibration_set import choose_calibration_set, composition_distance
-from calibtrain.data.records import Record
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
 from calibtrain.pipeline import calibrate
@@ -56,6 +55,7 @@ from calibtrain.pipeline.quantize_table import Side, compare
 from calibtrain.pipeline.quantize_words import print_table
 from calibtrain.quantization import run as quantization
 from calibtrain.quantization.run import METHODS, Settings, quantize_directory
+from calibtrain.records import Record
 
 logger = logging.getLogger(__name__)
 

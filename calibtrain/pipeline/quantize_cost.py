@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from calibtrain.data.records import Record
 from calibtrain.pipeline.evaluate import Loaded
+from calibtrain.records import Record
 
 QUESTIONS, ROUNDS = 64, 3
 

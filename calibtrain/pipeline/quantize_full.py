@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from calibtrain.confidence.generation import generate
-from calibtrain.data.records import Record
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
 from calibtrain.pipeline import calibrate
@@ -19,6 +18,7 @@ from calibtrain.pipeline.prepare import Prepared
 from calibtrain.pipeline.quantize_cost import Memory, cost
 from calibtrain.pipeline.quantize_source import Subject
 from calibtrain.quantization.blocks import Text
+from calibtrain.records import Record
 
 TEXTS_FILE = "texts.json"
 

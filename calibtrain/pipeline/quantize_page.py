@@ -12,7 +12,6 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from calibtrain.confidence.answer import Answer
-from calibtrain.data.grading import normalize
 from calibtrain.errors import UserError
 from calibtrain.pipeline import page
 from calibtrain.pipeline import quantize_words as words
@@ -81,7 +80,7 @@ def kinds_of(before: Sequence[Answer], after: Sequence[Answer]) -> NDArray[Any]:
         if bool(one.correct) != bool(other.correct):
             found.append("right_to_wrong" if one.correct else "wrong_to_right")
         else:
-            found.append("same" if normalize(one.text) == normalize(other.text) else "other")
+            found.append("same" if one.meaning == other.meaning else "other")
     return np.array(found, dtype=object)
 
 

@@ -14,13 +14,13 @@ from typing import Any
 from calibtrain.config import FileSource, RunConfig, SFTConfig, SplitSizes
 from calibtrain.config_data import DataConfig
 from calibtrain.config_file import load_config
-from calibtrain.data.records import Record
 from calibtrain.data.sources import load_records
 from calibtrain.data.splits import EVALUATION_SPLITS, split_of, unique_records
 from calibtrain.errors import UserError
 from calibtrain.models.loading import answering_config
 from calibtrain.pipeline.calibration_file import read_calibration, weights_hash
 from calibtrain.quantization.schemes import Scheme
+from calibtrain.records import Record
 
 DATA_FILE = "quantization.json"
 FULL_ANSWERS = "full_test.jsonl"

@@ -16,7 +16,6 @@ from calibtrain.calibration import metrics, ranking
 from calibtrain.calibration.intervals import NOISE_BIASED, Interval, paired_bootstrap, sample_ids, wilson
 from calibtrain.calibration.state import CalibrationState
 from calibtrain.confidence.answer import Answer
-from calibtrain.data.grading import normalize
 from calibtrain.errors import UserError
 
 Floats = NDArray[np.float64]
@@ -93,12 +92,12 @@ def compare(
 def changes(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, Any]:
     """How many answers are others than before, by what became of them, and McNemar's exact p of the grades.
 
-    Texts are compared as grading does, without case, accents and punctuation.
+    Answers are compared as their task compares them.
     """
     pairs = [
         (bool(one.correct), bool(other.correct))
         for one, other in zip(before, after, strict=True)
-        if normalize(one.text) != normalize(other.text) or bool(one.correct) != bool(other.correct)
+        if one.meaning != other.meaning or bool(one.correct) != bool(other.correct)
     ]
     n, counts = len(before), {}
     for name, pair in (

@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.generation import Generation
-from calibtrain.confidence.likelihood import answer_span, graded_answer, tell_thinking
+from calibtrain.confidence.likelihood import graded_answers
 from calibtrain.config import RunConfig
-from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import template_of
 from calibtrain.engines import Completion, CompletionsServer, Identity, identify
 from calibtrain.errors import UserError
@@ -25,6 +23,7 @@ from calibtrain.models.loading import answering_config, load_tokenizer
 from calibtrain.pipeline.calibration_file import made_by
 from calibtrain.pipeline.evaluate import Measurement
 from calibtrain.pipeline.scope import plain
+from calibtrain.records import Message, Record
 
 PROBES = (
     "In which country is the city of Lyon?",
@@ -57,7 +56,7 @@ class Served:
         self.config = config
         self.server = CompletionsServer(url, name, timeout=timeout)
         self.name = f"{plain(self.server.model)} at {self.server.url}"
-        self.template = template_of(config.data, load_tokenizer(answering_config(config.model, model)))
+        self.template = template_of(config, load_tokenizer(answering_config(config.model, model)))
         self._prompts = [self.template.prompt_ids(Record(prompt=(Message("user", one),))) for one in PROBES]
         self.identity, made = identify(self.server, self._prompts, self.template.stop_ids)
         self._check_tokenizer(made)
@@ -78,11 +77,7 @@ class Served:
             on_done=on_batch,
         )
         generations = [Generation(one.tokens, one.logprobs, _no_states(one), one.finished) for one in made]
-        tell_thinking(generations, template, settings)
-        answers: list[Answer] = [
-            graded_answer(record, template.decode_answer(one.tokens), answer_span(one, template), template, settings)
-            for record, one in zip(records, generations, strict=True)
-        ]
+        answers = graded_answers(records, generations, template, settings).answers
         return Measurement(answers, np.zeros((len(answers), 0)))
 
     def mark(self) -> str:

@@ -19,7 +19,6 @@ from calibtrain.config import RunConfig
 from calibtrain.config_file import dump_config
 from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.loader import planned_steps
-from calibtrain.data.records import Record
 from calibtrain.data.templates import Template, template_of
 from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World, barrier, check_alike, gather_lists, on_main, shard, start_world
@@ -46,6 +45,7 @@ from calibtrain.pipeline.prepare import (
     needs_rejected,
 )
 from calibtrain.pipeline.provenance import git_hash, versions
+from calibtrain.records import Record
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.changing_examples import ChangingExamples
@@ -181,7 +181,7 @@ def build_model(config: RunConfig, template: Template | None = None, device: tor
     if any(getattr(penalty, "moves", None) == "scale" for penalty in config.penalties):
         check_scale_folds(policy.causal_model)
     if template is None:
-        template = template_of(config.data, load_tokenizer(config.model))
+        template = template_of(config, load_tokenizer(config.model))
     objective, penalties = build_losses(config, template, policy.causal_model)
     module = config.objective.needs.module
     if module == "reward head":

@@ -16,9 +16,9 @@ from calibtrain.config import AnswerScoreConfig, OwnAnswersConfig
 from calibtrain.data.encode import Encoded, encode_answer
 from calibtrain.data.loader import permutation
 from calibtrain.data.queries import confidence_queries, correctness_queries
-from calibtrain.data.records import Record
 from calibtrain.distributed import World, gather_rows, shard
 from calibtrain.errors import UserError
+from calibtrain.records import Record
 
 TEMPERATURES = tuple(2.0 ** (step / 3) for step in range(-6, 7))
 """Where answers are scored before solving for the scale: 1/4 to 4."""
@@ -112,7 +112,7 @@ class AnswerStream:
         start = round_number * count
         self.asked = [order[(start + i) % len(order)] for i in range(count)]
         answered = self.answerer([self.questions[i] for i in self.asked])
-        self.texts = [answer.text for answer in answered.answers]
+        self.texts = [answer.said for answer in answered.answers]
         self.correct = [bool(answer.correct) for answer in answered.answers]
         self._fit(answered)
         return answered

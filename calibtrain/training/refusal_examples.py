@@ -8,10 +8,10 @@ from typing import Any
 from calibtrain.confidence.answering import Answerer
 from calibtrain.config import RefusalConfig
 from calibtrain.data.encode import Encoded
-from calibtrain.data.records import Record
 from calibtrain.data.refusal import refusal_examples
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import Batch
+from calibtrain.records import Record
 
 
 class RefusalExamples(Sequence[tuple[Encoded, ...]]):
@@ -22,7 +22,7 @@ class RefusalExamples(Sequence[tuple[Encoded, ...]]):
     """
 
     def __init__(self, config: RefusalConfig, answerer: Answerer, records: Sequence[Record], max_length: int) -> None:
-        without = next((record for record in records if not record.accepted), None)
+        without = next((record for record in records if not answerer.template.task.gradable(record)), None)
         if without is not None:
             place = without.origin or without.question
             raise UserError(f"objective.name: refusal grades the model's answers: {place} has no accepted answers")

@@ -13,19 +13,18 @@ from torch import Tensor
 
 from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.generation import Generation, generate
-from calibtrain.confidence.likelihood import answer_span
 from calibtrain.confidence.stated import read_statement, statement_tokens
 from calibtrain.config import PolicyGradientConfig, RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded, cut_left
-from calibtrain.data.grading import grade
 from calibtrain.data.loader import step_indices
-from calibtrain.data.records import Record, unit_hash
+from calibtrain.data.replies import read_reply
 from calibtrain.distributed import gather_lists, shard
 from calibtrain.errors import UserError
 from calibtrain.losses.silence import watch_of
 from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.models.loss_model import LogprobStep, LossModel
+from calibtrain.records import Record, unit_hash
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.rollout_credit import Credit, Sample, check_rewards, credit
 
@@ -54,7 +53,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         objective = config.objective
         assert isinstance(objective, PolicyGradientConfig)
         check_rewards(config)
-        if any(not record.accepted for record in questions):
+        if not all(map(answerer.template.task.gradable, questions)):
             raise UserError(f"objective.name: {objective.name} grades what it samples: training questions need answers")
         self.config, self.answerer, self.questions, self.plan = config, answerer, list(questions), plan
         self.reference = reference
@@ -175,22 +174,24 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         return [self._sample(i, one) for i, group in zip(asked, groups, strict=True) for one in group]
 
     def _sample(self, index: int, generation: Generation) -> Sample:
-        template, rollouts = self.answerer.template, self.config.rollouts
-        method, accepted = self.config.evaluation.grading, self.questions[index].accepted
-        text = template.decode_answer(generation.tokens)
-        span = answer_span(generation, template)
-        confidence, stated = math.exp(min(0.0, math.fsum(span.logprobs))), tuple[bool, ...]()
+        template, rollouts, record = self.answerer.template, self.config.rollouts, self.questions[index]
+        task, reply = template.task, read_reply(template, generation.tokens, record)
+        reading, (start, stop) = reply.reading, reply.span
+        confidence, stated = math.exp(min(0.0, math.fsum(generation.logprobs[start:stop]))), tuple[bool, ...]()
         if rollouts.confidence == "stated":
-            statement = read_statement(text)
-            text, confidence = statement.answer, math.nan if statement.confidence is None else statement.confidence
+            statement = read_statement(reply.text)
+            reading = task.read(statement.answer, record)
+            confidence = math.nan if statement.confidence is None else statement.confidence
             stated = statement_tokens(generation.tokens, template.decode_answer)
+        said = task.key(reading.text, record)
         return Sample(
             question=index,
             tokens=generation.tokens,
-            correct=float(grade(text, accepted, method)),
+            correct=float(bool(task.grades([reading], [record])[0].correct)),
             confidence=confidence,
-            abstained=rollouts.reward == "ternary" and grade(text, rollouts.abstentions, method),
-            answer_start=len(generation.tokens) - len(span.tokens),
+            abstained=rollouts.reward == "ternary"
+            and any(said == task.key(one, record) for one in rollouts.abstentions),
+            answer_start=start,
             stated=stated,
         )
 

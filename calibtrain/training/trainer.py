@@ -14,13 +14,13 @@ from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate, row_tokens
 from calibtrain.data.encode import Encoded
 from calibtrain.data.loader import epoch_at, rank_micro_batches, step_indices
-from calibtrain.data.records import Record
 from calibtrain.distributed import World, gather_lists
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.records import CheckpointRecord, EvaluationRecord, MicroBatchRecord, SpectraRecord, StepRecord
 from calibtrain.losses.terms import ANSWER, QUERY, Batch, global_counts
 from calibtrain.models.loss_model import StepStatistics, TrainStep
+from calibtrain.records import Record
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.changing_examples import ChangingExamples

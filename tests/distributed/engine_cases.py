@@ -176,7 +176,7 @@ def sampled(config: RunConfig, world: World, folder: Path) -> dict[str, Any]:
         home = folder / f"home{homes[world.rank]}"
         prepare_module.cache_directory = lambda home=home: home
         prepared = prepare(config)
-        pipeline._add_rejected(config, prepared, template_of(config.data, load_tokenizer(config.model)), world)
+        pipeline._add_rejected(config, prepared, template_of(config, load_tokenizer(config.model)), world)
         found.append([record.rejected for record in prepared.splits["train"]])
     pipeline.sample_answers = plain
     kept = sorted(home.name for home in folder.glob("home*") if list(home.rglob("*.json")))

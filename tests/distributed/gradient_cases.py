@@ -19,7 +19,6 @@ from calibtrain.confidence.answering import Answerer
 from calibtrain.config import RunConfig
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import Encoded, encode_records
-from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
 from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World, barrier, leave_world, start_world
@@ -30,6 +29,7 @@ from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
 from calibtrain.pipeline.prepare import learned_records
+from calibtrain.records import Message, Record
 from calibtrain.training import engine as engine_module
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.checkpoint import Progress

@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from calibtrain import cli
 from calibtrain.config_file import load_config
-from calibtrain.data.records import Message, Record
 from calibtrain.engines import CompletionsServer
 from calibtrain.engines.address import KEY_VARIABLE
 from calibtrain.errors import UserError
@@ -16,6 +15,7 @@ from calibtrain.pipeline import engine
 from calibtrain.pipeline.answer import load
 from calibtrain.pipeline.evaluate import Loaded
 from calibtrain.pipeline.served import Served
+from calibtrain.records import Message, Record
 from tests.end_to_end.runs import finished_run
 from tests.serving import needs_vllm, vllm_server
 from tests.tiny import write_tiny_model

@@ -14,10 +14,10 @@ from calibtrain.confidence.likelihood import answer_questions
 from calibtrain.confidence.source import Asker
 from calibtrain.confidence.spread import likelihoods
 from calibtrain.config import EvaluationConfig
-from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
 from calibtrain.models.loss_model import LossModel, SpreadStep
 from calibtrain.models.policy import Policy
+from calibtrain.records import Message, Record
 from tests.tiny import CITIES, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.peer

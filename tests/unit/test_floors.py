@@ -24,11 +24,13 @@ FLOORS = (
         "config_file",
         "distributed",
         "errors",
+        "config_tasks",
         "lines",
+        "records",
         "version",
     },
     {"ops", "calibration"},
-    {"losses", "models", "data", "confidence", "abstention", "spectral", "quantization", "engines"},
+    {"losses", "models", "data", "tasks", "confidence", "abstention", "spectral", "quantization", "engines"},
     {"training", "hooks"},
     {"pipeline"},
     {"launchers", "configs", "cli", "cli_checks", "cli_weights", "app", "demo", "doctor", "dry_run", "loss_list"},
@@ -44,6 +46,9 @@ SIDEWAYS = {
     ("quantization", "models"),
     # Weights are read from files one at a time, as the analysis of weights reads them.
     ("quantization", "spectral"),
+    # What is asked, read and graded, a task says.
+    ("data", "tasks"),
+    ("confidence", "tasks"),
     ("confidence", "data"),
     ("confidence", "models"),
     # A word the model states about itself is read by the same scales that words are spoken by.

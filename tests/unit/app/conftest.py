@@ -12,6 +12,7 @@ from calibtrain.confidence.answer import Answer
 from calibtrain.pipeline.answer import Answerer
 from calibtrain.pipeline.calibration_file import read_calibration
 from calibtrain.pipeline.evaluate import Measurement
+from calibtrain.tasks.short_answer import SHORT_ANSWER
 from tests.unit.pipeline.conftest import made, out  # noqa: F401
 from tests.unit.pipeline.test_calibrate import config_of
 
@@ -20,6 +21,7 @@ class Template:
     """A token is a word."""
 
     control_tokens = ("<|im_end|>",)
+    task = SHORT_ANSWER
 
     def prompt_ids(self, record):
         return record.question.split()

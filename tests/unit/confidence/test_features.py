@@ -16,12 +16,12 @@ from calibtrain.confidence.features import (
     features_of,
     read_features,
 )
-from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
+from calibtrain.records import Message, Record
 from tests.tiny import CITIES, tiny_model, tiny_tokenizer
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

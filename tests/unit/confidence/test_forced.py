@@ -8,11 +8,11 @@ import torch
 from calibtrain.confidence import forced
 from calibtrain.confidence.likelihood import answer_questions
 from calibtrain.config import EvaluationConfig
-from calibtrain.data.records import Message, Record
 from calibtrain.data.refusal import REFUSALS
 from calibtrain.data.templates import Template
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
+from calibtrain.records import Message, Record
 from tests.tiny import tiny_model, tiny_tokenizer
 
 RECORDS = [Record(prompt=(Message("user", f"What is {i}?"),), accepted=("right",)) for i in range(6)]

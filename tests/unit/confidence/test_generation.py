@@ -8,10 +8,10 @@ import torch
 from calibtrain.confidence.generation import common_prefix, generate
 from calibtrain.confidence.likelihood import answer_questions, logprob_table, sample_answers
 from calibtrain.config import EvaluationConfig
-from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
+from calibtrain.records import Message, Record
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = [[5, 6, 7, 8, 9], [5, 6, 7], [5, 6, 7, 30, 31, 32, 33, 40], [5, 6, 99], [5, 6, 7, 8, 9, 10]]

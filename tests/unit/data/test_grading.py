@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibtrain.data.grading import grade, normalize
+from calibtrain.tasks.matching import grade, normalize
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@ import pytest
 
 from calibtrain.confidence.stated import read_statement
 from calibtrain.data.pairs import add_rejected, own_wrong_answer, with_confidence_statements, with_rejected
-from calibtrain.data.records import Message, Record
 from calibtrain.errors import UserError
+from calibtrain.records import Message, Record
 
 
 def question(text, chosen, *aliases, continent="Europe"):

@@ -15,12 +15,12 @@ from calibtrain.data.queries import (
     correctness_queries,
     query_record,
 )
-from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.losses.calibration_tuning import CorrectnessQueryLoss
 from calibtrain.losses.terms import QUERY
 from calibtrain.losses.token_terms import query_tokens
+from calibtrain.records import Message, Record
 from tests.tiny import tiny_tokenizer
 
 CHOICES = ("n", "y")

@@ -7,13 +7,13 @@ import math
 import pytest
 
 from calibtrain.data.collate import collate
-from calibtrain.data.grading import grade
-from calibtrain.data.records import Message, Record
 from calibtrain.data.refusal import ARE_YOU_SURE, REFUSALS, SURE, UNSURE, certain_by_entropy, refusal_examples
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.losses.refusal import RefusalTuningLoss
 from calibtrain.losses.terms import CHOSEN
+from calibtrain.records import Message, Record
+from calibtrain.tasks.matching import grade
 from tests.tiny import tiny_tokenizer
 
 

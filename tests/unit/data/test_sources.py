@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from calibtrain.config import FileSource, HubSource
-from calibtrain.data.records import Message
 from calibtrain.data.sources import load_records
 from calibtrain.errors import UserError
+from calibtrain.records import Message
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 QA = [

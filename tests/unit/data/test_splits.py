@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from calibtrain.config import SplitSizes
 from calibtrain.data.drops import DropReport
-from calibtrain.data.records import Message, Record, unit_hash
 from calibtrain.data.splits import EVALUATION_SPLITS, SHARES, split_of, split_records
 from calibtrain.errors import UserError
+from calibtrain.records import Message, Record, unit_hash
 
 
 def record(i, **fields):

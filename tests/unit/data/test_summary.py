@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from calibtrain.data.records import Message, Record
 from calibtrain.data.summary import data_hash, describe
+from calibtrain.records import Message, Record
 
 RECORDS = [
     Record((Message("user", f"q{i}"),), "a", "b" if i < 2 else None, ("a",), {"continent": "Asia" if i else "Europe"})

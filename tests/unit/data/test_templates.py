@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
+from calibtrain.records import Message, Record
 from tests.tiny import BOS, EOS, tiny_tokenizer
 
 LYON = Record((Message("user", "In which country is the city of Lyon?"),), "France")

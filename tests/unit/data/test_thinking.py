@@ -8,15 +8,16 @@ import torch
 
 from calibtrain.confidence import likelihood
 from calibtrain.confidence.generation import Generation
-from calibtrain.confidence.likelihood import answer_span
+from calibtrain.confidence.likelihood import span_of
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import encode_records
-from calibtrain.data.grading import grade, without_thinking
 from calibtrain.data.pairs import own_wrong_answer
-from calibtrain.data.records import Message, Record
+from calibtrain.data.replies import read_reply
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
+from calibtrain.records import Message, Record
+from calibtrain.tasks.matching import grade, without_thinking
 from tests.tiny import tiny_tokenizer
 
 OPENS = (
@@ -87,12 +88,13 @@ def test_confidence_reads_the_answer_alone():
     thought, said = ids(template, "<think>\n\n</think>"), [*ids(template, "7"), template.end_id]
     tokens = (*thought, *said)
     whole = Generation(tokens, tuple(-1.0 for _ in tokens), torch.zeros(len(tokens), 4), True)
-    span = answer_span(whole, template)
+    record = Record(prompt=(Message("user", "6 + 1?"),), accepted=("7",))
+    span = span_of(whole, read_reply(template, whole.tokens, record).span)
     assert list(span.tokens) == said
     assert math.fsum(span.logprobs) == -len(said)
     assert span.hidden.shape == (len(said), 4)
     unclosed = Generation(tuple(thought[:-1]), (-1.0,) * (len(thought) - 1), torch.zeros(len(thought) - 1, 4), False)
-    assert answer_span(unclosed, template) == unclosed
+    assert read_reply(template, unclosed.tokens, record).span == (0, len(unclosed.tokens))
 
 
 @pytest.mark.parametrize("kind", ["plain", "chat", "opened"])

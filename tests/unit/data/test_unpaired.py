@@ -7,13 +7,13 @@ import pytest
 from calibtrain.config import FileSource, SplitSizes
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import encode_records
-from calibtrain.data.records import Message, Record
 from calibtrain.data.sources import load_records
 from calibtrain.data.splits import split_records
 from calibtrain.data.templates import Template
 from calibtrain.data.unpaired import mismatched, unpair
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import CHOSEN, REJECTED
+from calibtrain.records import Message, Record
 from tests.tiny import tiny_tokenizer
 
 ONLY_TRAIN = SplitSizes(calibration=0, temperature=0, certification=0, test=0)

@@ -14,6 +14,7 @@ from calibtrain.pipeline.answer import REFUSAL, Answerer
 from calibtrain.pipeline.calibrate import fit
 from calibtrain.pipeline.calibration_file import read_calibration
 from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
+from calibtrain.tasks.short_answer import SHORT_ANSWER
 from tests.unit.pipeline.conftest import config_of, mark_of, measured
 
 CHANCES = {"sure": 0.97, "even": 0.5, "never": 0.02}
@@ -23,6 +24,7 @@ class Template:
     """Counts characters as tokens."""
 
     control_tokens = ("<|end|>",)
+    task = SHORT_ANSWER
 
     def prompt_ids(self, record):
         return list(range(len(record.question)))

@@ -8,12 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from calibtrain import cli
-from calibtrain.data.records import Message, Record
 from calibtrain.errors import UserError
 from calibtrain.pipeline import calibrate, certify
 from calibtrain.pipeline.collect import report_data
 from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
 from calibtrain.pipeline.report import render_report
+from calibtrain.records import Message, Record
 from tests.unit.pipeline.conftest import mark_of, measured
 
 TRAINED = Record(prompt=(Message("user", "What is 18?"),)).id  # in the fixture's training split

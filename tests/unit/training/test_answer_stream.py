@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from calibtrain.config import AnswerScoreConfig, TrainingConfig
-from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World, shard
+from calibtrain.records import Message, Record
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.engine import schedule_factor
 from tests.tiny import tiny_tokenizer

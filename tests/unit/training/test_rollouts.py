@@ -12,7 +12,6 @@ import torch
 from calibtrain.confidence.answering import Answerer
 from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
-from calibtrain.data.records import Message, Record
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
@@ -21,6 +20,7 @@ from calibtrain.losses.terms import mean_loss
 from calibtrain.models.loss_model import LogprobStep, LossModel, TrainStep
 from calibtrain.models.policy import Policy
 from calibtrain.models.reward import ValueLossModel
+from calibtrain.records import Message, Record
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.rollout_credit import Sample, check_rewards, credit
 from calibtrain.training.rollouts import Rollouts
@@ -246,8 +246,8 @@ def test_the_loss_scores_the_likelihood_that_was_sampled_behind_any_reasoning(mo
 
 def test_an_abstention_has_no_likelihood_to_score(monkeypatch):
     monkeypatch.setattr(
-        "calibtrain.training.rollouts.grade",
-        lambda text, accepted, method: accepted == ("I don't know",) and len(text) % 2 == 0,
+        "calibtrain.tasks.short_answer.ShortAnswer.key",
+        lambda self, text, record: "none" if len(text) % 2 == 0 or text == "I don't know" else text,
     )
     penalties = [{"name": "answer_score", "moves": "all"}]
     rollouts, model = rollouts_of(config(rollouts={"group_size": 6, "reward": "ternary"}, penalties=penalties))
@@ -299,7 +299,7 @@ def test_questions_without_answers_and_without_room_are_errors():
 def test_a_policy_learns_what_is_rewarded(objective, monkeypatch):
     """Answers of even length count as right: half of them at first, nearly all after 60 steps of the trainer's loop."""
     run = config(objective, rollouts={"group_size": 8, "reward": "accuracy"}, evaluation={"max_new_tokens": 4})
-    monkeypatch.setattr("calibtrain.training.rollouts.grade", lambda text, accepted, method: len(text) % 2 == 0)
+    monkeypatch.setattr("calibtrain.tasks.short_answer.grade", lambda text, accepted, method: len(text) % 2 == 0)
     rollouts, model = rollouts_of(run, ValueLossModel if objective == "ppo" else LossModel)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     correct = []
@@ -328,7 +328,9 @@ def test_a_policy_learns_what_is_rewarded(objective, monkeypatch):
 def test_a_whole_policy_ends_where_the_reward_says(objective, rollouts, likelihood, monkeypatch):
     """One of two answers is right, drawn anew for each question and round, .6 of the time the first."""
     right: dict[str, str] = {}
-    monkeypatch.setattr("calibtrain.training.rollouts.grade", lambda text, accepted, method: text == right[accepted[0]])
+    monkeypatch.setattr(
+        "calibtrain.tasks.short_answer.grade", lambda text, accepted, method: text == right[accepted[0]]
+    )
     run = config(objective, rollouts={"group_size": 8, **rollouts}, evaluation={"max_new_tokens": 1})
     rollouts, model = rollouts_of(run, ValueLossModel if objective == "ppo" else LossModel)
     template = rollouts.answerer.template
@@ -358,7 +360,7 @@ def test_rewards_that_do_not_differ_are_told_of_once(objective, monkeypatch, cap
     """Within a group for grpo and rloo, between groups for ppo, whose baseline is its value head."""
     run = config(objective, rollouts={"group_size": 2, "reward": "accuracy"})
     right: list[str] = ["0"]
-    monkeypatch.setattr("calibtrain.training.rollouts.grade", lambda text, accepted, method: accepted[0] in right)
+    monkeypatch.setattr("calibtrain.tasks.short_answer.grade", lambda text, accepted, method: accepted[0] in right)
     rollouts, _ = rollouts_of(run, ValueLossModel if objective == "ppo" else LossModel)
     for step in range(8):
         rollouts.before_step(step)

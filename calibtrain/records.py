@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,13 @@ class Record:
     accepted: tuple[str, ...] = ()
     strata: Mapping[str, str] = field(default_factory=dict)  # e.g. {"continent": "Europe", "population": "100k-1M"}
     origin: str = ""  # "file.jsonl:17", for messages
+    options: tuple[str, ...] = ()  # to choose the answer from
+    context: tuple[str, ...] = ()  # passages to answer by
+    fields: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # columns that the task or the user's prompt reads, as they are
+    weight: float = 1.0  # in training
+    name: str = ""  # the user's own id
 
     @property
     def question(self) -> str:

@@ -1,0 +1,56 @@
+"""Where in a reply's tokens the answer stands, as its task reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from calibtrain.records import Record
+from calibtrain.tasks.task import Reading
+
+if TYPE_CHECKING:
+    from calibtrain.data.templates import Template
+
+Span = tuple[int, int]
+"""Tokens [start, stop) of a reply, never empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A reply that was read: its text without thinking, the answer in it, and the tokens of the answer and its parts."""
+
+    text: str
+    reading: Reading
+    span: Span
+    parts: tuple[Span, ...] = ()
+
+
+def read_reply(template: Template, ids: Sequence[int], record: Record) -> Reply:
+    """Read generated ids (with their end token, where it came) as an answer to `record`.
+
+    An answer that reaches the reply's end has the end token in its span, so that "Guinea" is not credited with the
+    probability of "Guinea-Bissau". A reply that is all thinking stays whole, and its text is empty.
+    """
+    text = template.decode_answer(ids)
+    reading = template.task.read(text, record)
+    begin = template.answer_start(ids) or 0
+    begin = begin if begin < len(ids) else 0
+    if (reading.start, reading.stop) == (0, len(text)) and not reading.parts:
+        return Reply(text, reading, (begin, len(ids)))
+    pieces = template.token_texts(ids[begin:])
+    offset = max(0, "".join(pieces).find(text))
+    ends = list(accumulate(map(len, pieces)))
+
+    def tokens(start: int, stop: int) -> Span:
+        """Tokens that hold any of the text's characters [start, stop)."""
+        if start == stop:  # nothing was found: the reply as a whole says it
+            return begin, len(ids)
+        first = next(i for i, end in enumerate(ends) if end > start + offset)
+        last = next(i for i, end in enumerate(ends) if end >= stop + offset)
+        return begin + first, len(ids) if stop == len(text) else begin + last + 1
+
+    return Reply(
+        text, reading, tokens(reading.start, reading.stop), tuple(tokens(one.start, one.stop) for one in reading.parts)
+    )

@@ -1,0 +1,19 @@
+"""Every kind of task by its section of the config. A new kind is a section, a file, and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from calibtrain.config_tasks import ShortAnswerTask
+from calibtrain.tasks.short_answer import ShortAnswer
+from calibtrain.tasks.task import Task
+
+KINDS: dict[type[Any], Callable[[Any], Task]] = {
+    ShortAnswerTask: ShortAnswer,
+}
+
+
+def task_of(config: object) -> Task:
+    """The task of a config's `task` section. Raises UserError where what it names cannot be had."""
+    return KINDS[type(config)](config)

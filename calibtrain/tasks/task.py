@@ -1,0 +1,94 @@
+"""The contract of a task: what is asked, which part of a reply is the answer, and what right means.
+
+Whoever asks, reads or grades has the task of the run from its template (`template.task`) and asks it; none knows its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from calibtrain.records import Record
+from calibtrain.tasks.matching import normalize
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of an answer that is right or wrong by itself, as a field of JSON or a claim: reply[start:stop]."""
+
+    name: str
+    text: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a task finds in a reply: the answer, and the characters reply[start:stop] that say it.
+
+    The answer's likelihood is that of the tokens of these characters, with the end token where they reach the reply's end.
+    """
+
+    text: str  # as it is graded and shown; it may be written otherwise than the reply has it ("12" of "12.0")
+    start: int
+    stop: int
+    found: bool = True  # False: nothing that could be an answer; graded wrong, and counted
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """Whether an answer is right, None where that is not known, and each of its parts."""
+
+    correct: bool | None
+    parts: tuple[bool | None, ...] = ()
+
+
+class Task:
+    """Base of all kinds, and its defaults: the whole reply is the answer, right where it is one of the accepted ones."""
+
+    several_lines: bool = False
+    """Whether an answer may hold line breaks."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a reply and are no part of it, beside the template's own end."""
+
+    def asked(self, record: Record) -> Record:
+        """The record as it is put to the model: question, the reply to learn, accepted answers. Asking twice is once.
+
+        Raises UserError that names the record (`record.origin`) where it cannot be asked.
+        """
+        return record
+
+    def gradable(self, record: Record) -> bool:
+        """Whether answers to it can be graded."""
+        return bool(record.accepted)
+
+    def options(self, record: Record) -> tuple[str, ...]:
+        """The replies that one is chosen of by their likelihood; () where the reply is generated."""
+        return ()
+
+    def read(self, reply: str, record: Record) -> Reading:
+        """The answer in a reply (without thinking, stripped), which is untrusted text. Never raises for what it holds."""
+        return Reading(reply, 0, len(reply), found=bool(reply))
+
+    def right(self, text: str, record: Record) -> bool:
+        """Whether the answer `text` (a Reading's) is right."""
+        raise NotImplementedError
+
+    def grades(self, readings: Sequence[Reading], records: Sequence[Record]) -> list[Grade]:
+        """A grade for each answer, in order; many at once, for kinds whose grader is asked elsewhere."""
+        return [
+            Grade((one.found and self.right(one.text, record)) if self.gradable(record) else None)
+            for one, record in zip(readings, records, strict=True)
+        ]
+
+    def key(self, text: str, record: Record) -> str:
+        """Answers to one question mean the same where their keys are equal."""
+        return normalize(text)
+
+
+def is_right(task: Task, reply: str, record: Record) -> bool:
+    """Whether a whole reply is right; of a question that cannot be graded, whether it says what the record's own does."""
+    if not task.gradable(record):
+        record = replace(record, accepted=(record.chosen or "",))
+    return bool(task.grades([task.read(reply, record)], [record])[0].correct)
