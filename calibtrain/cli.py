@@ -12,7 +12,7 @@ import typer
 from calibtrain.cli_checks import existing as _existing
 from calibtrain.cli_checks import trained as _trained
 from calibtrain.cli_weights import quantize, spectra
-from calibtrain.errors import UserError
+from calibtrain.errors import PREEMPTED, Preempted, UserError
 
 app = typer.Typer(
     help="Fine-tune language models on DeepSpeed so that their confidence means what it says.",
@@ -367,9 +367,12 @@ def _shares(options: dict[str, float | None]) -> None:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one red message and exit code 2, without a traceback."""
+    """Entry point: a user's mistake is one red message and exit code 2; a run that was asked to stop says so: 75."""
     try:
         app()
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(PREEMPTED)
     except UserError as error:
         from rich.console import Console
 

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from calibtrain.errors import UserError
+from calibtrain.errors import PREEMPTED, Preempted, UserError
 
 END_GRACE_SECONDS = 15.0
 """A failing rank gets this long to close its trackers; a collective that hangs at exit does not keep it alive."""
@@ -32,9 +32,12 @@ def clear_errors(output_dir: Path, rank: int | None = None) -> None:
 
 
 def report_error(error: BaseException, output_dir: Path | None, rank: int) -> int:
-    """Write the cause to stderr and to the rank's file. Returns the exit code: 2 for a user's mistake, else 1."""
-    if isinstance(error, UserError):
-        code, text = 2, str(error)
+    """Write the cause to stderr and to the rank's file.
+
+    Returns the exit code: 2 for a user's mistake, PREEMPTED for a run that stopped as it was asked to, else 1.
+    """
+    if isinstance(error, UserError | Preempted):
+        code, text = 2 if isinstance(error, UserError) else PREEMPTED, str(error)
     else:
         code, text = 1, "".join(traceback.format_exception(error)).rstrip()
     first_words = None
@@ -60,6 +63,12 @@ def error_summary(output_dir: Path) -> str:
         causes.setdefault(words.splitlines()[-1] if words.startswith("Traceback") else words, []).append(file.stem)
     lines = [f"{', '.join(ranks)}: {cause}" for cause, ranks in causes.items()]
     return "\n".join([*lines, f"Whole tracebacks: {directory}"]) if lines else ""
+
+
+def was_preempted(output_dir: Path) -> bool:
+    """Whether every rank that left last words had stopped as it was asked to."""
+    files = list(error_directory(output_dir).glob("rank*.txt"))
+    return bool(files) and all(file.read_text("utf-8").startswith(f"exit code {PREEMPTED}\n") for file in files)
 
 
 def end_within(seconds: float, code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,7 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from calibtrain.launchers.errors import clear_errors, error_summary
+from calibtrain.errors import PREEMPTED
+from calibtrain.launchers.errors import clear_errors, error_summary, was_preempted
 
 TRAIN_MODULE = "calibtrain.launchers.train"
 
@@ -57,7 +59,9 @@ def local_environment(environment: Mapping[str, str], *, num_processes: int, gpu
 
 
 def launch(config: str | Path, overrides: Sequence[str], *, num_processes: int, output_dir: Path) -> int:
-    """Train on `num_processes` local ranks and return the exit code of the job: 0, 2 for a user's mistake, else 1..255.
+    """Train on `num_processes` local ranks and return the exit code of the job.
+
+    0; 2 for a user's mistake; 75 where it stopped as it was asked to (SIGTERM), with a checkpoint; else 1..255.
 
     When a rank ends with an error the launcher ends the others; the causes, by rank, are printed last.
     """
@@ -71,17 +75,23 @@ def launch(config: str | Path, overrides: Sequence[str], *, num_processes: int, 
         visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES") if gpus else None,
     )
     code = run(argv, local_environment(os.environ, num_processes=num_processes, gpus=gpus))
+    if code and was_preempted(output_dir):  # the deepspeed launcher has codes of its own
+        code = PREEMPTED
     if code:
         print(explain(code, output_dir), file=sys.stderr)
     return code
 
 
 def run(argv: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a launcher to its end; an interrupt or a termination of this process reaches it. Returns its exit code."""
+    """Run a launcher to its end; an interrupt or a termination of this process reaches the ranks. Returns its exit code."""
     child = subprocess.Popen(argv, env=dict(environment))
 
     def forward(number: int, _frame: object) -> None:
-        child.send_signal(number)
+        # The launcher would die of SIGTERM at once, and leave its ranks behind: they end in order, and then it does.
+        ranks = ranks_below(child.pid) if number == signal.SIGTERM else []
+        for process in ranks or [child.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -92,9 +102,29 @@ def run(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     return code if code >= 0 else 128 - code
 
 
+def ranks_below(pid: int) -> list[int]:
+    """Process ids of the training processes that `pid` has started, itself among them; launchers between are left out."""
+    import psutil
+
+    found = []
+    try:
+        parent = psutil.Process(pid)
+        tree = [parent, *parent.children(recursive=True)]
+    except psutil.Error:
+        return []
+    for process in tree:
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if TRAIN_MODULE in words and not any(word.startswith("deepspeed.launcher") for word in words):
+                found.append(process.pid)
+    return found
+
+
 def explain(code: int, output_dir: Path) -> str:
     """What ended a job, for people: the signal that killed a rank, then what the ranks themselves could still say."""
     causes = error_summary(output_dir)
+    if code == PREEMPTED:
+        return next(iter(causes.splitlines()), f"Training stopped as it was asked to (exit code {code}).")
     killed = 256 - code if code > 192 else code - 128 if code > 128 else 0
     if killed == signal.SIGKILL:
         killed_by = "A training process was killed (signal 9): most often the machine ran out of memory."

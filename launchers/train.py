@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str]) -> tuple[Path | None, str, list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None, environment: MutableMapping[str, str] = os.environ) -> int:
-    """Train as one rank and return the exit code: 0, 2 for a user's mistake, 1 for anything else."""
+    """Train as one rank and return the exit code: 0, 2 for a user's mistake, 75 when asked to stop, 1 for anything else."""
     output_dir: Path | None = None
     adopt_slurm_ranks(environment)
     rank = int(environment.get("RANK", 0))

@@ -127,3 +127,4 @@ class EndRecord:
     error: str | None
     summary: Mapping[str, Any]
     artifacts: Sequence[Path] = ()
+    preempted: bool = False  # asked to stop, with its state kept: it will be gone on with

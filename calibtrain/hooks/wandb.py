@@ -88,9 +88,11 @@ class WandbHook(Hook):
             return
         paths = [path for path in record.artifacts if path.is_file()]
         summary, exit_code = dict(record.summary), 1 if record.error else 0
-        run_id = self._run_id
+        run_id, preempted = self._run_id, record.preempted
 
         def finish(run: Any) -> None:
+            if preempted:  # W&B then shows neither a success nor a crash
+                run.mark_preempting()
             run.summary.update(summary)
             if paths:
                 run.log_artifact(_artifact(f"calibtrain-{run_id}", paths))

@@ -22,6 +22,7 @@ from calibtrain.data.loader import planned_steps
 from calibtrain.data.templates import Template, template_of
 from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World, barrier, check_alike, gather_lists, on_main, shard, start_world
+from calibtrain.errors import Preempted
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
@@ -54,6 +55,7 @@ from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspee
 from calibtrain.training.engine import Engine, start_engine
 from calibtrain.training.host_memory import release_freed_memory
 from calibtrain.training.losses import build_losses, check_learns, term_names
+from calibtrain.training.preemption import StopRequests
 from calibtrain.training.reference import with_reference_logprobs
 from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts
@@ -112,18 +114,25 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     record = RunRecord(config.resolved(), config.output_dir, trainer.total_steps, progress.step, world.rank, world.size)
     trainer.hooks.dispatch("on_start", record)
     error: str | None = None
+    preempted = False
     try:
-        progress = trainer.fit(progress)
+        with StopRequests(world) as stop:
+            progress = trainer.fit(progress, stop)
         if last_weights is not None:
             _export(config, engine, template, last_weights, 1.0, world)
         trainer.finish(progress.step)
         _export(config, engine, template, target, engine.module.policy.scale, world)
+    except Preempted as caught:
+        progress, error, preempted = Progress(caught.step), str(caught), True
+        raise
     except BaseException as caught:
         error = f"{type(caught).__name__}: {caught}"
         raise
     finally:
         artifacts = [config.output_dir / name for name in ("config.yaml", "deepspeed.json")]
-        trainer.hooks.dispatch("on_end", EndRecord(progress.step, error, {"steps": progress.step}, artifacts))
+        trainer.hooks.dispatch(
+            "on_end", EndRecord(progress.step, error, {"steps": progress.step}, artifacts, preempted)
+        )
     return target
 
 

@@ -15,7 +15,7 @@ from calibtrain.data.collate import collate, row_tokens
 from calibtrain.data.encode import Encoded
 from calibtrain.data.loader import epoch_at, rank_micro_batches, step_indices
 from calibtrain.distributed import World, gather_lists
-from calibtrain.errors import UserError
+from calibtrain.errors import Preempted, UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.records import CheckpointRecord, EvaluationRecord, MicroBatchRecord, SpectraRecord, StepRecord
 from calibtrain.losses.terms import ANSWER, QUERY, Batch, global_counts
@@ -28,6 +28,7 @@ from calibtrain.training.checkpoint import Progress, save_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.engine import Engine
 from calibtrain.training.host_memory import RELEASE_EVERY, release_freed_memory
+from calibtrain.training.preemption import StopRequests
 from calibtrain.training.spectra import Spectra
 from calibtrain.training.weight_penalty import WeightPenalties
 
@@ -58,12 +59,18 @@ class Trainer:
     evaluation_questions: Sequence[Record] = ()
     rollouts: ChangingExamples | None = None  # then these are the examples
 
-    def fit(self, progress: Progress) -> Progress:
-        """Train from `progress` to the last step. Raises UserError after too many steps with non-finite gradients."""
+    def fit(self, progress: Progress, stop: StopRequests | None = None) -> Progress:
+        """Train from `progress` to the last step.
+
+        Raises UserError after too many steps with non-finite gradients, and Preempted, behind a checkpoint, where the run
+        was asked to `stop`.
+        """
         training = self.config.training
         self.engine.module.train()
         for step in range(progress.step, self.total_steps):
             started = time.perf_counter()
+            if stop is not None:
+                stop.begin()
             if self.stream is not None:
                 self.stream.before_step(step)
             if self.rollouts is not None:
@@ -102,6 +109,8 @@ class Trainer:
             if self.average is not None:
                 self.average.after_step(progress.step)
             self._after_step(progress)
+            if stop is not None and stop.made() and progress.step < self.total_steps:
+                self._end_early(progress)
         return progress
 
     def finish(self, step: int) -> None:
@@ -135,21 +144,41 @@ class Trainer:
             self._report_answers(step, self.stream.round(step) or [])
         if self.evaluation_questions and training.evaluate_every and (step % training.evaluate_every == 0 or last):
             self.evaluate(step)
-        if training.checkpoint_every and (step % training.checkpoint_every == 0 or last):
-            path = save_checkpoint(
-                self.output_dir / "checkpoints",
-                progress,
-                self.engine,
-                self.stream,
-                self.average,
-                self.hooks,
-                self.config,
-                self.data_hash,
-                self.world,
-                self.rollouts,
-            )
-            if path is not None:
-                self.hooks.dispatch("on_checkpoint", CheckpointRecord(step, path))
+        if self._checkpoint_is_due(step):
+            self._save(progress)
+
+    def _checkpoint_is_due(self, step: int) -> bool:
+        every = self.config.training.checkpoint_every
+        return every is not None and (step % every == 0 or step == self.total_steps)
+
+    def _save(self, progress: Progress) -> Path | None:
+        """Write a checkpoint and tell the hooks. None where it could not be written. Collective."""
+        path = save_checkpoint(
+            self.output_dir / "checkpoints",
+            progress,
+            self.engine,
+            self.stream,
+            self.average,
+            self.hooks,
+            self.config,
+            self.data_hash,
+            self.world,
+            self.rollouts,
+        )
+        if path is not None:
+            self.hooks.dispatch("on_checkpoint", CheckpointRecord(progress.step, path))
+        return path
+
+    def _end_early(self, progress: Progress) -> None:
+        """Keep what the run has come to and raise Preempted. Collective."""
+        directory = self.output_dir / "checkpoints" / f"step-{progress.step:07d}"
+        kept = directory.is_dir() if self._checkpoint_is_due(progress.step) else self._save(progress) is not None
+        told = f"checkpoint: {directory}" if kept else "its checkpoint could not be written, the one before stays"
+        raise Preempted(
+            progress.step,
+            f"stopped as asked (SIGTERM) after step {progress.step} of {self.total_steps}; {told}. The same command with "
+            "training.resume=auto goes on from there",
+        )
 
     def _window(self, step: int) -> list[TrainStep]:
         """Micro-batches of this rank in one optimiser step, with every term's count over all ranks and micro-batches."""

@@ -134,21 +134,33 @@ def test_slurm_ranks(tmp_path, monkeypatch):
     assert torchrun["RANK"] == "0"
 
 
-@pytest.mark.parametrize("code", [0, 5])
+@pytest.mark.parametrize("code", [0, 5, 75])
 def test_sbatch_runs_srun_with_the_environment(tmp_path, code):
     fake(tmp_path / "bin", "srun", seen(tmp_path / "seen.json", code))
+    fake(tmp_path / "bin", "scontrol", seen(tmp_path / "requeued.json", 0))
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    slurm = {"SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "12"}
     done = subprocess.run(
         ["bash", str(ROOT / "launchers" / "slurm.sbatch"), "demo", "a.b=[1, 2]"],
-        env={**os.environ, "PATH": path, "WANDB_API_KEY": "secret"}, timeout=60,
+        env={**os.environ, **slurm, "PATH": path, "WANDB_API_KEY": "secret"}, timeout=60,
     )  # fmt: skip
     assert done.returncode == code
     argv, given = json.loads((tmp_path / "seen.json").read_text())
     assert "--export=ALL" in argv
     assert "--kill-on-bad-exit=1" in argv
-    assert argv[-4:] == ["-m", "calibtrain.launchers.train", "demo", "a.b=[1, 2]"]
+    assert "--cpus-per-task=12" in argv
+    assert argv[-5:] == ["-m", "calibtrain.launchers.train", "demo", "training.resume=auto", "a.b=[1, 2]"]
     assert given["WANDB_API_KEY"] == "secret"
     assert "secret" not in " ".join(argv)
+    requeued = tmp_path / "requeued.json"
+    assert requeued.exists() == (code == 75)
+    if code == 75:
+        assert json.loads(requeued.read_text())[0][-2:] == ["requeue", "17"]
+
+
+def test_the_job_is_given_time_to_end():
+    lines = (ROOT / "launchers" / "slurm.sbatch").read_text().splitlines()
+    assert {"#SBATCH --requeue", "#SBATCH --signal=TERM@300"} <= set(lines)
 
 
 @pytest.mark.parametrize("code", [0, 3])

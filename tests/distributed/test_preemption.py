@@ -1,0 +1,66 @@
+"""A run that is asked to stop (SIGTERM) ends in order, with a checkpoint; the same command goes on, bit for bit."""
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.distributed.jobs import metrics, write_job
+from tests.distributed.ranks import run
+from tests.distributed.test_failures import ranks_of
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+CLI = (sys.executable, "-m", "calibtrain.cli")
+STEPS = 40
+TRAINING = {"max_steps": STEPS, "checkpoint_every": None, "learning_rate": 1e-4}
+
+
+def asked_to_stop(folder, name, ranks, whom):
+    """The job once it has logged three steps and `whom` (a function of the command's pid) got SIGTERM."""
+    config, told = write_job(folder, name, training=TRAINING), []
+
+    def watch(pid):
+        log = folder / name / "metrics.jsonl"
+        if not told and log.is_file() and log.read_text().count("\n") >= 3:
+            told.append(whom(pid))
+            os.kill(told[0], signal.SIGTERM)
+        return False
+
+    return config, run([*CLI, "train", str(config), "--num-processes", str(ranks)], folder, 200, watch=watch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Models and numbers of runs that nobody stopped, by their number of ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    for ranks in (1, 2):
+        config = write_job(folder, f"whole{ranks}", training=TRAINING)
+        assert run([*CLI, "train", str(config), "--num-processes", str(ranks)], folder, 200).code == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ranks", "whom"),
+    [(1, lambda pid: pid), (2, lambda pid: pid), (2, lambda pid: ranks_of(pid)[1])],
+    ids=["one process", "the launcher of two", "one rank of two"],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, whole, ranks, whom):
+    config, ended = asked_to_stop(tmp_path, "stopped", ranks, whom)
+    assert ended.code == 75, ended.output[-3000:]
+    assert "stopped as asked (SIGTERM) after step" in ended.output
+    assert "Traceback" not in ended.output
+    (kept,) = (tmp_path / "stopped" / "checkpoints").iterdir()
+    step = json.loads((kept / "run.json").read_text())["step"]
+    assert 3 <= step < STEPS
+    assert not (tmp_path / "stopped" / "model").exists()
+    again = [*CLI, "train", str(config), "--num-processes", str(ranks), "training.resume=auto"]
+    assert run(again, tmp_path, 200).code == 0
+    assert metrics(tmp_path / "stopped") == metrics(whole / f"whole{ranks}")
+    expected, found = (
+        load_file(one / "model" / "model.safetensors") for one in (whole / f"whole{ranks}", tmp_path / "stopped")
+    )
+    assert all(expected[name].equal(found[name]) for name in expected)
