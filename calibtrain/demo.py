@@ -38,7 +38,7 @@ COLUMNS = {
     "cov@0.2": "answers at 20% risk",
 }
 RESULTS = (
-    *("model", "checkpoints", "answers", "probe", "sources", "confidence", "errors"),
+    *("model", "adapter", "checkpoints", "answers", "probe", "sources", "confidence", "errors"),
     *("metrics.jsonl", "calibration.json", "report.html", "spectra.json", "spectra.html", "run.json"),
 )
 """What a run leaves behind that speaks of its model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import socket
@@ -28,8 +29,13 @@ T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A rank that waits longer for the others gives up; it must outlast the slowest rank's share of an evaluation."""
+WAIT_SECONDS = 0.2
+"""Between two looks for the word of a rank that is waited for."""
 CLOSE_SECONDS = 10.0
 """A process that leaves waits no longer than this for its workers, and as long for its group: a peer may be dead."""
+
+
+_WAITS = itertools.count()  # the same on every rank, as each waits as often as the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +170,31 @@ def on_main(call: Callable[[], T]) -> T:
     if told[1] is not None:
         raise UserError(told[1])
     return told[0]  # type: ignore[no-any-return]
+
+
+def wait_for_main(call: Callable[[], None]) -> None:
+    """Call on rank 0 alone, however long it takes; the others wait for its word, not by a clock. Collective.
+
+    For long writing: the other ranks of a collective give up after COLLECTIVE_TIMEOUT. Where rank 0 fails, they raise its
+    UserError, or a RuntimeError; where it dies, its store is gone, and they fail with it.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return call()
+    store, key = dist.distributed_c10d._get_default_store(), f"calibtrain/waited/{next(_WAITS)}"
+    if dist.get_rank() == 0:
+        try:
+            call()
+        except BaseException as error:
+            store.set(key, f"{type(error).__name__}\n{error}")
+            raise
+        store.set(key, "done")
+        return None
+    while not store.check([key]):
+        time.sleep(WAIT_SECONDS)
+    kind, _, words = store.get(key).decode().partition("\n")
+    if kind != "done":
+        raise UserError(words) if kind == UserError.__name__ else RuntimeError(f"rank 0 failed: {kind}: {words}")
+    return None
 
 
 def check_alike(facts: Mapping[str, str], world: World) -> None:

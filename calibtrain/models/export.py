@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,28 @@ def gathered_weights(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
 
 def restored_model(weights: dict[str, Tensor], config: ModelConfig) -> Any:
-    """Hugging Face causal language model with `weights` (of `gathered_weights`); adapters are merged."""
+    """Hugging Face causal language model that takes over `weights` (of `gathered_weights`); adapters are merged."""
+    return _merged(_with_weights(weights, config), config)
+
+
+def empty_model(kind: Any, settings: Any, config: ModelConfig, dtype: torch.dtype) -> Any:
+    """A model of an Auto class without memory for its weights, which all are put into it afterwards.
+
+    Initialising 70B weights at random, to write others over them, takes one core half an hour.
+    """
+    build = partial(kind.from_config, settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    with torch.device("meta"):
+        model = build()
+    kept = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+    # Buffers that are saved with the weights have values of their own, and adapters merge by some that are not.
+    return build() if kept or config.adapter is not None else model
+
+
+def _with_weights(weights: dict[str, Tensor], config: ModelConfig) -> Any:
+    """The trained model, with its adapters where it has any."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(
-        load_settings(config), dtype=torch_dtype(config), trust_remote_code=config.trust_remote_code
-    )
+    model = empty_model(AutoModelForCausalLM, load_settings(config), config, torch_dtype(config))
     if config.lora is not None:
         model = add_lora(model, config)
     if config.adapter is not None:  # merged in fp32: bf16 products of nearly the identity would lose the rotation
@@ -49,7 +66,8 @@ def restored_model(weights: dict[str, Tensor], config: ModelConfig) -> Any:
     policy = Policy(model)
     _make_room(policy, weights)
     # A tied head appears once among parameters, under the embedding's name.
-    missing, unexpected = policy.load_state_dict(weights, strict=False)
+    missing, unexpected = policy.load_state_dict(weights, strict=False, assign=True)
+    policy.causal_model.tie_weights()
     tied = {name for name, _ in policy.named_parameters(remove_duplicate=False)} - {
         name for name, _ in policy.named_parameters()
     }
@@ -57,6 +75,10 @@ def restored_model(weights: dict[str, Tensor], config: ModelConfig) -> Any:
     lost = sorted(set(missing) - tied - buffers)
     if lost or unexpected:
         raise RuntimeError(f"export lost weights: missing {lost[:4]}, unexpected {list(unexpected)[:4]}")
+    return model
+
+
+def _merged(model: Any, config: ModelConfig) -> Any:
     if config.lora is not None:
         model = model.merge_and_unload()
     if config.adapter is not None:
@@ -93,6 +115,18 @@ def export_model(
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     _write_generation_config(config, target, tokenizer.eos_token_id if end_id is None else end_id)
+
+
+def export_adapter(weights: dict[str, Tensor], config: ModelConfig, target: Path) -> None:
+    """Write the LoRA adapter alone, as `peft.PeftModel.from_pretrained` loads it beside the model that it was trained on.
+
+    It holds no logit scale: with it the model answers alike, and its confidence is that of training, not the calibrated one.
+    """
+    model = _with_weights(weights, config)
+    for settings in model.peft_config.values():
+        settings.base_model_name_or_path = config.source
+        settings.revision = config.revision
+    model.save_pretrained(target)
 
 
 def _write_generation_config(config: ModelConfig, target: Path, end_id: int) -> None:

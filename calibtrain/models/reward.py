@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import Batch, LossTerm, sequence_token_counts
-from calibtrain.models.export import restored_model
+from calibtrain.models.export import empty_model, restored_model
 from calibtrain.models.loading import load_settings
 from calibtrain.models.loss_model import LossModel, StepStatistics, TrainStep
 from calibtrain.models.policy import Policy
@@ -146,17 +146,14 @@ def export_reward_model(
     settings.num_labels = 1
     settings.pad_token_id = tokenizer.convert_tokens_to_ids(pad)
     dtype = causal.get_input_embeddings().weight.dtype
-    model: Any = AutoModelForSequenceClassification.from_config(
-        settings, dtype=dtype, trust_remote_code=config.trust_remote_code
-    )
-    model.base_model.load_state_dict(causal.base_model.state_dict())
+    model: Any = empty_model(AutoModelForSequenceClassification, settings, config, dtype)
+    model.base_model.load_state_dict(causal.base_model.state_dict(), assign=True)
     heads = [
         module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.shape == score.shape
     ]
     if len(heads) != 1 or heads[0].bias is not None:
         raise RuntimeError(f"{type(model).__name__} has no plain scalar head to put the reward's weights into")
-    with torch.no_grad():
-        heads[0].weight.copy_(score)
+    heads[0].weight = nn.Parameter(score.detach().to("cpu", dtype))
     model.save_pretrained(target)
     model.config.dtype = torch.promote_types(dtype, torch.float32)
     model.config.save_pretrained(target)

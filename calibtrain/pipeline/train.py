@@ -21,13 +21,13 @@ from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.loader import planned_steps
 from calibtrain.data.templates import Template, template_of
 from calibtrain.data.unpaired import mismatched
-from calibtrain.distributed import World, barrier, check_alike, gather_lists, on_main, shard, start_world
+from calibtrain.distributed import World, check_alike, gather_lists, on_main, shard, start_world, wait_for_main
 from calibtrain.errors import Preempted
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
 from calibtrain.models.arithmetic import instruction_set, settled, told
-from calibtrain.models.export import check_scale_folds, export_model, gathered_weights
+from calibtrain.models.export import check_scale_folds, export_adapter, export_model, gathered_weights
 from calibtrain.models.loading import answering_config, load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy, check_head
@@ -158,21 +158,25 @@ def _what_ranks_share(config: RunConfig, checked: Checked) -> dict[str, str]:
 
 
 def _export(config: RunConfig, engine: Engine, template: Template, target: Path, scale: float, world: World) -> None:
-    """Write the model directory whole or not at all: what has its name is a finished run's."""
+    """Write the model directory whole or not at all: what has its name is a finished run's. Collective."""
     weights = gathered_weights(engine.module.policy, keep=world.is_main)
+    head = engine.module.score if isinstance(engine.module, RewardLossModel) else None
+    score = {} if head is None else gathered_weights(head, keep=world.is_main)
     partial = target.with_name(target.name + ".partial")
-    if world.is_main:
+
+    def write() -> None:
         shutil.rmtree(partial, ignore_errors=True)
-    if isinstance(engine.module, RewardLossModel):
-        score = gathered_weights(engine.module.score, keep=world.is_main)
-        if world.is_main:
+        if score:
             export_reward_model(weights, score["weight"], config.model, template.tokenizer, template.end_id, partial)
-    elif world.is_main:
-        export_model(weights, config.model, template.tokenizer, partial, scale, template.end_id)
-    if world.is_main:
+        else:
+            if config.model.lora is not None:  # before it is merged, which is done in place
+                shutil.rmtree(target.with_name("adapter"), ignore_errors=True)
+                export_adapter(weights, config.model, target.with_name("adapter"))
+            export_model(weights, config.model, template.tokenizer, partial, scale, template.end_id)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-    barrier()
+
+    wait_for_main(write)
 
 
 def build_model(config: RunConfig, template: Template | None = None, device: torch.device | str = "cpu") -> LossModel:

@@ -5,7 +5,7 @@ import torch
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
-from calibtrain.models.export import check_scale_folds, export_model, fold_scale, gathered_weights
+from calibtrain.models.export import check_scale_folds, export_adapter, export_model, fold_scale, gathered_weights
 from calibtrain.models.loading import add_lora, load_model, load_tokenizer
 from calibtrain.models.policy import Policy, check_head
 from tests.tiny import tiny_model, write_tiny_model
@@ -129,6 +129,35 @@ def test_exported_directory_loads_plainly(tmp_path, tied, lora, dtype):
     assert (own(loaded) - expected).abs().max() < (1e-4 if dtype == "fp32" else 0.15)
     assert load_tokenizer(config.model_copy(update={"source": str(tmp_path / "out")})).eos_token_id == 1
     assert gathered_weights(policy, keep=False) == {}
+
+
+def test_the_adapter_alone_makes_the_trained_model_of_the_one_it_started_from(tmp_path):
+    from peft import PeftModel
+
+    config = ModelConfig(source=str(write_tiny_model(tmp_path / "tiny")), dtype="fp32", lora={"r": 2, "alpha": 8.0})
+    model = load_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    weights = gathered_weights(Policy(model).eval(), keep=True)
+    kept = {name: weight.clone() for name, weight in weights.items()}
+    export_adapter(weights, config, tmp_path / "adapter")
+    assert all(weights[name].equal(kept[name]) for name in kept)
+    base = load_model(config.model_copy(update={"lora": None}))
+    torch.testing.assert_close(own(PeftModel.from_pretrained(base, tmp_path / "adapter")), own(model))
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert str(tmp_path / "tiny") in (tmp_path / "adapter" / "adapter_config.json").read_text()
+
+
+def test_no_weight_is_initialised_to_be_written_over(tmp_path, monkeypatch):
+    config = ModelConfig(source=str(write_tiny_model(tmp_path / "tiny")), dtype="fp32")
+    model = load_model(config)
+    drawn = []
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda self, *a, **k: (drawn.append(self.device.type), self)[1])
+    export_model(gathered_weights(Policy(model), keep=True), config, load_tokenizer(config), tmp_path / "out")
+    assert set(drawn) <= {"meta"}
 
 
 def test_unknown_lora_targets_are_refused(tmp_path):
