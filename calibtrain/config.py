@@ -163,6 +163,9 @@ class TrainingConfig(Section):
     """Older checkpoints are deleted once a newer one is complete."""
     resume: Path | Literal["auto"] | None = None
     """A checkpoint directory, or `auto`: the newest complete one of output_dir, if any; null refuses one with a run."""
+    new_trajectory: bool = False
+    """Go on from a checkpoint although learning rate, schedule, number of steps or micro-batch are others than it was made
+    with; what changed, and at which step, is kept in the checkpoints that follow."""
     max_skipped_steps: Count = 10
     """Consecutive steps with non-finite gradients before training gives up."""
 

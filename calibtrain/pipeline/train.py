@@ -109,7 +109,7 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     progress = Progress()
     if checkpoint is not None:
         progress = load_checkpoint(
-            checkpoint, engine, trainer.stream, trainer.average, trainer.hooks, world, trainer.rollouts
+            checkpoint, engine, trainer.stream, trainer.average, trainer.hooks, world, config, trainer.rollouts
         )
     record = RunRecord(config.resolved(), config.output_dir, trainer.total_steps, progress.step, world.rank, world.size)
     trainer.hooks.dispatch("on_start", record)

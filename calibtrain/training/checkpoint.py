@@ -6,6 +6,7 @@ final name is always whole. DeepSpeed's own shards are pickles: resume only from
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -36,7 +37,9 @@ FREE_TO_CHANGE = (
     "output_dir",
     "tracking",
     "abstention",
+    "model.gradient_checkpointing",
     "training.resume",
+    "training.new_trajectory",
     "training.log_every",
     "training.keep_checkpoints",
     "training.checkpoint_every",
@@ -45,6 +48,15 @@ FREE_TO_CHANGE = (
     "training.max_skipped_steps",
 )
 """Config keys that may differ on resume; every other one shapes the trajectory."""
+RESHAPING = (
+    "training.learning_rate",
+    "training.schedule",
+    "training.warmup_ratio",
+    "training.max_steps",
+    "training.epochs",
+    "training.micro_batch_size",
+)
+"""Of these, what training.new_trajectory lets differ: the loop reads them anew. Optimizer and data go on as they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +65,7 @@ class Progress:
 
     step: int = 0  # finished optimiser steps
     skipped_in_a_row: int = 0
+    changes: tuple[str, ...] = ()  # keys that shape the trajectory and were changed, each with its step
 
 
 def save_checkpoint(
@@ -126,7 +139,7 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> P
             f"training.resume: {path} was written by {run['world_size']} process(es), this run has {world.size}; start "
             "as many, or begin anew from its exported weights with model.source"
         )
-    differing = differences(run["config"], settled(config).resolved())
+    differing = refused(run["config"], config)
     if differing:
         raise UserError(
             f"training.resume: {path} was written by another config; these keys differ: " + "; ".join(differing)
@@ -143,6 +156,7 @@ def load_checkpoint(
     average: WeightAverage | None,
     hooks: HookList,
     world: World,
+    config: RunConfig,
     rollouts: ChangingExamples | None = None,
 ) -> Progress:
     """Restore everything from a checkpoint that `find_checkpoint` accepted; the last thing before the loop. Collective.
@@ -170,7 +184,10 @@ def load_checkpoint(
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng/cuda"], world.device)
-    return Progress(run["step"], run["skipped_in_a_row"])
+    changed = [f"after step {run['step']}: {one}" for one in changed_keys(run["config"], config)]
+    for one in changed if world.is_main else []:
+        logger.warning("another trajectory from here on, %s", one)
+    return Progress(run["step"], run["skipped_in_a_row"], (*run.get("changes", ()), *changed))
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -275,6 +292,7 @@ def _write_run_state(
         {
             "step": progress.step,
             "skipped_in_a_row": progress.skipped_in_a_row,
+            "changes": list(progress.changes),
             "world_size": world.size,
             "data_hash": data_hash,
             "config": config.resolved(),
@@ -305,6 +323,22 @@ def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def refused(old: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """The differences from an earlier run's config that keep this one from going on with it."""
+    found = changed_keys(old, config)
+    if not config.training.new_trajectory:
+        hint = " (training.new_trajectory=true goes on with the new one)"
+        return [one + hint if one.partition(" ")[0] in RESHAPING else one for one in found]
+    return [one for one in found if one.partition(" ")[0] not in RESHAPING]
+
+
+def changed_keys(old: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Where an earlier run's resolved config makes another run; keys that it did not know yet have their defaults."""
+    with contextlib.suppress(ValueError):  # of a version that knew keys which are gone
+        old = RunConfig.model_validate(old).resolved()
+    return differences(old, settled(config).resolved())
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -10,8 +10,7 @@ import yaml
 
 from calibtrain.config import RunConfig
 from calibtrain.errors import UserError
-from calibtrain.models.arithmetic import settled
-from calibtrain.training.checkpoint import complete_checkpoints, differences
+from calibtrain.training.checkpoint import changed_keys, complete_checkpoints, refused
 
 WAYS_OUT = "give another output_dir, or move or remove this one"
 
@@ -68,19 +67,19 @@ def check_same_data(output_dir: Path, records_hash: str) -> None:
 
 
 def _is_this_run(config: RunConfig) -> bool:
-    """True, or UserError with what differs."""
+    """True, or UserError with what differs. False where it goes on, on a new trajectory."""
     made_by = _config_of(config.output_dir)
     if not made_by:
         raise UserError(
             f"training.resume: {config.output_dir} holds a finished run, and its config.yaml cannot be read; {WAYS_OUT}"
         )
-    differing = differences(made_by, settled(config).resolved())
+    differing = refused(made_by, config)
     if differing:
         told = "; ".join([*differing[:4], *([f"and {len(differing) - 4} more"] if len(differing) > 4 else [])])
         raise UserError(
             f"training.resume: {config.output_dir} holds a finished run of another config ({told}); {WAYS_OUT}"
         )
-    return True
+    return not changed_keys(made_by, config)
 
 
 def _config_of(output_dir: Path) -> dict[str, Any]:

@@ -87,7 +87,9 @@ class Trainer:
                 self.weight_penalties.arm(step)
             skipped, grad_norm = self.engine.step()
             self.engine.module.after_step()
-            progress = Progress(step + 1, progress.skipped_in_a_row + 1 if skipped else 0)
+            progress = replace(
+                progress, step=step + 1, skipped_in_a_row=progress.skipped_in_a_row + 1 if skipped else 0
+            )
             if skipped:
                 self._report_skip(progress, outputs)
             self.hooks.dispatch(

@@ -197,7 +197,7 @@ def disagreements(world: World, folder: Path) -> list[str]:
     calls: list[Any] = [
         lambda: on_main(refuse),
         lambda: check_alike({"config": "a", "data set": f"b{world.rank}"}, world),
-        lambda: load_checkpoint(mine, None, None, None, HookList([]), world),  # type: ignore[arg-type]
+        lambda: load_checkpoint(mine, None, None, None, HookList([]), world, RunConfig()),  # type: ignore[arg-type]
     ]
     told = []
     for call in calls:
