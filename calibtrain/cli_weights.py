@@ -80,7 +80,7 @@ def quantize(
     ignore: Annotated[
         list[str] | None, typer.Option(help="A layer that stays in full precision, by name or re:PATTERN; repeatable.")
     ] = None,
-    alpha: Annotated[float, typer.Option(min=0, max=1, help="SmoothQuant: how far outliers go to the weights.")] = 0.5,
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="SmoothQuant: how far outliers go to the weights.")] = 0.8,
     samples: Annotated[
         int | None, typer.Option(help="Calibration questions to quantise by, 128 to 512. Default: 256.")
     ] = None,

@@ -36,7 +36,7 @@ class Asked:
     scheme: Scheme
     method: str
     ignore: tuple[str, ...] = ()
-    alpha: float = 0.5
+    alpha: float = 0.8
     samples: int | None = None  # None: DEFAULT, or as many as there are down to USUAL
     keep: Mapping[str, float] | None = None  # of quantize_gate
     output: Path | None = None

@@ -55,7 +55,7 @@ class Settings:
     scheme: Scheme
     method: str
     ignore: tuple[str, ...] = ()
-    alpha: float = 0.5
+    alpha: float = 0.8
     seed: int = 0
     trust_remote_code: bool = False
 
