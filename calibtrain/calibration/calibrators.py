@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from calibtrain.calibration import adaptive, domains, maps, shift, temperature
+from calibtrain.calibration import adaptive, domains, maps, shift, temperature, vectors
 from calibtrain.calibration.intervals import poisson_weights
 from calibtrain.calibration.scores import Array, Scores, grades_of, log_loss, scores_of
 from calibtrain.errors import UserError
@@ -48,6 +48,8 @@ METHODS: dict[str, Method] = {
     "isotonic": Method(maps.fit_isotonic, maps.apply_isotonic, compare=maps.isotonic_at_knots),
     "histogram": Method(maps.fit_histogram, maps.apply_histogram, compare=maps.histogram_values),
     "vector": Method(maps.fit_vector, maps.apply_vector),
+    "vector_scaling": Method(vectors.fit_vector_scaling, vectors.apply_scaling, refit=vectors.refit_vector_scaling),
+    "matrix_scaling": Method(vectors.fit_matrix_scaling, vectors.apply_scaling, refit=vectors.refit_matrix_scaling),
     "adaptive_temperature": Method(adaptive.fit_adaptive, adaptive.apply_adaptive),
     "domain_temperature": Method(domains.fit_domains, domains.apply_domains, intervals=domains.domain_intervals),
     "label_shift": Method(shift.fit_shift, shift.apply_shift),

@@ -19,8 +19,9 @@ from calibtrain.calibration.metrics import summary
 from calibtrain.calibration.scores import TEMPERATURE_GRID, Scores, TokenScores, scores_of
 from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.answered import Answered, answer_table, token_logprob_table
 from calibtrain.confidence.forced import Forced, forced_answers
-from calibtrain.confidence.likelihood import Answered, answer_questions, logprob_table, token_logprob_table
+from calibtrain.confidence.likelihood import answer_questions
 from calibtrain.config import RunConfig
 from calibtrain.data.templates import Template, template_of
 from calibtrain.errors import UserError
@@ -118,8 +119,13 @@ class Loaded:
         answered = self.answer(records, shots, on_batch)
         features = answered.features
         if self.config.calibration.method != "adaptive_temperature":
-            whole = logprob_table(self.model, features, TEMPERATURE_GRID, self.device)
+            whole = answer_table(self.model, answered, TEMPERATURE_GRID, self.device)
             return Measurement(answered.answers, whole.numpy())
+        if answered.options is not None:
+            raise UserError(
+                "calibration.method: adaptive_temperature reads the tokens of generated answers, and these are chosen among "
+                "options: take temperature, vector_scaling or matrix_scaling"
+            )
         per_token = token_logprob_table(self.model, features, TEMPERATURE_GRID, self.device).numpy()
         owner = features.sequence_ids.numpy()
         table = np.zeros((len(answered.answers), len(TEMPERATURE_GRID)))
