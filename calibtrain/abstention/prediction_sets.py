@@ -1,9 +1,9 @@
 """Conformal prediction sets: of a question's options, those that hold the right one in a stated share of the questions.
 
 Split conformal prediction (Vovk, Gammerman, Shafer 2005): with a threshold from n graded questions, the set of a further
-one of the same kind holds its right option with probability at least 1 - alpha, over both draws. Scores: LAC, 1 - p (Sadinle,
-Lei, Wasserman 2019), which makes the smallest sets, and APS, the mass of all options down to this one (Romano, Sesia,
-Candes 2020, arXiv 2006.02544), here without randomisation, which is on the safe side.
+one of the same kind holds its right option with probability at least 1 - alpha, over both draws. Scores: LAC, 1 - p
+(Sadinle, Lei, Wasserman 2019), which makes the smallest sets, and APS, the mass of all options down to this one (Romano,
+Sesia, Candes 2020, arXiv 2006.02544), here without randomisation, which is on the safe side.
 """
 
 from __future__ import annotations

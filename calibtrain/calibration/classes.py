@@ -84,10 +84,13 @@ def classwise_ece(probabilities: ArrayLike, right: ArrayLike, bins: int = 15) ->
     return np.array(gaps, dtype=np.float64)
 
 
-def class_rows(probabilities: ArrayLike, right: ArrayLike) -> list[ClassRow]:
-    """Every class of N questions, from the probabilities (N, C) of the classes and which are right (N, C) bool."""
+def class_rows(probabilities: ArrayLike, right: ArrayLike, answer: ArrayLike | None = None) -> list[ClassRow]:
+    """Every class of N questions, from the probabilities (N, C) of the classes and which are right (N, C) bool.
+
+    answer (N,): the classes that were given, where they are not the likeliest ones.
+    """
     p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(right, dtype=bool)
-    given = p.argmax(1)
+    given = p.argmax(1) if answer is None else np.asarray(answer, dtype=np.int64)
     rows = []
     for place, ece in enumerate(classwise_ece(p, y).tolist()):
         n, hits = int(y[:, place].sum()), int((y[:, place] & (given == place)).sum())

@@ -74,7 +74,8 @@ def scores_of(
 
     scores: confidences (N,), or a log-prob table (N, K) at TEMPERATURE_GRID, from which the confidence is taken at
     temperature 1; may be left out where `options` (N, C), log-probs of the options, are given: the confidence is then
-    the softmax of the likeliest one. right (N, C) says which options are right. Raises UserError for what is no probability or not equally many.
+    the softmax of the likeliest one. right (N, C) says which options are right. Raises UserError for what is no probability
+    or not equally many.
     """
     if isinstance(scores, Scores):
         return scores

@@ -136,7 +136,8 @@ def _given(scores: Scores, method: str) -> tuple[Array, NDArray[np.bool_]]:
 def _options(scores: Scores, method: str) -> Array:
     if scores.options is None:
         raise UserError(
-            f"{method} calibrator: needs answers chosen by likelihood among equally many options: task.kind: label, or choice "
-            "with as many options for every question, and task.answer_by: likelihood; else take calibration.method: temperature"
+            f"{method} calibrator: needs answers chosen by likelihood among equally many options: task.kind: label, or "
+            "choice with as many options for every question, and task.answer_by: likelihood; else take "
+            "calibration.method: temperature"
         )
     return scores.options

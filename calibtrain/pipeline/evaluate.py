@@ -30,6 +30,7 @@ from calibtrain.models.loading import answering_config, load_model, load_tokeniz
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy, check_head
 from calibtrain.pipeline.calibration_file import made_by, made_by_source, weights_hash
+from calibtrain.pipeline.options import option_matrices, options_part, print_options
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.records import Record
 
@@ -56,7 +57,9 @@ class Measurement:
     def scores(self, domain: str | None = None) -> Scores:
         """What a calibrator sees; `domain` names the stratum that is a question's domain ("" where it has none)."""
         names = None if domain is None else [answer.strata.get(domain, "") for answer in self.answers]
-        return scores_of(self.table if self.table.shape[1] else self.confidence, domains=names, tokens=self.tokens)
+        given = self.table if self.table.shape[1] else self.confidence
+        options, right = option_matrices(self.answers)
+        return scores_of(given, domains=names, options=options, right=right, tokens=self.tokens)
 
 
 class Answering(Protocol):
@@ -155,6 +158,7 @@ def run(
         write_measurement(measurement, output, loaded.mark())
     metrics = measured_metrics(measurement.confidence, measurement.correct)
     _print(metrics, f"{loaded.name}, {split}")
+    print_options(options_part(loaded.template.task.options_are, measurement.answers))
     return metrics
 
 
