@@ -18,7 +18,7 @@ from calibtrain.calibration.scores import Array, Scores, softmax
 from calibtrain.errors import UserError
 
 Parameters = dict[str, Any]
-STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
+STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 """ODIR's, to choose from: of the mean squares of off-diagonal weights and of intercepts, beside the summed log loss."""
 FOLDS = 3
 _PRECISION = 0.01

@@ -29,9 +29,10 @@ def test_coverage_over_resplits_is_exact(score, n, alpha):
         order = rng.permutation(len(p))
         fitted = fit_prediction_sets(p[order[:n]], right[order[:n]], alpha, score)
         held.append((fitted.members(p[order[n:]]) & right[order[n:]]).any(1).mean())
-    # Without ties the chance is between 1 - alpha and 1 - alpha + 1 / (n + 1).
+    # Without ties, which APS has where the least likely option is right, it is at most 1 - alpha + 1 / (n + 1).
     noise = 4 * np.std(held) / math.sqrt(len(held))
-    assert 1 - alpha - noise <= np.mean(held) <= 1 - alpha + 1 / (n + 1) + noise
+    assert 1 - alpha - noise <= np.mean(held)
+    assert score == "aps" or np.mean(held) <= 1 - alpha + 1 / (n + 1) + noise
 
 
 def test_a_set_names_its_options_the_likeliest_first():

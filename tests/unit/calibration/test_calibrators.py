@@ -262,9 +262,9 @@ def test_odir_chooses_what_new_answers_ask_for():
     right = np.arange(8) == (z + rng.gumbel(size=z.shape)).argmax(1)[:, None]  # calibrated already
     correct = right[np.arange(60), z.argmax(1)]
     fitted = fit_calibrator("matrix_scaling", scores_of(options=z, right=right), correct, replicates=0, **HASHES)
-    assert fitted.parameters["regularisation"] >= 10
+    assert fitted.parameters["regularisation"] >= 1000
     off = np.array(fitted.parameters["scale"]) * (1 - np.eye(8))
-    assert np.abs(off).max() < 0.5
+    assert np.abs(off).max() < 0.3
 
 
 def test_label_shift_finds_the_new_accuracy_without_grades():
