@@ -29,7 +29,7 @@ JOBS = {
 
 def job(folder, kind):
     rows = []
-    for i in range(260):
+    for i in range(340):
         right = COUNTRIES[int(4 * unit_hash("right", i))]
         rows.append({"question": f"Where is town {i} of {right}?", "answers": [right], "options": list(COUNTRIES)})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
