@@ -119,9 +119,15 @@ class Loaded:
         self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None
     ) -> Measurement:
         """Answer and grade `records`."""
+        by_token = self.config.calibration.method == "adaptive_temperature"
+        if by_token and any(self.template.task.options(record) for record in records):
+            raise UserError(
+                "calibration.method: adaptive_temperature reads the tokens of generated answers, and these are chosen among "
+                "options: take temperature, vector_scaling or matrix_scaling"
+            )
         answered = self.answer(records, shots, on_batch)
         features = answered.features
-        if self.config.calibration.method != "adaptive_temperature":
+        if not by_token:
             whole = answer_table(self.model, answered, TEMPERATURE_GRID, self.device)
             return Measurement(answered.answers, whole.numpy())
         if answered.options is not None:

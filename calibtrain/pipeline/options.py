@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibtrain.calibration.calibrators import Calibrator
+from calibtrain.calibration.calibrators import METHODS, Calibrator
 from calibtrain.calibration.classes import ClassRow, PlaceBias, class_rows, place_bias
 from calibtrain.confidence.answer import Answer
+from calibtrain.config import RunConfig
+from calibtrain.errors import UserError
+from calibtrain.records import Record
+from calibtrain.tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,23 @@ def options_part(
     given = np.array([one.choice for one in graded], dtype=np.int64)
     rows = tuple(class_rows(probabilities, right_ones, given))
     return OptionsPart(names, rows=rows, classwise_ece=float(np.mean([row.ece for row in rows])), unfound=unfound)
+
+
+def check_options(config: RunConfig, task: Task, splits: Mapping[str, Sequence[Record]]) -> None:
+    """UserError where the calibrator reads all options of a question, and questions have none or not equally many."""
+    method = config.calibration.method
+    if METHODS[method].options is None:
+        return
+    records = [record for split in ("temperature", "certification", "test") for record in splits[split]]
+    counts = [len(task.options(record)) for record in records]
+    other = next((place for place, count in enumerate(counts) if count != counts[0] or not count), None)
+    if other is not None:
+        place = records[other].origin or records[other].question
+        found = f"{counts[other]} options where others have {counts[0]}" if counts[0] else "no options that are scored"
+        raise UserError(
+            f"calibration.method: {method} reads the log-probs of as many options for every question, with "
+            f"task.answer_by: likelihood; {place}: {found}; take temperature"
+        )
 
 
 def _place(number: int) -> str:

@@ -39,7 +39,7 @@ class Choice(OptionsTask):
         """With the options in order, listed where they are, and the right one as the reply that names it."""
         if ASKED in record.fields:
             return record
-        given = _checked(record, self.letters)
+        given = _checked(record, self.config)
         options = self._ordered(record, given)
         if not self.letters and not self.by_likelihood:
             listing = [f"- {one}" for one in options]
@@ -106,13 +106,13 @@ class Choice(OptionsTask):
         return max(by_text, by_letter)
 
 
-def _checked(record: Record, letters: bool) -> tuple[str, ...]:
+def _checked(record: Record, config: ChoiceTask) -> tuple[str, ...]:
     """The options, which are at least two, apart, and no more than there are letters."""
     options = tuple(one.strip() for one in record.options)
     if not options:
         raise UserError(
-            f"{_where(record)}: a choice without options; name their column or columns, data.source.columns: "
-            "{options: ...}"
+            f"{_where(record)}: a choice without options; give them with the question (--option), or name their columns: "
+            "data.source.columns: {options: ...}"
         )
     if len(options) < 2:
         raise UserError(f"{_where(record)}: {options[0]!r} is the only option; give at least two to choose from")
@@ -121,7 +121,11 @@ def _checked(record: Record, letters: bool) -> tuple[str, ...]:
         raise UserError(
             f"{_where(record)}: the option {twice[0]!r} is given twice, or empty; each must be another text"
         )
-    if letters and len(options) > len(LETTERS):
+    if config.show == "texts" and config.answer_by == "generation" and any("\n" in one for one in options):
+        raise UserError(
+            f"{_where(record)}: an option has several lines, which no reply on one line is: task.show: letters"
+        )
+    if config.show == "letters" and len(options) > len(LETTERS):
         raise UserError(f"{_where(record)}: {len(options)} options and {len(LETTERS)} letters; set task.show: texts")
     return options
 

@@ -218,3 +218,16 @@ def test_a_server_scores_no_options():
     served.server, served._seen = SimpleNamespace(url="http://127.0.0.1:1"), float("inf")
     with pytest.raises(UserError, match="answer_by: generation"):
         served.measure(records)
+
+
+def test_a_reply_that_is_written_freely_is_read_and_scores_no_options(model):
+    template = Template("plain", tiny_tokenizer(), task=task_of(ChoiceTask(answer_by="generation")))
+    records = [template.task.asked(replace(one, fields={})) for one in asked("texts")[1]]
+    answered = answer_questions(model, template, records, EvaluationConfig(max_new_tokens=3))
+    assert answered.options is None
+    for record, answer in zip(records, answered.answers, strict=True):
+        assert answer.options == template.task.choices(record)
+        assert answer.option_logprobs == ()
+        assert answer.choice == (answer.options.index(answer.text) if answer.found else None)
+        assert answer.confidence == pytest.approx(np.exp(sum(answer.token_logprobs)))
+        assert answer.correct == (answer.found and answer.text in record.accepted)
