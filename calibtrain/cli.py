@@ -271,6 +271,9 @@ def report(
 def answer(
     output_dir: OutputDir,
     question: Annotated[str, typer.Argument(help="In plain words.")],
+    option: Annotated[
+        list[str] | None, typer.Option(help="One to choose from, where the run's task is choice; give each.")
+    ] = None,
     source: Source = "likelihood",
     group: Annotated[
         str | None, typer.Option(help="Value of the stratum that `certify --by` certified, e.g. Africa.")
@@ -285,7 +288,7 @@ def answer(
     from calibtrain.pipeline.answer import load
 
     answerer = load(_trained(output_dir), source, uncertified=uncertified, engine=engine, engine_model=engine_model)
-    typer.echo(answerer.answer(question, group=group).told())
+    typer.echo(answerer.answer(question, group=group, options=option or ()).told())
 
 
 @app.command()

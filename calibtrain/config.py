@@ -205,8 +205,10 @@ class CalibrationConfig(Section):
         "domain_temperature",
         "adaptive_temperature",
         "base_alignment",
+        "vector_scaling",
+        "matrix_scaling",
     ] = "temperature"
-    """What is fitted on the temperature split."""
+    """What is fitted on the temperature split; the last two read the log-probs of all options of a question."""
     domain: str | None = None
     """With `domain_temperature`: the stratum of a question that is its domain, e.g. `continent`."""
 
@@ -228,6 +230,10 @@ class AbstentionConfig(Section):
     """Also control wrong answers as a share of all questions, by conformal risk control."""
     groups: str | None = None
     """Also certify a threshold for every value of this stratum, e.g. `continent`, which together hold at delta."""
+    set_error: Risk = 0.1
+    """Where answers are chosen among options: share of the questions whose prediction set may miss the right one."""
+    set_score: Literal["lac", "aps"] = "lac"
+    """`lac`: the smallest sets; `aps`: larger ones, which follow more closely how hard a question is."""
     words: Literal["icd203", "ipcc", "nato", "phia"] = "icd203"
     """Scale of the words for probabilities."""
     report_risks: tuple[Risk, ...] = (0.05, 0.1, 0.2, 0.3)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from calibtrain.calibration import adaptive, domains, maps, shift, temperature
+from calibtrain.calibration import adaptive, domains, maps, shift, temperature, vectors
 from calibtrain.calibration.intervals import poisson_weights
 from calibtrain.calibration.scores import Array, Scores, grades_of, log_loss, scores_of
 from calibtrain.errors import UserError
@@ -37,6 +37,8 @@ class Method:
     compare: Callable[[Parameters, Parameters], Parameters] = lambda parameters, estimate: parameters
     # Ends of the intervals where the method has better ones than the bootstrap.
     intervals: Callable[[Scores, Array, Array, float], tuple[Parameters, Parameters]] | None = None
+    # Probabilities (N, C) of all options, where the method reads them.
+    options: Callable[[Parameters, Array], Array] | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -48,6 +50,12 @@ METHODS: dict[str, Method] = {
     "isotonic": Method(maps.fit_isotonic, maps.apply_isotonic, compare=maps.isotonic_at_knots),
     "histogram": Method(maps.fit_histogram, maps.apply_histogram, compare=maps.histogram_values),
     "vector": Method(maps.fit_vector, maps.apply_vector),
+    "vector_scaling": Method(
+        vectors.fit_vector_scaling, vectors.apply_scaling, refit=vectors.refit_vector_scaling, options=vectors.scaled
+    ),
+    "matrix_scaling": Method(
+        vectors.fit_matrix_scaling, vectors.apply_scaling, refit=vectors.refit_matrix_scaling, options=vectors.scaled
+    ),
     "adaptive_temperature": Method(adaptive.fit_adaptive, adaptive.apply_adaptive),
     "domain_temperature": Method(domains.fit_domains, domains.apply_domains, intervals=domains.domain_intervals),
     "label_shift": Method(shift.fit_shift, shift.apply_shift),
@@ -80,6 +88,11 @@ class Calibrator:
         if self.after is not None:
             given = scores_of(self.after.apply(given))
         return np.clip(METHODS[self.method].apply(self.parameters, given), 0.0, 1.0)
+
+    def option_probabilities(self, logprobs: Array) -> Array | None:
+        """Calibrated probabilities (N, C) of options with these log-probs, by a method that reads them all; or None."""
+        of_all = METHODS[self.method].options
+        return None if of_all is None else of_all(self.parameters, logprobs)
 
     @property
     def temperature(self) -> float | None:

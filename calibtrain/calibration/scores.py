@@ -38,6 +38,7 @@ class Scores:
     table: Array | None = None  # (N, K) log-prob of each answer at each temperature of TEMPERATURE_GRID
     domains: tuple[str, ...] | None = None  # (N,) which domain each question is from
     options: Array | None = None  # (N, C) log-probs of the options of multiple-choice questions
+    right: NDArray[np.bool_] | None = None  # (N, C) which of the options are right, where that is known
     tokens: TokenScores | None = None
 
     def __len__(self) -> int:
@@ -56,6 +57,7 @@ class Scores:
             None if self.table is None else self.table[rows],
             None if self.domains is None else tuple(self.domains[row] for row in rows),
             None if self.options is None else self.options[rows],
+            None if self.right is None else self.right[rows],
             tokens,
         )
 
@@ -65,13 +67,15 @@ def scores_of(
     *,
     domains: Sequence[str] | None = None,
     options: ArrayLike | None = None,
+    right: ArrayLike | None = None,
     tokens: TokenScores | None = None,
 ) -> Scores:
     """Checked scores of N answers.
 
     scores: confidences (N,), or a log-prob table (N, K) at TEMPERATURE_GRID, from which the confidence is taken at
     temperature 1; may be left out where `options` (N, C), log-probs of the options, are given: the confidence is then
-    the softmax of the likeliest one. Raises UserError for what is no probability or not equally many.
+    the softmax of the likeliest one. right (N, C) says which options are right. Raises UserError for what is no probability
+    or not equally many.
     """
     if isinstance(scores, Scores):
         return scores
@@ -93,7 +97,11 @@ def scores_of(
                 f"scores: log-prob table has shape {table.shape}, expected (answers, {len(TEMPERATURE_GRID)})"
             )
         confidence = np.exp(np.minimum(table[:, UNSCALED], 0.0))
-    found = Scores(confidence, table, None if domains is None else tuple(domains), choice, tokens)
+    graded = None if right is None else np.asarray(right, dtype=bool)
+    if graded is not None and (choice is None or graded.shape != choice.shape):
+        raise UserError(f"scores: right has shape {graded.shape}; say of each of the options whether it is right")
+    names = None if domains is None else tuple(domains)
+    found = Scores(confidence, table, names, choice, graded, tokens)
     _check(found)
     return found
 

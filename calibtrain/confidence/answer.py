@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from calibtrain.tasks.matching import normalize
@@ -43,16 +43,34 @@ class Answer:
     reply_logprob: float | None = None  # of the whole reply with its thinking, where the answer is a part of it
     found: bool = True  # False: the reply holds nothing that could be an answer
     parts: tuple[AnswerPart, ...] = ()  # pieces that are right or wrong by themselves
+    options: tuple[str, ...] = ()  # replies that it could be
+    option_logprobs: tuple[float, ...] = ()  # of each, their probabilities summing to 1; the answer is the likeliest
 
     @property
     def logprob(self) -> float:
-        """Log-probability of the whole answer."""
-        return math.fsum(self.token_logprobs)
+        """Log-probability of the whole answer; of one that was chosen by likelihood, among its options."""
+        return max(self.option_logprobs) if self.option_logprobs else math.fsum(self.token_logprobs)
 
     @property
     def confidence(self) -> float:
-        """Probability the model gave to exactly this answer, in [0, 1]."""
+        """Probability the model gave to exactly this answer (among its options), in [0, 1]."""
         return math.exp(min(0.0, self.logprob))
+
+    @property
+    def choice(self) -> int | None:
+        """Place of the answer among its options; None where it is none of them."""
+        if self.option_logprobs:
+            return self.option_logprobs.index(max(self.option_logprobs))
+        return self.options.index(self.text) if self.found and self.text in self.options else None
+
+    @property
+    def right_options(self) -> tuple[bool, ...]:
+        """Which of its options are accepted answers."""
+        return tuple(option in self.accepted for option in self.options)
+
+    def rescored(self, logprob: float) -> Answer:
+        """The same answer with another log-prob, as one number."""
+        return replace(self, token_logprobs=(logprob,), options=(), option_logprobs=())
 
     @property
     def meaning(self) -> str:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calibtrain.calibration.metrics import summary
 from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answer import Answer
-from calibtrain.confidence.likelihood import Answered, answer_questions
+from calibtrain.confidence.answered import Answered, OptionFeatures
+from calibtrain.confidence.likelihood import answer_questions
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World, all_agree, gather_lists, gather_rows, shard
@@ -75,23 +77,32 @@ def answer_metrics(answers: Sequence[Answer]) -> dict[str, float]:
 
 def take(answered: Answered, count: int) -> Answered:
     """The first `count` answers."""
-    return Answered(answered.answers[:count], answered.features.select(torch.arange(count)))
+    return answered.select(torch.arange(count))
 
 
 def gather_answered(answered: Answered, world: World) -> Answered:
     """All ranks' answers, in rank order. Collective."""
     if world.size == 1:
         return answered
-    features = answered.features
-    lengths = torch.bincount(features.sequence_ids, minlength=features.correct.shape[0])
-    lengths = gather_rows(lengths, world.device)
     answers: list[Answer] = gather_lists(answered.answers)
-    return Answered(
-        answers,
-        AnswerFeatures(
-            hidden=gather_rows(features.hidden, world.device),
-            targets=gather_rows(features.targets, world.device),
-            sequence_ids=torch.repeat_interleave(torch.arange(lengths.shape[0]), lengths),
-            correct=gather_rows(features.correct, world.device),
-        ),
+    options = answered.options
+    if options is not None:
+        owner = _gather_owners(options.owner, len(answered.answers), world)
+        options = OptionFeatures(_gather_features(options.features, world), owner, options.mean)
+    return Answered(answers, _gather_features(answered.features, world), options)
+
+
+def _gather_features(features: AnswerFeatures, world: World) -> AnswerFeatures:
+    """All ranks' sequences, in rank order. Collective."""
+    return AnswerFeatures(
+        hidden=gather_rows(features.hidden, world.device),
+        targets=gather_rows(features.targets, world.device),
+        sequence_ids=_gather_owners(features.sequence_ids, features.correct.shape[0], world),
+        correct=gather_rows(features.correct, world.device),
     )
+
+
+def _gather_owners(owner: Tensor, count: int, world: World) -> Tensor:
+    """Which of all ranks' owners each row belongs to, given which of this rank's `count`. Collective."""
+    lengths = gather_rows(torch.bincount(owner, minlength=count), world.device)
+    return torch.repeat_interleave(torch.arange(lengths.shape[0]), lengths)

@@ -10,8 +10,8 @@ import numpy as np
 
 from calibtrain.abstention.words import WORDS, Scale
 from calibtrain.calibration.scores import sigmoid
+from calibtrain.confidence.answered import Answered
 from calibtrain.confidence.generation import choice_logprobs, common_prefix, generate
-from calibtrain.confidence.likelihood import Answered
 from calibtrain.confidence.source import Array, Asker, Cost, SourceScores
 from calibtrain.data.queries import NO_YES, choice_ids, query_record
 from calibtrain.records import Message, Record

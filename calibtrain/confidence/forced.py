@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from calibtrain.abstention.policy import SelectiveStatistics, selective_statistics
 from calibtrain.calibration.intervals import wilson
 from calibtrain.confidence.answer import Answer
-from calibtrain.confidence.likelihood import Answered, answer_questions
+from calibtrain.confidence.answered import Answered
+from calibtrain.confidence.likelihood import answer_questions
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.refusal import REFUSALS
 from calibtrain.data.templates import Template
+from calibtrain.errors import UserError
 from calibtrain.records import Record
 from calibtrain.tasks.matching import normalize
 
@@ -68,8 +70,12 @@ def forced_answers(
     """Greedy answers; those that are REFUSALS, or say [IDK], are made again without the ways to begin a refusal.
 
     No answer is forbidden but one that begins with the same token as a refusal ("I", "My"). Its likelihood stays the
-    model's own, under which the refusal was likelier.
+    model's own, under which the refusal was likelier. Raises UserError where answers are chosen among options.
     """
+    if any(template.task.options(record) for record in records):
+        raise UserError(
+            "answers chosen among options by their likelihood are never refusals: set task.answer_by: generation"
+        )
     given = answer_questions(model, template, records, settings, shots=shots, device=device, on_batch=on_batch)
     idk = template.tokenizer.get_vocab().get(IDK)
     refused = np.array([is_refusal(answer.text) or (idk is not None and not answer.text) for answer in given.answers])

@@ -5,31 +5,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from calibtrain.calibration.temperature import TEMPERATURE_GRID
 from calibtrain.confidence.answer import Answer, AnswerPart
+from calibtrain.confidence.answered import Answered, features_of_generations
 from calibtrain.confidence.generation import AllDone, Generation, generate
+from calibtrain.confidence.options import answer_options
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.replies import Reply, read_reply
 from calibtrain.data.templates import Template
-from calibtrain.models.loss_model import AnswerFeatures, ScoreStep
+from calibtrain.errors import UserError
 from calibtrain.records import Record
 from calibtrain.tasks.task import Grade
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """Graded answers with the hidden states they came from, in the order of the questions."""
-
-    answers: list[Answer]
-    features: AnswerFeatures
 
 
 def answer_questions(
@@ -50,8 +42,24 @@ def answer_questions(
     not_first: tokens that no answer may begin with.
 
     The confidence of an answer is the product of its tokens' probabilities with the end token's, so that "Guinea" is
-    not credited with the probability of "Guinea-Bissau".
+    not credited with the probability of "Guinea-Bissau". Where the task has options, the likeliest of them is the answer
+    and nothing is generated (`calibtrain.confidence.options`): `not_first` then says nothing.
     """
+    if any(scored := [bool(template.task.options(record)) for record in records]):
+        if not all(scored):
+            record = records[scored.index(False)]
+            raise UserError(f"{record.origin or record.question}: has no options, where other questions have")
+        return answer_options(
+            model,
+            template,
+            records,
+            settings,
+            shots=shots,
+            device=device,
+            all_done=all_done,
+            share_prefix=share_prefix,
+            on_batch=on_batch,
+        )
     prompts = [template.prompt_ids(record, shots) for record in records]
     generations = generate(
         model,
@@ -97,10 +105,11 @@ def graded_answers(
             reply_logprob=None if len(span.tokens) == len(whole.tokens) else math.fsum(whole.logprobs),
             found=reply.reading.found,
             parts=_parts(reply, grade, whole),
+            options=template.task.choices(record),
         )
         for record, reply, grade, span, whole in zip(records, replies, grades, spans, generations, strict=True)
     ]
-    return Answered(answers, _features(spans, answers))
+    return Answered(answers, features_of_generations(spans, [one.correct for one in answers]))
 
 
 def span_of(generation: Generation, span: tuple[int, int]) -> Generation:
@@ -160,41 +169,3 @@ def sample_answers(
         on_batch=on_batch,
     )
     return [[template.decode_answer(generation.tokens) for generation in row] for row in generations]
-
-
-@torch.no_grad()
-def logprob_table(
-    model: Callable[..., Any],
-    features: AnswerFeatures,
-    temperatures: Sequence[float] = TEMPERATURE_GRID,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Log-prob of each answer with its logits divided by each temperature. (S, K) float64 on CPU."""
-    per_token = token_logprob_table(model, features, temperatures, device)
-    return per_token.new_zeros(features.correct.shape[0], len(temperatures)).index_add(
-        0, features.sequence_ids, per_token
-    )
-
-
-@torch.no_grad()
-def token_logprob_table(
-    model: Callable[..., Any],
-    features: AnswerFeatures,
-    temperatures: Sequence[float] = TEMPERATURE_GRID,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Log-prob of each token of the answers with its logits divided by each temperature. (T, K) float64 on CPU."""
-    step = ScoreStep(features.hidden.to(device), features.targets.to(device), torch.tensor(temperatures, device=device))
-    return model(step).cpu().double()
-
-
-def _features(generations: Sequence[Generation], answers: Sequence[Answer]) -> AnswerFeatures:
-    lengths = torch.tensor([len(generation.tokens) for generation in generations], dtype=torch.int64)
-    empty_hidden = [generation.hidden for generation in generations] or [torch.zeros(0, 0)]
-    grades = [math.nan if answer.correct is None else float(answer.correct) for answer in answers]
-    return AnswerFeatures(
-        hidden=torch.cat(empty_hidden),
-        targets=torch.tensor([token for generation in generations for token in generation.tokens], dtype=torch.int64),
-        sequence_ids=torch.repeat_interleave(torch.arange(len(generations)), lengths),
-        correct=torch.tensor(grades, dtype=torch.float32),
-    )

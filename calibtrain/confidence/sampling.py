@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from calibtrain.confidence.answered import Answered
 from calibtrain.confidence.generation import generate
-from calibtrain.confidence.likelihood import Answered
 from calibtrain.confidence.source import Array, Asker, Cost, SourceScores
 from calibtrain.data.replies import read_reply
 from calibtrain.errors import UserError

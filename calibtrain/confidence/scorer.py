@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from calibtrain.confidence.answered import Answered
 from calibtrain.confidence.ensemble import Ensemble
 from calibtrain.confidence.features import POSITIONS, Fingerprint, features_of
-from calibtrain.confidence.likelihood import Answered
 from calibtrain.confidence.probe import Probe
 from calibtrain.confidence.source import Asker, Cost, SourceScores
 from calibtrain.confidence.sources import SOURCES, cost_of, score

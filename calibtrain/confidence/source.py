@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calibtrain.confidence.likelihood import Answered
+from calibtrain.confidence.answered import Answered
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError

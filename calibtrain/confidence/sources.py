@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from calibtrain.confidence.answered import Answered
 from calibtrain.confidence.asked import p_true, second_pass, stated
-from calibtrain.confidence.likelihood import Answered
 from calibtrain.confidence.sampling import sampled
 from calibtrain.confidence.source import Asker, Cost, Family, SourceScores
 from calibtrain.confidence.spread import likelihoods

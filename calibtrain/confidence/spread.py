@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from calibtrain.confidence.likelihood import Answered
+from calibtrain.confidence.answered import Answered
 from calibtrain.confidence.source import Array, Asker, Cost, SourceScores
 from calibtrain.models.loss_model import SpreadStep
 from calibtrain.records import Record
@@ -31,7 +31,7 @@ def likelihoods(asker: Asker, records: Sequence[Record], answered: Answered) -> 
     np.minimum.at(smallest, owner, logprob)
     total = np.bincount(owner, logprob, n)
     values = {
-        "likelihood": np.exp(total),
+        "likelihood": np.array([answer.confidence for answer in answered.answers], dtype=np.float64),
         "likelihood_mean": np.exp(total / count),
         "likelihood_min": np.exp(smallest),
         "likelihood_margin": np.bincount(owner, margin, n) / count,

@@ -39,7 +39,8 @@ def add_rejected(
 ) -> tuple[list[Record], int]:
     """Pairs for all records from the model's samples of each, and for how many a fallback had to be used.
 
-    The fallback is another record's answer, of the same strata where there is a wrong one: plausible, not absurd.
+    The fallback is another record's answer, of the same strata where there is a wrong one: plausible, not absurd. Where the
+    task lists what can be right, it is of that list, and so is what the samples say.
     """
     everywhere = sorted({record.chosen for record in records if record.chosen})
     by_strata: dict[tuple[tuple[str, str], ...], set[str]] = defaultdict(set)
@@ -49,7 +50,10 @@ def add_rejected(
     pairs, fallbacks = [], 0
     for record, own in zip(records, samples, strict=True):
         near = sorted(by_strata[tuple(sorted(record.strata.items()))])
-        if all(is_right(task, text, record) for text in near):
+        if choices := task.choices(record):
+            own = [one.text for one in (task.read(text.strip(), record) for text in own) if one.found]
+            near = list(choices)
+        elif all(is_right(task, text, record) for text in near):
             near = everywhere
         fallbacks += own_wrong_answer(record, own, task) is None
         pairs.append(with_rejected(record, own, near, task))

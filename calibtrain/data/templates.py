@@ -247,6 +247,8 @@ class Template:
             parts.append("merge_system")
         if self.task.several_lines:
             parts.append(["several lines", *self.stops])
+        if self.task.mark:
+            parts.append(["task", *self.task.mark])
         return hashlib.sha256(json.dumps(parts, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -50,6 +50,14 @@ class DecodeStep:
 
 
 @dataclass(frozen=True, slots=True)
+class StatesStep:
+    """Final hidden states of the last `count` positions of each row: `inputs` go to the backbone."""
+
+    inputs: Mapping[str, Any]
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class HiddenStep:
     """Hidden states of whole rows: `inputs` go to the backbone; layer 0 is the embeddings, layer k follows block k."""
 
@@ -111,12 +119,15 @@ class LossModel(nn.Module):
             counts.update(term.counts(batch))
         return counts
 
-    def forward(self, step: TrainStep | DecodeStep | HiddenStep | ScoreStep | SpreadStep | LogprobStep) -> Any:
+    def forward(
+        self, step: TrainStep | DecodeStep | StatesStep | HiddenStep | ScoreStep | SpreadStep | LogprobStep
+    ) -> Any:
         """Run one step; a single entry for all kinds, because ZeRO-3 gathers parameters only inside it.
 
-        A TrainStep gives (loss (), StepStatistics), a DecodeStep (hidden (B, H), logits (B, V), cache), a ScoreStep
-        log-probs (N, K), a LogprobStep log-probs (N,) and values (N,) or None, a HiddenStep a tuple of (B, T, H), one for
-        each layer, a SpreadStep the entropy (N,) in nats and the two largest log-probs (N, 2), float32.
+        A TrainStep gives (loss (), StepStatistics), a DecodeStep (hidden (B, H), logits (B, V), cache), a StatesStep
+        (hidden (B, count, H), cache), a ScoreStep log-probs (N, K), a LogprobStep log-probs (N,) and values (N,)
+        or None, a HiddenStep a tuple of (B, T, H), one for each layer, a SpreadStep the entropy (N,) in nats and the two
+        largest log-probs (N, 2), float32.
         """
         if isinstance(step, TrainStep):
             return self._train(step)
@@ -129,6 +140,9 @@ class LossModel(nn.Module):
             output = self.policy.backbone(**step.inputs)
             hidden = output.last_hidden_state[:, -1]
             return hidden, self.policy.logits(self.policy.scaled(hidden)), output.past_key_values
+        if isinstance(step, StatesStep):
+            output = self.policy.backbone(**step.inputs)
+            return output.last_hidden_state[:, -step.count :], output.past_key_values
         if isinstance(step, SpreadStep):
             logprobs = self.policy.logits(self.policy.scaled(step.hidden)).log_softmax(-1)
             return torch.special.entr(logprobs.exp()).sum(-1), logprobs.topk(2).values

@@ -62,6 +62,9 @@ class Reply:
     source: str = LIKELIHOOD  # of the confidence
     forward_passes: float = 0.0  # that the confidence cost beside the answer's own
     tokens_read: float = 0.0  # by those passes
+    prediction_set: tuple[str, ...] | None = (
+        None  # options of which one is right, but for a certified share of questions
+    )
 
     @property
     def spoken(self) -> str:
@@ -108,18 +111,26 @@ class Answerer:
         """The level of a certified risk or of a group of questions: see `Promises.level`."""
         return self.promises.level(risk, group)
 
-    def answer(self, question: str, *, risk: float | None = None, group: str | None = None) -> Reply:
-        """Reply to one question: `answers` of one, with its group where that is known."""
+    def answer(
+        self, question: str, *, risk: float | None = None, group: str | None = None, options: Sequence[str] = ()
+    ) -> Reply:
+        """Reply to one question: `answers` of one, with its group where that is known, and the options it brings."""
         level = self.level(risk, group)
-        return self.decide(self.guess([question])[0], level)
+        return self.decide(self.guess([question], options=[options])[0], level)
 
     def answers(
-        self, questions: Sequence[str], *, risk: float | None = None, groups: Sequence[str | None] | None = None
+        self,
+        questions: Sequence[str],
+        *,
+        risk: float | None = None,
+        groups: Sequence[str | None] | None = None,
+        options: Sequence[Sequence[str]] | None = None,
     ) -> list[Reply]:
         """Replies in the order of the questions, which go through the model together.
 
         risk: one of `levels()`; by default the run's own certificate. groups: of each question, the value of the stratum
         that `certify --by` named, None where it is not known; a group is answered by its own certificate or not at all.
+        options: of each question, those to choose from, where the run's task is to choose.
         Without a certificate it abstains from everything, unless loaded with uncertified=True. In bf16 a probability may
         differ by rounding from the one that the question gets alone. Raises UserError for an empty question, a risk that
         is not certified, and groups where none are.
@@ -128,7 +139,8 @@ class Answerer:
         if len(named) != len(questions):
             raise UserError(f"groups: {len(named)} for {len(questions)} questions; give one each, None where not known")
         levels = [self.level(risk, group) for group in named]
-        return [self.decide(reply, level) for reply, level in zip(self.guess(questions), levels, strict=True)]
+        guesses = self.guess(questions, options=options)
+        return [self.decide(reply, level) for reply, level in zip(guesses, levels, strict=True)]
 
     def decide(self, reply: Reply, level: Level) -> Reply:
         """The same guess under another level: whether it is given and why, and what is promised of it."""
@@ -148,13 +160,16 @@ class Answerer:
             group=level.group,
         )
 
-    def prompt_tokens(self, question: str) -> int:
+    def prompt_tokens(self, question: str, *, options: Sequence[str] = ()) -> int:
         """Tokens of the prompt that a question makes. Raises UserError for a question that `guess` would refuse."""
-        return len(self.loaded.template.prompt_ids(self._record(question)))
+        return len(self.loaded.template.prompt_ids(self._record(question, options)))
 
-    def guess(self, questions: Sequence[str]) -> list[Reply]:
-        """Best guesses for `decide` to judge: as they come they are withheld."""
-        records = [self._record(question) for question in questions]
+    def guess(self, questions: Sequence[str], *, options: Sequence[Sequence[str]] | None = None) -> list[Reply]:
+        """Best guesses for `decide` to judge: as they come they are withheld. `options` as in `answers`."""
+        given = [()] * len(questions) if options is None else list(options)
+        if len(given) != len(questions):
+            raise UserError(f"options: {len(given)} for {len(questions)} questions; give those of each, () where none")
+        records = [self._record(question, some) for question, some in zip(questions, given, strict=True)]
         if not records:
             return []
         answers, scores, cost = self._scored(records)
@@ -180,6 +195,7 @@ class Answerer:
                 source=self.source,
                 forward_passes=float(passes),
                 tokens_read=float(tokens),
+                prediction_set=self._set(answer),
             )
             for record, answer, probability, passes, tokens in zip(
                 records, answers, probabilities, cost.forward_passes, cost.tokens, strict=True
@@ -199,6 +215,11 @@ class Answerer:
         found = before_answering(asker_of(self._own()), records, self.scorer.probes["p_ik"], self.scorer.fingerprint)
         return [float(one) for one in self.calibrated.calibrator.apply(found.values)]
 
+    def _set(self, answer: Answer) -> tuple[str, ...] | None:
+        """The prediction set, where one was calibrated and the answer was chosen among options."""
+        sets = self.calibrated.prediction_sets
+        return sets.of(answer.options, answer.option_logprobs) if sets and answer.option_logprobs else None
+
     def _scored(self, records: Sequence[Record]) -> tuple[list[Answer], Any, Cost]:
         """Answers, what their calibrator reads, and what that cost beside them."""
         if self.scorer is None:
@@ -215,18 +236,19 @@ class Answerer:
         assert isinstance(self.loaded, Loaded)
         return self.loaded
 
-    def _record(self, question: str) -> Record:
-        question = question.strip()
-        if not question:
-            raise UserError("the question is empty")
-        if half := unreadable(question):
-            raise UserError(f"the question holds {half}, half of a character, which no tokenizer can read")
-        for token in self.control_tokens:
-            if token in question:
-                raise UserError(
-                    f"the question contains {token!r}, which the model reads as a control token; leave it out"
-                )
-        return self.loaded.template.task.asked(Record(prompt=(Message("user", question),)))
+    def _record(self, question: str, options: Sequence[str] = ()) -> Record:
+        question, given = question.strip(), tuple(one.strip() for one in options)
+        for what, text in [("question", question), *(("option", one) for one in given)]:
+            if not text:
+                raise UserError(f"the {what} is empty")
+            if half := unreadable(text):
+                raise UserError(f"the {what} holds {half}, half of a character, which no tokenizer can read")
+            for token in self.control_tokens:
+                if token in text:
+                    raise UserError(
+                        f"the {what} contains {token!r}, which the model reads as a control token; leave it out"
+                    )
+        return self.loaded.template.task.asked(Record(prompt=(Message("user", question),), options=given))
 
 
 def load(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from calibtrain.abstention.certificate import Certification, certified_curve, certify
 from calibtrain.abstention.groups import GroupCertification, certify_groups
 from calibtrain.abstention.hallucination import control_hallucinations
+from calibtrain.abstention.prediction_sets import PredictionSets, fit_prediction_sets
 from calibtrain.abstention.strata import group_risks
 from calibtrain.calibration.calibrators import Calibrator, fit_calibrator
 from calibtrain.calibration.intervals import sample_ids
@@ -195,8 +196,19 @@ def certified_claims(
         scope_of(config, answers, file),
         hallucination,
         groups,
+        _prediction_sets(config, answers),
         tuple(failures),
     )
+
+
+def _prediction_sets(config: RunConfig, answers: Sequence[Answer]) -> PredictionSets | None:
+    """Sets of options that hold the right one; None where answers are not chosen among options by their likelihood."""
+    known = [one for one in answers if one.option_logprobs and any(one.right_options)]
+    if not known:
+        return None
+    probabilities = [np.exp(one.option_logprobs) for one in known]
+    right = [one.right_options for one in known]
+    return fit_prediction_sets(probabilities, right, config.abstention.set_error, config.abstention.set_score)
 
 
 def _by_group(
@@ -245,6 +257,12 @@ def show(calibrated: Calibrated, path: Path, *, written: bool) -> None:
     for name, one in (calibrated.groups.groups if calibrated.groups else {}).items():
         answered = "not answered: " if one.certificate is None else f"at {one.certificate.threshold:.2f} and above: "
         console.print(f"group {plain(name)}, {answered}{one.reason}", markup=False)
+    if (sets := calibrated.prediction_sets) is not None:
+        size = f"they hold {sets.mean_size:.1f} options on average"
+        console.print(
+            f"prediction sets: at most {sets.alpha:.0%} of them miss the right option, in expectation (n={sets.n}, "
+            f"{sets.score}); {'too few questions: all options are in each' if sets.threshold is None else size}"
+        )
     if not written:
         console.print(f"nothing is written: {path} stays as it was", markup=False)
         return

@@ -13,6 +13,7 @@ from typing import Any
 from calibtrain.abstention.certificate import Certificate, Certification
 from calibtrain.abstention.groups import GroupCertification
 from calibtrain.abstention.hallucination import HallucinationCertificate
+from calibtrain.abstention.prediction_sets import PredictionSets
 from calibtrain.abstention.strata import GroupRisk
 from calibtrain.abstention.words import scale_of
 from calibtrain.calibration.calibrators import Calibrator
@@ -34,6 +35,7 @@ class Calibrated:
     scope: Scope  # the questions that it was certified on
     hallucination: HallucinationCertificate | None = None  # where the config asks for a rate
     groups: GroupCertification | None = None  # where the config names the groups
+    prediction_sets: PredictionSets | None = None  # where answers are chosen among options
     failures: tuple[str, ...] = field(default=(), compare=False)  # what was asked for in vain; not in the file
 
 
@@ -130,6 +132,7 @@ def claims(calibrated: Calibrated) -> dict[str, Any]:
             "share": groups.share,
             "groups": {name: _certification(one) for name, one in groups.groups.items()},
         },
+        "prediction_sets": calibrated.prediction_sets and calibrated.prediction_sets.as_dict(),
     }
 
 
@@ -172,6 +175,7 @@ def read_calibration(output_dir: Path, *, template_hash: str | None = None, sour
 def calibrated_of(content: Mapping[str, Any], calibrator: Calibrator) -> Calibrated:
     """What the content of calibration.json says, beside its calibrator. KeyError or TypeError where it is not whole."""
     hallucination, groups = content["hallucination"], content["groups"]
+    sets = content.get("prediction_sets")  # files of earlier versions have none
     main = {"reason": content["certification"], **{key: content[key] for key in ("certificate", "exceptions")}}
     return Calibrated(
         calibrator,
@@ -186,6 +190,7 @@ def calibrated_of(content: Mapping[str, Any], calibrator: Calibrator) -> Calibra
             groups["share"],
             groups["by"],
         ),
+        sets and PredictionSets.from_dict(sets),
     )
 
 

@@ -20,11 +20,13 @@ from calibtrain.hooks.jsonl import read_metrics
 from calibtrain.hooks.wandb import attach
 from calibtrain.pipeline.calibration_file import made_by, made_by_source, read_calibration, weights_hash, write_json
 from calibtrain.pipeline.evaluate import Measurement, measured_metrics, read_measurement
+from calibtrain.pipeline.options import options_part
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize_page import Part, read_quantization
 from calibtrain.pipeline.quantize_source import DATA_FILE, FULL_ANSWERS
 from calibtrain.pipeline.report import CompositionRow, Measured, ReportData, write_report
 from calibtrain.pipeline.spectra_page import read_spectra, write_page
+from calibtrain.tasks.kinds import task_of
 
 NUMBERS = ("certificate", "certification", "hallucination", "answering", "data_hashes", "words")
 """Of calibration.json, what goes to W&B without tracking.log_answers, beside the calibrator's and the curve's numbers."""
@@ -128,6 +130,7 @@ def report_data(output_dir: Path) -> ReportData:
         else []
     )
     spectra, problem = _spectra(output_dir)
+    options_are = task_of(config.task).options_are
     return ReportData(
         run_name=config.name,
         config=config.resolved(),
@@ -150,6 +153,8 @@ def report_data(output_dir: Path) -> ReportData:
         spectra_problem=problem,
         quantized=quantized,
         quantization_problem=no_quantization,
+        options=options_part(options_are, test.answers),
+        options_after=options_part(options_are, test.answers, calibrated.calibrator),
     )
 
 

@@ -18,8 +18,9 @@ from calibtrain.calibration.metrics import brier, ece, ece_debiased
 from calibtrain.calibration.ranking import aurc, auroc
 from calibtrain.calibration.state import CalibrationState, state_of
 from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.answered import Answered
 from calibtrain.confidence.features import Fingerprint
-from calibtrain.confidence.likelihood import Answered, answer_questions
+from calibtrain.confidence.likelihood import answer_questions
 from calibtrain.confidence.probe import Probe
 from calibtrain.confidence.scorer import PROBES, probe_scores
 from calibtrain.confidence.source import Asker, Cost, SourceScores

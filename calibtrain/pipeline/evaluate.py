@@ -19,8 +19,9 @@ from calibtrain.calibration.metrics import summary
 from calibtrain.calibration.scores import TEMPERATURE_GRID, Scores, TokenScores, scores_of
 from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.answered import Answered, answer_table, token_logprob_table
 from calibtrain.confidence.forced import Forced, forced_answers
-from calibtrain.confidence.likelihood import Answered, answer_questions, logprob_table, token_logprob_table
+from calibtrain.confidence.likelihood import answer_questions
 from calibtrain.config import RunConfig
 from calibtrain.data.templates import Template, template_of
 from calibtrain.errors import UserError
@@ -29,6 +30,7 @@ from calibtrain.models.loading import answering_config, load_model, load_tokeniz
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy, check_head
 from calibtrain.pipeline.calibration_file import made_by, made_by_source, weights_hash
+from calibtrain.pipeline.options import option_matrices, options_part, print_options
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.records import Record
 
@@ -55,7 +57,9 @@ class Measurement:
     def scores(self, domain: str | None = None) -> Scores:
         """What a calibrator sees; `domain` names the stratum that is a question's domain ("" where it has none)."""
         names = None if domain is None else [answer.strata.get(domain, "") for answer in self.answers]
-        return scores_of(self.table if self.table.shape[1] else self.confidence, domains=names, tokens=self.tokens)
+        given = self.table if self.table.shape[1] else self.confidence
+        options, right = option_matrices(self.answers)
+        return scores_of(given, domains=names, options=options, right=right, tokens=self.tokens)
 
 
 class Answering(Protocol):
@@ -115,11 +119,22 @@ class Loaded:
         self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None
     ) -> Measurement:
         """Answer and grade `records`."""
+        by_token = self.config.calibration.method == "adaptive_temperature"
+        if by_token and any(self.template.task.options(record) for record in records):
+            raise UserError(
+                "calibration.method: adaptive_temperature reads the tokens of generated answers, and these are chosen among "
+                "options: take temperature, vector_scaling or matrix_scaling"
+            )
         answered = self.answer(records, shots, on_batch)
         features = answered.features
-        if self.config.calibration.method != "adaptive_temperature":
-            whole = logprob_table(self.model, features, TEMPERATURE_GRID, self.device)
+        if not by_token:
+            whole = answer_table(self.model, answered, TEMPERATURE_GRID, self.device)
             return Measurement(answered.answers, whole.numpy())
+        if answered.options is not None:
+            raise UserError(
+                "calibration.method: adaptive_temperature reads the tokens of generated answers, and these are chosen among "
+                "options: take temperature, vector_scaling or matrix_scaling"
+            )
         per_token = token_logprob_table(self.model, features, TEMPERATURE_GRID, self.device).numpy()
         owner = features.sequence_ids.numpy()
         table = np.zeros((len(answered.answers), len(TEMPERATURE_GRID)))
@@ -149,6 +164,7 @@ def run(
         write_measurement(measurement, output, loaded.mark())
     metrics = measured_metrics(measurement.confidence, measurement.correct)
     _print(metrics, f"{loaded.name}, {split}")
+    print_options(options_part(loaded.template.task.options_are, measurement.answers))
     return metrics
 
 

@@ -23,6 +23,7 @@ from calibtrain.data.unpaired import unpair
 from calibtrain.distributed import on_main
 from calibtrain.errors import UserError
 from calibtrain.models.loading import cache_directory
+from calibtrain.pipeline.options import check_options
 from calibtrain.records import Record
 from calibtrain.tasks.kinds import task_of
 
@@ -82,6 +83,7 @@ def prepare(config: RunConfig) -> Prepared:
     splits = split_records(
         records, config.data.splits, config.seed, questions, drops, undesirable=unpaired, gradable=task.gradable
     )
+    check_options(config, task, splits)
     if config.objective.needs.answers_itself:
         # The model answers each question itself: what else its rows say is not learned from.
         splits["train"] = unique_records(splits["train"], drops)

@@ -19,6 +19,7 @@ from calibtrain.abstention.words import Scale, scale_of, word_for
 from calibtrain.confidence.answer import Answer
 from calibtrain.pipeline import page, quantize_page
 from calibtrain.pipeline import report_figures as figures
+from calibtrain.pipeline.options import OptionsPart
 from calibtrain.pipeline.quantize_page import Part
 from calibtrain.pipeline.report_numbers import Stage, comparison, stage_of, threshold_table, words_table
 from calibtrain.pipeline.scope import Scope, at_most
@@ -74,6 +75,8 @@ class ReportData:
     spectra_problem: str = ""  # why it cannot be shown
     quantized: Part | None = None  # of a quantised model: what that cost
     quantization_problem: str = ""  # why it cannot be shown
+    options: OptionsPart | None = None  # where answers are one of given options
+    options_after: OptionsPart | None = None  # with a calibrator of all their probabilities
 
 
 def write_report(output: Path, report: ReportData) -> Path:
@@ -115,6 +118,8 @@ def _context(report: ReportData) -> dict[str, Any]:
         "quantization": report.quantized and quantize_page.report_part(report.quantized, samples=report.samples),
         "config": json.dumps(report.config, indent=2, ensure_ascii=False, default=str),
         "curve": sorted(report.certified_curve.items()),
+        "options": report.options,
+        "options_after": report.options_after,
     }
 
 

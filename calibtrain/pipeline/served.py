@@ -69,6 +69,11 @@ class Served:
         if time.monotonic() - self._seen > STALE:
             self.check_same()
         settings, template = self.config.evaluation, self.template
+        if any(template.task.options(record) for record in records):
+            raise UserError(
+                f"{self.server.url}: a server does not score given options, which task.answer_by: likelihood asks for; "
+                "leave out the engine, or train and calibrate with task.answer_by: generation"
+            )
         made = self.server.complete(
             [template.prompt_ids(record, shots) for record in records],
             stop_ids=template.stop_ids,

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from calibtrain.config_tasks import ShortAnswerTask
+from calibtrain.config_tasks import ChoiceTask, LabelTask, ShortAnswerTask
+from calibtrain.tasks.choice import Choice
+from calibtrain.tasks.label import Label
 from calibtrain.tasks.short_answer import ShortAnswer
 from calibtrain.tasks.task import Task
 
 KINDS: dict[type[Any], Callable[[Any], Task]] = {
     ShortAnswerTask: ShortAnswer,
+    ChoiceTask: Choice,
+    LabelTask: Label,
 }
 
 

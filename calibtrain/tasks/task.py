@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from calibtrain.records import Record
 from calibtrain.tasks.matching import normalize
@@ -51,6 +52,14 @@ class Task:
     """Whether an answer may hold line breaks."""
     stop: tuple[str, ...] = ()
     """Texts that end a reply and are no part of it, beside the template's own end."""
+    mark: tuple[str, ...] = ()
+    """What of the config makes other prompts or scores of the same questions: a calibration holds for one mark alone."""
+    options_are: Literal["positions", "classes"] | None = None
+    """What the n-th option of one question has in common with that of another: its place, or all that it says."""
+    option_score: Literal["sum", "mean"] = "sum"
+    """What of its tokens' log-probs is an option's score."""
+    option_ends: bool = True
+    """Whether an option's end token is scored: needless where no option begins as another does."""
 
     def asked(self, record: Record) -> Record:
         """The record as it is put to the model: question, the reply to learn, accepted answers. Asking twice is once.
@@ -65,6 +74,10 @@ class Task:
 
     def options(self, record: Record) -> tuple[str, ...]:
         """The replies that one is chosen of by their likelihood; () where the reply is generated."""
+        return ()
+
+    def choices(self, record: Record) -> tuple[str, ...]:
+        """The replies that can be right, however one is found; () where they cannot be listed."""
         return ()
 
     def read(self, reply: str, record: Record) -> Reading:

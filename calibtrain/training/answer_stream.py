@@ -10,8 +10,8 @@ import torch
 
 from calibtrain.calibration.temperature import optimal_temperature
 from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.answered import Answered, answer_table
 from calibtrain.confidence.answering import Answerer
-from calibtrain.confidence.likelihood import Answered, logprob_table
 from calibtrain.config import AnswerScoreConfig, OwnAnswersConfig
 from calibtrain.data.encode import Encoded, encode_answer
 from calibtrain.data.loader import permutation
@@ -82,9 +82,7 @@ class AnswerStream:
         temperature = optimal_temperature(table.numpy(), self.correct, TEMPERATURES, score=self.scale.score)
         policy.scale = 1.0 / temperature
         rescored = self._table(answered, (1.0,))[:, 0].tolist()  # at the solved scale, as one number an answer
-        return [
-            replace(one, token_logprobs=(logprob,)) for one, logprob in zip(answered.answers, rescored, strict=True)
-        ]
+        return [one.rescored(logprob) for one, logprob in zip(answered.answers, rescored, strict=True)]
 
     def share(self, step: int, micro_batch: int, micro_batches: int, world: World) -> list[Encoded]:
         """Sequences of one micro-batch's answers; all ranks' shares make up the step's answers."""
@@ -144,5 +142,5 @@ class AnswerStream:
         """Log-prob of every answer at each temperature, each rank scoring its share. (answers, temperatures) float64."""
         world = self.answerer.world
         mine = torch.tensor(shard(range(len(answered.answers)), world), dtype=torch.int64)
-        table = logprob_table(self.answerer.module, answered.features.select(mine), temperatures, world.device)
+        table = answer_table(self.answerer.module, answered.select(mine), temperatures, world.device)
         return gather_rows(table, world.device)

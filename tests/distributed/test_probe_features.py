@@ -1,5 +1,7 @@
 """Two ranks write the shards of one process, at ZeRO 0 and 3."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,22 @@ def test_zero_does_not_change_what_is_read(folder):
         sorted((folder / "1-stage0").glob("*.npy")), sorted((folder / "2-stage3").glob("*.npy")), strict=True
     ):
         np.testing.assert_allclose(np.load(other), np.load(one), atol=1e-5, rtol=1e-5)
+
+
+def test_ranks_score_options_as_one_process_does(folder):
+    files = {path.stem: json.loads(path.read_text()) for path in folder.glob("options-*.json")}
+    assert len(files) == 6  # (1 + 2 ranks) x 2 stages
+    expected = files["options-1-stage0-0"]
+    assert {len(answer["options"]) for answer in expected["answers"]} == {3, 5}
+    for name, found in files.items():
+        assert found["features"] == expected["features"], name
+        np.testing.assert_allclose(found["table"], expected["table"], atol=1e-5, rtol=1e-5, err_msg=name)
+        for one, other in zip(found["answers"], expected["answers"], strict=True):
+            np.testing.assert_allclose(one["option_logprobs"], other["option_logprobs"], atol=1e-5, rtol=1e-5)
+            numbers = {"option_logprobs", "token_logprobs", "confidence"}
+            assert {k: v for k, v in one.items() if k not in numbers} == {
+                k: v for k, v in other.items() if k not in numbers
+            }
 
 
 def test_ranks_share_the_work_and_keep_step_under_zero_3(folder):

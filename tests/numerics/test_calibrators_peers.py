@@ -52,6 +52,33 @@ def test_isotonic_is_scikit_learns_with_one_answer_more_at_each_end():
     assert fit_calibrator("isotonic", q, y, **HASHES).apply(at) == pytest.approx(theirs.predict(at), abs=1e-12)
 
 
+@pytest.mark.parametrize("method", ["vector_scaling", "matrix_scaling"])
+def test_scaling_of_options_is_the_least_log_loss(method):
+    from calibtrain.calibration.scores import scores_of
+
+    rng = np.random.default_rng(1)
+    z = rng.normal(0, 1.5, (500, 3))
+    right = (1.4 * z + [0.5, 0, -0.5] + rng.gumbel(size=z.shape)).argmax(1)
+    hot = np.eye(3)[right]
+    scores = scores_of(options=z, right=hot)
+    found = fit_calibrator(method, scores, right == z.argmax(1), **HASHES).parameters
+    strength = found.get("regularisation", 0.0)
+
+    def loss(w):
+        weights, bias = (w[:9].reshape(3, 3), w[9:]) if method == "matrix_scaling" else (np.diag(w[:3]), w[3:])
+        logits = z @ weights.T + bias
+        nll = np.log(np.exp(logits).sum(1)) - logits[np.arange(500), right]
+        off = weights * (1 - np.eye(3))
+        odir = strength * ((off**2).sum() / 6 + (bias**2).sum() / 3)  # Kull et al. 2019, with lambda = mu
+        return nll.sum() + odir + 0.005 * (((weights - np.eye(3)) ** 2).sum() + (bias**2).sum())
+
+    ours = np.concatenate([np.ravel(found["scale"]), found["bias"]])
+    start = np.zeros(len(ours)) + 0.3
+    best = minimize(loss, start, method="BFGS", options={"gtol": 1e-6})
+    assert loss(ours) == pytest.approx(best.fun, rel=1e-7)
+    assert ours == pytest.approx(best.x, abs=2e-3)
+
+
 @pytest.mark.peer
 class TestNetcal:
     @pytest.fixture(autouse=True)

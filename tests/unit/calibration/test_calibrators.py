@@ -37,8 +37,13 @@ def made(n=400, seed=0, factor=1.0, tokens=2):
     answers = np.zeros((n, len(TEMPERATURE_GRID)))
     np.add.at(answers, owner, table)
     domains = [("north", "south")[i % 2] for i in range(n)]
+    options = rng.normal(0, 2, (n, 4))
     scores = scores_of(
-        answers, domains=domains, options=rng.normal(0, 2, (n, 4)), tokens=TokenScores(table, hidden, owner)
+        answers,
+        domains=domains,
+        options=options,
+        right=np.arange(4) == (options + np.random.default_rng(seed).gumbel(size=(n, 4))).argmax(1)[:, None],
+        tokens=TokenScores(table, hidden, owner),
     )
     truth = np.exp(factor * 0.6 * hidden[:, -1])
     at = np.array([np.interp(np.log(t), np.log(TEMPERATURE_GRID), row) for t, row in zip(truth, table, strict=True)])
@@ -79,7 +84,8 @@ def test_degenerate_answers_leave_finite_probabilities(method, kind):
         fill = {"same confidence": np.log(0.3), "certain": 0.0, "impossible": -400.0}[kind]
         table = np.full((n, len(TEMPERATURE_GRID)), fill)
         per_token = TokenScores(table, np.ones((n, 3)), np.arange(n))
-        scores = scores_of(table, domains=["a"] * n, options=np.zeros((n, 3)), tokens=per_token)
+        right = np.eye(3)[np.arange(n) % 3]
+        scores = scores_of(table, domains=["a"] * n, options=np.zeros((n, 3)), right=right, tokens=per_token)
     fitted = fit_calibrator(method, scores, correct, replicates=4, **HASHES)
     assert np.isfinite(fitted.apply(scores)).all()
     assert np.isfinite(fitted.nll_after)
@@ -219,6 +225,48 @@ def test_vector_scaling_recovers_the_bias_of_an_option():
         fitted.apply(scores_of(options=np.zeros((2, 4))))
 
 
+@pytest.mark.parametrize("method", ["vector_scaling", "matrix_scaling"])
+def test_scaling_of_all_options_recovers_what_made_the_model_wrong(method):
+    rng = np.random.default_rng(8)
+    z = rng.normal(0, 1.5, (6000, 3))
+    scale, bias = (np.array([2.0, 1.0, 0.5]), np.array([-1.0, 0.0, 1.0]))
+    truth = z * scale + bias
+    if method == "matrix_scaling":
+        truth = truth + 0.7 * z[:, [1, 2, 0]]  # the evidence for one option speaks for another too
+    p = np.exp(truth) / np.exp(truth).sum(1, keepdims=True)
+    right = np.arange(3) == (rng.random((6000, 1)) > p.cumsum(1)).sum(1)[:, None]
+    given = z.argmax(1)
+    correct = right[np.arange(6000), given]
+    fitted = fit_calibrator(method, scores_of(options=z, right=right), correct, replicates=20, **HASHES)
+    assert np.abs(fitted.option_probabilities(z) - p).mean() < 0.015
+    # The answer stays the model's own, and what is said of it is its chance, also where another option is likelier now.
+    said = fitted.apply(scores_of(options=z))
+    assert said == pytest.approx(fitted.option_probabilities(z)[np.arange(6000), given], abs=1e-12)
+    changed = fitted.option_probabilities(z).argmax(1) != given
+    assert changed.mean() > 0.1
+    assert said[changed].mean() == pytest.approx(correct[changed].mean(), abs=0.03)
+    if method == "vector_scaling":
+        assert fitted.parameters["scale"] == pytest.approx(scale, abs=0.15)
+        low, high = (np.array(end["scale"]) for end in (fitted.low, fitted.high))
+        assert (low < fitted.parameters["scale"]).all()
+        assert (high > fitted.parameters["scale"]).all()
+    with pytest.raises(UserError, match="fitted on 3 options, given 4"):
+        fitted.apply(scores_of(options=np.zeros((2, 4))))
+    with pytest.raises(UserError, match="right option"):
+        fit_calibrator(method, scores_of(options=z), correct, replicates=0, **HASHES)
+
+
+def test_odir_chooses_what_new_answers_ask_for():
+    rng = np.random.default_rng(9)
+    z = rng.normal(0, 1, (60, 8))
+    right = np.arange(8) == (z + rng.gumbel(size=z.shape)).argmax(1)[:, None]  # calibrated already
+    correct = right[np.arange(60), z.argmax(1)]
+    fitted = fit_calibrator("matrix_scaling", scores_of(options=z, right=right), correct, replicates=0, **HASHES)
+    assert fitted.parameters["regularisation"] >= 1000
+    off = np.array(fitted.parameters["scale"]) * (1 - np.eye(8))
+    assert np.abs(off).max() < 0.3
+
+
 def test_label_shift_finds_the_new_accuracy_without_grades():
     rng = np.random.default_rng(7)
 
@@ -278,6 +326,8 @@ def test_what_a_method_lacks_is_named():
         "domain_temperature": "at each temperature",
         "adaptive_temperature": "tokens",
         "vector": "options",
+        "vector_scaling": "equally many options",
+        "matrix_scaling": "equally many options",
         "platypus": "unknown method",
     }.items():
         with pytest.raises(UserError, match=missing):

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from calibtrain.confidence.answered import logprob_table
 from calibtrain.confidence.generation import common_prefix, generate
-from calibtrain.confidence.likelihood import answer_questions, logprob_table, sample_answers
+from calibtrain.confidence.likelihood import answer_questions, sample_answers
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.templates import Template
 from calibtrain.models.loss_model import LossModel

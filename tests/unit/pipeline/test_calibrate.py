@@ -1,6 +1,7 @@
 """Every calibrator that a config can name, from graded answers to calibration.json and back."""
 
 import json
+import math
 from dataclasses import replace
 from typing import get_args
 
@@ -20,17 +21,19 @@ from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_me
 METHODS = get_args(CalibrationConfig.model_fields["method"].annotation)
 
 
-def measured(n=300, seed=0):
+def measured(n=300, seed=0, options=False):
     rng = np.random.default_rng(seed)
     z = rng.normal(0, 2.5, (2 * n, 1, 30)) / np.array(TEMPERATURE_GRID)[None, :, None]
     tokens = -np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1))
     owner = np.repeat(np.arange(n), 2)
     table = tokens[::2] + tokens[1::2]
     right = rng.random(n) < np.exp(table[:, UNSCALED + 2])
+    likelier = 0.5 + 0.5 * np.exp(table[:, UNSCALED])
     answers = [
-        Answer(f"q{seed}-{i}", "?", "a", tuple(tokens[2 * i : 2 * i + 2, UNSCALED]), bool(right[i]), ("a",),
-               {"side": "left" if i % 3 else "right"})
-        for i in range(n)
+        Answer(f"q{seed}-{i}", "?", "a", tuple(tokens[2 * i : 2 * i + 2, UNSCALED]), bool(right[i]),
+               ("a",) if right[i] else ("b",), {"side": "left" if i % 3 else "right"},
+               **({"options": ("a", "b"), "option_logprobs": (math.log(p), math.log(1 - p))} if options else {}))
+        for i, p in enumerate(likelier)
     ]  # fmt: skip
     return Measurement(answers, table, TokenScores(tokens, rng.normal(0, 1, (2 * n, 5)), owner))
 
@@ -52,14 +55,16 @@ def test_every_method_goes_to_the_file_and_back(method, output):
     config = config_of(method, target_hallucination=0.1, groups="side", target_risk=0.4, words="ipcc")
     dump_config(config, output / "config.yaml")
     hashes = ("t" * 64, calibrate.weights_hash(output / "model"))
-    fitting = measured()
+    options = method.endswith("_scaling")
+    fitting = measured(options=options)
     if method == "base_alignment":
         calibrator = calibrate.align(fitting, measured(), *hashes)
     else:
         calibrator = calibrate.fit(config, fitting, *hashes)
     assert calibrator.method == method
-    held_out = measured(seed=1)
+    held_out = measured(seed=1, options=options)
     found = calibrate.certified(config, calibrator, held_out, 0.4, 0.05)
+    assert (found.prediction_sets is not None) == options
     write_calibration(output / "calibration.json", found, config, {})
     assert calibrate.read_calibration(output, template_hash="t" * 64) == found
     content = json.loads((output / "calibration.json").read_text())
