@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from calibtrain.config_tasks import ShortAnswerTask
+from calibtrain.config_tasks import MathTask, NumberTask, ShortAnswerTask
+from calibtrain.tasks.math import Math
+from calibtrain.tasks.number import Number
 from calibtrain.tasks.short_answer import ShortAnswer
 from calibtrain.tasks.task import Task
 
 KINDS: dict[type[Any], Callable[[Any], Task]] = {
     ShortAnswerTask: ShortAnswer,
+    NumberTask: Number,
+    MathTask: Math,
 }
 
 
