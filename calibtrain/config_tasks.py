@@ -25,8 +25,8 @@ class ShortAnswerTask(TaskSection):
     kind: Literal["short_answer"] = "short_answer"
     match: Literal["normalized_match", "exact_match", "contains", "regex", "token_f1"] = "normalized_match"
     """`normalized_match` ignores case, accents, punctuation and a leading "the"; `contains` does so too and wants an
-    accepted answer's words in a row anywhere in the reply; `regex` takes accepted answers as Python patterns of the whole reply;
-    `token_f1` is SQuAD's word overlap."""
+    accepted answer's words in a row anywhere in the reply; `regex` takes accepted answers as Python patterns of the
+    whole reply; `token_f1` is SQuAD's word overlap."""
     f1: Bound | None = None
     """With `token_f1`: the least F1 of a right answer."""
     lines: Literal["one", "many"] = "one"

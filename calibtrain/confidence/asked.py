@@ -10,7 +10,7 @@ import numpy as np
 
 from calibtrain.abstention.words import WORDS, Scale
 from calibtrain.calibration.scores import sigmoid
-from calibtrain.confidence.generation import choice_logprobs, common_prefix, generate
+from calibtrain.confidence.generation import choice_logprobs, common_prefix, generate, keep_none
 from calibtrain.confidence.likelihood import Answered
 from calibtrain.confidence.source import Array, Asker, Cost, SourceScores
 from calibtrain.data.queries import NO_YES, choice_ids, query_record
@@ -123,6 +123,7 @@ def replies(asker: Asker, records: Sequence[Record], max_new_tokens: int) -> tup
         max_new_tokens=max_new_tokens,
         batch_size=asker.settings.batch_size,
         device=asker.device,
+        keep=keep_none,
     )
     lengths = np.array([len(one.tokens) for (one,) in generations], dtype=np.float64)
     tokens = np.array([len(prompt) for prompt in prompts]) + lengths - 1

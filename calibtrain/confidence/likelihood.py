@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calibtrain.calibration.temperature import TEMPERATURE_GRID
 from calibtrain.confidence.answer import Answer, AnswerPart
-from calibtrain.confidence.generation import AllDone, Generation, generate
+from calibtrain.confidence.generation import AllDone, Generation, generate, keep_none
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.replies import Reply, read_reply
 from calibtrain.data.templates import Template
@@ -65,6 +65,7 @@ def answer_questions(
         all_done=all_done,
         share_prefix=share_prefix,
         not_first=not_first,
+        keep=lambda index, tokens: read_reply(template, tokens, records[index]).span,
         on_batch=on_batch,
     )
     return graded_answers(records, [samples[0] for samples in generations], template, settings)
@@ -110,7 +111,8 @@ def span_of(generation: Generation, span: tuple[int, int]) -> Generation:
         generation,
         tokens=generation.tokens[start:stop],
         logprobs=generation.logprobs[start:stop],
-        hidden=generation.hidden[start:stop],
+        hidden=generation.hidden[start - generation.hidden_start : stop - generation.hidden_start],
+        hidden_start=start,
     )
 
 
@@ -157,6 +159,7 @@ def sample_answers(
         samples=samples,
         seed=seed,
         device=device,
+        keep=keep_none,
         on_batch=on_batch,
     )
     return [[template.decode_answer(generation.tokens) for generation in row] for row in generations]

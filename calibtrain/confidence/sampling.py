@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from calibtrain.confidence.generation import generate
+from calibtrain.confidence.generation import generate, keep_none
 from calibtrain.confidence.likelihood import Answered
 from calibtrain.confidence.source import Array, Asker, Cost, SourceScores
 from calibtrain.data.replies import read_reply
@@ -99,6 +99,7 @@ def sampled(
         samples=samples,
         seed=asker.seed,
         device=asker.device,
+        keep=keep_none,
     )
     rows = []
     for record, answer, row in zip(records, answered.answers, drawn, strict=True):

@@ -80,8 +80,9 @@ def _positive(found: re.Match[str]) -> Fraction | None:
             return value
         exponent = int(re.sub(r".*[\^*eE]|[{}\s]", "", found["power"].replace("\u2212", "-")))
         return None if abs(exponent) > LONGEST else value * Fraction(10) ** exponent
-    above, below = found["short"] or (found["above"], found["below"])
-    if int(below) == 0:
+    short = found["short"]
+    above, below = (int(short[0]), int(short[1])) if short else (int(found["above"]), int(found["below"]))
+    if below == 0:
         return None
-    part = Fraction(int(above), int(below))
+    part = Fraction(above, below)
     return (part + int(found["whole"] or 0)) * (-1 if found["minus"] else 1)

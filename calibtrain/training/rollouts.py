@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calibtrain.confidence.answering import Answerer
-from calibtrain.confidence.generation import Generation, generate
+from calibtrain.confidence.generation import Generation, generate, keep_none
 from calibtrain.confidence.stated import read_statement, statement_tokens
 from calibtrain.config import PolicyGradientConfig, RunConfig
 from calibtrain.data.collate import collate
@@ -170,6 +170,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             device=answerer.world.device,
             all_done=answerer.all_done if lockstep else bool,
             share_prefix=not lockstep,
+            keep=keep_none,
         )
         return [self._sample(i, one) for i, group in zip(asked, groups, strict=True) for one in group]
 
