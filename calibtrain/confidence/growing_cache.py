@@ -27,7 +27,8 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new keys and values (B, heads, T, D) behind the old ones; returns all."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         held, total = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         # Rows that were chosen or repeated are other tensors than the room's.
         if self._room is None or self.keys.data_ptr() != self._room[0].data_ptr() or total > self._room[0].shape[-2]:

@@ -96,6 +96,7 @@ def graded_answers(
             key=template.task.key(reply.reading.text, record),
             reply="" if reply.text == reply.reading.text else reply.text,
             reply_logprob=None if len(span.tokens) == len(whole.tokens) else math.fsum(whole.logprobs),
+            reply_length=None if len(span.tokens) == len(whole.tokens) else len(whole.tokens),
             found=reply.reading.found,
             parts=_parts(reply, grade, whole),
         )
