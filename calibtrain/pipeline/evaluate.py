@@ -149,6 +149,8 @@ def run(
         write_measurement(measurement, output, loaded.mark())
     metrics = measured_metrics(measurement.confidence, measurement.correct)
     _print(metrics, f"{loaded.name}, {split}")
+    if missing := sum(not one.found for one in measurement.answers):
+        print(f"{missing} of {len(measurement.answers)} replies hold no answer, and are graded as wrong")
     return metrics
 
 
