@@ -1,4 +1,4 @@
-"""Sources that read the whole reply, the reasoning before its answer too; `likelihood` and its like read the answer alone."""
+"""Sources that read the whole reply, the reasoning before its answer too; `likelihood` reads the answer alone."""
 
 from __future__ import annotations
 

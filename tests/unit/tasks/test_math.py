@@ -50,7 +50,7 @@ def test_it_works_outside_the_main_thread():
         one.start()
     for one in threads:
         one.join()
-    assert found == {i: (True, False) for i in range(2, 6)}
+    assert found == dict.fromkeys(range(2, 6), (True, False))
 
 
 @pytest.mark.parametrize("text", ["9^{9^{9^{9^{9}}}}", "(((((9!)!)!)!)!)!", "\\frac{" * 60, "x" * 10_000])
