@@ -108,9 +108,11 @@ class FinalAnswer(Task):
         return record if accepted == record.accepted else replace(record, accepted=accepted)
 
     def _gold(self, text: str, record: Record) -> str:
-        """The final answer of an accepted text: as written there, or as read from a solution."""
+        """The final answer of an accepted text: as written there, or as read from a solution, whose marks need not be those
+        that replies are asked for.
+        """
         text = without_thinking(text).strip()
-        marked = tuple(place for place in self.config.answer_in if place != "last_number")
+        marked = tuple(place for place in (*self.config.answer_in, "boxed", "hashes") if place != "last_number")
         span = final_answer(text, marked, self.config.pattern, self.narrow)
         if span is not None:
             return text[slice(*span)]

@@ -98,6 +98,8 @@ def test_accepted_answers_may_be_numbers_or_whole_solutions():
     assert task.asked(Record(PROMPT)) == Record(PROMPT)  # asked by someone, not graded
     plain = Number(NumberTask(answer_in=("hashes",))).asked(Record(PROMPT, accepted=("18",)))
     assert plain.accepted == ("18",)
+    other = Number(NumberTask(answer_in=("boxed",))).asked(Record(PROMPT, accepted=("6*3\n#### 18",)))
+    assert other.accepted == ("18",)
     with pytest.raises(UserError, match=r"rows.jsonl:3: the accepted answer 'no idea' holds no answer"):
         task.asked(Record(PROMPT, chosen="no idea", origin="rows.jsonl:3"))
 
