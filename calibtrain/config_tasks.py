@@ -86,9 +86,9 @@ class NumberTask(FinalAnswerSection):
     percent: Literal["number", "hundredth"] = "number"
     """What 50% is: 50, or 0.5."""
     rel: Weight = 0.0
-    """Right where it differs from an accepted number by at most so large a share of that number;"""
+    """A number is right where it differs from an accepted one by at most so large a share of that, or by at most `abs`."""
     abs: Weight = 0.0
-    """or by at most so much."""
+    """See `rel`; with both at 0 it must be the same number, however it is written."""
 
 
 class MathTask(FinalAnswerSection):
