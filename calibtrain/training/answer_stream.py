@@ -140,7 +140,7 @@ class AnswerStream:
             if answer is None and not self._told:
                 self._told = True
                 logger.warning(
-                    "an own answer of %d characters leaves no room for its question in data.max_length: %d; such answers are "
+                    "an own answer of %d characters leaves no room for its question in data.max_length: %d; such are "
                     "left out of the penalties",
                     len(text),
                     room,

@@ -1,5 +1,6 @@
 """Numbers: which a text is, where a reply says it, and when two are the same."""
 
+import random
 import time
 from fractions import Fraction
 
@@ -10,6 +11,7 @@ from calibtrain.data.replies import read_reply
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record
+from calibtrain.tasks.math import Math
 from calibtrain.tasks.number import Number
 from calibtrain.tasks.numerals import number_of, numbers_in
 from tests.tiny import tiny_tokenizer
@@ -51,6 +53,61 @@ def test_long_texts_take_little_time(text):
     for mark in ("#### ", "answer is ", "\\boxed{"):
         Number().read(mark * 3000 + text, Record(PROMPT))
     assert time.perf_counter() - start < 3
+
+
+def test_whatever_a_stranger_writes_is_read():
+    draw = random.Random(0)
+    pieces = [
+        "1",
+        "2",
+        "0",
+        "9",
+        "१",
+        "²",
+        "½",
+        ".",
+        ",",
+        "-",
+        "\u2212",
+        "–",
+        "+",
+        " ",
+        "\n",
+        "$",
+        "€",
+        "%",
+        "\\frac",
+        "{",
+        "}",
+    ]
+    pieces += [
+        "\\boxed{",
+        "####",
+        "answer is ",
+        "/",
+        "e",
+        "^",
+        "×10^{-",
+        "'",
+        "\u00a0",
+        "(",
+        "=",
+        "percent",
+        "\\",
+        "\ud800",
+        "km",
+    ]
+    tasks = [Number(), Number(NumberTask(percent="hundredth", answer_in=("last_number", "boxed"))), Math()]
+    for _ in range(1500):
+        reply = "".join(draw.choices(pieces, k=draw.randrange(1, 25)))
+        for task in tasks:
+            reading = task.read(reply, Record(PROMPT))
+            assert reading.text == reply[reading.start : reading.stop]
+            assert reading.found == bool(reading.text)
+            task.key(reading.text, Record(PROMPT))
+            task.key(reply, Record(PROMPT))
+            if reading.found and isinstance(task, Number):
+                assert task.right(reading.text, Record(PROMPT, accepted=(reading.text,)))
 
 
 @pytest.mark.parametrize(
