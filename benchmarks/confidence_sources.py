@@ -85,7 +85,7 @@ def measure(name: str, model: Path | None, config_path: str, settings: argparse.
     cheap, features = {}, {}
     for split, asked in records.items():
         cheap[split] = score_blocks(asker, asked, work / split, LIKELIHOODS, fingerprint, settings.deadline)
-        texts = [answer.text for answer in cheap[split].answers]
+        texts = [answer.said for answer in cheap[split].answers]
         # Without examples before the question: a probe learns what it needs, and a pass costs a tenth.
         features[split] = collect_features(
             loaded.model,

@@ -191,6 +191,8 @@ class EvaluationConfig(Section):
     """Questions answered at once on one rank."""
     max_new_tokens: Count = 12
     """A reply not finished after so many tokens is cut, and counts as it stands; by default what `task.kind` needs."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a reply and are no part of it, e.g. `["\\nQ:"]`; none may end in a space."""
 
 
 class CalibrationConfig(Section):

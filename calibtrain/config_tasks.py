@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+import re
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from calibtrain.config_base import Section
+from calibtrain.config_base import Section, Weight
+
+Bound = Annotated[float, Field(gt=0, le=1)]
 
 
 class TaskSection(Section):
@@ -17,11 +20,23 @@ class TaskSection(Section):
 
 
 class ShortAnswerTask(TaskSection):
-    """A few words on one line, compared as a whole with the accepted answers."""
+    """A few words, compared with the accepted answers."""
 
     kind: Literal["short_answer"] = "short_answer"
-    match: Literal["normalized_match", "exact_match"] = "normalized_match"
-    """`normalized_match` ignores case, accents, punctuation and a leading "the"."""
+    match: Literal["normalized_match", "exact_match", "contains", "regex", "token_f1"] = "normalized_match"
+    """`normalized_match` ignores case, accents, punctuation and a leading "the"; `contains` does so too and wants an
+    accepted answer's words in a row anywhere in the reply; `regex` takes accepted answers as Python patterns of the
+    whole reply; `token_f1` is SQuAD's word overlap."""
+    f1: Bound | None = None
+    """With `token_f1`: the least F1 of a right answer."""
+    lines: Literal["one", "many"] = "one"
+    """Whether a reply ends at its first line break."""
+
+    @model_validator(mode="after")
+    def _bound_goes_with_f1(self) -> ShortAnswerTask:
+        if (self.match == "token_f1") != (self.f1 is not None):
+            raise ValueError("match: token_f1 and `f1`, the least F1 of a right answer, go together")
+        return self
 
 
 class ChoiceTask(TaskSection):
@@ -69,5 +84,68 @@ class LabelTask(TaskSection):
         return self
 
 
-TaskConfig = Annotated[ShortAnswerTask | ChoiceTask | LabelTask, Field(discriminator="kind")]
+Place = Literal["boxed", "hashes", "answer_is", "last_number", "pattern"]
+
+
+class FinalAnswerSection(TaskSection):
+    """Base of the kinds whose answer is the end of a reasoning of several lines."""
+
+    TOKENS: ClassVar[int] = 512
+
+    answer_in: Annotated[tuple[Place, ...], Field(min_length=1)] = ("boxed", "hashes", "answer_is", "last_number")
+    """Where the final answer is looked for, the first that is there: `boxed` the last \\boxed{...}, `hashes` behind the last
+    ####, `answer_is` behind the last "answer is" or "answer:", `last_number` of the reply, `pattern` your own."""
+    pattern: str | None = None
+    """A Python regular expression with one group, which holds the answer; its last match in the reply counts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pattern_alone(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("pattern") is not None and "answer_in" not in values:
+            return {**values, "answer_in": ["pattern"]}
+        return values
+
+    @model_validator(mode="after")
+    def _pattern_compiles(self) -> FinalAnswerSection:
+        if ("pattern" in self.answer_in) != (self.pattern is not None):
+            raise ValueError("`pattern` and answer_in: [..., pattern] go together")
+        if len(set(self.answer_in)) != len(self.answer_in):
+            raise ValueError("answer_in names a place twice")
+        if self.pattern is None:
+            return self
+        try:
+            groups = re.compile(self.pattern).groups
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"pattern: {self.pattern!r} is no regular expression: {error}") from error
+        if groups != 1:
+            raise ValueError(f"pattern: {self.pattern!r} has {groups} groups; it needs one, which holds the answer")
+        return self
+
+
+class NumberTask(FinalAnswerSection):
+    """A number, mostly at the end of a reasoning; accepted answers may be numbers or full solutions (GSM8K)."""
+
+    TOKENS: ClassVar[int] = 256
+
+    kind: Literal["number"] = "number"
+    percent: Literal["number", "hundredth"] = "number"
+    """What 50% is: 50, or 0.5."""
+    rel: Weight = 0.0
+    """A number is right where it differs from an accepted one by at most so large a share of that, or by at most `abs`."""
+    abs: Weight = 0.0
+    """See `rel`; with both at 0 it must be the same number, however it is written."""
+
+
+class MathTask(FinalAnswerSection):
+    """A mathematical expression at the end of a reasoning, equal to an accepted one by math-verify (extra `tasks`)."""
+
+    kind: Literal["math"] = "math"
+    seconds: Annotated[float, Field(gt=0)] = 5.0
+    """A comparison that takes longer counts as unequal."""
+
+
+TaskConfig = Annotated[
+    ShortAnswerTask | ChoiceTask | LabelTask | NumberTask | MathTask,
+    Field(discriminator="kind"),
+]
 """Every kind; `kind` says which."""

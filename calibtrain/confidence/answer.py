@@ -41,6 +41,7 @@ class Answer:
     key: str = ""  # answers to one question mean the same where it is equal
     reply: str = ""  # all that was said, where the answer is a part of it or written otherwise
     reply_logprob: float | None = None  # of the whole reply with its thinking, where the answer is a part of it
+    reply_length: int | None = None  # tokens of the whole reply, likewise
     found: bool = True  # False: the reply holds nothing that could be an answer
     parts: tuple[AnswerPart, ...] = ()  # pieces that are right or wrong by themselves
     options: tuple[str, ...] = ()  # replies that it could be
@@ -71,6 +72,16 @@ class Answer:
     def rescored(self, logprob: float) -> Answer:
         """The same answer with another log-prob, as one number."""
         return replace(self, token_logprobs=(logprob,), options=(), option_logprobs=())
+
+    @property
+    def chain_logprob(self) -> float:
+        """Log-probability of the whole reply, with the reasoning before the answer."""
+        return self.logprob if self.reply_logprob is None else self.reply_logprob
+
+    @property
+    def chain_length(self) -> int:
+        """Tokens of the whole reply."""
+        return len(self.token_logprobs) if self.reply_length is None else self.reply_length
 
     @property
     def meaning(self) -> str:

@@ -1,4 +1,7 @@
-"""Confidence that the model is asked for: P(True), a stated number or word, and a second pass over its own reasoning."""
+"""Confidence that the model is asked for: P(True), a stated number or word, and a second pass over its own reasoning.
+
+It is shown all that it said: the answer with the reasoning before it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import numpy as np
 from calibtrain.abstention.words import WORDS, Scale
 from calibtrain.calibration.scores import sigmoid
 from calibtrain.confidence.answered import Answered
-from calibtrain.confidence.generation import choice_logprobs, common_prefix, generate
+from calibtrain.confidence.generation import choice_logprobs, common_prefix, generate, keep_none
 from calibtrain.confidence.source import Array, Asker, Cost, SourceScores
 from calibtrain.data.queries import NO_YES, choice_ids, query_record
 from calibtrain.records import Message, Record
@@ -43,7 +46,7 @@ def p_true(
     forward passes.
     """
     dialogues = [
-        query_record(record, answer.text, "") for record, answer in zip(records, answered.answers, strict=True)
+        query_record(record, answer.said, "") for record, answer in zip(records, answered.answers, strict=True)
     ]
     return {"p_true": _judged(asker, dialogues, JUDGE, choices)}
 
@@ -59,7 +62,7 @@ def stated(
     names = ", ".join(word.name for word in scale)
     found = {}
     for name, query in (("stated_number", NUMBER), ("stated_word", WORD.format(names))):
-        asked = [query_record(record, one.text, query) for record, one in zip(records, answered.answers, strict=True)]
+        asked = [query_record(record, one.said, query) for record, one in zip(records, answered.answers, strict=True)]
         texts, cost = replies(asker, asked, STATED_TOKENS)
         values = [parse_number(text) if name == "stated_number" else parse_word(text, scale) for text in texts]
         failed = np.array([value is None for value in values])
@@ -76,13 +79,13 @@ def second_pass(
     As P(True) otherwise. `second_pass_bare` asks the same with the reasoning removed: where it does as well, the
     reasoning adds nothing, or only words of confidence that leak into the judgement.
     """
-    asked = [query_record(record, one.text, REASON) for record, one in zip(records, answered.answers, strict=True)]
+    asked = [query_record(record, one.said, REASON) for record, one in zip(records, answered.answers, strict=True)]
     chains, cost = replies(asker, asked, CHAIN_TOKENS)
     with_chain = [
         replace(one, prompt=(*one.prompt, Message("assistant", chain), Message("user", "")))
         for one, chain in zip(asked, chains, strict=True)
     ]
-    bare = [query_record(record, one.text, "") for record, one in zip(records, answered.answers, strict=True)]
+    bare = [query_record(record, one.said, "") for record, one in zip(records, answered.answers, strict=True)]
     judged = _judged(asker, with_chain, WEIGH, choices)
     return {
         "second_pass": replace(judged, cost=judged.cost.plus(cost)),
@@ -123,10 +126,12 @@ def replies(asker: Asker, records: Sequence[Record], max_new_tokens: int) -> tup
         max_new_tokens=max_new_tokens,
         batch_size=asker.settings.batch_size,
         device=asker.device,
+        keep=keep_none,
     )
     lengths = np.array([len(one.tokens) for (one,) in generations], dtype=np.float64)
     tokens = np.array([len(prompt) for prompt in prompts]) + lengths - 1
-    return [template.decode_answer(one.tokens) for (one,) in generations], Cost(lengths, tokens)
+    texts = [template.decode_answer(one.tokens).split("\n")[0].strip() for (one,) in generations]
+    return texts, Cost(lengths, tokens)
 
 
 def _judged(asker: Asker, dialogues: Sequence[Record], query: str, choices: tuple[str, str]) -> SourceScores:

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from calibtrain.data.replies import read_reply
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World, barrier, gather_lists
 from calibtrain.errors import UserError
@@ -26,7 +27,7 @@ from calibtrain.models.loss_model import HiddenStep
 from calibtrain.records import Record
 
 POSITIONS = ("question_last", "answer_last", "answer_mean")
-"""Last token of the prompt, last token of the answer before its end token, mean over the answer's tokens without that."""
+"""Last token of the prompt, last token of the answer's span before an end token, mean over the span without that."""
 
 SHARD_SIZE = 256
 INDEX = "index.json"
@@ -66,11 +67,21 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Ids of a prompt with an answer; the answer's tokens are ids[start:end]."""
+    """Ids of a prompt with a reply; the answer's tokens in it are ids[start:end]."""
 
     ids: list[int]
+    prompt: int  # length of the prompt
     start: int
     end: int
+
+    @property
+    def content(self) -> list[Any]:
+        """What tells it from others: the ids, and the span where it is not all of them."""
+        return (
+            self.ids
+            if self.start == self.prompt and self.end >= len(self.ids) - 1
+            else [self.ids, self.start, self.end]
+        )
 
 
 def default_layers(depth: int, count: int = 8) -> tuple[int, ...]:
@@ -100,7 +111,7 @@ def collect_features(
     lockstep: bool = False,
     on_shard: Callable[[int], None] = lambda shards_done: None,
 ) -> Features:
-    """Write the hidden states of `texts`, proposed answers to `records`, under `folder` and map them. Collective.
+    """Write the hidden states of `texts`, the model's replies to `records`, under `folder` and map them. Collective.
 
     `model` is a LossModel in eval mode or the engine around it; `depth` its number of blocks. Shards that are there
     already are kept; ranks share out the others and must see the same `folder`. `lockstep`: all ranks run as many
@@ -117,7 +128,7 @@ def collect_features(
         "layers": list(layers),
         "positions": list(POSITIONS),
         "shard_size": shard_size,
-        "answers_hash": hashlib.sha256(json.dumps([row.ids for row in rows]).encode()).hexdigest(),
+        "answers_hash": hashlib.sha256(json.dumps([row.content for row in rows]).encode()).hexdigest(),
         "tokens": [len(row.ids) for row in rows],
         **asdict(fingerprint),
     }
@@ -183,9 +194,11 @@ def check_fingerprint(what: str, made_for: Fingerprint, used_with: Fingerprint) 
 
 
 def _row(template: Template, record: Record, text: str, shots: Sequence[Record]) -> _Row:
-    prompt, answer = template.prompt_ids(record, shots), template.completion_ids(text)
-    # An empty answer is its end token alone.
-    return _Row([*prompt, *answer], len(prompt), len(prompt) + max(1, len(answer) - 1))
+    """`text` is all that was said: the answer's span is found in it, as it was when it was graded."""
+    prompt, reply = template.prompt_ids(record, shots), template.completion_ids(text)
+    start, stop = read_reply(template, reply, record).span
+    stop = max(start + 1, min(stop, len(reply) - 1))  # an empty answer is its end token alone
+    return _Row([*prompt, *reply], len(prompt), len(prompt) + start, len(prompt) + stop)
 
 
 def _shard_rows(rows: Sequence[_Row], shard: int, shard_size: int) -> list[_Row]:
@@ -232,7 +245,7 @@ def _batch(
     found = []
     for states in model(HiddenStep({"input_ids": ids.to(device)}, layers)):
         per_row = [
-            torch.stack([one[row.start - 1], one[row.end - 1], one[row.start : row.end].mean(0)])
+            torch.stack([one[row.prompt - 1], one[row.end - 1], one[row.start : row.end].mean(0)])
             for row, one in zip(rows, states.float(), strict=True)
         ]
         found.append(torch.stack(per_row).cpu())

@@ -78,7 +78,7 @@ def forced_answers(
         )
     given = answer_questions(model, template, records, settings, shots=shots, device=device, on_batch=on_batch)
     idk = template.tokenizer.get_vocab().get(IDK)
-    refused = np.array([is_refusal(answer.text) or (idk is not None and not answer.text) for answer in given.answers])
+    refused = np.array([is_refusal(answer.said) or (idk is not None and not answer.said) for answer in given.answers])
     again = np.flatnonzero(refused)
     if not len(again):
         return Forced(given, refused, given.answers)

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from calibtrain.confidence.growing_cache import growing
 from calibtrain.models.loss_model import DecodeStep
 
 AllDone = Callable[[bool], bool]
 """Agreement between ranks on whether a batch is finished: ZeRO-3 needs as many forward passes on each."""
 DRAWN_AT_ONCE = 32
 """Distributions whose cumulative sums, float64, are in memory together."""
+STEPS_ON_DEVICE = 64
+"""Steps whose hidden states wait on the device for their way to the CPU."""
+Keep = Callable[[int, Sequence[int]], tuple[int, int]]
+"""(index of the prompt, tokens of a completion) -> tokens [start, stop) whose hidden states are kept."""
+
+
+def keep_none(prompt: int, tokens: Sequence[int]) -> tuple[int, int]:
+    """No hidden state: for samples, of which log-probs alone are read."""
+    return 0, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +34,9 @@ class Generation:
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]  # natural, under the model's own (calibrated) distribution
-    hidden: Tensor  # (len(tokens), H) final hidden states that predicted them, before the calibrated scale; on CPU
+    hidden: Tensor  # (K, H) final hidden states that predicted the kept tokens, before the calibrated scale; on CPU
     finished: bool  # False: cut at max_new_tokens
+    hidden_start: int = 0  # the first kept token; K = len(tokens) where nothing was said about which are kept
 
 
 @torch.no_grad()
@@ -44,6 +55,7 @@ def generate(
     share_prefix: bool = True,
     not_first: Sequence[int] = (),
     goes_on: Callable[[Sequence[int]], bool] | None = None,
+    keep: Keep | None = None,
     on_batch: Callable[[int], None] = lambda prompts_done: None,
 ) -> list[list[Generation]]:
     """Complete every prompt: greedily (samples=0, one completion each) or with `samples` draws at temperature 1.
@@ -52,6 +64,9 @@ def generate(
     examples, a system prompt) passes through the model once unless `share_prefix` is off; a prompt passes through it once
     for all its samples. Tokens in `not_first` begin no completion; log-probs stay the model's own. `goes_on` may keep a
     completion that came to a stop token from ending there. No prompt may be empty.
+
+    `keep` says which tokens' hidden states are kept, by default all: H numbers a token in the model's dtype (2 MB for 500
+    tokens of a model 2048 wide in bf16). While a batch runs, those of all its tokens are on the CPU.
     """
     prefix, prefix_cache = _read_prefix(model, prompts, share_prefix, device)
     generator = torch.Generator(device=device).manual_seed(seed) if samples else None
@@ -64,7 +79,7 @@ def generate(
         batch.extend([prompts[index][len(prefix) :] for index in rows], pad_id)
         found = batch.run(model, frozenset(stop_ids), max_new_tokens, generator, all_done, copies, not_first, goes_on)
         for place, index in enumerate(rows):
-            results[index] = found[place * copies : (place + 1) * copies]
+            results[index] = [_kept(one, keep, index) for one in found[place * copies : (place + 1) * copies]]
         on_batch(min(start + batch_size, len(order)))
     return results
 
@@ -163,23 +178,25 @@ class _Batch:
         carried = torch.arange(rows, device=device)  # the completions that this batch's rows still are
         done = torch.zeros(rows, dtype=torch.bool, device=device)
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for _ in range(max_new_tokens):
+        steps = _Steps(rows)
+        for step in range(max_new_tokens):
             hidden, logits, self.cache = model(DecodeStep(self.inputs()))
-            if not steps and copies > 1:
-                hidden, logits = (one.repeat_interleave(copies, 0) for one in (hidden, logits))
-                self.repeat(copies)
+            if not step:
+                if copies > 1:
+                    hidden, logits = (one.repeat_interleave(copies, 0) for one in (hidden, logits))
+                    self.repeat(copies)
+                self.cache = growing(self.cache)
             logprobs = logits.log_softmax(-1)
             allowed = logprobs
-            if not steps and not_first:
+            if not step and not_first:
                 allowed = logprobs.index_fill(-1, torch.tensor(not_first, device=device), float("-inf"))
             token = allowed.argmax(-1) if generator is None else _draw(allowed, rows, carried, generator)
-            steps.append((carried, token, logprobs.gather(1, token[:, None])[:, 0], hidden))
+            steps.add(carried, token, logprobs.gather(1, token[:, None])[:, 0], hidden)
             lengths[carried] += ~done
             stopped = torch.isin(token, stops) & ~done
             if goes_on is not None:
                 for row in torch.nonzero(stopped)[:, 0].tolist():
-                    stopped[row] = not goes_on(_said(steps, int(carried[row])))
+                    stopped[row] = not goes_on(steps.said(int(carried[row])))
             done = done | stopped
             ended[carried] |= stopped
             going = torch.nonzero(~done)[:, 0]
@@ -192,7 +209,7 @@ class _Batch:
             self.ids = token[:, None]
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(carried), 1)], dim=1)
             self.positions = self.positions[:, -1:] + 1
-        return _completions(steps, lengths, ended)
+        return steps.completions(lengths.tolist(), ended.tolist())
 
 
 def _draw(logprobs: Tensor, rows: int, carried: Tensor, generator: torch.Generator) -> Tensor:
@@ -207,31 +224,62 @@ def _draw(logprobs: Tensor, rows: int, carried: Tensor, generator: torch.Generat
     return torch.cat(tokens).clamp_(max=logprobs.shape[1] - 1)
 
 
-def _said(steps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], completion: int) -> list[int]:
-    """Tokens of one completion so far."""
-    return [int(token[carried == completion]) for carried, token, _, _ in steps if bool((carried == completion).any())]
+class _Steps:
+    """What each step gave to the completions that it carried; brought to the CPU every STEPS_ON_DEVICE steps."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # which, token, log-prob, hidden state
+        self._blocks: list[list[Tensor]] = []  # (rows, steps), (rows, steps), (rows, steps, H)
+        self._said: list[list[int]] = [[] for _ in range(rows)]
+        self._read = 0  # waiting steps whose tokens are in _said
+
+    def add(self, carried: Tensor, token: Tensor, logprob: Tensor, hidden: Tensor) -> None:
+        """The next step: tensors whose first dimension are the completions at `carried` (B,)."""
+        self._waiting.append((carried, token, logprob, hidden))
+        if len(self._waiting) == STEPS_ON_DEVICE:
+            self._flush()
+
+    def said(self, completion: int) -> list[int]:
+        """Tokens of one completion so far, each read from the device once."""
+        for carried, token, _, _ in self._waiting[self._read :]:
+            for row, one in zip(carried.tolist(), token.tolist(), strict=True):
+                self._said[row].append(one)
+        self._read = len(self._waiting)
+        return self._said[completion]
+
+    def completions(self, lengths: Sequence[int], ended: Sequence[bool]) -> list[Generation]:
+        """The first lengths[i] tokens of each."""
+        self._flush()
+        tokens, logprobs, states = (torch.cat(parts, dim=1) for parts in zip(*self._blocks, strict=True))
+        return [
+            Generation(
+                tokens=tuple(tokens[row, :length].tolist()),
+                logprobs=tuple(logprobs[row, :length].tolist()),
+                hidden=states[row, :length],
+                finished=ended[row],
+            )
+            for row, length in enumerate(lengths)
+        ]
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        self.said(0)
+        parts = [one.new_zeros(self.rows, len(self._waiting), *one.shape[1:]) for one in self._waiting[0][1:]]
+        for place, (carried, *given) in enumerate(self._waiting):
+            for part, one in zip(parts, given, strict=True):
+                part[carried, place] = one
+        self._blocks.append([part.cpu() for part in parts])
+        self._waiting, self._read = [], 0
 
 
-def _completions(
-    steps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], lengths: Tensor, ended: Tensor
-) -> list[Generation]:
-    """Completions from the steps' (which, token, log-prob, hidden state)."""
-    rows, width = len(lengths), len(steps)
-    tokens, logprobs, states = (
-        part.new_zeros(rows, width, *part.shape[1:]) for part in (steps[0][1], steps[0][2], steps[0][3])
-    )
-    for place, (carried, token, logprob, hidden) in enumerate(steps):
-        tokens[carried, place], logprobs[carried, place], states[carried, place] = token, logprob, hidden
-    tokens, logprobs, states = tokens.cpu(), logprobs.cpu(), states.cpu()
-    return [
-        Generation(
-            tokens=tuple(tokens[row, :length].tolist()),
-            logprobs=tuple(logprobs[row, :length].tolist()),
-            hidden=states[row, :length],
-            finished=bool(ended[row]),
-        )
-        for row, length in enumerate(lengths.tolist())
-    ]
+def _kept(one: Generation, keep: Keep | None, prompt: int) -> Generation:
+    """The completion with the hidden states to keep; a copy, so that the batch's own can go."""
+    if keep is None:
+        return one
+    start, stop = keep(prompt, one.tokens)
+    return replace(one, hidden=one.hidden[start:stop].clone(), hidden_start=start)
 
 
 def _read_prefix(

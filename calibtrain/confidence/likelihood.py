@@ -12,7 +12,7 @@ import torch
 
 from calibtrain.confidence.answer import Answer, AnswerPart
 from calibtrain.confidence.answered import Answered, features_of_generations
-from calibtrain.confidence.generation import AllDone, Generation, generate
+from calibtrain.confidence.generation import AllDone, Generation, generate, keep_none
 from calibtrain.confidence.options import answer_options
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.replies import Reply, read_reply
@@ -73,6 +73,7 @@ def answer_questions(
         all_done=all_done,
         share_prefix=share_prefix,
         not_first=not_first,
+        keep=lambda index, tokens: read_reply(template, tokens, records[index]).span,
         on_batch=on_batch,
     )
     return graded_answers(records, [samples[0] for samples in generations], template, settings)
@@ -103,6 +104,7 @@ def graded_answers(
             key=template.task.key(reply.reading.text, record),
             reply="" if reply.text == reply.reading.text else reply.text,
             reply_logprob=None if len(span.tokens) == len(whole.tokens) else math.fsum(whole.logprobs),
+            reply_length=None if len(span.tokens) == len(whole.tokens) else len(whole.tokens),
             found=reply.reading.found,
             parts=_parts(reply, grade, whole),
             options=template.task.choices(record),
@@ -119,7 +121,8 @@ def span_of(generation: Generation, span: tuple[int, int]) -> Generation:
         generation,
         tokens=generation.tokens[start:stop],
         logprobs=generation.logprobs[start:stop],
-        hidden=generation.hidden[start:stop],
+        hidden=generation.hidden[start - generation.hidden_start : stop - generation.hidden_start],
+        hidden_start=start,
     )
 
 
@@ -166,6 +169,7 @@ def sample_answers(
         samples=samples,
         seed=seed,
         device=device,
+        keep=keep_none,
         on_batch=on_batch,
     )
     return [[template.decode_answer(generation.tokens) for generation in row] for row in generations]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from calibtrain.confidence.answered import Answered
-from calibtrain.confidence.generation import generate
+from calibtrain.confidence.generation import generate, keep_none
 from calibtrain.confidence.source import Array, Asker, Cost, SourceScores
 from calibtrain.data.replies import read_reply
 from calibtrain.errors import UserError
@@ -79,13 +79,14 @@ def sampled(
     answered: Answered,
     *,
     samples: int = SAMPLES,
-    equivalence: Equivalence = normalized,
+    equivalence: Equivalence | None = None,
 ) -> dict[str, SourceScores]:
     """Self-consistency and semantic entropy of `samples` answers to each question, drawn at temperature 1.
 
     `self_consistency` is (m + 1) / (k + 2) for m of k samples that mean the proposed answer (Wang et al. 2022, arXiv
     2203.11171; smoothed, since m / k has granularity 1 / k). `semantic_entropy` and `semantic_entropy_counts` are
-    exp(-entropy) of the meanings (Farquhar et al. 2024), weighed by likelihood and by count. They share the samples.
+    exp(-entropy) of the meanings (Farquhar et al. 2024), weighed by likelihood and by count. They share the samples. Samples
+    mean the same by `equivalence`, by default where the task says so; the likelihood is that of the answer's span.
     """
     prompts = [asker.template.prompt_ids(record, asker.shots) for record in records]
     drawn = generate(
@@ -99,12 +100,17 @@ def sampled(
         samples=samples,
         seed=asker.seed,
         device=asker.device,
+        keep=keep_none,
     )
     rows = []
     for record, answer, row in zip(records, answered.answers, drawn, strict=True):
         replies = [read_reply(asker.template, one.tokens, record) for one in row]
         texts = [one.reading.text for one in replies]
-        labels = equivalence(record.question, [answer.text, *texts])
+        said = [answer.text, *texts]
+        if equivalence is None:
+            labels = _labels([asker.template.task.key(text, record) for text in said])
+        else:
+            labels = equivalence(record.question, said)
         same = int((labels[1:] == labels[0]).sum())
         logprobs = [math.fsum(one.logprobs[slice(*reply.span)]) for one, reply in zip(row, replies, strict=True)]
         weighed = semantic_entropy(labels[1:], texts, logprobs)

@@ -64,7 +64,7 @@ def member_scores(
     """Scores by each source; all probes share one forward pass."""
     plain = [name for name in names if name not in PROBES]
     found = score(asker, records, answered, plain) if plain else {}
-    texts = [answer.text for answer in answered.answers]
+    texts = [answer.said for answer in answered.answers]
     wanted = {name: probes[name] for name in names if name in PROBES}
     return {**found, **probe_scores(asker, records, texts, wanted, fingerprint)}
 
@@ -72,7 +72,7 @@ def member_scores(
 def probe_scores(
     asker: Asker, records: Sequence[Record], texts: Sequence[str], probes: Mapping[str, Probe], fingerprint: Fingerprint
 ) -> dict[str, SourceScores]:
-    """Scores by each probe of the proposed answers `texts`, from one forward pass without examples before the question."""
+    """Scores by each probe of the replies `texts`, from one forward pass without examples before the question."""
     if not probes:
         return {}
     features = features_of(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from calibtrain.confidence.answered import Answered
 from calibtrain.confidence.asked import p_true, second_pass, stated
+from calibtrain.confidence.chain import chains
 from calibtrain.confidence.sampling import sampled
 from calibtrain.confidence.source import Asker, Cost, Family, SourceScores
 from calibtrain.confidence.spread import likelihoods
@@ -20,6 +21,7 @@ FAMILIES: dict[tuple[str, ...], Family] = {
         "likelihood_margin",
         "likelihood_entropy",
     ): likelihoods,
+    ("likelihood_chain", "likelihood_chain_mean"): chains,
     ("p_true",): p_true,
     ("stated_number", "stated_word"): stated,
     ("second_pass", "second_pass_bare"): second_pass,

@@ -17,7 +17,8 @@ CHUNK = 512
 
 
 def likelihoods(asker: Asker, records: Sequence[Record], answered: Answered) -> dict[str, SourceScores]:
-    """Five readings of the answer's T tokens with its end token, from the hidden states that answering left.
+    """Five readings of the answer's T tokens, with its end token where it ends the reply, from the hidden states that
+    answering left. Of a reasoning they read the answer alone, given the reasoning; `chains` reads all of it.
 
     `likelihood` exp(sum log p) is the chance of exactly this answer; `likelihood_mean` exp(sum log p / T) does not shrink
     with length; `likelihood_min` is the smallest p; `likelihood_margin` the mean of p1 - p2, the two likeliest tokens;

@@ -41,6 +41,9 @@ def statement_tokens(tokens: Sequence[int], decode: Callable[[Sequence[int]], st
 
     The last token always does: where there is no statement, it is what ended the answer without one.
     """
-    texts = [decode(tokens[:end]) for end in range(1, len(tokens) + 1)]
-    start = read_statement(texts[-1]).start if texts else 0
-    return tuple(len(text) > start or index == len(texts) - 1 for index, text in enumerate(texts))
+    if not tokens:
+        return ()
+    start, first = read_statement(decode(tokens)).start, len(tokens) - 1
+    while first and len(decode(tokens[:first])) > start:  # from the end: a statement is short, a reply need not be
+        first -= 1
+    return tuple(index >= first for index in range(len(tokens)))

@@ -71,6 +71,7 @@ def collate(
         record_ids=torch.tensor([one.record_id for one in encoded], dtype=torch.int64),
         branch_ids=branch_ids if blocked else None,
         reference_logprob=_reference_logprob(encoded, nll_scope),
+        is_answer=_is_answer(encoded, nll_scope),
     )
 
 
@@ -182,6 +183,18 @@ def _targets(encoded: Sequence[Encoded], states: Sequence[Sequence[int]], nll_sc
 
 def _first_target(one: Encoded, nll_scope: str) -> int:
     return 1 if nll_scope == "full" and one.role == CHOSEN else one.completion_start
+
+
+def _is_answer(encoded: Sequence[Encoded], nll_scope: str) -> Tensor | None:
+    """Which targets are answers, without the reasoning around them; None where all completions are nothing else."""
+    if all(one.answer_span is None for one in encoded):
+        return None
+    found: list[bool] = []
+    for one in encoded:
+        start, stop = one.answer_span or (0, one.completion_length)
+        places = range(_first_target(one, nll_scope) - one.completion_start, one.completion_length)
+        found.extend(start <= place < stop for place in places)
+    return torch.tensor(found, dtype=torch.bool)
 
 
 def _reference_logprob(encoded: Sequence[Encoded], nll_scope: str) -> Tensor | None:

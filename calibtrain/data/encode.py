@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calibtrain.data.drops import DropReport
+from calibtrain.data.replies import read_reply
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
@@ -37,6 +38,8 @@ class Encoded:
     """Grade of an own answer, or of the one a QUERY asks about, 0 or 1; NaN elsewhere."""
     reference_logprobs: tuple[float, ...] = ()
     """Log-prob of each completion token under a frozen reference, or empty."""
+    answer_span: tuple[int, int] | None = None
+    """Completion tokens [start, stop) that are the answer, where it has a reasoning around it; None: all."""
 
     @property
     def completion_length(self) -> int:
@@ -124,14 +127,17 @@ def encode_answer(
 ) -> Encoded | None:
     """The model's own graded answer as a sequence, or what else is said with that grade; None if it leaves no room.
 
-    It may be empty (the end token alone). Raises UserError if the tokenizer cannot tell it from the prompt.
+    `text` is all that was said; of an ANSWER the task finds the span that it is graded by. It may be empty (the end token
+    alone). Raises UserError if the tokenizer cannot tell it from the prompt.
     """
     completion = template.completion_ids(text)
     room = max_length - len(completion)
     if room < 1:
         return None
     prompt = cut_left(template.prompt_ids(record), room, template.tokenizer.bos_token_id)
-    return Encoded((*prompt, *completion), len(prompt), role, record_id, correct=float(correct))
+    span = read_reply(template, completion, record).span if role == ANSWER else None
+    span = None if span == (0, len(completion)) else span
+    return Encoded((*prompt, *completion), len(prompt), role, record_id, correct=float(correct), answer_span=span)
 
 
 def cut_left(prompt: Sequence[int], room: int, bos_id: int | None) -> list[int]:

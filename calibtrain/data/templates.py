@@ -32,6 +32,10 @@ PLAIN_BETWEEN = "\n\n"
 _BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 _PROBE = Record(prompt=(Message("user", "Which one?"),))
 _PROBE_ANSWER = "This one"
+_NEXT_QUESTION = PLAIN_BETWEEN + PLAIN_QUESTION.partition("{}")[0].rstrip()
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+SPECIAL_BETWEEN = 16
+"""Special tokens that may stand within a stop without hiding it."""
 
 
 class Template:
@@ -40,8 +44,9 @@ class Template:
     `plain` is "Question: ..." and "Answer:" on two lines, with completion " answer" + EOS; `chat` is the tokenizer's
     chat template with its generation prompt, and the completion ends with the token that the template puts after an
     assistant's turn. `chat_template_kwargs` go to the chat template (`enable_thinking`); `merge_system` puts a system turn
-    before the first user turn's text, for templates that have no such role. `task` says what an answer is. Raises UserError
-    if the tokenizer has no chat template, or no token that can end an answer.
+    before the first user turn's text, for templates that have no such role. `task` says what an answer is; `stop` are texts
+    that end a reply, beside the task's own. Raises UserError if the tokenizer has no chat template, no token that can end an
+    answer, or none for a text of `stop`.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Template:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         merge_system: bool = False,
         task: Task | None = None,
+        stop: Sequence[str] = (),
     ) -> None:
         if kind == "chat" and not tokenizer.chat_template:
             raise UserError("data.template: the tokenizer has no chat template; use data.template: plain")
@@ -61,6 +67,9 @@ class Template:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.merge_system = merge_system
         self.task = task or SHORT_ANSWER
+        self._own_stops = tuple(dict.fromkeys((*self.task.stop, *stop)))
+        for text in self._own_stops:
+            self._check_stop(text)
         self._prefix_ids = self._special_prefix()
         self.end_id: int = self._chat_end_id() if kind == "chat" else tokenizer.eos_token_id
         """Token that ends every completion."""
@@ -125,21 +134,19 @@ class Template:
     def decode_answer(self, ids: Sequence[int]) -> str:
         """The reply in generated ids: up to the first token that ends it and the first line break, stripped.
 
-        Where the task's replies may have several lines, the first of `stops` ends it in place of a line break. A block of
-        thinking that it opens with is no part of it; one that does not end leaves an empty answer.
+        Where the task's replies may have several lines, a line break does not end it; the first of `stops` always does. A
+        block of thinking that it opens with is no part of it; one that does not end leaves an empty answer.
         """
         end = next((i for i, token in enumerate(ids) if token in self._end_ids), len(ids))
         start = self.answer_start(ids[:end])
         if start is None:
             return ""
         text = self._decode(ids[start:end], skip_special_tokens=True)
-        if start:
-            text = text.lstrip()
-        if self.kind == "chat" or self.task.several_lines:
+        if start or self.kind == "chat" or self.task.several_lines:
             text = text.lstrip()  # some chat models open with a line break
-        if not self.task.several_lines:
-            return text.split("\n")[0].strip()  # other separators, as U+2028, may stand in an answer
-        found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        # Other separators, as U+2028, may stand in an answer of one line.
+        ends = self.stops if self.task.several_lines else ("\n", *self.stops)
+        found = [place for stop in ends if (place := text.find(stop)) >= 0]
         return text[: min(found, default=len(text))].strip()
 
     def answer_start(self, ids: Sequence[int]) -> int | None:
@@ -158,13 +165,17 @@ class Template:
         """Whether generated ids that came to one of `stop_ids` go on all the same: the answer is still to come."""
         if not ids or ids[-1] in self._end_ids:
             return False
+        # Most candidates hold a stop's last character alone: the last tokens tell, without reading all that was said.
+        reach = max((len(stop.encode()) for stop in self.stops), default=0) + SPECIAL_BETWEEN
+        last = self._decode(ids[-reach:], skip_special_tokens=True)
+        if not any(stop in last for stop in self.stops):
+            return True
         start = self.answer_start(ids)
         if start is None:
             return True
         said = self._decode(ids[start:], skip_special_tokens=True)
-        if self.task.several_lines:
-            return not any(stop in said.lstrip() for stop in self.stops)
-        return start > 0 and not said.strip()
+        said = said.lstrip() if start or self.task.several_lines else said
+        return not any(stop in said for stop in self.stops)
 
     def departure(self, record: Record) -> str | None:
         """Where prompt + completion is not what the chat template renders for the whole conversation, in words; or None."""
@@ -184,16 +195,25 @@ class Template:
         """Text that each generated id adds to the ones before it, so that all joined are the text of `ids`.
 
         An end token adds "". So does one that only begins a character (byte-level tokenizers cut inside); the token that
-        completes the character has it whole.
+        completes the character has it whole. Takes time in proportion to their number: only the tokens since the last but
+        one that added text are decoded with each.
         """
+        ids = list(ids)
         texts: list[str] = []
-        shown = ""
+        window, before = 0, 0  # ids[window:before] have been shown, and give what follows its context
         for count in range(1, len(ids) + 1):
-            whole = self._decode(ids[:count], skip_special_tokens=True)
-            if whole.endswith("\N{REPLACEMENT CHARACTER}") and count < len(ids):
-                whole = shown
-            texts.append(whole[len(shown) :])
-            shown = whole
+            shown = self._decode(ids[window:before], skip_special_tokens=True)
+            whole = self._decode(ids[window:count], skip_special_tokens=True)
+            if count == len(ids):
+                texts.append(self._decode(ids, skip_special_tokens=True)[sum(map(len, texts)) :])
+            elif whole.endswith("\N{REPLACEMENT CHARACTER}"):
+                texts.append("")
+            else:
+                texts.append(whole[len(shown) :])
+                # A window must open with text, and not with a byte: runs of them are decoded together.
+                if any(texts[before:count]) and not self._is_byte(ids[before]):
+                    window = before
+                before = count
         return tuple(texts)
 
     @cached_property
@@ -202,18 +222,17 @@ class Template:
         if not self.stops:
             return self._end_ids
         last = {stop[-1] for stop in self.stops}
+        if any(not one.isascii() for one in last):
+            last.add("\N{REPLACEMENT CHARACTER}")  # a token may hold the last of its bytes alone
         pieces = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
         return self._end_ids | {token for token, piece in enumerate(pieces) if last & set(piece)}
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Texts that end a reply. A raw model that imitates examples ends its answer with a line break, not with EOS."""
-        if not self.task.several_lines:
-            return ("\n",) if self.kind == "plain" else ()
-        return (
-            *((PLAIN_BETWEEN + PLAIN_QUESTION.partition("{}")[0],) if self.kind == "plain" else ()),
-            *self.task.stop,
-        )
+        if self.kind != "plain":
+            return self._own_stops
+        return (_NEXT_QUESTION if self.task.several_lines else "\n", *self._own_stops)
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -247,6 +266,8 @@ class Template:
             parts.append("merge_system")
         if self.task.several_lines:
             parts.append(["several lines", *self.stops])
+        elif self._own_stops:
+            parts.append(["stop", *self._own_stops])
         if self.task.mark:
             parts.append(["task", *self.task.mark])
         return hashlib.sha256(json.dumps(parts, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
@@ -260,6 +281,19 @@ class Template:
 
     def _decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens, clean_up_tokenization_spaces=False))
+
+    def _is_byte(self, token: int) -> bool:
+        """Whether it is a single byte of a SentencePiece vocabulary, or skipped."""
+        text = str(self.tokenizer.convert_ids_to_tokens(token))
+        return _BYTE_TOKEN.fullmatch(text) is not None or text in self.tokenizer.all_special_tokens
+
+    def _check_stop(self, text: str) -> None:
+        """Raise UserError for a stop that no generated tokens would show."""
+        if not text or text != text.rstrip(" ") or text not in self._decode(self._encode(text), True):
+            raise UserError(
+                f"evaluation.stop: {text!r} cannot end a reply: it must not be empty or end in a space (which is part "
+                "of the token that follows), and the tokenizer must be able to write it"
+            )
 
     def _special_prefix(self) -> list[int]:
         """What the tokenizer itself puts before a text: mostly BOS or nothing. What it puts after is not wanted."""
@@ -303,8 +337,8 @@ class Template:
 
 def template_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template of a run, the same wherever one is rendered: in training, evaluation, answering and serving."""
-    data = config.data
-    return Template(data.template, tokenizer, data.chat_template_kwargs, data.merge_system, task_of(config.task))
+    data, task, stop = config.data, task_of(config.task), config.evaluation.stop
+    return Template(data.template, tokenizer, data.chat_template_kwargs, data.merge_system, task, stop)
 
 
 def _system_merged(messages: Sequence[Message]) -> list[Message]:

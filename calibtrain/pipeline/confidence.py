@@ -180,7 +180,7 @@ def with_probes(
     scored: Scored, asker: Asker, records: Sequence[Record], probes: Mapping[str, Probe], fingerprint: Fingerprint
 ) -> Scored:
     """The answers with the scores of these probes too."""
-    texts = [answer.text for answer in scored.answers]
+    texts = [answer.said for answer in scored.answers]
     return Scored(scored.answers, {**scored.scores, **probe_scores(asker, records, texts, probes, fingerprint)})
 
 

@@ -165,6 +165,8 @@ def run(
     metrics = measured_metrics(measurement.confidence, measurement.correct)
     _print(metrics, f"{loaded.name}, {split}")
     print_options(options_part(loaded.template.task.options_are, measurement.answers))
+    if missing := sum(not one.found for one in measurement.answers):
+        print(f"{missing} of {len(measurement.answers)} replies hold no answer, and are graded as wrong")
     return metrics
 
 

@@ -66,7 +66,7 @@ def run(
             loaded.model,
             loaded.template,
             records,
-            [answer.text for answer in answered[use].answers],
+            [answer.said for answer in answered[use].answers],
             folder / "features" / f"{split}-{len(records)}",
             layers=chosen,
             depth=depth,

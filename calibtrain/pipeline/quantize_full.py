@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibtrain.confidence.generation import generate
+from calibtrain.confidence.generation import generate, keep_none
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
 from calibtrain.pipeline import calibrate
@@ -106,6 +106,7 @@ def own_answers(loaded: Loaded, records: Sequence[Record], shots: Sequence[Recor
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         device=loaded.device,
+        keep=keep_none,
     )
     texts = []
     for prompt, (one,) in zip(prompts, made, strict=True):

@@ -106,6 +106,7 @@ def _context(report: ReportData) -> dict[str, Any]:
         "before": before if before is not None and before.n else None,
         "after": after,
         "has_answers": has_answers,
+        "missing": sum(not one.found for one in report.measured[-1].answers) if report.measured else 0,
         "certificate": certificate,
         "certified_now": table["rows"][table["certified"]] if table and table["certified"] is not None else None,
         "thresholds": table,

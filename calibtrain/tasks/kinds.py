@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from calibtrain.config_tasks import ChoiceTask, LabelTask, ShortAnswerTask
+from calibtrain.config_tasks import ChoiceTask, LabelTask, MathTask, NumberTask, ShortAnswerTask
 from calibtrain.tasks.choice import Choice
 from calibtrain.tasks.label import Label
+from calibtrain.tasks.math import Math
+from calibtrain.tasks.number import Number
 from calibtrain.tasks.short_answer import ShortAnswer
 from calibtrain.tasks.task import Task
 
@@ -15,6 +17,8 @@ KINDS: dict[type[Any], Callable[[Any], Task]] = {
     ShortAnswerTask: ShortAnswer,
     ChoiceTask: Choice,
     LabelTask: Label,
+    NumberTask: Number,
+    MathTask: Math,
 }
 
 

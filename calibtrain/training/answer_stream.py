@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,8 @@ from calibtrain.data.queries import confidence_queries, correctness_queries
 from calibtrain.distributed import World, gather_rows, shard
 from calibtrain.errors import UserError
 from calibtrain.records import Record
+
+logger = logging.getLogger(__name__)
 
 TEMPERATURES = tuple(2.0 ** (step / 3) for step in range(-6, 7))
 """Where answers are scored before solving for the scale: 1/4 to 4."""
@@ -54,6 +57,7 @@ class AnswerStream:
         self.asked: list[int] = []
         self.texts: list[str] = []
         self.correct: list[bool] = []
+        self._told = False  # that some are too long
         order = permutation(len(self.questions), f"questions {seed}")
         self.held_out = set(order[1::2]) if "calibration_aware" in self.in_loss else set()
         if "calibration_aware" in self.in_loss and not self.held_out:
@@ -131,6 +135,14 @@ class AnswerStream:
         found: list[Encoded] = []
         if self.in_loss.keys() - {"correctness_query", "tokenized_brier"}:
             answer = encode_answer(record, text, correct, template, room, place)
+            if answer is None and not self._told:
+                self._told = True
+                logger.warning(
+                    "an own answer of %d characters leaves no room for its question in data.max_length: %d; such are "
+                    "left out of the penalties",
+                    len(text),
+                    room,
+                )
             found += [] if answer is None else [answer]
         if asked := self.in_loss.get("correctness_query"):
             found += correctness_queries([record], [text], [correct], template, room, asked.choices)

@@ -42,7 +42,7 @@ class RefusalExamples(Sequence[tuple[Encoded, ...]]):
         """Answer and label anew where a round begins at `step` (from 0). Collective."""
         if step % self.config.relabel_every == 0:
             answers = self.answerer(self.records).answers
-            self._take([answer.text for answer in answers], [bool(answer.correct) for answer in answers])
+            self._take([answer.said for answer in answers], [bool(answer.correct) for answer in answers])
 
     def fill(self, batch: Batch, indices: Sequence[int]) -> Batch:
         """The batch as it is: its sequences say everything."""

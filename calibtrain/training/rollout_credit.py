@@ -42,6 +42,7 @@ class Sample:
     confidence: float  # NaN: it should have stated one and did not
     abstained: bool = False
     answer_start: int = 0  # tokens of reasoning before the answer
+    answer_stop: int | None = None  # where tokens behind the answer begin; None: there are none
     stated: tuple[bool, ...] = ()  # which tokens state the confidence, where it is stated
     logprobs: tuple[float, ...] = ()  # under the policy that sampled, where a later step or the KL needs them
     reference: tuple[float, ...] = ()  # under the starting model, where the KL needs them

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calibtrain.confidence.answering import Answerer
-from calibtrain.confidence.generation import Generation, generate
+from calibtrain.confidence.generation import Generation, generate, keep_none
 from calibtrain.confidence.stated import read_statement, statement_tokens
 from calibtrain.config import PolicyGradientConfig, RunConfig
 from calibtrain.data.collate import collate
@@ -25,6 +25,7 @@ from calibtrain.losses.silence import watch_of
 from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.models.loss_model import LogprobStep, LossModel
 from calibtrain.records import Record, unit_hash
+from calibtrain.tasks.matching import normalize
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.rollout_credit import Credit, Sample, check_rewards, credit
 
@@ -115,14 +116,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             reference_logprob=flat([one.reference for one in samples]) if self.needs_reference else None,
             old_values=flat([one.values for one in samples]) if self.needs_values else None,
             returns=flat([self._credit[i].returns for i in chosen]) if self.needs_values else None,
-            is_answer=self._is_answer(samples),
         )
-
-    def _is_answer(self, samples: Sequence[Sample]) -> Tensor | None:
-        """Which tokens are the answer, where any of the round's has reasoning before it."""
-        if not any(one.answer_start for one in samples):
-            return None
-        return torch.tensor([t >= one.answer_start for one in samples for t in range(len(one.tokens))])
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values of the present round; nothing where each step has its own, which the next one draws anew."""
@@ -170,6 +164,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             device=answerer.world.device,
             all_done=answerer.all_done if lockstep else bool,
             share_prefix=not lockstep,
+            keep=keep_none,
         )
         return [self._sample(i, one) for i, group in zip(asked, groups, strict=True) for one in group]
 
@@ -178,9 +173,11 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         task, reply = template.task, read_reply(template, generation.tokens, record)
         reading, (start, stop) = reply.reading, reply.span
         confidence, stated = math.exp(min(0.0, math.fsum(generation.logprobs[start:stop]))), tuple[bool, ...]()
+        whole = reply.text
         if rollouts.confidence == "stated":
             statement = read_statement(reply.text)
-            reading = task.read(statement.answer, record)
+            whole = statement.answer
+            reading = task.read(whole, record)
             confidence = math.nan if statement.confidence is None else statement.confidence
             stated = statement_tokens(generation.tokens, template.decode_answer)
         said = task.key(reading.text, record)
@@ -190,8 +187,11 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             correct=float(bool(task.grades([reading], [record])[0].correct)),
             confidence=confidence,
             abstained=rollouts.reward == "ternary"
-            and any(said == task.key(one, record) for one in rollouts.abstentions),
+            and any(
+                said == task.key(one, record) or normalize(whole) == normalize(one) for one in rollouts.abstentions
+            ),
             answer_start=start,
+            answer_stop=None if stop == len(generation.tokens) else stop,
             stated=stated,
         )
 
@@ -223,7 +223,12 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         prompt = self._prompts[sample.question]
         # Who abstains claims nothing: there is no likelihood to score.
         correct = math.nan if sample.abstained else sample.correct
-        return Encoded((*prompt, *sample.tokens), len(prompt), ANSWER, sample.question, correct=correct)
+        length = len(sample.tokens)
+        span = sample.answer_start, length if sample.answer_stop is None else sample.answer_stop
+        answer = None if span == (0, length) else span
+        return Encoded(
+            (*prompt, *sample.tokens), len(prompt), ANSWER, sample.question, correct=correct, answer_span=answer
+        )
 
 
 def _loaded(saved: dict[str, Any]) -> Sample:

@@ -4,6 +4,7 @@ from calibtrain.confidence.stated import read_statement
 from calibtrain.data.pairs import add_rejected, own_wrong_answer, with_confidence_statements, with_rejected
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record
+from calibtrain.tasks.number import Number
 
 
 def question(text, chosen, *aliases, continent="Europe"):
@@ -18,6 +19,13 @@ def test_the_first_wrong_sample_is_rejected():
     assert with_rejected(LYON, ["france", "", " Belgium ", "Spain"], []).rejected == "Belgium"
     assert with_rejected(LYON, ["the France."], COUNTRIES).rejected in COUNTRIES[1:]
     assert own_wrong_answer(LYON, ["FRANCE", " "]) is None
+
+
+def test_a_chain_that_ends_in_the_right_number_is_never_rejected():
+    chains = ["2 + 2 = 4\n#### 4.0", "it is\n#### 5", "#### 6"]
+    record = Number().asked(Record((Message("user", "2 + 2?"),), "two and two\n#### 4"))
+    assert with_rejected(record, chains, [], Number()).rejected == chains[1]
+    assert add_rejected([record], [chains], Number())[0][0].chosen == "two and two\n#### 4"
 
 
 def test_aliases_are_right_and_never_rejected():

@@ -48,6 +48,15 @@ def test_shares_partition_the_answers_of_a_step(answers_per_step, ranks, micro_b
     assert all(one.correct == float(one.record_id % 3 == 0) for one in together)
 
 
+def test_answers_that_are_too_long_are_told_of_once(caplog):
+    made = stream(16)
+    made.texts = ["word " * 200 for _ in made.texts]
+    assert shares(made, 3, 1, 2) == [[], []]
+    assert [one.message.split(":")[0] for one in caplog.records] == [
+        "an own answer of 1000 characters leaves no room for its question in data.max_length"
+    ]
+
+
 def test_one_by_eight_is_two_by_four():
     made = stream(16)
     assert shares(made, 3, 1, 8) == shares(made, 3, 2, 4)

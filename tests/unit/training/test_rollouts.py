@@ -21,6 +21,7 @@ from calibtrain.models.loss_model import LogprobStep, LossModel, TrainStep
 from calibtrain.models.policy import Policy
 from calibtrain.models.reward import ValueLossModel
 from calibtrain.records import Message, Record
+from calibtrain.tasks.task import Reading
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.rollout_credit import Sample, check_rewards, credit
 from calibtrain.training.rollouts import Rollouts
@@ -242,6 +243,25 @@ def test_the_loss_scores_the_likelihood_that_was_sampled_behind_any_reasoning(mo
     scores = [(one.confidence - one.correct) ** 2 for one in rollouts.samples]
     assert loss.item() == pytest.approx(sum(scores) / len(scores), rel=1e-4)
     assert output.terms["answer_score"].count == len(scores)
+
+
+def test_words_behind_the_answer_are_not_its_likelihood(monkeypatch):
+    def read(self, reply, record):
+        return Reading(reply[:1], 0, 1) if reply else Reading("", 0, 0, found=False)
+
+    monkeypatch.setattr("calibtrain.tasks.short_answer.ShortAnswer.read", read)
+    penalties = [{"name": "answer_score", "moves": "all", "score": "brier"}]
+    rollouts, model = rollouts_of(config(rollouts={"group_size": 3}, penalties=penalties))
+    rollouts.before_step(0)
+    batch = batch_of(rollouts)
+    assert any(one.answer_stop is not None for one in rollouts.samples)
+    sizes = [sum(batch.is_answer[batch.sequence_ids == i].tolist()) for i in range(len(rollouts.samples))]
+    stops = [len(one.tokens) if one.answer_stop is None else one.answer_stop for one in rollouts.samples]
+    assert sorted(sizes) == sorted(b - one.answer_start for b, one in zip(stops, rollouts.samples, strict=True))
+    model.eval()
+    loss, _ = model(TrainStep(batch, {name: count.float() for name, count in model.counts(batch).items()}))
+    scores = [(one.confidence - one.correct) ** 2 for one in rollouts.samples]
+    assert loss.item() == pytest.approx(sum(scores) / len(scores), rel=1e-4)
 
 
 def test_an_abstention_has_no_likelihood_to_score(monkeypatch):

@@ -1,0 +1,57 @@
+"""A number at the end of a reasoning; right is what is equal to an accepted one as a number, within a tolerance."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from calibtrain.config_tasks import NumberTask, Place
+from calibtrain.records import Record
+from calibtrain.tasks.final_answer import FinalAnswer, Span, final_answer
+from calibtrain.tasks.matching import normalize
+from calibtrain.tasks.numerals import number_of, numbers_in, value_of
+
+
+class Number(FinalAnswer):
+    """Right is the same number, exactly or within `rel` and `abs`: 1,000 is 1e3, $1000.00 and 1000 apples."""
+
+    def __init__(self, config: NumberTask | None = None) -> None:
+        super().__init__(config or NumberTask())
+        section = config or NumberTask()
+        self._hundredth = section.percent == "hundredth"
+        self._rel, self._abs = Fraction(str(section.rel)), Fraction(str(section.abs))
+
+    def narrow(self, text: str, place: Place) -> Span | None:
+        """The first number, in a box behind its last "=", where a whole reply is read the last one."""
+        skipped = text.rfind("=") + 1 if place == "boxed" else 0
+        spans = [*numbers_in(text[skipped:])]
+        for start, stop in reversed(spans) if place == "last_number" else spans:
+            if value_of(text[skipped + start : skipped + stop]) is not None:
+                return skipped + start, skipped + stop
+        return None
+
+    def plain(self, text: str) -> str | None:
+        """The number, where the text holds one alone."""
+        if number_of(text) is None:
+            return None
+        ((start, stop),) = numbers_in(text)
+        return text[start:stop]
+
+    def right(self, text: str, record: Record) -> bool:
+        """Whether `text` is one of the accepted numbers."""
+        value = self._value(text)
+        return value is not None and any(self._near(value, self._value(one)) for one in record.accepted)
+
+    def key(self, text: str, record: Record) -> str:
+        """The number as a fraction in lowest terms."""
+        value = self._value(text)
+        return normalize(text) if value is None else str(value)
+
+    def _value(self, text: str) -> Fraction | None:
+        value = number_of(text, self._hundredth)
+        if value is not None:
+            return value
+        span = final_answer(text, self.config.answer_in, self.config.pattern, self.narrow)
+        return None if span is None else value_of(text[slice(*span)], self._hundredth)
+
+    def _near(self, value: Fraction, gold: Fraction | None) -> bool:
+        return gold is not None and abs(value - gold) <= max(self._rel * abs(gold), self._abs)

@@ -1,0 +1,88 @@
+"""Numbers as people and models write them: where one stands in a text, and which it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+
+LONGEST = 60
+"""Digits of a number, and size of its exponent, that are read: a stranger may write more than a machine can hold."""
+
+_CURRENCY = "$€£¥₹₽₩₪₫₺₦฿¢"
+_GROUPED = r"\d{1,3}(?:(?:,|\{,\}|[\u00a0\u202f'])\d{3})+(?:\.\d+)?|\d{1,3}(?:\.\d{3}){2,}"
+_DIGITS = rf"(?:{_GROUPED}|\d+(?:\.\d+)?|(?<![.\d])\.\d+)"
+_POWER = r"(?:\s?(?:\\times|\\cdot|[x×*·])\s?10\s?(?:\^|\*\*)\s?\{?[-+\u2212]?\d+\}?|[eE][-+]?\d+)"
+_FRACTION = r"\\[dt]?frac\s?(?:\{\s?-?\d+\s?\}\s?\{\s?\d+\s?\}|\d{2}(?!\d))"
+_SIGN = rf"(?<![\w.)\]}}])[-+\u2212\u2013](?=\\?[{_CURRENCY}.\d]|\\[dt]?frac)"
+_HERE = r"(?<![A-Za-z0-9_^/])(?<!\^\{)(?<!\d\.)"  # no digit of x2, 10^{2}, km^2 or 2.0.1
+_ENDS = r"(?!\d|\.\d|\s?\^(?!\s?\{?\s?\\circ))"
+NUMBER = re.compile(
+    rf"(?:{_SIGN})?(?:\\?[{_CURRENCY}]\s?)?(?:{_SIGN})?(?:(?:{_HERE}\d+\s?)?{_FRACTION}|"
+    rf"{_HERE}(?:\d+[ ])?\d+\s?/\s?\d+(?![\d/.]|\s?/)|{_HERE}{_DIGITS}{_POWER}?{_ENDS})(?:\s?(?:\\?%|percent\b))?"
+)
+"""A number with its sign, currency and percent sign: 1,000 and 1e3, 3/4 and \\frac{3}{4}, 1 1/2, -$5, 50%."""
+
+_PLAIN = re.compile(
+    rf"(?P<digits>{_DIGITS})(?P<power>{_POWER})?|(?:(?P<whole>\d+)\s?)?(?:\\[dt]?frac\s?)?"
+    r"(?:\{?\s?(?P<minus>-?)(?P<above>\d+)\s?(?:/|\}\s?\{)\s?(?P<below>\d+)\s?\}?|(?P<short>\d{2}))"
+)
+
+
+def numbers_in(text: str) -> Iterator[tuple[int, int]]:
+    """Characters [start, stop) of each number in a text, in order."""
+    for found in NUMBER.finditer(text):
+        written = found[0]
+        start = found.start() + len(written) - len(written.lstrip())
+        yield start, found.start() + len(written.rstrip())
+
+
+def number_of(text: str, hundredth: bool = False) -> Fraction | None:
+    """The number that a text is, exactly, whatever unit or currency stands around it; None for any other text.
+
+    `hundredth`: 50% is 1/2, not 50. Of several numbers none is meant.
+    """
+    spans = [*_first_two(text)]
+    if len(spans) != 1:
+        return None
+    start, stop = spans[0]
+    return value_of(text[start:stop], hundredth)
+
+
+def _first_two(text: str) -> Iterator[tuple[int, int]]:
+    for count, span in enumerate(numbers_in(text)):
+        yield span
+        if count:
+            return
+
+
+def value_of(written: str, hundredth: bool = False) -> Fraction | None:
+    """The number that NUMBER found as `written`; None for one that is too large to hold, or divides by 0."""
+    percent = written.endswith(("%", "percent"))
+    bare = written.removesuffix("percent").rstrip("%\\").strip()
+    negative = bool(re.search(rf"^\\?[{_CURRENCY}]?\s?[-\u2212\u2013]", bare))
+    bare = re.sub(rf"^(?:[-+\u2212\u2013\s\\{_CURRENCY}])*(?=[\d.]|\\|frac|dfrac|tfrac)", "", bare)
+    bare = re.sub(r"^(?=[dt]?frac)", r"\\", bare)
+    if (found := _PLAIN.fullmatch(bare)) is None or sum(map(str.isdigit, bare)) > LONGEST:
+        return None
+    value = _positive(found)
+    if value is None:
+        return None
+    value = -value if negative else value
+    return value / 100 if percent and hundredth else value
+
+
+def _positive(found: re.Match[str]) -> Fraction | None:
+    if (digits := found["digits"]) is not None:
+        digits = re.sub(r"[^\d.]", "", digits)
+        value = Fraction(digits if digits.count(".") < 2 else digits.replace(".", ""))
+        if found["power"] is None:
+            return value
+        exponent = int(re.sub(r".*[\^*eE]|[{}\s]", "", found["power"].replace("\u2212", "-")))
+        return None if abs(exponent) > LONGEST else value * Fraction(10) ** exponent
+    short = found["short"]
+    above, below = (int(short[0]), int(short[1])) if short else (int(found["above"]), int(found["below"]))
+    if below == 0:
+        return None
+    part = Fraction(above, below)
+    return (part + int(found["whole"] or 0)) * (-1 if found["minus"] else 1)
