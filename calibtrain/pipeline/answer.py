@@ -38,6 +38,19 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplyPart:
+    """A piece of an answer that is right or wrong by itself, a field of JSON or a claim: text[start:stop] of the reply."""
+
+    name: str  # "address.city", "claim"
+    text: str  # the value, which JSON may write otherwise ("Z\\u00fcrich")
+    start: int
+    stop: int
+    probability: float  # calibrated chance that it is right
+    word: str
+    kept: bool = True  # False: withheld; `Reply.spoken` leaves it out
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """One answer. `text` is the model's best guess also where it abstains; show it then only as such."""
 
@@ -62,6 +75,7 @@ class Reply:
     source: str = LIKELIHOOD  # of the confidence
     forward_passes: float = 0.0  # that the confidence cost beside the answer's own
     tokens_read: float = 0.0  # by those passes
+    parts: tuple[ReplyPart, ...] = ()  # in order; () where an answer is right or wrong as a whole
 
     @property
     def spoken(self) -> str:
