@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from calibtrain.config_tasks import ShortAnswerTask
+from calibtrain.config_tasks import ClaimsTask, JsonTask, ShortAnswerTask
+from calibtrain.tasks.claims import Claims
+from calibtrain.tasks.json_answer import JsonAnswer
 from calibtrain.tasks.short_answer import ShortAnswer
 from calibtrain.tasks.task import Task
 
 KINDS: dict[type[Any], Callable[[Any], Task]] = {
     ShortAnswerTask: ShortAnswer,
+    JsonTask: JsonAnswer,
+    ClaimsTask: Claims,
 }
 
 

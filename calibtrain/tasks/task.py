@@ -20,6 +20,7 @@ class Part:
     text: str
     start: int
     stop: int
+    read_to: int = 0  # its likelihood reads to here, where the piece alone does not tell that it ends (the 12 of 125)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Reading:
     stop: int
     found: bool = True  # False: nothing that could be an answer; graded wrong, and counted
     parts: tuple[Part, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()  # what the likelihood reads, where not all of [start, stop); may overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Task:
     """Whether an answer may hold line breaks."""
     stop: tuple[str, ...] = ()
     """Texts that end a reply and are no part of it, beside the template's own end."""
+    drops_parts: bool = False
+    """Whether an answer is still one without some of its parts, so that those in doubt can be withheld alone."""
 
     def asked(self, record: Record) -> Record:
         """The record as it is put to the model: question, the reply to learn, accepted answers. Asking twice is once.

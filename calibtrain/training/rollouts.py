@@ -176,8 +176,9 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
     def _sample(self, index: int, generation: Generation) -> Sample:
         template, rollouts, record = self.answerer.template, self.config.rollouts, self.questions[index]
         task, reply = template.task, read_reply(template, generation.tokens, record)
-        reading, (start, stop) = reply.reading, reply.span
-        confidence, stated = math.exp(min(0.0, math.fsum(generation.logprobs[start:stop]))), tuple[bool, ...]()
+        reading, start = reply.reading, reply.span[0]
+        confidence = math.exp(min(0.0, math.fsum(generation.logprobs[i] for i in reply.read)))
+        stated: tuple[bool, ...] = ()
         if rollouts.confidence == "stated":
             statement = read_statement(reply.text)
             reading = task.read(statement.answer, record)
