@@ -24,6 +24,7 @@ from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize_page import Part, read_quantization
 from calibtrain.pipeline.quantize_source import DATA_FILE, FULL_ANSWERS
 from calibtrain.pipeline.report import CompositionRow, Measured, ReportData, write_report
+from calibtrain.pipeline.report_parts import parts_report
 from calibtrain.pipeline.spectra_page import read_spectra, write_page
 
 NUMBERS = ("certificate", "certification", "hallucination", "answering", "data_hashes", "words")
@@ -150,6 +151,7 @@ def report_data(output_dir: Path) -> ReportData:
         spectra_problem=problem,
         quantized=quantized,
         quantization_problem=no_quantization,
+        parts=parts_report(calibrated, test.answers),
     )
 
 

@@ -94,10 +94,10 @@ def test_a_users_splitter_cuts(user):
     )
     for bad in (lambda text: ["other"], lambda text: [text, text], lambda text: [""], lambda text: [3]):
         user(split=bad)
-        with pytest.raises(UserError, match="task.split: users_own:split returns"):
+        with pytest.raises(UserError, match=r"task.split: users_own:split returns"):
             graded(task(split="users_own:split"), "It is.")
     user(split=lambda text: 1 / 0)
     with pytest.raises(UserError, match="raises ZeroDivisionError"):
         graded(task(split="users_own:split"), "It is.")
-    with pytest.raises(UserError, match="task.split"):
+    with pytest.raises(UserError, match=r"task.split"):
         task(split="words")

@@ -196,9 +196,9 @@ def test_a_reference_without_end_is_a_violation():
 
 def test_configs_that_are_mistaken(tmp_path):
     def error(*keys):
+        path = tmp_path / "run.yaml"
+        path.write_text("task: {kind: json, " + ", ".join(keys) + "}\n")
         with pytest.raises(UserError) as caught:
-            path = tmp_path / "run.yaml"
-            path.write_text("task: {kind: json, " + ", ".join(keys) + "}\n")
             task_of(load_config(path).task)
         return str(caught.value)
 
