@@ -24,6 +24,7 @@ INPUT_PATHS: tuple[KeyPath, ...] = (
     ("data", "questions", "path"),
     ("training", "deepspeed"),
     ("model", "source"),
+    ("task", "schema_file"),
 )
 """Files that a config reads: relative to the YAML file that names them, on the command line to the working directory.
 

@@ -18,6 +18,8 @@ class AnswerPart:
     text: str
     logprob: float  # of its tokens
     correct: bool | None = None
+    start: int = 0  # the answer's text[start:stop] says it
+    stop: int = 0
 
     @property
     def confidence(self) -> float:
@@ -27,7 +29,10 @@ class AnswerPart:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model said to one question; log-probs are natural, of the answer's tokens and its end token."""
+    """What the model said to one question; log-probs are natural, of the answer's tokens and its end token.
+
+    Where the task reads the likelihood of some of these alone (JSON: of the values), they are the tokens of these.
+    """
 
     question_id: str
     question: str

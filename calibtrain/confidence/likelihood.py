@@ -89,7 +89,7 @@ def graded_answers(
     tell_thinking(generations, template, settings)
     replies = [read_reply(template, one.tokens, record) for one, record in zip(generations, records, strict=True)]
     grades = template.task.grades([one.reading for one in replies], records)
-    spans = [span_of(one, reply.span) for one, reply in zip(generations, replies, strict=True)]
+    spans = [tokens_of(one, reply.read) for one, reply in zip(generations, replies, strict=True)]
     answers = [
         Answer(
             question_id=record.id,
@@ -116,20 +116,31 @@ def graded_answers(
 
 def span_of(generation: Generation, span: tuple[int, int]) -> Generation:
     """The tokens [start, stop) of a generation."""
-    start, stop = span
+    return tokens_of(generation, range(*span))
+
+
+def tokens_of(generation: Generation, indices: Sequence[int]) -> Generation:
+    """These tokens of a generation."""
     return replace(
         generation,
-        tokens=generation.tokens[start:stop],
-        logprobs=generation.logprobs[start:stop],
-        hidden=generation.hidden[start - generation.hidden_start : stop - generation.hidden_start],
-        hidden_start=start,
+        tokens=tuple(generation.tokens[i] for i in indices),
+        logprobs=tuple(generation.logprobs[i] for i in indices),
+        hidden=generation.hidden[[i - generation.hidden_start for i in indices]],
+        hidden_start=0,
     )
 
 
 def _parts(reply: Reply, grade: Grade, whole: Generation) -> tuple[AnswerPart, ...]:
-    correct = grade.parts or (None,) * len(reply.parts)
+    correct, begin = grade.parts or (None,) * len(reply.parts), reply.reading.start
     return tuple(
-        AnswerPart(part.name, part.text, math.fsum(whole.logprobs[slice(*span)]), right)
+        AnswerPart(
+            part.name,
+            part.text,
+            math.fsum(whole.logprobs[slice(*span)]),
+            right,
+            part.start - begin,
+            part.stop - begin,
+        )
         for part, span, right in zip(reply.reading.parts, reply.parts, correct, strict=True)
     )
 

@@ -112,7 +112,7 @@ def sampled(
         else:
             labels = equivalence(record.question, said)
         same = int((labels[1:] == labels[0]).sum())
-        logprobs = [math.fsum(one.logprobs[slice(*reply.span)]) for one, reply in zip(row, replies, strict=True)]
+        logprobs = [math.fsum(one.logprobs[i] for i in reply.read) for one, reply in zip(row, replies, strict=True)]
         weighed = semantic_entropy(labels[1:], texts, logprobs)
         rows.append(((same + 1) / (samples + 2), math.exp(-weighed), math.exp(-count_entropy(labels[1:]))))
     passes = np.array([sum(len(one.tokens) for one in row) for row in drawn], dtype=np.float64)

@@ -19,12 +19,21 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A reply that was read: its text without thinking, the answer in it, and the tokens of the answer and its parts."""
+    """A reply that was read: its text without thinking, the answer in it, and the tokens of the answer and its parts.
+
+    `read` are those of the answer's tokens that its likelihood reads: all of `span`, or the task's `Reading.spans` of it.
+    """
 
     text: str
     reading: Reading
     span: Span
     parts: tuple[Span, ...] = ()
+    some: tuple[int, ...] = ()  # where not all of `span` is read
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """Indices of the tokens that the answer's likelihood reads, ascending."""
+        return self.some or tuple(range(*self.span))
 
 
 def read_reply(template: Template, ids: Sequence[int], record: Record) -> Reply:
@@ -37,7 +46,7 @@ def read_reply(template: Template, ids: Sequence[int], record: Record) -> Reply:
     reading = template.task.read(text, record)
     begin = template.answer_start(ids) or 0
     begin = begin if begin < len(ids) else 0
-    if (reading.start, reading.stop) == (0, len(text)) and not reading.parts:
+    if (reading.start, reading.stop) == (0, len(text)) and not (reading.parts or reading.spans):
         return Reply(text, reading, (begin, len(ids)))
     pieces = template.token_texts(ids[begin:])
     offset = max(0, "".join(pieces).find(text))
@@ -52,5 +61,9 @@ def read_reply(template: Template, ids: Sequence[int], record: Record) -> Reply:
         return begin + first, len(ids) if stop == len(text) else begin + last + 1
 
     return Reply(
-        text, reading, tokens(reading.start, reading.stop), tuple(tokens(one.start, one.stop) for one in reading.parts)
+        text,
+        reading,
+        tokens(reading.start, reading.stop),
+        tuple(tokens(one.start, max(one.stop, one.read_to)) for one in reading.parts),
+        tuple(sorted({i for start, stop in reading.spans for i in range(*tokens(start, stop))})),
     )

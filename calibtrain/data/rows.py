@@ -10,8 +10,8 @@ Recognised shapes (extra columns are left alone):
 `label` (true or false) is read where it is mapped, or an objective asks for it, and is left alone elsewhere.
 `answers` may stand beside any of them and makes the row gradable. `question` and `prompt` mean the same.
 
-Text is text, whatever it looks like. CSV alone has no other way to hold a list: there a cell that is a JSON list of
-messages, or of answers, is that list.
+Text is text, whatever it looks like, and an object where an answer is meant is its JSON. CSV alone has no other way to
+hold a list: there a cell that is a JSON list of messages, or of answers, is that list.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibtrain.data.strata import strata_of
-from calibtrain.data.values import missing, plain, printable, short, text_of, unreadable
+from calibtrain.data.values import json_text, missing, plain, printable, short, text_of, unreadable
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record
 
 FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "question", "answers", "label", "options")
 ALPACA = ("input", "system", "history")
 """What Alpaca's files hold beside `instruction` and `output`."""
+ANSWERS = ("completion", "chosen", "rejected")
+"""Fields of which a JSON object is an answer's text, unless it is a message."""
 READABLE = frozenset({*FIELDS, *ALPACA, "instruction", "output"})
 """Names of columns that are read without being mapped."""
 SHAPES = "question + answers, prompt + completion, prompt + chosen + rejected, messages, or instruction + output"
@@ -174,7 +176,8 @@ def _check_characters(record: Record) -> None:
 def _opened(value: Any, field: str, cells: bool, place: str) -> Any:
     """Text, or the list of messages that the value is; whatever else it is comes back as it is."""
     if not isinstance(value, str):
-        text = text_of(value)
+        said = field in ANSWERS and not (isinstance(value, dict) and "role" in value)
+        text = (json_text(value) if said else None) or text_of(value)
         return value if text is None else text
     if _ONE_PRINTED.fullmatch(value):
         raise UserError(f"{place}: {field} {_PRINTED.replace('a list', 'a message')}")
@@ -299,7 +302,7 @@ def _answers(value: Any, cells: bool, place: str) -> tuple[str, ...]:
         return ()
     answers = []
     for one in value if isinstance(value, list) else [value]:
-        text = text_of(one)
+        text = json_text(one) or text_of(one)
         if text is None:
             advice = ' (say true and false in words, e.g. "yes")' if isinstance(one, bool) else ""
             raise UserError(f"{place}: answers holds {short(one)}; each must be text or a number{advice}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 from collections.abc import Sequence
 from decimal import Decimal
@@ -40,13 +41,23 @@ def text_of(value: Any) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """The value with numpy's arrays and scalars as Python's own, also within lists."""
+    """The value with numpy's arrays and scalars as Python's own, also within lists and objects."""
     if isinstance(value, np.ndarray) and value.ndim:
         return [plain(one) for one in value]
     if isinstance(value, np.generic | np.ndarray):
         # float32's 0.1 is 0.10000000149011612 as Python's float, but nobody wrote that.
         return float(str(value)) if value.dtype in (np.float16, np.float32) else value.item()
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
     return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def json_text(value: Any) -> str | None:
+    """JSON text of an object; None for what is none, and for one that JSON cannot hold."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False) if isinstance(value, dict) else None
+    except (TypeError, ValueError):
+        return None
 
 
 def missing(value: Any) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calibtrain.abstention.certificate import Certificate
+from calibtrain.abstention.claims import ClaimsCertificate
 from calibtrain.abstention.words import Scale, percent, phrase, scale_of, word_for
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.features import Fingerprint
@@ -17,12 +18,13 @@ from calibtrain.confidence.source import Cost
 from calibtrain.config_file import load_config
 from calibtrain.data.values import unreadable
 from calibtrain.errors import UserError
+from calibtrain.pipeline.answer_parts import part_probabilities
 from calibtrain.pipeline.calibration_file import LIKELIHOOD, Calibrated, read_calibration, weights_hash
 from calibtrain.pipeline.confidence import asker_of
 from calibtrain.pipeline.engine import load_served
 from calibtrain.pipeline.evaluate import Answering, Loaded
 from calibtrain.pipeline.promise import Level, Promises
-from calibtrain.pipeline.scope import at_most, plain
+from calibtrain.pipeline.scope import at_least, at_most, plain
 from calibtrain.pipeline.source import check_calibrated, load_scorer
 from calibtrain.records import Message, Record
 
@@ -35,6 +37,19 @@ class Token:
 
     text: str
     probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyPart:
+    """A piece of an answer that is right or wrong by itself, a field of JSON or a claim: text[start:stop] of the reply."""
+
+    name: str  # "address.city", "claim"
+    text: str  # the value, which JSON may write otherwise ("Z\\u00fcrich")
+    start: int
+    stop: int
+    probability: float  # calibrated chance that it is right
+    word: str
+    kept: bool = True  # False: withheld; `Reply.spoken` leaves it out
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +80,24 @@ class Reply:
     prediction_set: tuple[str, ...] | None = (
         None  # options of which one is right, but for a certified share of questions
     )
+    parts: tuple[ReplyPart, ...] = ()  # in order; () where an answer is right or wrong as a whole
+    claims: ClaimsCertificate | None = None  # what `threshold` and `risk` are of, where claims are withheld one by one
 
     @property
     def spoken(self) -> str:
-        """What to show a person: the answer, or that it is not known."""
-        return REFUSAL if self.abstained else self.text
+        """What to show a person: the answer without what is withheld of it, or that it is not known."""
+        if self.abstained:
+            return REFUSAL
+        return self.text if self.claims is None else _kept(self.text, self.parts)
 
     def told(self) -> str:
         """The reply for a terminal: what is promised, the answer or that it is not known, and what is not promised."""
         if not self.abstained:
-            line = f"{plain(self.text, 2000)}  ({self.word}, {percent(self.probability)}{self.reservation})"
+            line = f"{plain(self.spoken, 2000)}  ({self.word}, {percent(self.probability)}{self.reservation})"
+            if self.parts:
+                line = "\n".join([plain(self.spoken, 2000) if self.claims else line, *map(_told, self.parts)])
+        elif self.claims is not None:
+            line = f"{self.spoken} (all {len(self.parts)} claims are withheld)"
         elif self.threshold is None:
             line = self.spoken
         else:
@@ -145,6 +168,11 @@ class Answerer:
     def decide(self, reply: Reply, level: Level) -> Reply:
         """The same guess under another level: whether it is given and why, and what is promised of it."""
         abstained = not reply.probability >= level.threshold  # so that a NaN abstains
+        kept = [not abstained] * len(reply.parts)
+        if level.claims is not None:
+            kept = [part.probability >= level.threshold for part in reply.parts]
+            abstained = not any(kept)
+        parts = tuple(replace(part, kept=stays) for part, stays in zip(reply.parts, kept, strict=True))
         return replace(
             reply,
             sentence=phrase(reply.probability, self.scale) + level.reservation,
@@ -152,12 +180,14 @@ class Answerer:
             promise=level.promise,
             limit=level.limit,
             abstained=abstained,
-            reason=_reason(reply.probability, level, abstained),
-            threshold=None if level.certificate is None else level.threshold,
+            reason=_reason(reply.probability, level, abstained, kept),
+            threshold=level.threshold if level.certified else None,
             risk=level.risk,
-            certified=level.certificate is not None,
+            certified=level.certified,
             certificate=level.certificate,
             group=level.group,
+            parts=parts,
+            claims=level.claims,
         )
 
     def prompt_tokens(self, question: str, *, options: Sequence[str] = ()) -> int:
@@ -174,6 +204,7 @@ class Answerer:
             return []
         answers, scores, cost = self._scored(records)
         probabilities = self.calibrated.calibrator.apply(scores).tolist()
+        parts = self._parts(answers)
         return [
             Reply(
                 question=answer.question,
@@ -196,9 +227,10 @@ class Answerer:
                 forward_passes=float(passes),
                 tokens_read=float(tokens),
                 prediction_set=self._set(answer),
+                parts=pieces,
             )
-            for record, answer, probability, passes, tokens in zip(
-                records, answers, probabilities, cost.forward_passes, cost.tokens, strict=True
+            for record, answer, probability, passes, tokens, pieces in zip(
+                records, answers, probabilities, cost.forward_passes, cost.tokens, parts, strict=True
             )
         ]
 
@@ -219,6 +251,21 @@ class Answerer:
         """The prediction set, where one was calibrated and the answer was chosen among options."""
         sets = self.calibrated.prediction_sets
         return sets.of(answer.options, answer.option_logprobs) if sets and answer.option_logprobs else None
+
+    def _parts(self, answers: Sequence[Answer]) -> list[tuple[ReplyPart, ...]]:
+        """The answers' parts with their chances, withheld as they come; () without calibrators for them."""
+        calibrators = self.calibrated.parts
+        if calibrators is None:
+            return [()] * len(answers)
+        return [
+            tuple(
+                ReplyPart(
+                    part.name, part.text, part.start, part.stop, chance, word_for(chance, self.scale).name, kept=False
+                )
+                for part, chance in zip(answer.parts, chances.tolist(), strict=True)
+            )
+            for answer, chances in zip(answers, part_probabilities(calibrators, answers), strict=True)
+        ]
 
     def _scored(self, records: Sequence[Record]) -> tuple[list[Answer], Any, Cost]:
         """Answers, what their calibrator reads, and what that cost beside them."""
@@ -289,9 +336,33 @@ def _tokens(answer: Answer) -> tuple[Token, ...]:
     return tuple(Token(text, math.exp(min(0.0, logprob))) for text, logprob in pieces)
 
 
-def _reason(probability: float, level: Level, abstained: bool) -> str:
+def _kept(text: str, parts: Sequence[ReplyPart]) -> str:
+    """The parts that are not withheld, each with what separates it from the part before, unless that says something."""
+    begins = [0, *(part.stop for part in parts)]
+    gaps = [text[begin : part.start] for begin, part in zip(begins, parts, strict=False)]
+    said = [
+        (" " if any(map(str.isalpha, gap)) else gap) + text[part.start : part.stop]
+        for gap, part in zip(gaps, parts, strict=True)
+        if part.kept
+    ]
+    return "".join(said).strip()
+
+
+def _told(part: ReplyPart) -> str:
+    """One part for a terminal; of one that is withheld, only that it is."""
+    if not part.kept:
+        return f"  [{plain(part.name)} withheld: {percent(part.probability)}]"
+    return f"  {plain(part.name)}: {plain(part.text, 200)}  ({part.word}, {percent(part.probability)})"
+
+
+def _reason(probability: float, level: Level, abstained: bool, kept: Sequence[bool]) -> str:
     if not level.answers:
         return "Nothing is certified here, so I do not answer."
+    if level.claims is not None:
+        return (
+            f"I give {sum(kept)} of my {len(kept)} claims: those from {percent(min(level.threshold, 1.0))} on, so that at "
+            f"least {at_least(1 - level.claims.target_risk)} of my replies hold no wrong claim."
+        )
     chance = f"My best guess has a {percent(probability)} chance of being right"
     if level.certificate is None or level.risk is None:
         return f"{chance}. No threshold is certified, so I answer whatever the chance."

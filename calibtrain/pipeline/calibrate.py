@@ -16,12 +16,14 @@ from calibtrain.abstention.prediction_sets import PredictionSets, fit_prediction
 from calibtrain.abstention.strata import group_risks
 from calibtrain.calibration.calibrators import Calibrator, fit_calibrator
 from calibtrain.calibration.intervals import sample_ids
+from calibtrain.calibration.parts import PartCalibrators
 from calibtrain.calibration.unlabelled import fit_base_alignment
 from calibtrain.confidence.answer import Answer
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
+from calibtrain.pipeline import answer_parts
 from calibtrain.pipeline.calibration_file import (
     Calibrated,
     file_hash,
@@ -74,7 +76,10 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
         calibrator = fit(config, fitting, *hashes)
     certificate_risk = config.abstention.target_risk if target_risk is None else target_risk
     certificate_delta = config.abstention.delta if delta is None else delta
-    calibrated = certified(config, calibrator, measured["certification"], certificate_risk, certificate_delta)
+    parts = answer_parts.fit_answer_parts(fitting.answers, *hashes)
+    calibrated = certified(
+        config, calibrator, measured["certification"], certificate_risk, certificate_delta, parts=parts
+    )
     stays = keeps_earlier(output_dir, calibrated, template_hash=hashes[0])
     facts = {"fitted_on": file_hash(answers / "temperature.new.jsonl")}
     for split in SPLITS:
@@ -107,13 +112,13 @@ def keeps_earlier(
     output_dir: Path, calibrated: Calibrated, *, template_hash: str | None = None, source: str | None = None
 ) -> bool:
     """Whether this calibration has no certificate, where the one on disk has one and still holds."""
-    if calibrated.certification.certificate is not None:
+    if calibrated.promised:
         return False
     try:
         before = read_calibration(output_dir, template_hash=template_hash, source=source)
     except UserError:
         return False
-    return before.certification.certificate is not None
+    return before.promised
 
 
 def fit(config: RunConfig, measurement: Measurement, template_hash: str, model_hash: str) -> Calibrator:
@@ -148,13 +153,15 @@ def certified(
     target_risk: float,
     delta: float,
     file: str | None = None,
+    parts: PartCalibrators | None = None,
 ) -> Calibrated:
     """What the config asks to certify, on graded answers used for nothing else. Each claim holds at its own delta.
 
-    file: name of the answers, where they are not those of the config's certification split.
+    file: name of the answers, where they are not those of the config's certification split. parts: what the chances of
+    their parts are told by.
     """
     confidence = calibrator.apply(held_out.scores(config.calibration.domain))
-    return certified_claims(config, calibrator, confidence, held_out.answers, target_risk, delta, file)
+    return certified_claims(config, calibrator, confidence, held_out.answers, target_risk, delta, file, parts)
 
 
 def certified_claims(
@@ -165,6 +172,7 @@ def certified_claims(
     target_risk: float,
     delta: float,
     file: str | None = None,
+    parts: PartCalibrators | None = None,
 ) -> Calibrated:
     """The same for calibrated confidences (N,) of any source."""
     correct = np.array([bool(answer.correct) for answer in answers])
@@ -182,7 +190,11 @@ def certified_claims(
     curve = certified_curve(confidence, correct, config.abstention.report_risks, delta)
     hallucination = None if rate is None else control_hallucinations(confidence, correct, rate)
     groups = None if by is None else _by_group(confidence, correct, strata, by, target_risk, delta)
-    failures = [f"no certificate: {main.reason}"] if main.certificate is None else []
+    claims = answer_parts.certify_parts(config, parts, answers, target_risk, delta)
+    # Where claims can be withheld one by one, it is by them that replies are given.
+    first = next(iter(claims.values()), main)
+    nothing = main.certificate is None and first.certificate is None
+    failures = [f"no certificate: {first.reason}"] if nothing else []
     if rate is not None and hallucination is None:
         failures.append(
             f"no hallucination certificate: {len(answers)} graded answers are too few for a rate of {rate:g}"
@@ -198,6 +210,8 @@ def certified_claims(
         groups,
         _prediction_sets(config, answers),
         tuple(failures),
+        parts,
+        claims,
     )
 
 
@@ -241,6 +255,8 @@ def show(calibrated: Calibrated, path: Path, *, written: bool) -> None:
             f"(confidence {1 - certificate.delta:.0%}, n={certificate.n}); it answers {certificate.coverage:.0%}"
         )
         console.print(f"it holds for questions like {calibrated.scope}", markup=False)
+    for line in answer_parts.told(calibrated.parts, calibrated.claims):
+        console.print(line, markup=False)
     for broken in calibrated.certification.exceptions:
         console.print(
             f"not kept where {broken.key} is {plain(broken.value)}: {broken.n_wrong} of {broken.n_answered} answers wrong "
@@ -267,7 +283,7 @@ def show(calibrated: Calibrated, path: Path, *, written: bool) -> None:
         console.print(f"nothing is written: {path} stays as it was", markup=False)
         return
     console.print(f"written: {path}", markup=False)
-    if certificate is None:
+    if not calibrated.promised:
         console.print(
             "without a certificate the model answers nothing, unless --uncertified is given", style="bold red"
         )

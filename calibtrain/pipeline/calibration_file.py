@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from calibtrain.abstention.certificate import Certificate, Certification
+from calibtrain.abstention.claims import ClaimsCertificate, ClaimsCertification
 from calibtrain.abstention.groups import GroupCertification
 from calibtrain.abstention.hallucination import HallucinationCertificate
 from calibtrain.abstention.prediction_sets import PredictionSets
 from calibtrain.abstention.strata import GroupRisk
 from calibtrain.abstention.words import scale_of
 from calibtrain.calibration.calibrators import Calibrator
+from calibtrain.calibration.parts import PartCalibrators
 from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
@@ -37,6 +39,18 @@ class Calibrated:
     groups: GroupCertification | None = None  # where the config names the groups
     prediction_sets: PredictionSets | None = None  # where answers are chosen among options
     failures: tuple[str, ...] = field(default=(), compare=False)  # what was asked for in vain; not in the file
+    parts: PartCalibrators | None = None  # where answers are made of parts
+    claims: dict[float, ClaimsCertification] = field(default_factory=dict)  # by risk, the asked one first
+
+    @property
+    def promised(self) -> bool:
+        """Whether anything is certified to be answered at the risk that was asked for."""
+        return self.certification.certificate is not None or self.claim is not None
+
+    @property
+    def claim(self) -> ClaimsCertificate | None:
+        """What is promised at the asked risk where claims are withheld."""
+        return next((one.certificate for one in self.claims.values()), None)
 
 
 def weights_hash(model: Path) -> str:
@@ -107,6 +121,7 @@ def write_calibration(
         "parts": {},
         **(facts or {}),
         "calibrator": calibrated.calibrator.as_dict(),
+        "answer_parts": calibrated.parts and calibrated.parts.as_dict(),
         **claims(calibrated),
         "answering": answering(config),
         "data_hashes": data_hashes,
@@ -125,6 +140,7 @@ def claims(calibrated: Calibrated) -> dict[str, Any]:
         "exceptions": main["exceptions"],
         "curve": [{"target_risk": risk, **_certification(one)} for risk, one in sorted(calibrated.curve.items())],
         "hallucination": calibrated.hallucination and calibrated.hallucination.as_dict(),
+        "claims": [{"target_risk": risk, **one.as_dict()} for risk, one in calibrated.claims.items()],
         "groups": groups
         and {
             "by": groups.by,
@@ -176,6 +192,7 @@ def calibrated_of(content: Mapping[str, Any], calibrator: Calibrator) -> Calibra
     """What the content of calibration.json says, beside its calibrator. KeyError or TypeError where it is not whole."""
     hallucination, groups = content["hallucination"], content["groups"]
     sets = content.get("prediction_sets")  # files of earlier versions have none
+    parts = content.get("answer_parts")  # earlier versions knew none
     main = {"reason": content["certification"], **{key: content[key] for key in ("certificate", "exceptions")}}
     return Calibrated(
         calibrator,
@@ -190,7 +207,12 @@ def calibrated_of(content: Mapping[str, Any], calibrator: Calibrator) -> Calibra
             groups["share"],
             groups["by"],
         ),
-        sets and PredictionSets.from_dict(sets),
+        prediction_sets=sets and PredictionSets.from_dict(sets),
+        parts=parts
+        and PartCalibrators.from_dict(
+            parts, template_hash=calibrator.template_hash, weights_hash=calibrator.weights_hash
+        ),
+        claims={one["target_risk"]: ClaimsCertification.from_dict(one) for one in content.get("claims", ())},
     )
 
 

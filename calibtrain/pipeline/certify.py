@@ -53,7 +53,7 @@ def run(
     if answers is not None:
         _check_untrained(config, held_out, answers)
     file = None if answers is None else answers.name
-    found = certified(asked, before.calibrator, held_out, abstention.target_risk, abstention.delta, file)
+    found = certified(asked, before.calibrator, held_out, abstention.target_risk, abstention.delta, file, before.parts)
     calibrated = replace(
         found,
         hallucination=before.hallucination if abstention.target_hallucination is None else found.hallucination,

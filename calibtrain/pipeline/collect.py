@@ -25,6 +25,7 @@ from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize_page import Part, read_quantization
 from calibtrain.pipeline.quantize_source import DATA_FILE, FULL_ANSWERS
 from calibtrain.pipeline.report import CompositionRow, Measured, ReportData, write_report
+from calibtrain.pipeline.report_parts import parts_report
 from calibtrain.pipeline.spectra_page import read_spectra, write_page
 from calibtrain.tasks.kinds import task_of
 
@@ -155,6 +156,7 @@ def report_data(output_dir: Path) -> ReportData:
         quantization_problem=no_quantization,
         options=options_part(options_are, test.answers),
         options_after=options_part(options_are, test.answers, calibrated.calibrator),
+        parts=parts_report(calibrated, test.answers),
     )
 
 

@@ -17,6 +17,7 @@ from calibtrain.config_file import load_config
 from calibtrain.data.summary import data_hash
 from calibtrain.engines import Identity
 from calibtrain.errors import UserError
+from calibtrain.pipeline.answer_parts import fit_answer_parts
 from calibtrain.pipeline.calibrate import SPLITS, certified, check_strata, show
 from calibtrain.pipeline.calibration_file import (
     Calibrated,
@@ -74,8 +75,9 @@ def run(
         measured["certification"],
         config.abstention.target_risk if target_risk is None else target_risk,
         config.abstention.delta if delta is None else delta,
+        parts=fit_answer_parts(fitting.answers, served.template.hash, served.identity.hash),
     )
-    stays = calibrated.certification.certificate is None and _has_certificate(output_dir, config, served)
+    stays = not calibrated.promised and _has_certificate(output_dir, config, served)
     facts = {
         "source": SOURCE,
         "engine": served.identity.as_dict(),
@@ -129,7 +131,7 @@ def _has_certificate(output_dir: Path, config: RunConfig, served: Served) -> boo
         before = read_engine_calibration(output_dir, config, served)
     except UserError:
         return False
-    return before.certification.certificate is not None
+    return before.promised
 
 
 def _model(output_dir: Path) -> Path:

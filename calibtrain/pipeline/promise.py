@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calibtrain.abstention.certificate import Certificate, Certification
+from calibtrain.abstention.claims import ClaimsCertificate
 from calibtrain.abstention.strata import GroupRisk
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import Calibrated
@@ -35,6 +36,12 @@ class Level:
     limit: str  # what is not
     group: str | None = None  # of the question, where it was named
     exceptions: tuple[GroupRisk, ...] = ()  # groups of the graded questions that break the promise
+    claims: ClaimsCertificate | None = None  # where `threshold` is that of single claims, and the others are withheld
+
+    @property
+    def certified(self) -> bool:
+        """Whether anything is promised."""
+        return self.certificate is not None or self.claims is not None
 
     @property
     def answers(self) -> bool:
@@ -60,10 +67,17 @@ class Promises:
         self.calibrated = calibrated
         self.uncertified = uncertified
         main = calibrated.certification
-        self.default = self._certified(main) if main.certificate else self._unpromised()
+        if calibrated.claim is not None:
+            self.default = self._claims(calibrated.claim)
+        else:
+            self.default = self._certified(main) if main.certificate else self._unpromised()
 
     def levels(self) -> list[Level]:
         """Ascending in risk: nothing answered (without a certificate), the certified ones, all answered (where allowed)."""
+        if self.calibrated.claim is not None:
+            made = [one.certificate for one in self.calibrated.claims.values() if one.certificate]
+            levels = [self._claims(one) for one in sorted(made, key=lambda one: one.target_risk)]
+            return [*levels, *([self._unpromised()] if self.uncertified else [])]
         default = self.calibrated.certification.certificate
         found = [
             self._certified(one)
@@ -91,11 +105,15 @@ class Promises:
             return self._group_at(risk, group)
         if risk is None:
             return self.default
-        certified = [one.certificate for one in self.levels() if one.certificate]
-        for one in self.levels():
-            if one.certificate and math.isclose(one.certificate.target_risk, risk):
+        certified = {
+            promised.target_risk: one
+            for one in self.levels()
+            if (promised := one.claims or one.certificate) is not None
+        }
+        for target, one in certified.items():
+            if math.isclose(target, risk):
                 return one
-        known = ", ".join(f"{one.target_risk:g}" for one in certified) or "none"
+        known = ", ".join(f"{target:g}" for target in certified) or "none"
         raise UserError(f"risk {risk:g} is not certified; certified are: {known}")
 
     def _group_at(self, risk: float | None, group: str) -> Level:
@@ -137,6 +155,15 @@ class Promises:
             limit.append(f"The certificates by {groups.by} are not applied: this question's {groups.by} was not named.")
         promise = _promise(certificate, f"questions like {self.calibrated.scope}")
         return _of(certificate, promise, " ".join(limit), exceptions=found.exceptions)
+
+    def _claims(self, one: ClaimsCertificate) -> Level:
+        """Claims are withheld one by one; certificates of whole answers are not applied."""
+        promise = (
+            f"Certified for questions like {self.calibrated.scope}: at least {at_least(1 - one.target_risk)} of the replies "
+            "hold no wrong claim, on average over the choice of these questions; claims in doubt are withheld."
+        )
+        limit = f"{ELSEWHERE} It is about replies on average, not about single claims."
+        return Level(one.threshold, one.target_risk, one.share, None, promise, limit, claims=one)
 
     def _unpromised(self) -> Level:
         """Everything without a promise where that is allowed, else nothing."""

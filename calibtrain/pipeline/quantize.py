@@ -26,6 +26,7 @@ from calibtrain.data.calibration_set import choose_calibration_set, composition_
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
 from calibtrain.pipeline import calibrate
+from calibtrain.pipeline.answer_parts import fit_answer_parts
 from calibtrain.pipeline.calibration_file import (
     Calibrated,
     file_hash,
@@ -256,7 +257,9 @@ def _calibrated(
     else:
         calibrator = calibrate.fit(config, measured["temperature"], *hashes)
     promise = config.abstention
-    found = calibrate.certified(config, calibrator, measured["certification"], promise.target_risk, promise.delta)
+    parts = fit_answer_parts(measured["temperature"].answers, *hashes)
+    held_out = measured["certification"]
+    found = calibrate.certified(config, calibrator, held_out, promise.target_risk, promise.delta, parts=parts)
     facts = {"fitted_on": file_hash(work / "answers" / "temperature.jsonl")}
     data_hashes = {split: data_hash(prepared.splits[split]) for split in calibrate.SPLITS}
     write_calibration(work / "calibration.json", found, config, data_hashes, facts)

@@ -12,6 +12,7 @@ from calibtrain.confidence.generation import generate, keep_none
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
 from calibtrain.pipeline import calibrate
+from calibtrain.pipeline.answer_parts import fit_answer_parts
 from calibtrain.pipeline.calibration_file import Calibrated, made_by, read_calibration, weights_hash, write_json
 from calibtrain.pipeline.evaluate import Loaded, Measurement, read_measurement, with_progress, write_measurement
 from calibtrain.pipeline.prepare import Prepared
@@ -60,8 +61,9 @@ def full_precision(subject: Subject, prepared: Prepared, chosen: Sequence[Record
     else:
         calibrator = calibrate.fit(config, measured["temperature"], *hashes)
         promise = config.abstention
+        parts = fit_answer_parts(measured["temperature"].answers, *hashes)
         calibrated = calibrate.certified(
-            config, calibrator, measured["certification"], promise.target_risk, promise.delta
+            config, calibrator, measured["certification"], promise.target_risk, promise.delta, parts=parts
         )
     del loaded
     return Full(texts, measured, calibrated, *hashes, costs)

@@ -22,7 +22,8 @@ from calibtrain.pipeline import report_figures as figures
 from calibtrain.pipeline.options import OptionsPart
 from calibtrain.pipeline.quantize_page import Part
 from calibtrain.pipeline.report_numbers import Stage, comparison, stage_of, threshold_table, words_table
-from calibtrain.pipeline.scope import Scope, at_most
+from calibtrain.pipeline.report_parts import PartsReport
+from calibtrain.pipeline.scope import Scope, at_least, at_most
 from calibtrain.pipeline.spectra_page import report_part
 
 SAMPLES = 8  # answers shown of each kind
@@ -77,6 +78,7 @@ class ReportData:
     quantization_problem: str = ""  # why it cannot be shown
     options: OptionsPart | None = None  # where answers are one of given options
     options_after: OptionsPart | None = None  # with a calibrator of all their probabilities
+    parts: PartsReport | None = None  # where answers are made of parts
 
 
 def write_report(output: Path, report: ReportData) -> Path:
@@ -88,7 +90,9 @@ def write_report(output: Path, report: ReportData) -> Path:
 def render_report(report: ReportData) -> str:
     """The page as text. Questions, answers, names and config are escaped: they are other people's text."""
     words = _words(report)
-    return page.render("report.html.j2", _context(report), at_most=at_most, word=lambda q: word_for(q, words).name)
+    return page.render(
+        "report.html.j2", _context(report), at_most=at_most, at_least=at_least, word=lambda q: word_for(q, words).name
+    )
 
 
 def _context(report: ReportData) -> dict[str, Any]:
@@ -102,6 +106,7 @@ def _context(report: ReportData) -> dict[str, Any]:
         table["axes"] = figures.marker_axes(stages)
     return {
         "report": report,
+        "parts": report.parts,
         "stages": stages,
         "before": before if before is not None and before.n else None,
         "after": after,

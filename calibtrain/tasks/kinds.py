@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from calibtrain.config_tasks import ChoiceTask, LabelTask, MathTask, NumberTask, ShortAnswerTask
+from calibtrain.config_tasks import ChoiceTask, ClaimsTask, JsonTask, LabelTask, MathTask, NumberTask, ShortAnswerTask
 from calibtrain.tasks.choice import Choice
+from calibtrain.tasks.claims import Claims
+from calibtrain.tasks.json_answer import JsonAnswer
 from calibtrain.tasks.label import Label
 from calibtrain.tasks.math import Math
 from calibtrain.tasks.number import Number
@@ -19,6 +21,8 @@ KINDS: dict[type[Any], Callable[[Any], Task]] = {
     LabelTask: Label,
     NumberTask: Number,
     MathTask: Math,
+    JsonTask: JsonAnswer,
+    ClaimsTask: Claims,
 }
 
 

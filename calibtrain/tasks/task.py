@@ -21,6 +21,7 @@ class Part:
     text: str
     start: int
     stop: int
+    read_to: int = 0  # its likelihood reads to here, where the piece alone does not tell that it ends (the 12 of 125)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Reading:
     stop: int
     found: bool = True  # False: nothing that could be an answer; graded wrong, and counted
     parts: tuple[Part, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()  # what the likelihood reads, where not all of [start, stop); may overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class Task:
     """What of its tokens' log-probs is an option's score."""
     option_ends: bool = True
     """Whether an option's end token is scored: needless where no option begins as another does."""
+    drops_parts: bool = False
+    """Whether an answer is still one without some of its parts, so that those in doubt can be withheld alone."""
 
     def asked(self, record: Record) -> Record:
         """The record as it is put to the model: question, the reply to learn, accepted answers. Asking twice is once.

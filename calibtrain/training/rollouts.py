@@ -172,7 +172,8 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         template, rollouts, record = self.answerer.template, self.config.rollouts, self.questions[index]
         task, reply = template.task, read_reply(template, generation.tokens, record)
         reading, (start, stop) = reply.reading, reply.span
-        confidence, stated = math.exp(min(0.0, math.fsum(generation.logprobs[start:stop]))), tuple[bool, ...]()
+        confidence = math.exp(min(0.0, math.fsum(generation.logprobs[i] for i in reply.read)))
+        stated: tuple[bool, ...] = ()
         whole = reply.text
         if rollouts.confidence == "stated":
             statement = read_statement(reply.text)
