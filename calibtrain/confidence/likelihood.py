@@ -43,11 +43,12 @@ def answer_questions(
     all_done: AllDone = bool,
     share_prefix: bool = True,
     not_first: Sequence[int] = (),
+    graded: bool = True,
     on_batch: Callable[[int], None] = lambda questions_done: None,
 ) -> Answered:
     """Greedy answers of `model` (a LossModel or the engine around it) to `records`, graded where they can be.
 
-    not_first: tokens that no answer may begin with.
+    not_first: tokens that no answer may begin with. graded: see `graded_answers`.
 
     The confidence of an answer is the product of its tokens' probabilities with the end token's, so that "Guinea" is
     not credited with the probability of "Guinea-Bissau".
@@ -67,19 +68,27 @@ def answer_questions(
         not_first=not_first,
         on_batch=on_batch,
     )
-    return graded_answers(records, [samples[0] for samples in generations], template, settings)
+    return graded_answers(records, [samples[0] for samples in generations], template, settings, graded=graded)
 
 
 def graded_answers(
-    records: Sequence[Record], generations: Sequence[Generation], template: Template, settings: EvaluationConfig
+    records: Sequence[Record],
+    generations: Sequence[Generation],
+    template: Template,
+    settings: EvaluationConfig,
+    *,
+    graded: bool = True,
 ) -> Answered:
     """The answers that the template's task finds in generated replies, graded where they can be.
+
+    graded: False in service, where a question has no accepted answer and a grader that needs none is not to be asked.
 
     The log-probs and hidden states are those of the answer's tokens, given what was said and thought before them.
     """
     tell_thinking(generations, template, settings)
     replies = [read_reply(template, one.tokens, record) for one, record in zip(generations, records, strict=True)]
-    grades = template.task.grades([one.reading for one in replies], records)
+    readings = [one.reading for one in replies]
+    grades = template.task.grades(readings, records) if graded else [Grade(None)] * len(readings)
     spans = [span_of(one, reply.span) for one, reply in zip(generations, replies, strict=True)]
     answers = [
         Answer(

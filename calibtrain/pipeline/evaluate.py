@@ -64,6 +64,7 @@ class Answering(Protocol):
     config: RunConfig
     template: Template
     name: str  # for people
+    graded: bool  # whether answers are graded: not in service
 
     def measure(
         self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None
@@ -83,6 +84,7 @@ class Loaded:
         """Load `model` (a Hugging Face directory), or the one that the config starts from."""
         source = answering_config(config.model, model)
         self.config = config
+        self.graded = True
         self.directory = model
         self.name = str(model or config.model.source)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,6 +104,7 @@ class Loaded:
             self.config.evaluation,
             shots=shots,
             device=self.device,
+            graded=self.graded,
             on_batch=on_batch,
         )
 
@@ -147,6 +150,7 @@ def run(
     measurement = with_progress(loaded, records, () if model is not None else prepared.shots, f"answering {split}")
     if output is not None:
         write_measurement(measurement, output, loaded.mark())
+    loaded.template.task.settle()
     metrics = measured_metrics(measurement.confidence, measurement.correct)
     _print(metrics, f"{loaded.name}, {split}")
     return metrics
@@ -166,7 +170,8 @@ def run_forced(config: RunConfig, *, model: Path | None, split: str) -> Forced:
 
 
 def with_progress(loaded: Answering, records: Sequence[Record], shots: Sequence[Record], label: str) -> Measurement:
-    """`Loaded.measure` under a progress bar."""
+    """`Loaded.measure` under a progress bar. Raises UserError, before it starts, where answers could not be graded."""
+    loaded.template.task.ready(records)
     from rich.console import Console
     from rich.progress import Progress
 

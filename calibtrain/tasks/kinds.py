@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from calibtrain.config_tasks import ShortAnswerTask
+from calibtrain.config_tasks import CustomTask, JudgeTask, ShortAnswerTask
+from calibtrain.tasks.custom import Custom
+from calibtrain.tasks.judge import Judge
 from calibtrain.tasks.short_answer import ShortAnswer
 from calibtrain.tasks.task import Task
 
 KINDS: dict[type[Any], Callable[[Any], Task]] = {
     ShortAnswerTask: ShortAnswer,
+    CustomTask: Custom,
+    JudgeTask: Judge,
 }
 
 

@@ -51,6 +51,14 @@ class Task:
     """Whether an answer may hold line breaks."""
     stop: tuple[str, ...] = ()
     """Texts that end a reply and are no part of it, beside the template's own end."""
+    judged: bool = False
+    """Whether grades are opinions that may be wrong: what they certify needs some that a person has audited."""
+
+    def ready(self, records: Sequence[Record]) -> None:
+        """Raise UserError where answers to these records could not be graded now; asked before long work."""
+
+    def settle(self) -> None:
+        """Raise UserError where grades are missing since the last call; asked once the answers are safe on disk."""
 
     def asked(self, record: Record) -> Record:
         """The record as it is put to the model: question, the reply to learn, accepted answers. Asking twice is once.
