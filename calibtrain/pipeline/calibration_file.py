@@ -13,6 +13,7 @@ from typing import Any
 from calibtrain.abstention.certificate import Certificate, Certification
 from calibtrain.abstention.groups import GroupCertification
 from calibtrain.abstention.hallucination import HallucinationCertificate
+from calibtrain.abstention.judged import JudgedCertificate
 from calibtrain.abstention.strata import GroupRisk
 from calibtrain.abstention.words import scale_of
 from calibtrain.calibration.calibrators import Calibrator
@@ -35,6 +36,7 @@ class Calibrated:
     hallucination: HallucinationCertificate | None = None  # where the config asks for a rate
     groups: GroupCertification | None = None  # where the config names the groups
     failures: tuple[str, ...] = field(default=(), compare=False)  # what was asked for in vain; not in the file
+    audit: Mapping[str, Any] | None = None  # where a judge graded: what a person's audit says of it
 
 
 def weights_hash(model: Path) -> str:
@@ -130,6 +132,7 @@ def claims(calibrated: Calibrated) -> dict[str, Any]:
             "share": groups.share,
             "groups": {name: _certification(one) for name, one in groups.groups.items()},
         },
+        "audit": calibrated.audit,
     }
 
 
@@ -186,6 +189,7 @@ def calibrated_of(content: Mapping[str, Any], calibrator: Calibrator) -> Calibra
             groups["share"],
             groups["by"],
         ),
+        audit=content.get("audit"),
     )
 
 
@@ -209,7 +213,13 @@ def _certification(found: Certification) -> dict[str, Any]:
 def _read_certification(values: dict[str, Any]) -> Certification:
     certificate = values["certificate"]
     return Certification(
-        None if certificate is None else Certificate.from_dict(certificate),
+        None if certificate is None else _read_certificate(certificate),
         str(values["reason"]),
         tuple(GroupRisk.from_dict(one) for one in values["exceptions"]),
     )
+
+
+def _read_certificate(values: dict[str, Any]) -> Certificate:
+    """The one by right grades, or the one by a judge's with an audit."""
+    kind = JudgedCertificate if "n_audited" in values else Certificate
+    return kind.from_dict(values)

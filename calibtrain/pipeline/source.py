@@ -25,6 +25,7 @@ from calibtrain.config_file import load_config
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
 from calibtrain.pipeline import probe as probes_of_run
+from calibtrain.pipeline.audit import audit_of
 from calibtrain.pipeline.calibrate import SPLITS, certified_claims, check_strata, keeps_earlier, show
 from calibtrain.pipeline.calibration_file import (
     Calibrated,
@@ -88,6 +89,7 @@ def run(
         held_out.answers,
         config.abstention.target_risk if target_risk is None else target_risk,
         config.abstention.delta if delta is None else delta,
+        audit=audit_of(config, held_out.answers, output_dir),
     )
     stays = keeps_earlier(output_dir, calibrated, template_hash=fingerprint.template_hash, source=name)
     if not stays:

@@ -70,15 +70,24 @@ class Judge(Task):
 
     def grades(self, readings: Sequence[Reading], records: Sequence[Record]) -> list[Grade]:
         """The judge's verdicts, many asked at once and each prompt once; an answer that was not found is wrong unasked."""
-        pairs = list(zip(readings, records, strict=True))
-        asks = [one.found and self.gradable(record) for one, record in pairs]
-        prompts = [
-            self.prompt(one.text, record) if ask else None for ask, (one, record) in zip(asks, pairs, strict=True)
-        ]
-        replies, problem = self.client.replies([one for one in prompts if one is not None])
-        return [
-            Grade(self._grade(prompt, replies, problem, *pair)) for prompt, pair in zip(prompts, pairs, strict=True)
-        ]
+        prompts, problems = [], {}
+        for index, (one, record) in enumerate(zip(readings, records, strict=True)):
+            try:
+                prompts.append(self.prompt(one.text, record) if one.found and self.gradable(record) else None)
+            except UserError as error:
+                prompts.append(None)
+                problems[index] = str(error)
+        replies, down = self.client.replies([one for one in prompts if one is not None])
+        grades = []
+        for index, (prompt, record) in enumerate(zip(prompts, records, strict=True)):
+            if prompt is None and index not in problems:
+                grades.append(Grade(False if self.gradable(record) else None))
+                continue
+            reply = None if prompt is None else replies.get(prompt)
+            # What is wrong with a prompt names its record already.
+            told = (problems[index], None) if index in problems else (down, record)
+            grades.append(Grade(self._verdict(reply, *told)))
+        return grades
 
     def settle(self) -> None:
         """Raise UserError where the judge failed, or where more of its replies than allowed hold no verdict."""
@@ -91,20 +100,16 @@ class Judge(Task):
                 f"task.judge.unread_at_most: {self.config.judge.unread_at_most:g}; one is {self.shown!r}"
             )
 
-    def _grade(
-        self, prompt: str | None, replies: dict[str, str], problem: str, reading: Reading, record: Record
-    ) -> bool | None:
-        if prompt is None:
-            return False if self.gradable(record) else None
+    def _verdict(self, reply: str | None, problem: str, record: Record | None) -> bool | None:
         self.ungraded.asked += 1
-        if prompt not in replies:
+        if reply is None:
             self.ungraded.add(problem, record)
             return None
-        verdict = self.verdicts.read(replies[prompt])
+        verdict = self.verdicts.read(reply)
         self.heard += 1
         if verdict is None:
             self.unread += 1
-            self.shown = one_line(replies[prompt], 200)
+            self.shown = one_line(reply, 200)
         return verdict
 
 
