@@ -189,6 +189,17 @@ def certify(
 
 
 @app.command()
+def audit(
+    output_dir: OutputDir,
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers to grade, drawn at random.")] = 200,
+) -> None:
+    """Write audit.jsonl: answers that a judge graded, for a person to grade too; `certify` then counts its errors."""
+    from calibtrain.pipeline.audit import run
+
+    typer.echo(str(run(_existing(output_dir), n)))
+
+
+@app.command()
 def monitor(
     output_dir: OutputDir,
     audited: Annotated[Path, typer.Argument(help="Audited answers, one JSON a line with `abstained` and `correct`.")],

@@ -97,8 +97,17 @@ class Certificate:
             and 0 <= self.n_wrong <= self.n_answered <= self.n
             and self.n_answered > 0
             and math.isclose(self.coverage, self.n_answered / self.n)
-            and binom.cdf(self.n_wrong, self.n_answered, self.target_risk) <= self.delta
+            and self._shows_it()
         )
+
+    def _shows_it(self) -> bool:
+        """Whether the counts, which can be, reject a larger risk."""
+        return bool(binom.cdf(self.n_wrong, self.n_answered, self.target_risk) <= self.delta)
+
+    @property
+    def shown(self) -> str:
+        """What it rests on, in plain words."""
+        return f"{self.n_answered} answered, {self.n_wrong} wrong"
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:

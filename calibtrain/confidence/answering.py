@@ -17,6 +17,7 @@ from calibtrain.confidence.likelihood import answer_questions
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World, all_agree, gather_lists, gather_rows, shard
+from calibtrain.errors import UserError
 from calibtrain.models.loss_model import AnswerFeatures
 from calibtrain.records import Record
 
@@ -61,7 +62,18 @@ class Answerer:
             )
         finally:
             self.module.train(was_training)
+        self._settle()
         return gather_answered(take(answered, len(mine)), self.world)
+
+    def _settle(self) -> None:
+        """Raise UserError on every rank where a grade is missing on one. Collective."""
+        problems: list[str] = []
+        try:
+            self.template.task.settle()
+        except UserError as error:
+            problems.append(str(error))
+        if problems := gather_lists(problems):
+            raise UserError(problems[0])
 
     def all_done(self, done: bool) -> bool:
         """Whether every rank is done. Collective."""

@@ -35,11 +35,12 @@ def answer_questions(
     all_done: AllDone = bool,
     share_prefix: bool = True,
     not_first: Sequence[int] = (),
+    graded: bool = True,
     on_batch: Callable[[int], None] = lambda questions_done: None,
 ) -> Answered:
     """Greedy answers of `model` (a LossModel or the engine around it) to `records`, graded where they can be.
 
-    not_first: tokens that no answer may begin with.
+    not_first: tokens that no answer may begin with. graded: see `graded_answers`.
 
     The confidence of an answer is the product of its tokens' probabilities with the end token's, so that "Guinea" is
     not credited with the probability of "Guinea-Bissau". Where the task has options, the likeliest of them is the answer
@@ -76,19 +77,27 @@ def answer_questions(
         keep=lambda index, tokens: read_reply(template, tokens, records[index]).span,
         on_batch=on_batch,
     )
-    return graded_answers(records, [samples[0] for samples in generations], template, settings)
+    return graded_answers(records, [samples[0] for samples in generations], template, settings, graded=graded)
 
 
 def graded_answers(
-    records: Sequence[Record], generations: Sequence[Generation], template: Template, settings: EvaluationConfig
+    records: Sequence[Record],
+    generations: Sequence[Generation],
+    template: Template,
+    settings: EvaluationConfig,
+    *,
+    graded: bool = True,
 ) -> Answered:
     """The answers that the template's task finds in generated replies, graded where they can be.
+
+    graded: False in service, where a question has no accepted answer and a grader that needs none is not to be asked.
 
     The log-probs and hidden states are those of the answer's tokens, given what was said and thought before them.
     """
     tell_thinking(generations, template, settings)
     replies = [read_reply(template, one.tokens, record) for one, record in zip(generations, records, strict=True)]
-    grades = template.task.grades([one.reading for one in replies], records)
+    readings = [one.reading for one in replies]
+    grades = template.task.grades(readings, records) if graded else [Grade(None)] * len(readings)
     spans = [tokens_of(one, reply.read) for one, reply in zip(generations, replies, strict=True)]
     answers = [
         Answer(
@@ -112,11 +121,6 @@ def graded_answers(
         for record, reply, grade, span, whole in zip(records, replies, grades, spans, generations, strict=True)
     ]
     return Answered(answers, features_of_generations(spans, [one.correct for one in answers]))
-
-
-def span_of(generation: Generation, span: tuple[int, int]) -> Generation:
-    """The tokens [start, stop) of a generation."""
-    return tokens_of(generation, range(*span))
 
 
 def tokens_of(generation: Generation, indices: Sequence[int]) -> Generation:

@@ -40,17 +40,31 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class Address:
     """An OpenAI-compatible base URL, such as http://127.0.0.1:8000/v1.
 
-    The key, where CALIBTRAIN_ENGINE_KEY holds one, goes into the request's header and nowhere else. Raises UserError for
-    what is no such URL; every call raises it for what the server does not do.
+    The key, where the environment variable `key_variable` holds one, goes into the request's header and nowhere else.
+    option: what names the URL, `must`: what the server must take, both for messages; retried: status codes after which a
+    request is sent again. Raises UserError for what is no such URL; every call raises it for what the server does not do.
     """
 
-    def __init__(self, url: str, *, timeout: float = 300.0, first_wait: float = 0.5) -> None:
-        self.url = _checked(url)
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 300.0,
+        first_wait: float = 0.5,
+        key_variable: str = KEY_VARIABLE,
+        option: str = "--engine",
+        must: str = "take prompts as token ids, stop_token_ids and return_token_ids, as vLLM does",
+        retried: tuple[int, ...] = BUSY,
+    ) -> None:
+        self.url = _checked(url, option, key_variable)
         self.timeout = timeout
         self.first_wait = first_wait
-        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        self.key_variable = key_variable
+        self.must = must
+        self.retried = retried
+        self._key = os.environ.get(key_variable, "").strip()
         if not self._key.isprintable() or not self._key.isascii():
-            raise UserError(f"{KEY_VARIABLE}: not a key that fits into a header; it holds other than printable ASCII")
+            raise UserError(f"{key_variable}: not a key that fits into a header; it holds other than printable ASCII")
         # A proxy for the world is not asked for this machine.
         proxies = urllib.request.ProxyHandler({} if urlsplit(self.url).hostname in LOOPBACK else None)
         self._opener = urllib.request.build_opener(proxies, _NoRedirect)
@@ -70,7 +84,7 @@ class Address:
                 return self._parsed(path, self._read(path, data))
             except urllib.error.HTTPError as error:
                 with error:
-                    if error.code not in BUSY or attempt == attempts:
+                    if error.code not in self.retried or attempt == attempts:
                         raise UserError(self._refusal(path, error)) from None
                     wait = max(wait, _asked_wait(error.headers.get("Retry-After")))
             except (OSError, HTTPException, UnicodeError) as error:  # the last: a host that is no name
@@ -115,8 +129,8 @@ class Address:
         """What an error status means; what the server says of a key is not repeated."""
         if error.code in (401, 403):
             if self._key:
-                return f"{self.url}: the server refuses the key in the environment variable {KEY_VARIABLE}"
-            return f"{self.url}: the server wants a key; put it into the environment variable {KEY_VARIABLE}"
+                return f"{self.url}: the server refuses the key in the environment variable {self.key_variable}"
+            return f"{self.url}: the server wants a key; put it into the environment variable {self.key_variable}"
         said = self._said(error)
         if error.code in (404, 405) and "model" not in said:
             return f"{self.url}{path}: not found; give the base URL of an OpenAI-compatible server, which ends in /v1"
@@ -126,10 +140,7 @@ class Address:
             return f"{self.url}: the server stayed too busy ({error.code}); ask again later"
         if error.code >= 500:
             return f"{self.url}: the server failed ({error.code}: {said}); its log says why"
-        return (
-            f"{self.url}: the server refuses the request ({error.code}: {said}); it must take prompts as token ids, "
-            "stop_token_ids and return_token_ids, as vLLM does"
-        )
+        return f"{self.url}: the server refuses the request ({error.code}: {said}); it must {self.must}"
 
     def _said(self, error: urllib.error.HTTPError) -> str:
         try:
@@ -151,19 +162,19 @@ def shown(text: str, length: int = SHOWN) -> str:
     return words if len(words) <= length else words[: length - 1] + "…"
 
 
-def _checked(url: str) -> str:
+def _checked(url: str, option: str, key_variable: str) -> str:
     try:
         parts = urlsplit(url.strip())
         port = parts.port  # raises where it is none
     except ValueError as error:
-        raise UserError(f"--engine: {shown(url)!r} is no address ({error})") from None
+        raise UserError(f"{option}: {shown(url)!r} is no address ({error})") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise UserError(f"--engine: {shown(url)!r} is no address; give one such as http://127.0.0.1:8000/v1")
+        raise UserError(f"{option}: {shown(url)!r} is no address; give one such as http://127.0.0.1:8000/v1")
     if parts.username or parts.password:
-        raise UserError(f"--engine: leave the name and password out of the address; a key goes into {KEY_VARIABLE}")
+        raise UserError(f"{option}: leave the name and password out of the address; a key goes into {key_variable}")
     if parts.query or parts.fragment or any(one.isspace() or not one.isprintable() for one in url.strip()):
         raise UserError(
-            f"--engine: {shown(url)!r} holds more than an address; give one such as http://127.0.0.1:8000/v1"
+            f"{option}: {shown(url)!r} holds more than an address; give one such as http://127.0.0.1:8000/v1"
         )
     return url.strip().rstrip("/")
 

@@ -118,6 +118,7 @@ class Answerer:
     ) -> None:
         self.loaded = loaded
         self.calibrated = calibrated
+        loaded.graded = False
         self.scorer = scorer
         self.source = LIKELIHOOD if scorer is None else scorer.name
         self.promises = Promises(calibrated, uncertified=uncertified)

@@ -24,6 +24,8 @@ from calibtrain.config_file import load_config
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
 from calibtrain.pipeline import answer_parts
+from calibtrain.pipeline.audit import FILE as AUDIT_FILE
+from calibtrain.pipeline.audit import Audit, audit_of, matched, read_audit
 from calibtrain.pipeline.calibration_file import (
     Calibrated,
     file_hash,
@@ -35,14 +37,15 @@ from calibtrain.pipeline.calibration_file import (
 from calibtrain.pipeline.evaluate import (
     Loaded,
     Measurement,
+    measured_again,
     move_measurement,
-    read_measurement,
     with_progress,
-    write_measurement,
 )
+from calibtrain.pipeline.judged import audit_lines, judged_claims
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.scope import at_most, plain, scope_of
 from calibtrain.records import Record
+from calibtrain.tasks.kinds import task_of
 
 SPLITS = ("temperature", "certification")
 """The first fits the calibrator, the second certifies; each is used for nothing else."""
@@ -63,11 +66,10 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
     loaded = Loaded(config, model)
     hashes = (loaded.template.hash, weights_hash(model))
     answers, measured = output_dir / "answers", {}
+    read_audit(output_dir / AUDIT_FILE)  # a mistake in it is told before anything is answered
     for split in SPLITS:
-        found = with_progress(loaded, prepared.splits[split], (), f"answering {split}")
-        write_measurement(found, answers / f"{split}.new.jsonl", made_by(hashes[1], hashes[0]))
-        # As rounded there, so that `calibtrain certify` finds the same.
-        measured[split] = read_measurement(answers / f"{split}.new.jsonl")
+        path = answers / f"{split}.new.jsonl"
+        measured[split] = measured_again(loaded, prepared.splits[split], path, made_by(hashes[1], hashes[0]), split)
     fitting = measured["temperature"]
     if config.calibration.method == "base_alignment":
         base = with_progress(Loaded(config), prepared.splits["temperature"], prepared.shots, "answering with the base")
@@ -77,9 +79,9 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
     certificate_risk = config.abstention.target_risk if target_risk is None else target_risk
     certificate_delta = config.abstention.delta if delta is None else delta
     parts = answer_parts.fit_answer_parts(fitting.answers, *hashes)
-    calibrated = certified(
-        config, calibrator, measured["certification"], certificate_risk, certificate_delta, parts=parts
-    )
+    held_out = measured["certification"]
+    audit = audit_of(config, held_out.answers, output_dir)
+    calibrated = certified(config, calibrator, held_out, certificate_risk, certificate_delta, parts=parts, audit=audit)
     stays = keeps_earlier(output_dir, calibrated, template_hash=hashes[0])
     facts = {"fitted_on": file_hash(answers / "temperature.new.jsonl")}
     for split in SPLITS:
@@ -154,14 +156,15 @@ def certified(
     delta: float,
     file: str | None = None,
     parts: PartCalibrators | None = None,
+    audit: Audit | None = None,
 ) -> Calibrated:
     """What the config asks to certify, on graded answers used for nothing else. Each claim holds at its own delta.
 
     file: name of the answers, where they are not those of the config's certification split. parts: what the chances of
-    their parts are told by.
+    their parts are told by. audit: of answers that a judge graded, without which nothing is certified by these.
     """
     confidence = calibrator.apply(held_out.scores(config.calibration.domain))
-    return certified_claims(config, calibrator, confidence, held_out.answers, target_risk, delta, file, parts)
+    return certified_claims(config, calibrator, confidence, held_out.answers, target_risk, delta, file, parts, audit)
 
 
 def certified_claims(
@@ -173,8 +176,12 @@ def certified_claims(
     delta: float,
     file: str | None = None,
     parts: PartCalibrators | None = None,
+    audit: Audit | None = None,
 ) -> Calibrated:
     """The same for calibrated confidences (N,) of any source."""
+    if task_of(config.task).judged:
+        audit = audit or matched(None, answers, config.output_dir)
+        return judged_claims(config, calibrator, confidence, answers, target_risk, delta, file, audit)
     correct = np.array([bool(answer.correct) for answer in answers])
     strata = [answer.strata for answer in answers]
     rate, by = config.abstention.target_hallucination, config.abstention.groups
@@ -208,10 +215,10 @@ def certified_claims(
         scope_of(config, answers, file),
         hallucination,
         groups,
-        _prediction_sets(config, answers),
-        tuple(failures),
-        parts,
-        claims,
+        prediction_sets=_prediction_sets(config, answers),
+        failures=tuple(failures),
+        parts=parts,
+        claims=claims,
     )
 
 
@@ -255,7 +262,8 @@ def show(calibrated: Calibrated, path: Path, *, written: bool) -> None:
             f"(confidence {1 - certificate.delta:.0%}, n={certificate.n}); it answers {certificate.coverage:.0%}"
         )
         console.print(f"it holds for questions like {calibrated.scope}", markup=False)
-    for line in answer_parts.told(calibrated.parts, calibrated.claims):
+    audited = audit_lines(calibrated.audit) if calibrated.audit else []
+    for line in [*answer_parts.told(calibrated.parts, calibrated.claims), *audited]:
         console.print(line, markup=False)
     for broken in calibrated.certification.exceptions:
         console.print(

@@ -14,6 +14,7 @@ from calibtrain.abstention.certificate import Certificate, Certification
 from calibtrain.abstention.claims import ClaimsCertificate, ClaimsCertification
 from calibtrain.abstention.groups import GroupCertification
 from calibtrain.abstention.hallucination import HallucinationCertificate
+from calibtrain.abstention.judged import JudgedCertificate
 from calibtrain.abstention.prediction_sets import PredictionSets
 from calibtrain.abstention.strata import GroupRisk
 from calibtrain.abstention.words import scale_of
@@ -39,6 +40,7 @@ class Calibrated:
     groups: GroupCertification | None = None  # where the config names the groups
     prediction_sets: PredictionSets | None = None  # where answers are chosen among options
     failures: tuple[str, ...] = field(default=(), compare=False)  # what was asked for in vain; not in the file
+    audit: Mapping[str, Any] | None = None  # where a judge graded: what a person's audit says of it
     parts: PartCalibrators | None = None  # where answers are made of parts
     claims: dict[float, ClaimsCertification] = field(default_factory=dict)  # by risk, the asked one first
 
@@ -149,6 +151,7 @@ def claims(calibrated: Calibrated) -> dict[str, Any]:
             "groups": {name: _certification(one) for name, one in groups.groups.items()},
         },
         "prediction_sets": calibrated.prediction_sets and calibrated.prediction_sets.as_dict(),
+        "audit": calibrated.audit,
     }
 
 
@@ -213,6 +216,7 @@ def calibrated_of(content: Mapping[str, Any], calibrator: Calibrator) -> Calibra
             parts, template_hash=calibrator.template_hash, weights_hash=calibrator.weights_hash
         ),
         claims={one["target_risk"]: ClaimsCertification.from_dict(one) for one in content.get("claims", ())},
+        audit=content.get("audit"),
     )
 
 
@@ -236,7 +240,13 @@ def _certification(found: Certification) -> dict[str, Any]:
 def _read_certification(values: dict[str, Any]) -> Certification:
     certificate = values["certificate"]
     return Certification(
-        None if certificate is None else Certificate.from_dict(certificate),
+        None if certificate is None else _read_certificate(certificate),
         str(values["reason"]),
         tuple(GroupRisk.from_dict(one) for one in values["exceptions"]),
     )
+
+
+def _read_certificate(values: dict[str, Any]) -> Certificate:
+    """The one by right grades, or the one by a judge's with an audit."""
+    kind = JudgedCertificate if "n_audited" in values else Certificate
+    return kind.from_dict(values)

@@ -9,6 +9,7 @@ from pathlib import Path
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
+from calibtrain.pipeline.audit import audit_of
 from calibtrain.pipeline.calibrate import certified, show
 from calibtrain.pipeline.calibration_file import Calibrated, claims, file_hash, made_by, read_calibration, write_json
 from calibtrain.pipeline.evaluate import Measurement, read_measurement
@@ -44,7 +45,8 @@ def run(
         )
     asked = _asked(config, before, risk, delta, by, hallucination)
     abstention = asked.abstention
-    _check(held_out, path, fitted_on, abstention.groups)
+    audit = audit_of(config, held_out.answers, output_dir)
+    _check(held_out, path, fitted_on, abstention.groups, graded=audit is None)
     if held_out.made_by != made_by(before.calibrator.weights_hash, before.calibrator.template_hash):
         raise UserError(
             f"{path}: not known to be answers of this model and template; let it answer with `calibtrain evaluate "
@@ -53,7 +55,9 @@ def run(
     if answers is not None:
         _check_untrained(config, held_out, answers)
     file = None if answers is None else answers.name
-    found = certified(asked, before.calibrator, held_out, abstention.target_risk, abstention.delta, file, before.parts)
+    found = certified(
+        asked, before.calibrator, held_out, abstention.target_risk, abstention.delta, file, before.parts, audit
+    )
     calibrated = replace(
         found,
         hallucination=before.hallucination if abstention.target_hallucination is None else found.hallucination,
@@ -83,13 +87,13 @@ def _asked(
     return config.model_copy(update={"abstention": config.abstention.model_copy(update=update)})
 
 
-def _check(held_out: Measurement, path: Path, fitted_on: Path, by: str | None) -> None:
+def _check(held_out: Measurement, path: Path, fitted_on: Path, by: str | None, *, graded: bool) -> None:
     if not held_out.answers:
         raise UserError(f"{path}: no answers")
     fitted = {answer.question_id for answer in read_measurement(fitted_on).answers}
     seen: set[str] = set()
     for number, answer in enumerate(held_out.answers, start=1):
-        if answer.correct is None:
+        if graded and answer.correct is None:
             raise UserError(f"{path}:{number}: `correct` is null; a certificate needs graded answers, leave others out")
         if answer.question_id in fitted:
             raise UserError(

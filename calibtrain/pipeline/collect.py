@@ -148,6 +148,7 @@ def report_data(output_dir: Path) -> ReportData:
         scope=calibrated.scope,
         group_risks=risks,
         groups=calibrated.groups,
+        audit=calibrated.audit,
         temperature=calibrated.calibrator.temperature,
         training=read_metrics(metrics) if metrics.is_file() else [],
         spectra=spectra,

@@ -113,6 +113,7 @@ def score_split(
         answered = answer_questions(
             asker.module, asker.template, records, asker.settings, shots=asker.shots, device=asker.device
         )
+        asker.template.task.settle()  # before anything is kept: a grade that is missing would be missed for good
         for name, scores in families[FREE](asker, records, answered).items():
             _keep(_file(folder, FREE, name), scores)
         # Last, so that answers on disk always have the scores that only they can give.

@@ -26,7 +26,7 @@ from calibtrain.pipeline.calibration_file import (
     file_hash,
     write_calibration,
 )
-from calibtrain.pipeline.evaluate import move_measurement, read_measurement, with_progress, write_measurement
+from calibtrain.pipeline.evaluate import measured_again, move_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.served import Served
 
@@ -56,9 +56,7 @@ def run(
     answers, measured = folder / "answers", {}
     mark = served.mark()
     for split in SPLITS:
-        found = with_progress(served, prepared.splits[split], (), f"answering {split}")
-        write_measurement(found, answers / f"{split}.new.jsonl", mark)
-        measured[split] = read_measurement(answers / f"{split}.new.jsonl")
+        measured[split] = measured_again(served, prepared.splits[split], answers / f"{split}.new.jsonl", mark, split)
     served.check_same()
     fitting = measured["temperature"]
     calibrator = fit_calibrator(

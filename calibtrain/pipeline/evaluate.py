@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,6 +68,7 @@ class Answering(Protocol):
     config: RunConfig
     template: Template
     name: str  # for people
+    graded: bool  # whether answers are graded: not in service
 
     def measure(
         self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None
@@ -87,6 +88,7 @@ class Loaded:
         """Load `model` (a Hugging Face directory), or the one that the config starts from."""
         source = answering_config(config.model, model)
         self.config = config
+        self.graded = True
         self.directory = model
         self.name = str(model or config.model.source)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,6 +108,7 @@ class Loaded:
             self.config.evaluation,
             shots=shots,
             device=self.device,
+            graded=self.graded,
             on_batch=on_batch,
         )
 
@@ -162,11 +165,14 @@ def run(
     measurement = with_progress(loaded, records, () if model is not None else prepared.shots, f"answering {split}")
     if output is not None:
         write_measurement(measurement, output, loaded.mark())
+    loaded.template.task.settle()
     metrics = measured_metrics(measurement.confidence, measurement.correct)
     _print(metrics, f"{loaded.name}, {split}")
     print_options(options_part(loaded.template.task.options_are, measurement.answers))
     if missing := sum(not one.found for one in measurement.answers):
         print(f"{missing} of {len(measurement.answers)} replies hold no answer, and are graded as wrong")
+    if loaded.template.task.judged:
+        _tell_of_the_judge(replace(measurement, made_by=loaded.mark()), model)
     return metrics
 
 
@@ -184,7 +190,8 @@ def run_forced(config: RunConfig, *, model: Path | None, split: str) -> Forced:
 
 
 def with_progress(loaded: Answering, records: Sequence[Record], shots: Sequence[Record], label: str) -> Measurement:
-    """`Loaded.measure` under a progress bar."""
+    """`Loaded.measure` under a progress bar. Raises UserError, before it starts, where answers could not be graded."""
+    loaded.template.task.ready(records)
     from rich.console import Console
     from rich.progress import Progress
 
@@ -194,6 +201,42 @@ def with_progress(loaded: Answering, records: Sequence[Record], shots: Sequence[
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(label, total=len(records))
         return loaded.measure(records, shots, lambda done: progress.update(task, completed=done))
+
+
+def measured_again(loaded: Answering, records: Sequence[Record], path: Path, made_by: str, split: str) -> Measurement:
+    """Answers to `records`, written to `path` and read from there, as rounded: whoever reads them later finds the same.
+
+    What an earlier call left at `path` because it could not grade it is graded anew and not answered again, if model,
+    template, questions and what is read in the replies are the same. Raises UserError where a grade is missing, once all is
+    written.
+    """
+    left = _left_ungraded(loaded, records, path, made_by)
+    found = left or with_progress(loaded, records, (), f"answering {split}")
+    write_measurement(found, path, made_by)
+    loaded.template.task.settle()
+    return read_measurement(path)
+
+
+def _left_ungraded(loaded: Answering, records: Sequence[Record], path: Path, made_by: str) -> Measurement | None:
+    """The answers at `path` with new grades; None where there are none, or not to these records as they are read now."""
+    try:
+        left = read_measurement(path)
+    except UserError:
+        return None
+    task = loaded.template.task
+    config = loaded.config.output_dir / "config.yaml"
+    ours = left.made_by == made_by and [one.question_id for one in left.answers] == [record.id for record in records]
+    if not ours or all(one.correct is not None for one in left.answers):
+        return None
+    if not config.is_file() or config.stat().st_mtime > path.stat().st_mtime:
+        return None  # answered under other settings, perhaps
+    readings = [task.read(one.said, record) for one, record in zip(left.answers, records, strict=True)]
+    if [one.text for one in readings] != [one.text for one in left.answers]:
+        return None
+    task.ready(records)
+    grades = task.grades(readings, records)
+    pairs = zip(left.answers, grades, strict=True)
+    return replace(left, answers=[replace(one, correct=grade.correct) for one, grade in pairs])
 
 
 def measured_metrics(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> dict[str, float]:
@@ -279,6 +322,14 @@ SHOWN = {
     "auroc": "AUROC",
     "aurc": "AURC",
 }
+
+
+def _tell_of_the_judge(measurement: Measurement, model: Path | None) -> None:
+    from rich.console import Console
+
+    from calibtrain.pipeline.judged import corrected_line  # which reads answers by this module
+
+    Console(highlight=False, soft_wrap=True).print(corrected_line(measurement, model), markup=False)
 
 
 def _print_forced(found: Forced, title: str) -> None:

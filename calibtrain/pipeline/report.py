@@ -19,6 +19,7 @@ from calibtrain.abstention.words import Scale, scale_of, word_for
 from calibtrain.confidence.answer import Answer
 from calibtrain.pipeline import page, quantize_page
 from calibtrain.pipeline import report_figures as figures
+from calibtrain.pipeline.judged import audit_lines
 from calibtrain.pipeline.options import OptionsPart
 from calibtrain.pipeline.quantize_page import Part
 from calibtrain.pipeline.report_numbers import Stage, comparison, stage_of, threshold_table, words_table
@@ -68,6 +69,7 @@ class ReportData:
     scope: Scope | None = None  # the questions that the certificate is about
     group_risks: Sequence[GroupRisk] = ()  # of the test questions at the certified threshold, the worst first
     groups: GroupCertification | None = None
+    audit: Mapping[str, Any] | None = None  # where a judge graded: what a person's audit says of it
     temperature: float | None = None
     training: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
     bootstrap_replicates: int = 400
@@ -126,6 +128,7 @@ def _context(report: ReportData) -> dict[str, Any]:
         "curve": sorted(report.certified_curve.items()),
         "options": report.options,
         "options_after": report.options_after,
+        "audit_lines": audit_lines(report.audit) if report.audit else [],
     }
 
 

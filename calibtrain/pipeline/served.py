@@ -54,6 +54,7 @@ class Served:
         not there or does not return what confidence needs.
         """
         self.config = config
+        self.graded = True
         self.server = CompletionsServer(url, name, timeout=timeout)
         self.name = f"{plain(self.server.model)} at {self.server.url}"
         self.template = template_of(config, load_tokenizer(answering_config(config.model, model)))
@@ -82,7 +83,7 @@ class Served:
             on_done=on_batch,
         )
         generations = [Generation(one.tokens, one.logprobs, _no_states(one), one.finished) for one in made]
-        answers = graded_answers(records, generations, template, settings).answers
+        answers = graded_answers(records, generations, template, settings, graded=self.graded).answers
         return Measurement(answers, np.zeros((len(answers), 0)))
 
     def mark(self) -> str:

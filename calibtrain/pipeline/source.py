@@ -26,6 +26,7 @@ from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
 from calibtrain.pipeline import probe as probes_of_run
 from calibtrain.pipeline.answer_parts import fit_answer_parts
+from calibtrain.pipeline.audit import audit_of
 from calibtrain.pipeline.calibrate import SPLITS, certified_claims, check_strata, keeps_earlier, show
 from calibtrain.pipeline.calibration_file import (
     Calibrated,
@@ -90,6 +91,7 @@ def run(
         config.abstention.target_risk if target_risk is None else target_risk,
         config.abstention.delta if delta is None else delta,
         parts=fit_answer_parts(fit.answers, **asdict(fingerprint)),
+        audit=audit_of(config, held_out.answers, output_dir),
     )
     stays = keeps_earlier(output_dir, calibrated, template_hash=fingerprint.template_hash, source=name)
     if not stays:

@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from calibtrain.config_tasks import ChoiceTask, ClaimsTask, JsonTask, LabelTask, MathTask, NumberTask, ShortAnswerTask
+from calibtrain.config_tasks import (
+    ChoiceTask,
+    ClaimsTask,
+    CustomTask,
+    JsonTask,
+    JudgeTask,
+    LabelTask,
+    MathTask,
+    NumberTask,
+    ShortAnswerTask,
+)
 from calibtrain.tasks.choice import Choice
 from calibtrain.tasks.claims import Claims
+from calibtrain.tasks.custom import Custom
 from calibtrain.tasks.json_answer import JsonAnswer
+from calibtrain.tasks.judge import Judge
 from calibtrain.tasks.label import Label
 from calibtrain.tasks.math import Math
 from calibtrain.tasks.number import Number
@@ -23,6 +35,8 @@ KINDS: dict[type[Any], Callable[[Any], Task]] = {
     MathTask: Math,
     JsonTask: JsonAnswer,
     ClaimsTask: Claims,
+    CustomTask: Custom,
+    JudgeTask: Judge,
 }
 
 

@@ -64,6 +64,14 @@ class Task:
     """Whether an option's end token is scored: needless where no option begins as another does."""
     drops_parts: bool = False
     """Whether an answer is still one without some of its parts, so that those in doubt can be withheld alone."""
+    judged: bool = False
+    """Whether grades are opinions that may be wrong: what they certify needs some that a person has audited."""
+
+    def ready(self, records: Sequence[Record]) -> None:
+        """Raise UserError where answers to these records could not be graded now; asked before long work."""
+
+    def settle(self) -> None:
+        """Raise UserError where grades are missing since the last call; asked once the answers are safe on disk."""
 
     def asked(self, record: Record) -> Record:
         """The record as it is put to the model: question, the reply to learn, accepted answers. Asking twice is once.

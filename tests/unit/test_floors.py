@@ -51,6 +51,9 @@ SIDEWAYS = {
     ("confidence", "tasks"),
     ("confidence", "data"),
     ("confidence", "models"),
+    # A judge is asked as any other server is, and what it said lies in the cache of the models.
+    ("tasks", "engines"),
+    ("tasks", "models"),
     # A word the model states about itself is read by the same scales that words are spoken by.
     ("confidence", "abstention"),
     # The loop knows who listens; nobody who listens knows the loop.

@@ -8,7 +8,7 @@ import torch
 
 from calibtrain.confidence import likelihood
 from calibtrain.confidence.generation import Generation
-from calibtrain.confidence.likelihood import span_of
+from calibtrain.confidence.likelihood import tokens_of
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import encode_records
@@ -89,7 +89,7 @@ def test_confidence_reads_the_answer_alone():
     tokens = (*thought, *said)
     whole = Generation(tokens, tuple(-1.0 for _ in tokens), torch.zeros(len(tokens), 4), True)
     record = Record(prompt=(Message("user", "6 + 1?"),), accepted=("7",))
-    span = span_of(whole, read_reply(template, whole.tokens, record).span)
+    span = tokens_of(whole, read_reply(template, whole.tokens, record).read)
     assert list(span.tokens) == said
     assert math.fsum(span.logprobs) == -len(said)
     assert span.hidden.shape == (len(said), 4)
