@@ -43,6 +43,7 @@ class Answer:
     reply_logprob: float | None = None  # of the whole reply with its thinking, where the answer is a part of it
     found: bool = True  # False: the reply holds nothing that could be an answer
     parts: tuple[AnswerPart, ...] = ()  # pieces that are right or wrong by themselves
+    outside: float | None = None  # p-value of "it is like the graded ones", where that was asked
 
     @property
     def logprob(self) -> float:

@@ -30,6 +30,7 @@ class Answered:
 
     answers: list[Answer]
     features: AnswerFeatures
+    asked: Tensor | None = None  # (N, H) float32 final states of the prompts' last tokens; None of an engine
 
 
 def answer_questions(
@@ -100,7 +101,13 @@ def graded_answers(
         )
         for record, reply, grade, span, whole in zip(records, replies, grades, spans, generations, strict=True)
     ]
-    return Answered(answers, _features(spans, answers))
+    return Answered(answers, _features(spans, answers), _asked(generations))
+
+
+def _asked(generations: Sequence[Generation]) -> Tensor | None:
+    """The states that predicted each reply's first token."""
+    states = [one.hidden[0].float() for one in generations]
+    return torch.stack(states) if states and states[0].numel() else None
 
 
 def span_of(generation: Generation, span: tuple[int, int]) -> Generation:

@@ -8,23 +8,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from calibtrain.abstention.certificate import Certificate
 from calibtrain.abstention.words import Scale, percent, phrase, scale_of, word_for
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.outside import ALPHA, Outside
 from calibtrain.confidence.scorer import Scorer, before_answering
 from calibtrain.confidence.source import Cost
 from calibtrain.config_file import load_config
-from calibtrain.data.values import unreadable
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import LIKELIHOOD, Calibrated, read_calibration, weights_hash
 from calibtrain.pipeline.confidence import asker_of
 from calibtrain.pipeline.engine import load_served
 from calibtrain.pipeline.evaluate import Answering, Loaded
-from calibtrain.pipeline.promise import Level, Promises
+from calibtrain.pipeline.outside import read as read_outside
+from calibtrain.pipeline.promise import UNLIKE, Level, Promises
+from calibtrain.pipeline.question import Asked, Question, check_text, question_of, record_of
 from calibtrain.pipeline.scope import at_most, plain
 from calibtrain.pipeline.source import check_calibrated, load_scorer
-from calibtrain.records import Message, Record
+from calibtrain.records import Record
 
 REFUSAL = "I do not know."
 
@@ -62,6 +67,14 @@ class Reply:
     source: str = LIKELIHOOD  # of the confidence
     forward_passes: float = 0.0  # that the confidence cost beside the answer's own
     tokens_read: float = 0.0  # by those passes
+    outside: float | None = None  # p-value of "the question is like the graded ones"; None: not looked at
+    uncovered: str = ""  # why no certificate covers a question of this shape
+    said: str = ""  # the whole reply, where the answer is a part of it (a chain of thought) or written otherwise
+
+    @property
+    def unlike(self) -> bool:
+        """Whether the question is told to be unlike those that were graded."""
+        return self.outside is not None and self.outside < ALPHA
 
     @property
     def spoken(self) -> str:
@@ -72,27 +85,37 @@ class Reply:
         """The reply for a terminal: what is promised, the answer or that it is not known, and what is not promised."""
         if not self.abstained:
             line = f"{plain(self.text, 2000)}  ({self.word}, {percent(self.probability)}{self.reservation})"
-        elif self.threshold is None:
+        elif self.threshold is None or self.probability >= self.threshold:
             line = self.spoken
         else:
             chance, threshold = percent(self.probability), percent(self.threshold)
-            line = f"{self.spoken} (best guess at {chance}, below the threshold {threshold})"
+            line = f"{self.spoken} (best guess at {chance}{self.reservation}, below the threshold {threshold})"
         return f"{self.promise}\n{line}\n{self.limit}"
 
 
 class Answerer:
     """The model and calibration of a finished run; `scorer` where the confidence is not the answer's likelihood.
 
-    loaded: the run's model, or the server of one (without `scorer`, which reads hidden states).
+    loaded: the run's model, or the server of one (without `scorer` and `outside`, which read hidden states). outside: what
+    tells questions unlike the graded ones.
     uncertified: without a certificate answer everything instead of nothing; whoever runs the model decides that.
     """
 
     def __init__(
-        self, loaded: Answering, calibrated: Calibrated, scorer: Scorer | None = None, *, uncertified: bool = False
+        self,
+        loaded: Answering,
+        calibrated: Calibrated,
+        scorer: Scorer | None = None,
+        *,
+        outside: Outside | None = None,
+        uncertified: bool = False,
     ) -> None:
         self.loaded = loaded
         self.calibrated = calibrated
         self.scorer = scorer
+        self.outside = outside
+        self.uncertified = uncertified
+        self.shapes = calibrated.shapes
         self.source = LIKELIHOOD if scorer is None else scorer.name
         self.promises = Promises(calibrated, uncertified=uncertified)
         self.default = self.promises.default
@@ -108,21 +131,22 @@ class Answerer:
         """The level of a certified risk or of a group of questions: see `Promises.level`."""
         return self.promises.level(risk, group)
 
-    def answer(self, question: str, *, risk: float | None = None, group: str | None = None) -> Reply:
-        """Reply to one question: `answers` of one, with its group where that is known."""
+    def answer(self, question: Asked, *, risk: float | None = None, group: str | None = None) -> Reply:
+        """Reply to one question, as text, as messages or with options: `answers` of one, with its group where known."""
         level = self.level(risk, group)
         return self.decide(self.guess([question])[0], level)
 
     def answers(
-        self, questions: Sequence[str], *, risk: float | None = None, groups: Sequence[str | None] | None = None
+        self, questions: Sequence[Asked], *, risk: float | None = None, groups: Sequence[str | None] | None = None
     ) -> list[Reply]:
         """Replies in the order of the questions, which go through the model together.
 
         risk: one of `levels()`; by default the run's own certificate. groups: of each question, the value of the stratum
         that `certify --by` named, None where it is not known; a group is answered by its own certificate or not at all.
         Without a certificate it abstains from everything, unless loaded with uncertified=True. In bf16 a probability may
-        differ by rounding from the one that the question gets alone. Raises UserError for an empty question, a risk that
-        is not certified, and groups where none are.
+        differ by rounding from the one that the question gets alone. A question unlike the graded ones, or of a shape that
+        none of them had, is told so, and nothing is promised of it. Raises UserError for an empty question, a risk that is
+        not certified, and groups where none are.
         """
         named = [None] * len(questions) if groups is None else list(groups)
         if len(named) != len(questions):
@@ -132,6 +156,11 @@ class Answerer:
 
     def decide(self, reply: Reply, level: Level) -> Reply:
         """The same guess under another level: whether it is given and why, and what is promised of it."""
+        if reply.uncovered:
+            level = self.promises.silent(level, reply.uncovered, answers=False)
+        elif reply.unlike:
+            tells = self.loaded.config.abstention.outside != "abstain"
+            level = self.promises.silent(level, UNLIKE, answers=tells)
         abstained = not reply.probability >= level.threshold  # so that a NaN abstains
         return replace(
             reply,
@@ -141,23 +170,34 @@ class Answerer:
             limit=level.limit,
             abstained=abstained,
             reason=_reason(reply.probability, level, abstained),
-            threshold=None if level.certificate is None else level.threshold,
+            threshold=level.threshold
+            if level.certificate or (level.silent and 0 < level.threshold < math.inf)
+            else None,
             risk=level.risk,
             certified=level.certificate is not None,
             certificate=level.certificate,
             group=level.group,
         )
 
-    def prompt_tokens(self, question: str) -> int:
+    def uncovered(self, question: Asked) -> str:
+        """Why no certificate covers a question of this shape, as a sentence; "" where one does."""
+        return self.shapes.uncovered(self._completed(question))
+
+    @property
+    def takes_options(self) -> bool:
+        """Whether graded questions had options to choose from."""
+        return self.shapes.options
+
+    def prompt_tokens(self, question: Asked) -> int:
         """Tokens of the prompt that a question makes. Raises UserError for a question that `guess` would refuse."""
         return len(self.loaded.template.prompt_ids(self._record(question)))
 
-    def guess(self, questions: Sequence[str]) -> list[Reply]:
+    def guess(self, questions: Sequence[Asked]) -> list[Reply]:
         """Best guesses for `decide` to judge: as they come they are withheld."""
         records = [self._record(question) for question in questions]
         if not records:
             return []
-        answers, scores, cost = self._scored(records)
+        answers, scores, cost, outside = self._scored(records)
         probabilities = self.calibrated.calibrator.apply(scores).tolist()
         return [
             Reply(
@@ -180,13 +220,16 @@ class Answerer:
                 source=self.source,
                 forward_passes=float(passes),
                 tokens_read=float(tokens),
+                outside=p_value,
+                uncovered=self.uncovered(question),
+                said=answer.reply,
             )
-            for record, answer, probability, passes, tokens in zip(
-                records, answers, probabilities, cost.forward_passes, cost.tokens, strict=True
+            for question, record, answer, probability, passes, tokens, p_value in zip(
+                questions, records, answers, probabilities, cost.forward_passes, cost.tokens, outside, strict=True
             )
         ]
 
-    def foresee(self, questions: Sequence[str]) -> list[float]:
+    def foresee(self, questions: Sequence[Asked]) -> list[float]:
         """P(IK): calibrated chances that it will answer rightly, one pass over each question, before any answer is made.
 
         Raises UserError unless the run was loaded with source="p_ik".
@@ -199,34 +242,41 @@ class Answerer:
         found = before_answering(asker_of(self._own()), records, self.scorer.probes["p_ik"], self.scorer.fingerprint)
         return [float(one) for one in self.calibrated.calibrator.apply(found.values)]
 
-    def _scored(self, records: Sequence[Record]) -> tuple[list[Answer], Any, Cost]:
-        """Answers, what their calibrator reads, and what that cost beside them."""
+    def _scored(self, records: Sequence[Record]) -> tuple[list[Answer], Any, Cost, Sequence[float | None]]:
+        """Answers, what their calibrator reads, what that cost beside them, and the p-values of their questions."""
         if self.scorer is None:
             measurement = self.loaded.measure(records)
             scores = measurement.scores(self.loaded.config.calibration.domain)
-            return measurement.answers, scores, Cost.none(len(records))
+            return (
+                measurement.answers,
+                scores,
+                Cost.none(len(records)),
+                self._p_values(measurement.states, len(records)),
+            )
         loaded = self._own()
         answered = loaded.answer(records)
         found = self.scorer.score(asker_of(loaded), records, answered)
-        return answered.answers, found.values, found.cost
+        states = None if answered.asked is None else answered.asked.numpy()
+        return answered.answers, found.values, found.cost, self._p_values(states, len(records))
+
+    def _p_values(self, states: NDArray[np.float32] | None, n: int) -> Sequence[float | None]:
+        if self.outside is None or states is None:
+            return [None] * n
+        return [float(one) for one in self.outside.p_values(states)]
 
     def _own(self) -> Loaded:
         """The run's model in this process, which alone has hidden states."""
         assert isinstance(self.loaded, Loaded)
         return self.loaded
 
-    def _record(self, question: str) -> Record:
-        question = question.strip()
-        if not question:
-            raise UserError("the question is empty")
-        if half := unreadable(question):
-            raise UserError(f"the question holds {half}, half of a character, which no tokenizer can read")
-        for token in self.control_tokens:
-            if token in question:
-                raise UserError(
-                    f"the question contains {token!r}, which the model reads as a control token; leave it out"
-                )
-        return self.loaded.template.task.asked(Record(prompt=(Message("user", question),)))
+    def _completed(self, question: Asked) -> Question:
+        """As the graded questions were asked: under their system prompt, where they had one."""
+        return self.shapes.completed(question_of(question))
+
+    def _record(self, question: Asked) -> Record:
+        completed = self._completed(question)
+        check_text(completed, self.control_tokens)
+        return record_of(completed, self.loaded.template.task)
 
 
 def load(
@@ -255,11 +305,12 @@ def load(
         raise UserError(f"{folder}: no exported model (model/config.json); train first")
     check_calibrated(folder, source)  # before the model is loaded
     loaded = Loaded(config, folder / "model")
-    scorer = None
-    if source != LIKELIHOOD:
-        scorer = load_scorer(folder, source, Fingerprint(weights_hash(folder / "model"), loaded.template.hash))
+    fingerprint = Fingerprint(weights_hash(folder / "model"), loaded.template.hash)
+    scorer = None if source == LIKELIHOOD else load_scorer(folder, source, fingerprint)
     calibrated = read_calibration(folder, template_hash=loaded.template.hash, source=source)
-    return Answerer(loaded, calibrated, scorer, uncertified=uncertified)
+    watched = config.abstention.outside != "ignore"
+    detector = read_outside(folder, calibrated.outside, fingerprint) if watched else None
+    return Answerer(loaded, calibrated, scorer, outside=detector, uncertified=uncertified)
 
 
 def _tokens(answer: Answer) -> tuple[Token, ...]:
@@ -271,6 +322,9 @@ def _reason(probability: float, level: Level, abstained: bool) -> str:
     if not level.answers:
         return "Nothing is certified here, so I do not answer."
     chance = f"My best guess has a {percent(probability)} chance of being right"
+    if level.silent:
+        rule = f"I answer from {percent(level.threshold)} on" if level.threshold else "I answer whatever the chance"
+        return f"{chance}{level.reservation}; {rule}, but how often that is wrong here is not known."
     if level.certificate is None or level.risk is None:
         return f"{chance}. No threshold is certified, so I answer whatever the chance."
     mine = "my answers" if level.group is None else f"my answers about {plain(level.group)}"

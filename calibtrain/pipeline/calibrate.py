@@ -17,10 +17,13 @@ from calibtrain.calibration.calibrators import Calibrator, fit_calibrator
 from calibtrain.calibration.intervals import sample_ids
 from calibtrain.calibration.unlabelled import fit_base_alignment
 from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.outside import Outside
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
+from calibtrain.pipeline import outside
 from calibtrain.pipeline.calibration_file import (
     Calibrated,
     file_hash,
@@ -38,6 +41,7 @@ from calibtrain.pipeline.evaluate import (
     write_measurement,
 )
 from calibtrain.pipeline.prepare import prepare
+from calibtrain.pipeline.question import shapes_of
 from calibtrain.pipeline.scope import at_most, plain, scope_of
 from calibtrain.records import Record
 
@@ -60,9 +64,11 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
     loaded = Loaded(config, model)
     hashes = (loaded.template.hash, weights_hash(model))
     answers, measured = output_dir / "answers", {}
+    found = {split: with_progress(loaded, prepared.splits[split], (), f"answering {split}") for split in SPLITS}
+    detector, why = detector_of(config, {split: one.states for split, one in found.items()}, *hashes)
+    found["certification"] = outside.marked(found["certification"], detector)
     for split in SPLITS:
-        found = with_progress(loaded, prepared.splits[split], (), f"answering {split}")
-        write_measurement(found, answers / f"{split}.new.jsonl", made_by(hashes[1], hashes[0]))
+        write_measurement(found[split], answers / f"{split}.new.jsonl", made_by(hashes[1], hashes[0]))
         # As rounded there, so that `calibtrain certify` finds the same.
         measured[split] = read_measurement(answers / f"{split}.new.jsonl")
     fitting = measured["temperature"]
@@ -75,14 +81,28 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
     certificate_delta = config.abstention.delta if delta is None else delta
     calibrated = certified(config, calibrator, measured["certification"], certificate_risk, certificate_delta)
     stays = keeps_earlier(output_dir, calibrated, template_hash=hashes[0])
-    facts = {"fitted_on": file_hash(answers / "temperature.new.jsonl")}
+    facts = {
+        "fitted_on": file_hash(answers / "temperature.new.jsonl"),
+        "shapes": shapes_of(prepared.splits["certification"]).as_dict(),
+        **outside.facts(detector, why),
+    }
     for split in SPLITS:
         move_measurement(answers / f"{split}.new.jsonl", None if stays else answers / f"{split}.jsonl")
     if not stays:
+        facts["parts"] = outside.write(detector, output_dir)
         data_hashes = {split: data_hash(prepared.splits[split]) for split in measured}
         write_calibration(output_dir / "calibration.json", calibrated, config, data_hashes, facts)
-    show(calibrated, output_dir / "calibration.json", written=not stays)
+    show(calibrated, output_dir / "calibration.json", written=not stays, note=outside.told(detector, why))
     return calibrated
+
+
+def detector_of(
+    config: RunConfig, states: Mapping[str, NDArray[np.float32] | None], template_hash: str, model_hash: str
+) -> tuple[Outside | None, str]:
+    """The detector of questions unlike the graded ones, where the config wants one; else None and why."""
+    if config.abstention.outside == "ignore":
+        return None, "abstention.outside: ignore"
+    return outside.fit(states, Fingerprint(model_hash, template_hash))
 
 
 def check_strata(config: RunConfig, splits: Mapping[str, Sequence[Record]]) -> None:
@@ -166,6 +186,9 @@ def certified_claims(
     file: str | None = None,
 ) -> Calibrated:
     """The same for calibrated confidences (N,) of any source."""
+    if config.abstention.outside == "abstain":
+        kept = outside.inside(answers)
+        confidence, answers = confidence[kept], [answers[place] for place in kept]
     correct = np.array([bool(answer.correct) for answer in answers])
     strata = [answer.strata for answer in answers]
     rate, by = config.abstention.target_hallucination, config.abstention.groups
@@ -213,8 +236,8 @@ def _by_group(
     return replace(certify_groups(confidence[named], correct[named], names, target_risk, delta), by=by)
 
 
-def show(calibrated: Calibrated, path: Path, *, written: bool) -> None:
-    """Print the calibrator, what is certified and of which questions, and whether it was written."""
+def show(calibrated: Calibrated, path: Path, *, written: bool, note: str = "") -> None:
+    """Print the calibrator, what is certified and of which questions, a note, and whether it was written."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -245,6 +268,8 @@ def show(calibrated: Calibrated, path: Path, *, written: bool) -> None:
     for name, one in (calibrated.groups.groups if calibrated.groups else {}).items():
         answered = "not answered: " if one.certificate is None else f"at {one.certificate.threshold:.2f} and above: "
         console.print(f"group {plain(name)}, {answered}{one.reason}", markup=False)
+    if note:
+        console.print(note, markup=False)
     if not written:
         console.print(f"nothing is written: {path} stays as it was", markup=False)
         return

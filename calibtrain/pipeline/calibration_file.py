@@ -19,6 +19,7 @@ from calibtrain.calibration.calibrators import Calibrator
 from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
+from calibtrain.pipeline.question import Shapes
 from calibtrain.pipeline.scope import Scope
 
 LIKELIHOOD = "likelihood"
@@ -35,6 +36,8 @@ class Calibrated:
     hallucination: HallucinationCertificate | None = None  # where the config asks for a rate
     groups: GroupCertification | None = None  # where the config names the groups
     failures: tuple[str, ...] = field(default=(), compare=False)  # what was asked for in vain; not in the file
+    outside: int = field(default=0, compare=False)  # held-out questions by which others are told; 0: they are not
+    shapes: Shapes = field(default=Shapes(), compare=False)  # of the questions that were graded
 
 
 def weights_hash(model: Path) -> str:
@@ -186,6 +189,8 @@ def calibrated_of(content: Mapping[str, Any], calibrator: Calibrator) -> Calibra
             groups["share"],
             groups["by"],
         ),
+        outside=int((content.get("outside") or {}).get("n", 0)),
+        shapes=Shapes.from_dict(content.get("shapes") or {}),
     )
 
 

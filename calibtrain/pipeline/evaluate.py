@@ -41,6 +41,7 @@ class Measurement:
     table: NDArray[np.float64]  # (answers, temperatures); (answers, 0) of an engine, which tells temperature 1 alone
     tokens: TokenScores | None = None  # kept for calibration.method: adaptive_temperature alone
     made_by: str | None = None  # mark of the model and template that gave all of them, where a file says so
+    states: NDArray[np.float32] | None = None  # (answers, H): `Answered.asked`; not in a file
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -117,14 +118,16 @@ class Loaded:
         """Answer and grade `records`."""
         answered = self.answer(records, shots, on_batch)
         features = answered.features
+        asked = None if answered.asked is None else answered.asked.numpy()
         if self.config.calibration.method != "adaptive_temperature":
             whole = logprob_table(self.model, features, TEMPERATURE_GRID, self.device)
-            return Measurement(answered.answers, whole.numpy())
+            return Measurement(answered.answers, whole.numpy(), states=asked)
         per_token = token_logprob_table(self.model, features, TEMPERATURE_GRID, self.device).numpy()
         owner = features.sequence_ids.numpy()
         table = np.zeros((len(answered.answers), len(TEMPERATURE_GRID)))
         np.add.at(table, owner, per_token)
-        return Measurement(answered.answers, table, TokenScores(per_token, features.hidden.float().numpy(), owner))
+        tokens = TokenScores(per_token, features.hidden.float().numpy(), owner)
+        return Measurement(answered.answers, table, tokens, states=asked)
 
 
 def run(
