@@ -3,8 +3,8 @@
 One line of the audit log is one question, in the order asked: {"abstained": false, "correct": true}; the grade of a
 refused one may be null. The log may grow, or go on in another file: what was counted is kept in monitor.json, so that each
 line counts once. Lines that also hold the `confidence` of a graded answer, and the `word` where it was logged, are held
-against what the words promise. Lines with the reply's `outside`, the p-value of the question, are counted: how many were told
-to be unlike the graded ones, and an alarm where that is more than such questions as were graded would bring.
+against what the words promise. Of lines with the reply's `outside`, the p-value of the question, it counts those told to be
+unlike the graded ones, with an alarm where they are more than such questions as were graded would bring.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Service:
 
     @property
     def failed(self) -> bool:
-        """Whether the certificate or a word no longer keeps its promise, or too many questions are not as they were graded."""
+        """Whether the certificate or a word no longer keeps its promise, or too many questions are unlike the graded."""
         strange = self.outside is not None and self.outside.fired
         return self.alarm.fired or strange or not all(word.holds for word in self.words)
 
