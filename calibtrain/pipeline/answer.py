@@ -43,6 +43,19 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplyPart:
+    """A piece of an answer that is right or wrong by itself, a field of JSON or a claim: text[start:stop] of the reply."""
+
+    name: str  # "address.city", "claim"
+    text: str  # the value, which JSON may write otherwise ("Z\\u00fcrich")
+    start: int
+    stop: int
+    probability: float  # calibrated chance that it is right
+    word: str
+    kept: bool = True  # False: withheld; `Reply.spoken` leaves it out
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """One answer. `text` is the model's best guess also where it abstains; show it then only as such."""
 
@@ -67,8 +80,13 @@ class Reply:
     source: str = LIKELIHOOD  # of the confidence
     forward_passes: float = 0.0  # that the confidence cost beside the answer's own
     tokens_read: float = 0.0  # by those passes
+    parts: tuple[ReplyPart, ...] = ()  # in order; () where an answer is right or wrong as a whole
+    prediction_set: tuple[str, ...] | None = (
+        None  # options of which one is right, but for a certified share of questions
+    )
     outside: float | None = None  # p-value of "the question is like the graded ones"; None: not looked at
     uncovered: str = ""  # why no certificate covers a question of this shape
+    silence: str = ""  # why the certificate says nothing of this question; "" where it speaks
     said: str = ""  # the whole reply, where the answer is a part of it (a chain of thought) or written otherwise
 
     @property
@@ -131,10 +149,12 @@ class Answerer:
         """The level of a certified risk or of a group of questions: see `Promises.level`."""
         return self.promises.level(risk, group)
 
-    def answer(self, question: Asked, *, risk: float | None = None, group: str | None = None) -> Reply:
-        """Reply to one question, as text, as messages or with options: `answers` of one, with its group where known."""
+    def answer(
+        self, question: Asked, *, risk: float | None = None, group: str | None = None, options: Sequence[str] = ()
+    ) -> Reply:
+        """Reply to one question, as text or messages: `answers` of one, with its group where known, and its options."""
         level = self.level(risk, group)
-        return self.decide(self.guess([question])[0], level)
+        return self.decide(self.guess([question_of(question, options)])[0], level)
 
     def answers(
         self, questions: Sequence[Asked], *, risk: float | None = None, groups: Sequence[str | None] | None = None
@@ -177,6 +197,7 @@ class Answerer:
             certified=level.certificate is not None,
             certificate=level.certificate,
             group=level.group,
+            silence="" if not level.silent else reply.uncovered or UNLIKE,
         )
 
     def uncovered(self, question: Asked) -> str:

@@ -37,12 +37,12 @@ Asked = str | Sequence[Message] | Question
 """How a question may be given: as text, as messages, or with its options."""
 
 
-def question_of(asked: Asked) -> Question:
-    """The question in any of its forms. UserError for one that no model can be asked."""
+def question_of(asked: Asked, options: Sequence[str] = ()) -> Question:
+    """The question in any of its forms, with these options where it has none. UserError for one that cannot be asked."""
     if isinstance(asked, str):
-        asked = Question((Message("user", asked),))
+        asked = Question((Message("user", asked),), tuple(options))
     elif not isinstance(asked, Question):
-        asked = Question(tuple(asked))
+        asked = Question(tuple(asked), tuple(options))
     messages = tuple(Message(_role(one.role), one.content.strip()) for one in asked.messages)
     found = Question(
         tuple(one for one in messages if one.content or one.role != "system"), tuple(map(str.strip, asked.options))
