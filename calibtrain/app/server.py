@@ -180,6 +180,11 @@ def render_page(answerer: Answerer, name: str, examples: Sequence[str] = ()) -> 
         joint=1 - sum(certificate.delta for certificate in certificates),
         by=None if groups is None else groups.by,
         groups_delta=None if groups is None else groups.delta,
+        shapes=answerer.shapes,
+        run={
+            "conversations": answerer.shapes.conversations,
+            "answers_outside": answerer.uncertified or answerer.loaded.config.abstention.outside != "abstain",
+        },
         groups=[{"name": name, **_shown(level)} for name, level in answerer.promises.groups.items()],
         words=[{"name": word.name, "low": word.low, "high": word.high} for word in answerer.scale],
     )
