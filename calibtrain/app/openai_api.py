@@ -284,7 +284,13 @@ def page_reply(reply: Reply) -> dict[str, Any]:
     """A reply for the page, which decides itself by the slider what to show of it."""
     tokens = [asdict(token) for token in reply.tokens]
     found = {**confidence_part(reply), "sentence": reply.sentence.removesuffix(reply.reservation)}
-    own = {"question": reply.question, "tokens": tokens, "refusal": REFUSAL, "silence": reply.silence}
+    own = {
+        "question": reply.question,
+        "tokens": tokens,
+        "refusal": REFUSAL,
+        "silence": reply.silence,
+        "spoken": reply.spoken,
+    }
     return {**own, **found}
 
 

@@ -17,7 +17,7 @@ from calibtrain.pipeline.scope import Scope, at_least, at_most, plain
 
 NAMED = 3  # groups that break a promise, named in a reply
 ELSEWHERE = "It cannot tell other questions from these, and of others nothing is promised."
-TOLD = "Of other questions nothing is promised. It tells those of another kind, not those that sound alike."
+TOLD = "Of other questions nothing is promised; it notices those of another kind, but not all that sound like these."
 UNLIKE = "This question is unlike those that were graded, so nothing is certified for it."
 
 

@@ -50,7 +50,7 @@ const answers = (() => {
   function table(parts, hide) {
     const made = element("table", undefined, "parts");
     const head = element("tr");
-    for (const title of ["Part", "Answer", "Right in"]) {
+    for (const title of ["Part", "Answer", "How sure"]) {
       const cell = element("th", title);
       cell.scope = "col";
       head.append(cell);

@@ -10,7 +10,8 @@ const run = JSON.parse(at("run").textContent);
 const { percent } = answers;
 const ELSEWHERE = ", as measured on other questions";
 let reply = null;
-let before = []; // turns of this conversation, where conversations were graded
+let before = []; // turns of this conversation, where conversations were graded; the last two are on the card
+let given = ""; // what the card says: the answer, without what is withheld of it
 
 function level() {
   const chosen = picker ? picker.value : "";
@@ -55,9 +56,13 @@ function reason(one, abstained) {
 
 function state(one, abstained) {
   if (one.threshold === null) return "Nothing is certified";
-  if (reply.silence) return abstained ? "Not answered: unlike what was graded" : "Not covered by the certificate";
+  if (reply.silence && !run.answers_outside) return "Not answered: unlike what was graded";
+  if (reply.silence && !abstained) return "Not covered by the certificate";
+  if (abstained) return "Not sure enough to answer";
+  const withheld = reply.parts.filter((part) => !part.kept).length;
+  if (withheld) return `Answered in part: ${withheld} of ${reply.parts.length} withheld`;
   if (one.risk === null) return "Answers everything";
-  return abstained ? "Not sure enough to answer" : "Sure enough to answer";
+  return "Sure enough to answer";
 }
 
 function place(element, share) {
@@ -95,13 +100,15 @@ function showReply() {
     at("mark-label").textContent = `answers from ${percent(one.threshold)}`;
   }
   const withheld = reply.parts.some((part) => !part.kept);
+  given = abstained ? reply.refusal : withheld ? reply.spoken : reply.best_guess;
+  at("guess-title").textContent = abstained ? "Show the guess that it keeps back" : "Show what it keeps back";
   at("guess").hidden = !abstained && !withheld;
   at("guess-text").replaceChildren(answers.shown(reply.best_guess, reply.parts, true));
   at("guess-text").classList.toggle("long", answers.long(reply.best_guess, reply.parts));
   at("guess-sentence").textContent = `${reply.sentence}${reservation}.`;
   showSet(abstained);
-  showReasoning(abstained);
-  at("pieces-block").hidden = abstained;
+  showReasoning(abstained || withheld);
+  at("pieces-block").hidden = abstained || withheld || reply.silence !== "";
   at("low-note").hidden = reply.tokens.every((token) => token.probability >= 0.5);
   showPieces();
 }
@@ -119,16 +126,18 @@ function showSet(abstained) {
   );
 }
 
-function showReasoning(abstained) {
-  at("reasoning").hidden = abstained || !reply.reply;
+function showReasoning(hidden) {
+  at("reasoning").hidden = hidden || !reply.reply;
   at("reasoning-text").replaceChildren(reply.reply ? markdown.render(reply.reply) : "");
 }
 
 function showThread() {
   const roles = { user: "You", assistant: "Model" };
+  const earlier = before.slice(0, -2);
   at("thread-block").hidden = before.length === 0;
+  at("thread-title").hidden = at("thread").hidden = earlier.length === 0;
   at("thread").replaceChildren(
-    ...before.map((turn) => {
+    ...earlier.map((turn) => {
       const item = document.createElement("li");
       const who = document.createElement("b");
       who.textContent = `${roles[turn.role]}: `;
@@ -150,8 +159,7 @@ function asked(question) {
 
 function remember(question) {
   if (!run.conversations) return;
-  const said = reply.abstained ? reply.refusal : reply.best_guess;
-  before = [...before, { role: "user", content: question }, { role: "assistant", content: said || "-" }];
+  before = [...before, { role: "user", content: question }, { role: "assistant", content: given || "-" }];
   at("question").value = "";
   fit(at("question"));
   showThread();
@@ -190,7 +198,7 @@ async function ask(event) {
   event.preventDefault();
   const button = event.target.querySelector("button[type=submit]");
   const question = at("question").value.trim();
-  if (!question) return;
+  if (!question || button.disabled) return;
   button.disabled = true;
   at("result").setAttribute("aria-busy", "true");
   showProblem("");
