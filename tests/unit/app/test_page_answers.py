@@ -170,11 +170,8 @@ def test_a_conversation_goes_on_from_what_was_given_and_starts_anew(opened, answ
     before = [{"role": "user", "content": "doubt"}, {"role": "assistant", "content": REFUSAL}]
     assert [one["before"] for one in sent] == [[system], [system, *before], [system]]
     page.fill("#options", " a \n\nb")
-    page.fill("#question", "which")
-    page.press("#question", "Enter")
-    page.wait_for_selector("#problem:not([hidden])")  # the echoing model's task takes none
+    ask(page, reply("a"))  # the echoing model's task takes none
     assert sent[-1]["options"] == ["a", "b"]
-    assert "chooses from none" in page.inner_text("#problem")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
