@@ -289,7 +289,6 @@ def page_reply(reply: Reply) -> dict[str, Any]:
         "tokens": tokens,
         "refusal": REFUSAL,
         "silence": reply.silence,
-        "spoken": reply.spoken,
     }
     return {**own, **found}
 

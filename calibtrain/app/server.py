@@ -199,6 +199,7 @@ def _shown(level: Level) -> dict[str, Any]:
         "promise": level.promise,
         "limit": level.limit,
         "reservation": level.reservation,
+        "claims": level.claims is not None,
     }
 
 

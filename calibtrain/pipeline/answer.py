@@ -190,11 +190,9 @@ class Answerer:
             limit=level.limit,
             abstained=abstained,
             reason=_reason(reply.probability, level, abstained),
-            threshold=level.threshold
-            if level.certificate or (level.silent and 0 < level.threshold < math.inf)
-            else None,
+            threshold=level.threshold if level.certified or (level.silent and 0 < level.threshold < math.inf) else None,
             risk=level.risk,
-            certified=level.certificate is not None,
+            certified=level.certified,
             certificate=level.certificate,
             group=level.group,
             silence="" if not level.silent else reply.uncovered or UNLIKE,

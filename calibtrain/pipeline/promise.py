@@ -37,7 +37,13 @@ class Level:
     limit: str  # what is not
     group: str | None = None  # of the question, where it was named
     exceptions: tuple[GroupRisk, ...] = ()  # groups of the graded questions that break the promise
+    claims: object | None = None  # where `threshold` is that of single claims, and the others are withheld
     silent: bool = False  # a certificate says nothing of the question: see `Promises.silent`
+
+    @property
+    def certified(self) -> bool:
+        """Whether anything is promised."""
+        return not self.silent and (self.certificate is not None or self.claims is not None)
 
     @property
     def answers(self) -> bool:
@@ -86,13 +92,14 @@ class Promises:
 
         It is answered from the level's threshold on where `answers`, or where whoever runs the model allows it.
         """
-        limit = f"Graded were {self.calibrated.scope}; how often it is wrong elsewhere is not known."
+        scope = self.calibrated.scope
+        limit = f"The certificate is for questions like {scope}; how often it is wrong elsewhere is not known."
         return replace(
             level,
             threshold=level.threshold if answers or self.uncertified else math.inf,
             risk=None,
             certificate=None,
-            promise=why if level.certificate else f"{level.promise} {why}",
+            promise=why if level.certified else f"{level.promise} {why}",
             limit=limit if level.answers else level.limit,
             exceptions=(),
             silent=True,

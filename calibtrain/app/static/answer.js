@@ -92,5 +92,8 @@ const answers = (() => {
 
   // Whether it is more than a few words on a line.
   const long = (text, parts) => parts.length > 0 || parsed(text) !== undefined || text.includes("\n") || text.length > 120;
-  return { percent, shown, long };
+  // What is given of a text in parts.
+  const kept = (text, parts) =>
+    parts.filter((part) => part.kept).map((part) => Array.from(text).slice(part.start, part.stop).join("")).join(" ");
+  return { percent, shown, long, kept };
 })();

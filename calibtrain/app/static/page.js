@@ -8,6 +8,7 @@ const slider = at("risk");
 const picker = at("group");
 const run = JSON.parse(at("run").textContent);
 const { percent } = answers;
+const GIVES = "It gives the claims that it is at least";
 const ELSEWHERE = ", as measured on other questions";
 let reply = null;
 let before = []; // turns of this conversation, where conversations were graded; the last two are on the card
@@ -22,6 +23,7 @@ function level() {
 function promise(one) {
   if (one.threshold === null) return "It answers nothing.";
   if (one.risk === null) return "It answers everything. How often it is wrong is then not promised.";
+  if (one.claims) return `At most ${one.risk} of its replies hold a wrong claim. ${GIVES} ${percent(one.threshold)} sure of.`;
   const often = `At most ${one.risk} of its answers are wrong.`;
   return `${often} It answers about ${percent(one.coverage)} of questions: those it is at least ${percent(one.threshold)} sure of.`;
 }
@@ -41,8 +43,17 @@ function showPromise() {
   });
 }
 
-function reason(one, abstained) {
+// Parts of the answer, each given or withheld: by its own chance where claims are certified, else as the whole is.
+function partsAt(one) {
+  return reply.parts.map((part) => ({ ...part, kept: !one.claims || part.probability >= one.threshold }));
+}
+
+function reason(one, abstained, parts) {
   if (one.threshold === null) return "Nothing is certified here, so I do not answer.";
+  if (one.claims && !reply.silence) {
+    const kept = `I give ${parts.filter((part) => part.kept).length} of my ${parts.length} claims`;
+    return `${kept}: those from ${percent(one.threshold)} on, so that at most ${one.risk} of my replies hold a wrong claim.`;
+  }
   const chance = `My best guess has a ${percent(reply.confidence)} chance of being right`;
   if (reply.silence) {
     if (!run.answers_outside) return "I do not answer such questions.";
@@ -54,13 +65,13 @@ function reason(one, abstained) {
   return abstained ? `${chance}; ${rule}` : rule;
 }
 
-function state(one, abstained) {
+function state(one, abstained, parts) {
   if (one.threshold === null) return "Nothing is certified";
   if (reply.silence && !run.answers_outside) return "Not answered: unlike what was graded";
   if (reply.silence && !abstained) return "Not covered by the certificate";
   if (abstained) return "Not sure enough to answer";
-  const withheld = reply.parts.filter((part) => !part.kept).length;
-  if (withheld) return `Answered in part: ${withheld} of ${reply.parts.length} withheld`;
+  const withheld = parts.filter((part) => !part.kept).length;
+  if (withheld) return `Answered in part: ${withheld} of ${parts.length} withheld`;
   if (one.risk === null) return "Answers everything";
   return "Sure enough to answer";
 }
@@ -73,7 +84,9 @@ function showReply() {
   if (!reply) return;
   const one = level();
   const kept = reply.silence && !run.answers_outside;
-  const abstained = one.threshold === null || kept || !(reply.confidence >= one.threshold);
+  const parts = partsAt(one);
+  const sure = one.claims ? parts.some((part) => part.kept) : reply.confidence >= one.threshold;
+  const abstained = one.threshold === null || kept || !sure;
   const reservation = reply.silence ? ELSEWHERE : one.reservation;
   at("result").hidden = false;
   document.body.classList.add("answered");
@@ -82,30 +95,30 @@ function showReply() {
   at("silence").textContent = reply.silence;
   at("silence").hidden = !reply.silence;
   at("asked").textContent = reply.question;
-  at("state").textContent = state(one, abstained);
+  at("state").textContent = state(one, abstained, parts);
   at("chance").textContent = percent(reply.confidence).replace("less than ", "<").replace("more than ", ">");
-  at("answer").replaceChildren(abstained ? reply.refusal : answers.shown(reply.best_guess, reply.parts, false));
-  at("answer").classList.toggle("long", !abstained && answers.long(reply.best_guess, reply.parts));
+  at("answer").replaceChildren(abstained ? reply.refusal : answers.shown(reply.best_guess, parts, false));
+  at("answer").classList.toggle("long", !abstained && answers.long(reply.best_guess, parts));
   at("sentence").textContent = abstained ? "" : `${reply.sentence}${reservation}.`;
-  at("sentence").hidden = abstained;
-  at("reason").textContent = reason(one, abstained);
+  at("sentence").hidden = abstained || one.claims; // of claims each has its own
+  at("reason").textContent = reason(one, abstained, parts);
   at("gauge").setAttribute("aria-valuenow", (100 * reply.confidence).toFixed(0));
   at("gauge").setAttribute("aria-valuetext", `${percent(reply.confidence)}, ${reply.word}`);
   place(at("fill"), reply.confidence);
-  at("measure").hidden = one.threshold === null || reply.silence !== ""; // a chance that nothing vouches for is not shown at a glance
+  at("measure").hidden = one.threshold === null || one.claims || reply.silence !== ""; // a chance that nothing vouches for is not shown at a glance
   at("mark").hidden = at("mark-label").hidden = one.risk === null;
   if (one.risk !== null) {
     place(at("mark"), one.threshold);
     place(at("mark-label"), Math.min(0.8, Math.max(0.2, one.threshold)));
     at("mark-label").textContent = `answers from ${percent(one.threshold)}`;
   }
-  const withheld = reply.parts.some((part) => !part.kept);
-  given = abstained ? reply.refusal : withheld ? reply.spoken : reply.best_guess;
+  const withheld = parts.some((part) => !part.kept);
+  given = abstained ? reply.refusal : withheld ? answers.kept(reply.best_guess, parts) : reply.best_guess;
   at("guess-title").textContent = abstained ? "Show the guess that it keeps back" : "Show what it keeps back";
   at("guess").hidden = !abstained && !withheld;
-  at("guess-text").replaceChildren(answers.shown(reply.best_guess, reply.parts, true));
-  at("guess-text").classList.toggle("long", answers.long(reply.best_guess, reply.parts));
-  at("guess-sentence").textContent = `${reply.sentence}${reservation}.`;
+  at("guess-text").replaceChildren(answers.shown(reply.best_guess, parts, true));
+  at("guess-text").classList.toggle("long", answers.long(reply.best_guess, parts));
+  at("guess-sentence").textContent = one.claims ? "" : `${reply.sentence}${reservation}.`;
   showSet(abstained);
   showReasoning(abstained || withheld);
   at("pieces-block").hidden = abstained || withheld || reply.silence !== "";

@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+server = pytest.importorskip(
+    "calibtrain.app.server", reason="FastAPI is not installed (pip install 'calibtrain[serve]')"
+)
 from calibtrain.pipeline.answer import REFUSAL
 from calibtrain.pipeline.promise import UNLIKE
 from calibtrain.pipeline.question import Shapes
@@ -65,7 +68,7 @@ def reply(text, **more):
     common = {
         "question": "q", "tokens": [], "refusal": "I do not know.", "silence": "", "promise": "Certified.", "limit": "",
         "confidence": 0.93, "word": "likely", "sentence": "It is likely to be right (93%)", "abstained": False,
-        "best_guess": text, "spoken": text, "reply": "", "parts": [], "prediction_set": None,
+        "best_guess": text, "reply": "", "parts": [], "prediction_set": None,
     }  # fmt: skip
     return common | more
 
@@ -84,33 +87,50 @@ def ask(page, answer):
     page.wait_for_selector("#result:not([hidden])")
 
 
-def test_claims_are_shaded_one_by_one_and_withheld_ones_are_not_shown(opened):  # noqa: F811
+@pytest.fixture
+def by_claims(monkeypatch):
+    """Levels whose thresholds, about 0.7, are those of single claims."""
+    shown = server._shown
+    monkeypatch.setattr(server, "_shown", lambda level: shown(level) | {"claims": True})
+
+
+def test_claims_are_shaded_one_by_one_and_withheld_ones_are_not_shown(by_claims, opened):  # noqa: F811
     page, text = opened(), "🦊 Lyon is in France. It has nine rivers. <b>It is old.</b>"
     characters = text
     claims = ["Lyon is in France.", "It has nine rivers.", "<b>It is old.</b>"]
     parts = [part("claim", one, characters.index(one), p, kept) for one, p, kept in zip(
-        claims, (0.97, 0.2, 0.45), (True, False, True), strict=True)]  # fmt: skip
+        claims, (0.97, 0.2, 0.95), (True, False, True), strict=True)]  # fmt: skip
     ask(page, reply(text, parts=parts))
-    assert page.inner_text("#answer") == "🦊 Lyon is in France. 97% [withheld] <b>It is old.</b> 45%"
+    assert page.inner_text("#answer") == "🦊 Lyon is in France. 97% [withheld] <b>It is old.</b> 95%"
     assert page.locator("#answer .claim").count() == 2
-    assert page.locator("#answer .claim.low").inner_text() == "<b>It is old.</b>"
     assert "rivers" not in page.inner_text("#result")
     assert page.inner_text("#state") == "Answered in part: 1 of 3 withheld"
     assert not page.is_visible("#pieces")  # which are pieces of all that it said
     page.click("#guess summary")
     assert "It has nine rivers. 20%" in page.inner_text("#guess-text")
+    assert page.locator("#guess-text .claim.low").inner_text() == "It has nine rivers."
+    assert page.inner_text("#reason").startswith("I give 2 of my 3 claims: those from 71% on")
+    assert page.inner_text("#promise").startswith("At most 10% of its replies hold a wrong claim.")
+    assert not page.is_visible("#measure")
+    ask(page, reply(text, question="r", parts=[one | {"probability": 0.1} for one in parts]))
+    page.wait_for_selector('#asked:text-is("r")')
+    assert page.inner_text("#answer") == REFUSAL
 
 
 def test_json_is_set_out_with_a_confidence_for_each_field(opened):  # noqa: F811
     page, text = opened(), '{"country":"France","population":"<b>"}'
     parts = [part("country", "France", 12, 0.9), part("population", "<b>", 34, 0.3, kept=False)]
-    ask(page, reply(text, parts=[parts[0] | {"kept": True}, parts[1] | {"kept": True}]))
+    ask(page, reply(text, parts=parts))
     assert page.inner_text("#answer pre") == '{\n  "country": "France",\n  "population": "<b>"\n}'
     assert page.locator("#answer tbody tr").count() == 2
     assert page.inner_text("#answer tbody tr >> nth=0").split("\t") == ["country", "France", "90%, likely"]
-    ask(page, reply(text, parts=parts))
-    page.wait_for_selector("#answer .withheld-row")
-    assert page.locator("#answer pre").count() == 0  # which would show what is withheld
+
+
+def test_json_of_which_a_part_is_withheld_is_not_set_out_whole(by_claims, opened):  # noqa: F811
+    page, text = opened(), '{"country":"France","population":"<b>"}'
+    ask(page, reply(text, parts=[part("country", "France", 12, 0.9), part("population", "<b>", 34, 0.3)]))
+    assert page.locator("#answer .withheld-row").count() == 1
+    assert page.locator("#answer pre").count() == 0
     assert "<b>" not in page.inner_text("#answer")
 
 
@@ -175,7 +195,7 @@ def test_a_conversation_goes_on_from_what_was_given_and_starts_anew(opened, answ
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_what_is_told_can_be_read(opened, scheme):  # noqa: F811
+def test_what_is_told_can_be_read(by_claims, opened, scheme):  # noqa: F811
     page = opened(scheme=scheme)
     claims = [part("claim", "a b", 0, 0.99), part("claim", "c", 4, 0.1, kept=False)]
     ask(page, reply("a b c", parts=claims, silence=UNLIKE))
