@@ -275,6 +275,9 @@ def answer(
     group: Annotated[
         str | None, typer.Option(help="Value of the stratum that `certify --by` certified, e.g. Africa.")
     ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="One of the options to choose from, where the task chooses; repeat it.")
+    ] = None,
     uncertified: Uncertified = False,
     engine: Engine = None,
     engine_model: EngineModel = None,
@@ -285,7 +288,7 @@ def answer(
     from calibtrain.pipeline.answer import load
 
     answerer = load(_trained(output_dir), source, uncertified=uncertified, engine=engine, engine_model=engine_model)
-    typer.echo(answerer.answer(question, group=group).told())
+    typer.echo(answerer.answer(question, group=group, options=option or ()).told())
 
 
 @app.command()

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-server = pytest.importorskip(
-    "calibtrain.app.server", reason="FastAPI is not installed (pip install 'calibtrain[serve]')"
-)
 from calibtrain.pipeline.answer import REFUSAL
 from calibtrain.pipeline.promise import UNLIKE
 from calibtrain.pipeline.question import Shapes
 from tests.unit.app.test_live import browser, opened, put  # noqa: F401
 
+server = pytest.importorskip(
+    "calibtrain.app.server", reason="FastAPI is not installed (pip install 'calibtrain[serve]')"
+)
 pytestmark = pytest.mark.peer
 HOSTILE = (
     "<script>document.title = 'owned'</script>",
