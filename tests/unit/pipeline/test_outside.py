@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from calibtrain.abstention.certificate import certify as certify_threshold
+from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.features import Fingerprint
 from calibtrain.confidence.outside import ALPHA, Outside
 from calibtrain.config_file import load_config
@@ -155,3 +158,29 @@ def test_another_source_takes_the_runs_detector(finished):
     assert list(parts) == [outside.FILE]
     facts, parts, known = outside.of_run(finished, Fingerprint("x", "y"))
     assert (facts["outside"]["n"], parts, known) == (0, {}, {})
+
+
+def test_a_certificate_of_the_questions_that_are_not_told_holds_for_later_ones_that_are_not():
+    """By simulation: the stranger a question, the more often its answer is wrong, at any confidence."""
+    rng, delta, broken, made = np.random.default_rng(0), 0.1, 0, 0
+    blank = Outside(np.zeros(1), np.ones((1, 1)), np.ones(1), 0.0, np.zeros(0), Fingerprint("w", "t"))
+
+    def drawn(n):
+        states, confidence = rng.exponential(1, (n, 1)), rng.uniform(0.5, 1, n)
+        return states, confidence, rng.random(n) < confidence * np.exp(-0.15 * states[:, 0])
+
+    later_states, later_confidence, later_right = drawn(100_000)
+    for _ in range(200):
+        states, confidence, right = drawn(300)
+        detector = replace(blank, held_out=np.sort(blank.scores(states)))
+        answers = [Answer(str(i), "?", "a", (0.0,), outside=p) for i, p in enumerate(detector.p_values(states))]
+        kept = outside.inside(answers)
+        assert len(kept) == 286  # a p-value below 0.05 needs a score above 15 others'
+        found = certify_threshold(confidence[kept], right[kept], 0.3, delta).certificate
+        if found is None:
+            continue
+        given = (detector.p_values(later_states) >= ALPHA) & (later_confidence >= found.threshold)
+        made += 1
+        broken += (~later_right[given]).mean() > 0.3
+    assert made > 50
+    assert broken / 200 <= delta + 3 * np.sqrt(delta * (1 - delta) / 200)
