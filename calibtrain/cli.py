@@ -282,12 +282,12 @@ def report(
 def answer(
     output_dir: OutputDir,
     question: Annotated[str, typer.Argument(help="In plain words.")],
-    option: Annotated[
-        list[str] | None, typer.Option(help="One to choose from, where the run's task is choice; give each.")
-    ] = None,
     source: Source = "likelihood",
     group: Annotated[
         str | None, typer.Option(help="Value of the stratum that `certify --by` certified, e.g. Africa.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="One of the options to choose from, where the task chooses; repeat it.")
     ] = None,
     uncertified: Uncertified = False,
     engine: Engine = None,

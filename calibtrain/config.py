@@ -240,6 +240,9 @@ class AbstentionConfig(Section):
     """Scale of the words for probabilities."""
     report_risks: tuple[Risk, ...] = (0.05, 0.1, 0.2, 0.3)
     """Risks at which the report states the coverage."""
+    outside: Literal["tell", "abstain", "ignore"] = "tell"
+    """A question unlike the graded ones: say that nothing is certified for it, or do not answer it, or do not look. With
+    `abstain` the certificate is for those that are like them alone."""
 
 
 class RunConfig(Section):

@@ -39,7 +39,15 @@ COLUMNS = {
 }
 RESULTS = (
     *("model", "adapter", "checkpoints", "answers", "probe", "sources", "confidence", "errors"),
-    *("metrics.jsonl", "calibration.json", "report.html", "spectra.json", "spectra.html", "run.json"),
+    *(
+        "metrics.jsonl",
+        "calibration.json",
+        "outside.safetensors",
+        "report.html",
+        "spectra.json",
+        "spectra.html",
+        "run.json",
+    ),
 )
 """What a run leaves behind that speaks of its model."""
 

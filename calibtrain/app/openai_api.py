@@ -1,7 +1,7 @@
 """The shapes of OpenAI's chat completions: what of a request is understood, and a Reply as its clients read it.
 
-What the certificate does not cover is refused, not ignored: it holds for one question without other messages, answered
-greedily. The confidence stands beside the answer in `calibtrain`.
+What the certificate does not cover is refused, not ignored: it holds for answers given greedily, to questions of the shape
+that was graded (`pipeline.question.Shapes`). The confidence stands beside the answer in `calibtrain`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from calibtrain.app.limits import Refusal
+from calibtrain.errors import UserError
 from calibtrain.pipeline.answer import REFUSAL, Reply
+from calibtrain.pipeline.question import Question, question_of
+from calibtrain.records import Message
 
-MESSAGES = "send one user message: the confidence is calibrated for a question without other messages"
 NEUTRAL: dict[str, tuple[Any, str]] = {
     "n": (1, "one answer is given"),
     "temperature": (0, "answers are greedy, as they were when their confidence was calibrated"),
@@ -60,6 +62,8 @@ ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 """What clients send by default -> values that ask for nothing, beside null and empty ones; any other is refused."""
+MOST = 256
+"""Messages or options in one request."""
 TOLD_NOTHING = ("seed", "user", "metadata", "safety_identifier", "prompt_cache_key")
 """Parameters that change no answer here, whatever they hold: nothing is drawn and nothing is kept."""
 
@@ -73,7 +77,7 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """A message; only a user's is answered."""
+    """A message; a user's, the last one, is answered."""
 
     model_config = ConfigDict(extra="forbid")
     role: str
@@ -100,11 +104,12 @@ class StreamOptions(BaseModel):
 
 
 class Choice(BaseModel):
-    """Our own part of a request: which certified risk to answer at, and the question's group where it is known."""
+    """Our own part of a request: which certified risk to answer at, the question's group where it is known, its options."""
 
     model_config = ConfigDict(extra="forbid")
     risk: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
     group: str | None = None
+    options: list[str] = Field(default=[], max_length=MOST)
 
 
 class ChatRequest(BaseModel):
@@ -112,7 +117,8 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: str
-    messages: list[ChatMessage]
+    messages: list[ChatMessage] = Field(max_length=MOST)
+    response_format: dict[str, Any] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
@@ -145,11 +151,9 @@ class ChatRequest(BaseModel):
             values["messages"] = [one for one in messages if not _says_nothing(one)]
         return values
 
-    def question(self) -> str:
-        """The one user message. Raises Refusal for anything else."""
-        if len(self.messages) != 1 or self.messages[0].role != "user":
-            raise Refusal(400, f"messages: {MESSAGES}", code="unsupported_value", param="messages")
-        return self.messages[0].text
+    def question(self) -> Question:
+        """What is asked. Raises Refusal for what no model can be asked."""
+        return asked_question(self.messages, self.calibtrain.options)
 
 
 class PageRequest(BaseModel):
@@ -157,6 +161,20 @@ class PageRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     question: str
+    before: list[ChatMessage] = Field(default=[], max_length=MOST)  # a system prompt, and turns of this conversation
+    options: list[str] = Field(default=[], max_length=MOST)
+
+    def asked(self) -> Question:
+        """What is asked. Raises Refusal for what no model can be asked."""
+        return asked_question([*self.before, ChatMessage(role="user", content=self.question)], self.options)
+
+
+def asked_question(messages: Sequence[ChatMessage], options: Sequence[str]) -> Question:
+    """The question in a request's messages and options. Raises Refusal for what no model can be asked."""
+    try:
+        return question_of([Message(one.role, one.text) for one in messages], options)
+    except UserError as error:
+        raise Refusal(400, f"messages: {error}", code="invalid_value", param="messages") from None
 
 
 def _without_empty(values: Any, keep: Collection[str]) -> Any:
@@ -200,14 +218,19 @@ def parse(kind: type[BaseModel], body: bytes) -> Any:
         raise Refusal(400, message, code=code, param=key or None) from None
 
 
-def check(request: ChatRequest, model: str, max_new_tokens: int) -> None:
-    """Raise Refusal for another model, and for parameters that would change how answers are made."""
+def check(request: ChatRequest, model: str, max_new_tokens: int, schema: Any = None) -> None:
+    """Raise Refusal for another model, and for parameters that would change how answers are made.
+
+    schema: the task's, where its answers are JSON; no other may be asked for.
+    """
     if request.model != model:
         raise Refusal(404, f"model: there is only {model!r} here", code="model_not_found", param="model")
     for name, (neutral, why) in NEUTRAL.items():
         value = getattr(request, name)
         if value is not None and value != neutral:
             raise Refusal(400, f"{name}: {why}; send {neutral} or leave it out", code="unsupported_value", param=name)
+    if request.response_format is not None:
+        _check_format(request.response_format, schema)
     for name in ("max_tokens", "max_completion_tokens"):
         value = getattr(request, name)
         if value is not None and value < max_new_tokens:
@@ -219,11 +242,26 @@ def check(request: ChatRequest, model: str, max_new_tokens: int) -> None:
             )
 
 
+def _check_format(asked: Mapping[str, Any], schema: Any) -> None:
+    """Raise Refusal for a format of replies that is not the task's own."""
+    own = schema is not None and asked.get("type") == "json_object"
+    if schema is not None and asked.get("type") == "json_schema":
+        named = asked.get("json_schema")
+        own = isinstance(named, Mapping) and named.get("schema") == schema
+    if not own:
+        why = "not supported" if schema is None else "answers keep to the schema of the run's task alone"
+        message = f'response_format: {why}; send {{"type": "text"}}, or leave it out'
+        raise Refusal(400, message, code="unsupported_value", param="response_format")
+
+
 def confidence_part(reply: Reply) -> dict[str, Any]:
     """What a reply says of itself: the `calibtrain` object, first of all what is certified and of which questions."""
     return {
         "promise": reply.promise,
         "limit": reply.limit,
+        "certified": reply.certified,
+        "unlike": reply.unlike,
+        "outside": reply.outside,
         "group": reply.group,
         "confidence": reply.probability,
         "word": reply.word,
@@ -231,6 +269,9 @@ def confidence_part(reply: Reply) -> dict[str, Any]:
         "abstained": reply.abstained,
         "reason": reply.reason,
         "best_guess": reply.text,
+        "reply": reply.said,
+        "parts": [asdict(part) for part in reply.parts],
+        "prediction_set": None if reply.prediction_set is None else list(reply.prediction_set),
         "threshold": reply.threshold,
         "risk": reply.risk,
         "source": reply.source,
@@ -243,7 +284,13 @@ def page_reply(reply: Reply) -> dict[str, Any]:
     """A reply for the page, which decides itself by the slider what to show of it."""
     tokens = [asdict(token) for token in reply.tokens]
     found = {**confidence_part(reply), "sentence": reply.sentence.removesuffix(reply.reservation)}
-    return {"question": reply.question, "tokens": tokens, "refusal": REFUSAL, **found}
+    own = {
+        "question": reply.question,
+        "tokens": tokens,
+        "refusal": REFUSAL,
+        "silence": reply.silence,
+    }
+    return {**own, **found}
 
 
 def completion(reply: Reply, request: ChatRequest) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from calibtrain.errors import UserError
 from calibtrain.pipeline.answer import Answerer, Reply
 from calibtrain.pipeline.evaluate import read_measurement
 from calibtrain.pipeline.promise import Level
+from calibtrain.pipeline.question import Question
 from calibtrain.pipeline.scope import at_least, at_most
 
 try:
@@ -64,7 +65,7 @@ def create_app(
     certificate is about, to try on the page.
     """
     limits = limits or Limits()
-    batcher: Batcher[str, Reply] = Batcher(answerer.guess, max_batch=limits.batch, max_waiting=limits.waiting)
+    batcher: Batcher[Question, Reply] = Batcher(answerer.guess, max_batch=limits.batch, max_waiting=limits.waiting)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -80,11 +81,15 @@ def create_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     app.add_middleware(AddHeaders, headers=SECURITY)
 
-    async def reply_to(request: Request, question: str, level: Level) -> Reply:
+    async def reply_to(request: Request, question: Question, level: Level) -> Reply:
+        param = "calibtrain.options" if question.options else "messages"
         try:
-            tokens = answerer.prompt_tokens(question)
+            tokens, uncovered = answerer.prompt_tokens(question), answerer.uncovered(question)
         except UserError as error:
-            raise Refusal(400, str(error), code="invalid_value", param="messages") from None
+            raise Refusal(400, str(error), code="invalid_value", param=param) from None
+        if uncovered and not answerer.uncertified:
+            allowed = "Whoever runs the server may allow it (--uncertified)."
+            raise Refusal(400, f"messages: {uncovered} {allowed}", code="unsupported_value", param=param)
         if tokens > limits.question_tokens:
             raise Refusal(
                 400,
@@ -131,12 +136,12 @@ def create_app(
     @app.post("/api/answer")
     async def answer(request: Request) -> dict[str, Any]:
         asked: PageRequest = parse(PageRequest, await request.body())
-        return page_reply(await reply_to(request, asked.question, answerer.default))
+        return page_reply(await reply_to(request, asked.asked(), answerer.default))
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request) -> Response:
         asked: ChatRequest = parse(ChatRequest, await request.body())
-        check(asked, name, answerer.max_new_tokens)
+        check(asked, name, answerer.max_new_tokens, answerer.loaded.template.task.schema)
         try:
             level = answerer.level(asked.calibtrain.risk, asked.calibtrain.group)
         except UserError as error:
@@ -175,6 +180,11 @@ def render_page(answerer: Answerer, name: str, examples: Sequence[str] = ()) -> 
         joint=1 - sum(certificate.delta for certificate in certificates),
         by=None if groups is None else groups.by,
         groups_delta=None if groups is None else groups.delta,
+        shapes=answerer.shapes,
+        run={
+            "conversations": answerer.shapes.conversations,
+            "answers_outside": answerer.uncertified or answerer.loaded.config.abstention.outside != "abstain",
+        },
         groups=[{"name": name, **_shown(level)} for name, level in answerer.promises.groups.items()],
         words=[{"name": word.name, "low": word.low, "high": word.high} for word in answerer.scale],
     )
@@ -189,6 +199,7 @@ def _shown(level: Level) -> dict[str, Any]:
         "promise": level.promise,
         "limit": level.limit,
         "reservation": level.reservation,
+        "claims": level.claims is not None,
     }
 
 

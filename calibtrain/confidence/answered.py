@@ -40,11 +40,15 @@ class Answered:
     answers: list[Answer]
     features: AnswerFeatures
     options: OptionFeatures | None = None  # where each answer is the likeliest of its options
+    asked: Tensor | None = (
+        None  # (N, H) float32 final states of the prompts' last tokens; None of an engine, or over ranks
+    )
 
     def select(self, rows: Tensor) -> Answered:
         """The answers at `rows` (K,) int64, in that order."""
         options = None if self.options is None else self.options.select(rows)
-        return Answered([self.answers[row] for row in rows.tolist()], self.features.select(rows), options)
+        asked = None if self.asked is None else self.asked[rows]
+        return Answered([self.answers[row] for row in rows.tolist()], self.features.select(rows), options, asked)
 
 
 def features_of_generations(generations: Sequence[Generation], correct: Sequence[bool | None]) -> AnswerFeatures:

@@ -37,6 +37,7 @@ class Generation:
     hidden: Tensor  # (K, H) final hidden states that predicted the kept tokens, before the calibrated scale; on CPU
     finished: bool  # False: cut at max_new_tokens
     hidden_start: int = 0  # the first kept token; K = len(tokens) where nothing was said about which are kept
+    asked: Tensor | None = None  # (H,) the prompt's last state, which predicted the first token; None without any
 
 
 @torch.no_grad()
@@ -279,7 +280,7 @@ def _kept(one: Generation, keep: Keep | None, prompt: int) -> Generation:
     if keep is None:
         return one
     start, stop = keep(prompt, one.tokens)
-    return replace(one, hidden=one.hidden[start:stop].clone(), hidden_start=start)
+    return replace(one, hidden=one.hidden[start:stop].clone(), hidden_start=start, asked=one.hidden[0].clone())
 
 
 def _read_prefix(

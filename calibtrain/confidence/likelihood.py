@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calibtrain.confidence.answer import Answer, AnswerPart
 from calibtrain.confidence.answered import Answered, features_of_generations
@@ -120,7 +121,14 @@ def graded_answers(
         )
         for record, reply, grade, span, whole in zip(records, replies, grades, spans, generations, strict=True)
     ]
-    return Answered(answers, features_of_generations(spans, [one.correct for one in answers]))
+    spanned = features_of_generations(spans, [one.correct for one in answers])
+    return Answered(answers, spanned, asked=_asked(generations))
+
+
+def _asked(generations: Sequence[Generation]) -> Tensor | None:
+    """The states that predicted each reply's first token; None where a server keeps them."""
+    states = [one.asked.float() for one in generations if one.asked is not None]
+    return torch.stack(states) if states and len(states) == len(generations) else None
 
 
 def tokens_of(generation: Generation, indices: Sequence[int]) -> Generation:

@@ -99,7 +99,9 @@ def answer_options(
         )
     ]
     every = OptionFeatures(features_of_generations(flat, [None] * len(flat)), owner, mean=task.option_score == "mean")
-    return Answered(answers, features_of_generations(chosen, [one.correct for one in answers]), every)
+    # A prompt's last state predicts the first token of each of its options.
+    asked = torch.stack([options[0].hidden[0].float() for options in scored]) if scored else None
+    return Answered(answers, features_of_generations(chosen, [one.correct for one in answers]), every, asked)
 
 
 @torch.no_grad()

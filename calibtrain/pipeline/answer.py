@@ -8,25 +8,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from calibtrain.abstention.certificate import Certificate
 from calibtrain.abstention.claims import ClaimsCertificate
 from calibtrain.abstention.words import Scale, percent, phrase, scale_of, word_for
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.outside import ALPHA, Outside
 from calibtrain.confidence.scorer import Scorer, before_answering
 from calibtrain.confidence.source import Cost
 from calibtrain.config_file import load_config
-from calibtrain.data.values import unreadable
 from calibtrain.errors import UserError
 from calibtrain.pipeline.answer_parts import part_probabilities
 from calibtrain.pipeline.calibration_file import LIKELIHOOD, Calibrated, read_calibration, weights_hash
 from calibtrain.pipeline.confidence import asker_of
 from calibtrain.pipeline.engine import load_served
 from calibtrain.pipeline.evaluate import Answering, Loaded
-from calibtrain.pipeline.promise import Level, Promises
+from calibtrain.pipeline.outside import read as read_outside
+from calibtrain.pipeline.promise import UNLIKE, Level, Promises
+from calibtrain.pipeline.question import Asked, Question, check_text, question_of, record_of
 from calibtrain.pipeline.scope import at_least, at_most, plain
 from calibtrain.pipeline.source import check_calibrated, load_scorer
-from calibtrain.records import Message, Record
+from calibtrain.records import Record
 
 REFUSAL = "I do not know."
 
@@ -82,6 +87,15 @@ class Reply:
     )
     parts: tuple[ReplyPart, ...] = ()  # in order; () where an answer is right or wrong as a whole
     claims: ClaimsCertificate | None = None  # what `threshold` and `risk` are of, where claims are withheld one by one
+    outside: float | None = None  # p-value of "the question is like the graded ones"; None: not looked at
+    uncovered: str = ""  # why no certificate covers a question of this shape
+    silence: str = ""  # why the certificate says nothing of this question; "" where it speaks
+    said: str = ""  # the whole reply, where the answer is a part of it (a chain of thought) or written otherwise
+
+    @property
+    def unlike(self) -> bool:
+        """Whether the question is told to be unlike those that were graded."""
+        return self.outside is not None and self.outside < ALPHA
 
     @property
     def spoken(self) -> str:
@@ -98,28 +112,38 @@ class Reply:
                 line = "\n".join([plain(self.spoken, 2000) if self.claims else line, *map(_told, self.parts)])
         elif self.claims is not None:
             line = f"{self.spoken} (all {len(self.parts)} claims are withheld)"
-        elif self.threshold is None:
+        elif self.threshold is None or self.probability >= self.threshold:
             line = self.spoken
         else:
             chance, threshold = percent(self.probability), percent(self.threshold)
-            line = f"{self.spoken} (best guess at {chance}, below the threshold {threshold})"
+            line = f"{self.spoken} (best guess at {chance}{self.reservation}, below the threshold {threshold})"
         return f"{self.promise}\n{line}\n{self.limit}"
 
 
 class Answerer:
     """The model and calibration of a finished run; `scorer` where the confidence is not the answer's likelihood.
 
-    loaded: the run's model, or the server of one (without `scorer`, which reads hidden states).
+    loaded: the run's model, or the server of one (without `scorer` and `outside`, which read hidden states). outside: what
+    tells questions unlike the graded ones.
     uncertified: without a certificate answer everything instead of nothing; whoever runs the model decides that.
     """
 
     def __init__(
-        self, loaded: Answering, calibrated: Calibrated, scorer: Scorer | None = None, *, uncertified: bool = False
+        self,
+        loaded: Answering,
+        calibrated: Calibrated,
+        scorer: Scorer | None = None,
+        *,
+        outside: Outside | None = None,
+        uncertified: bool = False,
     ) -> None:
         self.loaded = loaded
         self.calibrated = calibrated
         loaded.graded = False
         self.scorer = scorer
+        self.outside = outside
+        self.uncertified = uncertified
+        self.shapes = calibrated.shapes
         self.source = LIKELIHOOD if scorer is None else scorer.name
         self.promises = Promises(calibrated, uncertified=uncertified)
         self.default = self.promises.default
@@ -136,15 +160,15 @@ class Answerer:
         return self.promises.level(risk, group)
 
     def answer(
-        self, question: str, *, risk: float | None = None, group: str | None = None, options: Sequence[str] = ()
+        self, question: Asked, *, risk: float | None = None, group: str | None = None, options: Sequence[str] = ()
     ) -> Reply:
-        """Reply to one question: `answers` of one, with its group where that is known, and the options it brings."""
+        """Reply to one question, as text or messages: `answers` of one, with its group where known, and its options."""
         level = self.level(risk, group)
-        return self.decide(self.guess([question], options=[options])[0], level)
+        return self.decide(self.guess([question_of(question, options)])[0], level)
 
     def answers(
         self,
-        questions: Sequence[str],
+        questions: Sequence[Asked],
         *,
         risk: float | None = None,
         groups: Sequence[str | None] | None = None,
@@ -156,18 +180,27 @@ class Answerer:
         that `certify --by` named, None where it is not known; a group is answered by its own certificate or not at all.
         options: of each question, those to choose from, where the run's task is to choose.
         Without a certificate it abstains from everything, unless loaded with uncertified=True. In bf16 a probability may
-        differ by rounding from the one that the question gets alone. Raises UserError for an empty question, a risk that
-        is not certified, and groups where none are.
+        differ by rounding from the one that the question gets alone. A question unlike the graded ones, or of a shape that
+        none of them had, is told so, and nothing is promised of it. Raises UserError for an empty question, a risk that is
+        not certified, and groups where none are.
         """
         named = [None] * len(questions) if groups is None else list(groups)
         if len(named) != len(questions):
             raise UserError(f"groups: {len(named)} for {len(questions)} questions; give one each, None where not known")
         levels = [self.level(risk, group) for group in named]
-        guesses = self.guess(questions, options=options)
+        given = [()] * len(questions) if options is None else list(options)
+        if len(given) != len(questions):
+            raise UserError(f"options: {len(given)} for {len(questions)} questions; give those of each, () where none")
+        guesses = self.guess([question_of(one, some) for one, some in zip(questions, given, strict=True)])
         return [self.decide(reply, level) for reply, level in zip(guesses, levels, strict=True)]
 
     def decide(self, reply: Reply, level: Level) -> Reply:
         """The same guess under another level: whether it is given and why, and what is promised of it."""
+        if reply.uncovered:
+            level = self.promises.silent(level, reply.uncovered, answers=False)
+        elif reply.unlike:
+            tells = self.loaded.config.abstention.outside != "abstain"
+            level = self.promises.silent(level, UNLIKE, answers=tells)
         abstained = not reply.probability >= level.threshold  # so that a NaN abstains
         kept = [not abstained] * len(reply.parts)
         if level.claims is not None:
@@ -182,28 +215,35 @@ class Answerer:
             limit=level.limit,
             abstained=abstained,
             reason=_reason(reply.probability, level, abstained, kept),
-            threshold=level.threshold if level.certified else None,
+            threshold=level.threshold if level.certified or (level.silent and 0 < level.threshold < math.inf) else None,
             risk=level.risk,
             certified=level.certified,
             certificate=level.certificate,
             group=level.group,
             parts=parts,
             claims=level.claims,
+            silence="" if not level.silent else reply.uncovered or UNLIKE,
         )
 
-    def prompt_tokens(self, question: str, *, options: Sequence[str] = ()) -> int:
-        """Tokens of the prompt that a question makes. Raises UserError for a question that `guess` would refuse."""
-        return len(self.loaded.template.prompt_ids(self._record(question, options)))
+    def uncovered(self, question: Asked) -> str:
+        """Why no certificate covers a question of this shape, as a sentence; "" where one does."""
+        return self.shapes.uncovered(self._completed(question))
 
-    def guess(self, questions: Sequence[str], *, options: Sequence[Sequence[str]] | None = None) -> list[Reply]:
-        """Best guesses for `decide` to judge: as they come they are withheld. `options` as in `answers`."""
-        given = [()] * len(questions) if options is None else list(options)
-        if len(given) != len(questions):
-            raise UserError(f"options: {len(given)} for {len(questions)} questions; give those of each, () where none")
-        records = [self._record(question, some) for question, some in zip(questions, given, strict=True)]
+    @property
+    def takes_options(self) -> bool:
+        """Whether graded questions had options to choose from."""
+        return self.shapes.options
+
+    def prompt_tokens(self, question: Asked) -> int:
+        """Tokens of the prompt that a question makes. Raises UserError for a question that `guess` would refuse."""
+        return len(self.loaded.template.prompt_ids(self._record(question)))
+
+    def guess(self, questions: Sequence[Asked]) -> list[Reply]:
+        """Best guesses for `decide` to judge: as they come they are withheld."""
+        records = [self._record(question) for question in questions]
         if not records:
             return []
-        answers, scores, cost = self._scored(records)
+        answers, scores, cost, outside = self._scored(records)
         probabilities = self.calibrated.calibrator.apply(scores).tolist()
         parts = self._parts(answers)
         return [
@@ -229,13 +269,24 @@ class Answerer:
                 tokens_read=float(tokens),
                 prediction_set=self._set(answer),
                 parts=pieces,
+                outside=p_value,
+                uncovered=self.uncovered(question),
+                said=answer.reply,
             )
-            for record, answer, probability, passes, tokens, pieces in zip(
-                records, answers, probabilities, cost.forward_passes, cost.tokens, parts, strict=True
+            for question, record, answer, probability, passes, tokens, pieces, p_value in zip(
+                questions,
+                records,
+                answers,
+                probabilities,
+                cost.forward_passes,
+                cost.tokens,
+                parts,
+                outside,
+                strict=True,
             )
         ]
 
-    def foresee(self, questions: Sequence[str]) -> list[float]:
+    def foresee(self, questions: Sequence[Asked]) -> list[float]:
         """P(IK): calibrated chances that it will answer rightly, one pass over each question, before any answer is made.
 
         Raises UserError unless the run was loaded with source="p_ik".
@@ -268,35 +319,41 @@ class Answerer:
             for answer, chances in zip(answers, part_probabilities(calibrators, answers), strict=True)
         ]
 
-    def _scored(self, records: Sequence[Record]) -> tuple[list[Answer], Any, Cost]:
-        """Answers, what their calibrator reads, and what that cost beside them."""
+    def _scored(self, records: Sequence[Record]) -> tuple[list[Answer], Any, Cost, Sequence[float | None]]:
+        """Answers, what their calibrator reads, what that cost beside them, and the p-values of their questions."""
         if self.scorer is None:
             measurement = self.loaded.measure(records)
             scores = measurement.scores(self.loaded.config.calibration.domain)
-            return measurement.answers, scores, Cost.none(len(records))
+            return (
+                measurement.answers,
+                scores,
+                Cost.none(len(records)),
+                self._p_values(measurement.states, len(records)),
+            )
         loaded = self._own()
         answered = loaded.answer(records)
         found = self.scorer.score(asker_of(loaded), records, answered)
-        return answered.answers, found.values, found.cost
+        states = None if answered.asked is None else answered.asked.numpy()
+        return answered.answers, found.values, found.cost, self._p_values(states, len(records))
+
+    def _p_values(self, states: NDArray[np.float32] | None, n: int) -> Sequence[float | None]:
+        if self.outside is None or states is None:
+            return [None] * n
+        return [float(one) for one in self.outside.p_values(states)]
 
     def _own(self) -> Loaded:
         """The run's model in this process, which alone has hidden states."""
         assert isinstance(self.loaded, Loaded)
         return self.loaded
 
-    def _record(self, question: str, options: Sequence[str] = ()) -> Record:
-        question, given = question.strip(), tuple(one.strip() for one in options)
-        for what, text in [("question", question), *(("option", one) for one in given)]:
-            if not text:
-                raise UserError(f"the {what} is empty")
-            if half := unreadable(text):
-                raise UserError(f"the {what} holds {half}, half of a character, which no tokenizer can read")
-            for token in self.control_tokens:
-                if token in text:
-                    raise UserError(
-                        f"the {what} contains {token!r}, which the model reads as a control token; leave it out"
-                    )
-        return self.loaded.template.task.asked(Record(prompt=(Message("user", question),), options=given))
+    def _completed(self, question: Asked) -> Question:
+        """As the graded questions were asked: under their system prompt, where they had one."""
+        return self.shapes.completed(question_of(question))
+
+    def _record(self, question: Asked) -> Record:
+        completed = self._completed(question)
+        check_text(completed, self.control_tokens)
+        return record_of(completed, self.loaded.template.task)
 
 
 def load(
@@ -325,11 +382,12 @@ def load(
         raise UserError(f"{folder}: no exported model (model/config.json); train first")
     check_calibrated(folder, source)  # before the model is loaded
     loaded = Loaded(config, folder / "model")
-    scorer = None
-    if source != LIKELIHOOD:
-        scorer = load_scorer(folder, source, Fingerprint(weights_hash(folder / "model"), loaded.template.hash))
+    fingerprint = Fingerprint(weights_hash(folder / "model"), loaded.template.hash)
+    scorer = None if source == LIKELIHOOD else load_scorer(folder, source, fingerprint)
     calibrated = read_calibration(folder, template_hash=loaded.template.hash, source=source)
-    return Answerer(loaded, calibrated, scorer, uncertified=uncertified)
+    watched = config.abstention.outside != "ignore"
+    detector = read_outside(folder, calibrated.outside, fingerprint) if watched else None
+    return Answerer(loaded, calibrated, scorer, outside=detector, uncertified=uncertified)
 
 
 def _tokens(answer: Answer) -> tuple[Token, ...]:
@@ -365,6 +423,9 @@ def _reason(probability: float, level: Level, abstained: bool, kept: Sequence[bo
             f"least {at_least(1 - level.claims.target_risk)} of my replies hold no wrong claim."
         )
     chance = f"My best guess has a {percent(probability)} chance of being right"
+    if level.silent:
+        rule = f"I answer from {percent(level.threshold)} on" if level.threshold else "I answer whatever the chance"
+        return f"{chance}{level.reservation}; {rule}, but how often that is wrong here is not known."
     if level.certificate is None or level.risk is None:
         return f"{chance}. No threshold is certified, so I answer whatever the chance."
     mine = "my answers" if level.group is None else f"my answers about {plain(level.group)}"

@@ -19,11 +19,13 @@ from calibtrain.calibration.intervals import sample_ids
 from calibtrain.calibration.parts import PartCalibrators
 from calibtrain.calibration.unlabelled import fit_base_alignment
 from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.outside import Outside
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
-from calibtrain.pipeline import answer_parts
+from calibtrain.pipeline import answer_parts, outside
 from calibtrain.pipeline.audit import FILE as AUDIT_FILE
 from calibtrain.pipeline.audit import Audit, audit_of, matched, read_audit
 from calibtrain.pipeline.calibration_file import (
@@ -40,9 +42,11 @@ from calibtrain.pipeline.evaluate import (
     measured_again,
     move_measurement,
     with_progress,
+    write_measurement,
 )
 from calibtrain.pipeline.judged import audit_lines, judged_claims
 from calibtrain.pipeline.prepare import prepare
+from calibtrain.pipeline.question import shapes_of
 from calibtrain.pipeline.scope import at_most, plain, scope_of
 from calibtrain.records import Record
 from calibtrain.tasks.kinds import task_of
@@ -67,9 +71,13 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
     hashes = (loaded.template.hash, weights_hash(model))
     answers, measured = output_dir / "answers", {}
     read_audit(output_dir / AUDIT_FILE)  # a mistake in it is told before anything is answered
+    mark = made_by(hashes[1], hashes[0])
     for split in SPLITS:
-        path = answers / f"{split}.new.jsonl"
-        measured[split] = measured_again(loaded, prepared.splits[split], path, made_by(hashes[1], hashes[0]), split)
+        measured[split] = measured_again(loaded, prepared.splits[split], answers / f"{split}.new.jsonl", mark, split)
+    detector, why = detector_of(config, {split: one.states for split, one in measured.items()}, *hashes)
+    if detector is not None:
+        measured["certification"] = outside.marked(measured["certification"], detector)
+        write_measurement(measured["certification"], answers / "certification.new.jsonl", mark)
     fitting = measured["temperature"]
     if config.calibration.method == "base_alignment":
         base = with_progress(Loaded(config), prepared.splits["temperature"], prepared.shots, "answering with the base")
@@ -83,14 +91,28 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
     audit = audit_of(config, held_out.answers, output_dir)
     calibrated = certified(config, calibrator, held_out, certificate_risk, certificate_delta, parts=parts, audit=audit)
     stays = keeps_earlier(output_dir, calibrated, template_hash=hashes[0])
-    facts = {"fitted_on": file_hash(answers / "temperature.new.jsonl")}
+    facts = {
+        "fitted_on": file_hash(answers / "temperature.new.jsonl"),
+        "shapes": shapes_of(prepared.splits["certification"]).as_dict(),
+        **outside.facts(detector, why),
+    }
     for split in SPLITS:
         move_measurement(answers / f"{split}.new.jsonl", None if stays else answers / f"{split}.jsonl")
     if not stays:
+        facts["parts"] = outside.write(detector, output_dir)
         data_hashes = {split: data_hash(prepared.splits[split]) for split in measured}
         write_calibration(output_dir / "calibration.json", calibrated, config, data_hashes, facts)
-    show(calibrated, output_dir / "calibration.json", written=not stays)
+    show(calibrated, output_dir / "calibration.json", written=not stays, note=outside.told(detector, why))
     return calibrated
+
+
+def detector_of(
+    config: RunConfig, states: Mapping[str, NDArray[np.float32] | None], template_hash: str, model_hash: str
+) -> tuple[Outside | None, str]:
+    """The detector of questions unlike the graded ones, where the config wants one; else None and why."""
+    if config.abstention.outside == "ignore":
+        return None, "abstention.outside: ignore"
+    return outside.fit(states, Fingerprint(model_hash, template_hash))
 
 
 def check_strata(config: RunConfig, splits: Mapping[str, Sequence[Record]]) -> None:
@@ -179,6 +201,9 @@ def certified_claims(
     audit: Audit | None = None,
 ) -> Calibrated:
     """The same for calibrated confidences (N,) of any source."""
+    if config.abstention.outside == "abstain":
+        kept = outside.inside(answers)
+        confidence, answers = confidence[kept], [answers[place] for place in kept]
     if task_of(config.task).judged:
         audit = audit or matched(None, answers, config.output_dir)
         return judged_claims(config, calibrator, confidence, answers, target_risk, delta, file, audit)
@@ -246,8 +271,8 @@ def _by_group(
     return replace(certify_groups(confidence[named], correct[named], names, target_risk, delta), by=by)
 
 
-def show(calibrated: Calibrated, path: Path, *, written: bool) -> None:
-    """Print the calibrator, what is certified and of which questions, and whether it was written."""
+def show(calibrated: Calibrated, path: Path, *, written: bool, note: str = "") -> None:
+    """Print the calibrator, what is certified and of which questions, a note, and whether it was written."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -287,6 +312,8 @@ def show(calibrated: Calibrated, path: Path, *, written: bool) -> None:
             f"prediction sets: at most {sets.alpha:.0%} of them miss the right option, in expectation (n={sets.n}, "
             f"{sets.score}); {'too few questions: all options are in each' if sets.threshold is None else size}"
         )
+    if note:
+        console.print(note, markup=False)
     if not written:
         console.print(f"nothing is written: {path} stays as it was", markup=False)
         return

@@ -23,6 +23,7 @@ from calibtrain.calibration.parts import PartCalibrators
 from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
+from calibtrain.pipeline.question import Shapes
 from calibtrain.pipeline.scope import Scope
 
 LIKELIHOOD = "likelihood"
@@ -43,6 +44,8 @@ class Calibrated:
     audit: Mapping[str, Any] | None = None  # where a judge graded: what a person's audit says of it
     parts: PartCalibrators | None = None  # where answers are made of parts
     claims: dict[float, ClaimsCertification] = field(default_factory=dict)  # by risk, the asked one first
+    outside: int = field(default=0, compare=False)  # held-out questions by which others are told; 0: they are not
+    shapes: Shapes = field(default=Shapes(), compare=False)  # of the questions that were graded
 
     @property
     def promised(self) -> bool:
@@ -217,6 +220,8 @@ def calibrated_of(content: Mapping[str, Any], calibrator: Calibrator) -> Calibra
         ),
         claims={one["target_risk"]: ClaimsCertification.from_dict(one) for one in content.get("claims", ())},
         audit=content.get("audit"),
+        outside=int((content.get("outside") or {}).get("n", 0)),
+        shapes=Shapes.from_dict(content.get("shapes") or {}),
     )
 
 

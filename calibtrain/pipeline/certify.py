@@ -9,6 +9,7 @@ from pathlib import Path
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
+from calibtrain.pipeline import outside
 from calibtrain.pipeline.audit import audit_of
 from calibtrain.pipeline.calibrate import certified, show
 from calibtrain.pipeline.calibration_file import Calibrated, claims, file_hash, made_by, read_calibration, write_json
@@ -66,6 +67,10 @@ def run(
         content |= claims(calibrated)
         if answers is not None:
             content["data_hashes"]["certification"] = file_hash(answers)
+            content |= outside.facts(
+                None, f"it is certified on {answers.name}, without the hidden states of its questions"
+            )
+            content["parts"].pop(outside.FILE, None)
         write_json(target, content)
     show(calibrated, target, written=not calibrated.failures)
     return calibrated

@@ -146,6 +146,7 @@ def report_data(output_dir: Path) -> ReportData:
         composition=[] if composition is None else composition_rows(composition),
         composition_verdict="" if composition is None else composition.verdict,
         scope=calibrated.scope,
+        outside=calibrated.outside,
         group_risks=risks,
         groups=calibrated.groups,
         audit=calibrated.audit,

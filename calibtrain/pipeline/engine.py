@@ -17,6 +17,7 @@ from calibtrain.config_file import load_config
 from calibtrain.data.summary import data_hash
 from calibtrain.engines import Identity
 from calibtrain.errors import UserError
+from calibtrain.pipeline import outside
 from calibtrain.pipeline.answer_parts import fit_answer_parts
 from calibtrain.pipeline.calibrate import SPLITS, certified, check_strata, show
 from calibtrain.pipeline.calibration_file import (
@@ -28,6 +29,7 @@ from calibtrain.pipeline.calibration_file import (
 )
 from calibtrain.pipeline.evaluate import measured_again, move_measurement
 from calibtrain.pipeline.prepare import prepare
+from calibtrain.pipeline.question import shapes_of
 from calibtrain.pipeline.served import Served
 
 SOURCE = "engine"
@@ -80,13 +82,16 @@ def run(
         "source": SOURCE,
         "engine": served.identity.as_dict(),
         "fitted_on": file_hash(answers / "temperature.new.jsonl"),
+        "shapes": shapes_of(prepared.splits["certification"]).as_dict(),
+        **outside.facts(None, outside.SERVED),
     }
     for split in SPLITS:
         move_measurement(answers / f"{split}.new.jsonl", None if stays else answers / f"{split}.jsonl")
     if not stays:
         hashes = {split: data_hash(prepared.splits[split]) for split in SPLITS}
         write_calibration(folder / "calibration.json", calibrated, config, hashes, facts)
-    show(calibrated, folder / "calibration.json", written=not stays)
+    note = outside.told(None, outside.SERVED)
+    show(calibrated, folder / "calibration.json", written=not stays, note=note)
     return calibrated
 
 

@@ -43,6 +43,7 @@ class Measurement:
     table: NDArray[np.float64]  # (answers, temperatures); (answers, 0) of an engine, which tells temperature 1 alone
     tokens: TokenScores | None = None  # kept for calibration.method: adaptive_temperature alone
     made_by: str | None = None  # mark of the model and template that gave all of them, where a file says so
+    states: NDArray[np.float32] | None = None  # (answers, H): `Answered.asked`; not in a file
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -130,9 +131,10 @@ class Loaded:
             )
         answered = self.answer(records, shots, on_batch)
         features = answered.features
+        asked = None if answered.asked is None else answered.asked.numpy()
         if not by_token:
             whole = answer_table(self.model, answered, TEMPERATURE_GRID, self.device)
-            return Measurement(answered.answers, whole.numpy())
+            return Measurement(answered.answers, whole.numpy(), states=asked)
         if answered.options is not None:
             raise UserError(
                 "calibration.method: adaptive_temperature reads the tokens of generated answers, and these are chosen among "
@@ -142,7 +144,8 @@ class Loaded:
         owner = features.sequence_ids.numpy()
         table = np.zeros((len(answered.answers), len(TEMPERATURE_GRID)))
         np.add.at(table, owner, per_token)
-        return Measurement(answered.answers, table, TokenScores(per_token, features.hidden.float().numpy(), owner))
+        tokens = TokenScores(per_token, features.hidden.float().numpy(), owner)
+        return Measurement(answered.answers, table, tokens, states=asked)
 
 
 def run(
@@ -214,7 +217,7 @@ def measured_again(loaded: Answering, records: Sequence[Record], path: Path, mad
     found = left or with_progress(loaded, records, (), f"answering {split}")
     write_measurement(found, path, made_by)
     loaded.template.task.settle()
-    return read_measurement(path)
+    return replace(read_measurement(path), states=found.states)
 
 
 def _left_ungraded(loaded: Answering, records: Sequence[Record], path: Path, made_by: str) -> Measurement | None:

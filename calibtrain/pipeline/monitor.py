@@ -3,7 +3,8 @@
 One line of the audit log is one question, in the order asked: {"abstained": false, "correct": true}; the grade of a
 refused one may be null. The log may grow, or go on in another file: what was counted is kept in monitor.json, so that each
 line counts once. Lines that also hold the `confidence` of a graded answer, and the `word` where it was logged, are held
-against what the words promise.
+against what the words promise. Of lines with the reply's `outside`, the p-value of the question, it counts those told to be
+unlike the graded ones, with an alarm where they are more than such questions as were graded would bring.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from calibtrain.abstention.certificate import Certificate
 from calibtrain.abstention.monitor import RiskAlarm
 from calibtrain.abstention.words import Scale, WordAudit, audit_words, scale_of, word_for
 from calibtrain.calibration.intervals import wilson
+from calibtrain.confidence.outside import ALPHA, largest_share
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
@@ -36,11 +38,13 @@ class Service:
     n_new: int  # of them counted by this call
     restarted: bool  # the certificate is another than the last call's
     words: tuple[WordAudit, ...] = ()  # of this log's graded confidences; empty without any
+    outside: RiskAlarm | None = None  # fed with whether questions were told to be outside; None without any
 
     @property
     def failed(self) -> bool:
-        """Whether the certificate or a word no longer keeps its promise."""
-        return self.alarm.fired or not all(word.holds for word in self.words)
+        """Whether the certificate or a word no longer keeps its promise, or too many questions are unlike the graded."""
+        strange = self.outside is not None and self.outside.fired
+        return self.alarm.fired or strange or not all(word.holds for word in self.words)
 
     @property
     def refusal_rate(self) -> float:
@@ -61,7 +65,8 @@ def run(output_dir: Path, audited: Path, *, source: str | None = None, uncertifi
     without lines or whose counted ones have changed, and where nothing is certified.
     """
     abstention = load_config(output_dir / "config.yaml").abstention
-    certificate = read_calibration(output_dir, source=source).certification.certificate
+    calibrated = read_calibration(output_dir, source=source)
+    certificate = calibrated.certification.certificate
     folder = source_folder(output_dir, source)
     if certificate is None and not uncertified:
         raise UserError(
@@ -83,13 +88,28 @@ def run(output_dir: Path, audited: Path, *, source: str | None = None, uncertifi
     alarm = RiskAlarm.from_json(json.dumps(state["alarm"])) if goes_on else RiskAlarm(risk, delta)
     if (alarm.target_risk, alarm.delta) != (risk, delta):
         raise UserError(f"{folder / STATE}: its alarm is for another risk; delete it to count from the start")
-    alarm.observe_all(not correct for abstained, correct in rows if not abstained)
+    alarm.observe_all(not correct for abstained, correct, _ in rows if not abstained)
+    outside = _outside(state if goes_on else {}, calibrated.outside, delta)
+    outside.observe_all(p_value < ALPHA for *_, p_value in rows if p_value is not None)
     words = _words(audited, lines, scale_of(abstention.words))
-    service = Service(alarm, (state["n"] if goes_on else 0) + len(rows), len(rows), restarted, words)
+    service = Service(
+        alarm, (state["n"] if goes_on else 0) + len(rows), len(rows), restarted, words, outside if outside.n else None
+    )
     logs[audited.name] = {"lines": len(lines), "sha256": _hash(lines)}
-    write_json(folder / STATE, {"certificate": key, "n": service.n, "logs": logs, "alarm": alarm.as_dict()})
+    kept = {"certificate": key, "n": service.n, "logs": logs, "alarm": alarm.as_dict(), "outside": outside.as_dict()}
+    write_json(folder / STATE, kept)
     _print(service, certificate)
     return service
+
+
+def _outside(state: dict[str, Any], n: int, delta: float) -> RiskAlarm:
+    """Alarm over the share of questions told to be outside.
+
+    Half of delta is for what `n` held-out questions leave open of the share that such questions bring, half for the alarm.
+    """
+    if state.get("outside"):
+        return RiskAlarm.from_json(json.dumps(state["outside"]))
+    return RiskAlarm(largest_share(n, delta / 2), delta / 2)
 
 
 def _lines(path: Path) -> list[str]:
@@ -117,8 +137,8 @@ def _counted(path: Path, lines: list[str], logs: dict[str, Any]) -> int:
     return int(known["lines"])
 
 
-def _rows(path: Path, lines: list[str], counted: int) -> list[tuple[bool, bool]]:
-    """(abstained, correct) of each new line."""
+def _rows(path: Path, lines: list[str], counted: int) -> list[tuple[bool, bool, float | None]]:
+    """(abstained, correct, p-value of the question or None) of each new line."""
     rows = []
     for number, line in enumerate(lines[counted:], start=counted + 1):
         if not line.strip():
@@ -134,7 +154,10 @@ def _rows(path: Path, lines: list[str], counted: int) -> list[tuple[bool, bool]]
             raise UserError(f"{path}:{number}: `abstained` is {abstained!r}; say true or false")
         if not isinstance(correct, bool) and not (abstained and correct is None):
             raise UserError(f"{path}:{number}: `correct` is {correct!r}; grade each given answer true or false")
-        rows.append((abstained, bool(correct)))
+        outside = row.get("outside")
+        if outside is not None and (type(outside) not in (int, float) or not 0 <= outside <= 1):
+            raise UserError(f"{path}:{number}: `outside` is {outside!r}; give the reply's p-value in [0, 1], or null")
+        rows.append((abstained, bool(correct), outside))
     return rows
 
 
@@ -167,7 +190,8 @@ def _read(path: Path) -> dict[str, Any]:
             int(log["lines"]), str(log["sha256"])
         if type(state["n"]) is not int or state["n"] < int(state["alarm"]["n"]):
             raise ValueError("impossible counts")
-        return {name: state[name] for name in ("certificate", "n", "logs", "alarm")}
+        kept = {name: state[name] for name in ("certificate", "n", "logs", "alarm")}
+        return {**kept, "outside": state.get("outside")}  # earlier versions did not count it
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it to count from the start") from error
 
@@ -206,6 +230,16 @@ def _print(service: Service, certificate: Certificate | None) -> None:
         console.print(f"no answer that was given has been audited: nothing is known of {what}", style="yellow")
     else:
         console.print(f"no alarm: nothing speaks against {what} (p = {alarm.p_value:.2g})")
+    if (strange := service.outside) is not None:
+        low, high = wilson(strange.n_wrong, strange.n)
+        said = f"unlike the graded questions: {strange.n_wrong} of {strange.n} ({low:.1%} to {high:.1%})"
+        bound = f"questions like them bring at most {strange.target_risk:.1%}"
+        if strange.fired:
+            console.print(
+                f"ALARM, {said}; {bound}: the certificate is silent there; grade such ones too", style="bold red"
+            )
+        else:
+            console.print(f"{said}; {bound}")
     for word in service.words:
         if word.n:
             console.print(

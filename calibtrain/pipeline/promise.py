@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from calibtrain.abstention.certificate import Certificate, Certification
 from calibtrain.abstention.claims import ClaimsCertificate
@@ -18,6 +18,8 @@ from calibtrain.pipeline.scope import Scope, at_least, at_most, plain
 
 NAMED = 3  # groups that break a promise, named in a reply
 ELSEWHERE = "It cannot tell other questions from these, and of others nothing is promised."
+TOLD = "Of other questions nothing is promised; it notices those of another kind, but not all that sound like these."
+UNLIKE = "This question is unlike those that were graded, so nothing is certified for it."
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,12 @@ class Level:
     group: str | None = None  # of the question, where it was named
     exceptions: tuple[GroupRisk, ...] = ()  # groups of the graded questions that break the promise
     claims: ClaimsCertificate | None = None  # where `threshold` is that of single claims, and the others are withheld
+    silent: bool = False  # a certificate says nothing of the question: see `Promises.silent`
 
     @property
     def certified(self) -> bool:
         """Whether anything is promised."""
-        return self.certificate is not None or self.claims is not None
+        return not self.silent and (self.certificate is not None or self.claims is not None)
 
     @property
     def answers(self) -> bool:
@@ -51,6 +54,8 @@ class Level:
     @property
     def reservation(self) -> str:
         """After a sentence of how sure it is: the groups that it may not be said of; "" without any."""
+        if self.silent:
+            return ", as measured on other questions"
         if self.group is not None and self.certificate is None:
             return ", over all groups together; nothing is certified for this one"
         if not self.exceptions:
@@ -67,6 +72,7 @@ class Promises:
         self.calibrated = calibrated
         self.uncertified = uncertified
         main = calibrated.certification
+        self.elsewhere = TOLD if calibrated.outside else ELSEWHERE
         if calibrated.claim is not None:
             self.default = self._claims(calibrated.claim)
         else:
@@ -88,6 +94,24 @@ class Promises:
         certified = sorted(found, key=lambda one: one.certificate.target_risk if one.certificate else 0.0)
         nothing = [] if default or self.uncertified else [self.default]
         return [*nothing, *certified, *([self._unpromised()] if self.uncertified else [])]
+
+    def silent(self, level: Level, why: str, *, answers: bool) -> Level:
+        """What is left of a level for a question that no certificate covers: nothing is promised, and `why` is said first.
+
+        It is answered from the level's threshold on where `answers`, or where whoever runs the model allows it.
+        """
+        scope = self.calibrated.scope
+        limit = f"The certificate is for questions like {scope}; how often it is wrong elsewhere is not known."
+        return replace(
+            level,
+            threshold=level.threshold if answers or self.uncertified else math.inf,
+            risk=None,
+            certificate=None,
+            promise=why if level.certified else f"{level.promise} {why}",
+            limit=limit if level.answers else level.limit,
+            exceptions=(),
+            silent=True,
+        )
 
     @property
     def groups(self) -> dict[str, Level]:
@@ -132,7 +156,7 @@ class Promises:
         if found is not None and found.certificate is not None:
             own = Scope(self.calibrated.scope.source, found.certificate.n)
             promise = _promise(found.certificate, f"questions of {kind} like {own}")
-            return _of(found.certificate, promise, ELSEWHERE, group)
+            return _of(found.certificate, promise, self.elsewhere, group)
         known = ", ".join(map(plain, groups.groups))
         why = found.reason if found else f"none was graded (graded: {known})"
         return Level(
@@ -148,7 +172,7 @@ class Promises:
     def _certified(self, found: Certification) -> Level:
         certificate, groups = found.certificate, self.calibrated.groups
         assert certificate is not None
-        limit = [ELSEWHERE]
+        limit = [self.elsewhere]
         if found.exceptions:
             limit.append(f"It does not hold in every group: {_broken(found.exceptions)}.")
         if groups is not None:

@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from calibtrain.config_file import dump_config
 from calibtrain.data.calibration_set import choose_calibration_set, composition_distance
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
-from calibtrain.pipeline import calibrate
+from calibtrain.pipeline import calibrate, outside
 from calibtrain.pipeline.answer_parts import fit_answer_parts
 from calibtrain.pipeline.calibration_file import (
     Calibrated,
@@ -54,6 +54,7 @@ from calibtrain.pipeline.quantize_source import (
 )
 from calibtrain.pipeline.quantize_table import Side, compare
 from calibtrain.pipeline.quantize_words import print_table
+from calibtrain.pipeline.question import shapes_of
 from calibtrain.quantization import run as quantization
 from calibtrain.quantization.run import METHODS, Settings, quantize_directory
 from calibtrain.records import Record
@@ -173,12 +174,16 @@ def _measured(subject: Subject, asked: Asked, prepared: Prepared, full: Full, pr
     memory = Memory()
     loaded = Loaded(config, work / "model")
     hashes = (loaded.template.hash, weights_hash(work / "model"))
-    mark, measured = made_by(hashes[1], hashes[0]), {}
+    mark, measured, states = made_by(hashes[1], hashes[0]), {}, {}
     for split in (*calibrate.SPLITS, "test"):
         path, records = work / "answers" / f"{split}.jsonl", prepared.splits[split]
         if kept_answers(path, mark, records) is None:
-            write_measurement(with_progress(loaded, records, (), f"answering {split}, quantised"), path, mark)
-        measured[split] = read_measurement(path)  # as rounded there
+            found = with_progress(loaded, records, (), f"answering {split}, quantised")
+            states[split] = found.states
+            write_measurement(found, path, mark)
+        elif split in calibrate.SPLITS:
+            states[split] = outside.states_of(loaded, records)
+        measured[split] = replace(read_measurement(path), states=states.get(split))  # as rounded there
     after = cost(work / "model", loaded, memory.peak())
     before, test = dict(full.cost), prepared.splits["test"]
     if alternating := has_room(subject.model):
@@ -257,10 +262,19 @@ def _calibrated(
     else:
         calibrator = calibrate.fit(config, measured["temperature"], *hashes)
     promise = config.abstention
+    detector, why = calibrate.detector_of(
+        config, {split: measured[split].states for split in calibrate.SPLITS}, *hashes
+    )
+    held_out = outside.marked(measured["certification"], detector)
+    write_measurement(held_out, work / "answers" / "certification.jsonl", made_by(hashes[1], hashes[0]))
     parts = fit_answer_parts(measured["temperature"].answers, *hashes)
-    held_out = measured["certification"]
     found = calibrate.certified(config, calibrator, held_out, promise.target_risk, promise.delta, parts=parts)
-    facts = {"fitted_on": file_hash(work / "answers" / "temperature.jsonl")}
+    facts = {
+        "fitted_on": file_hash(work / "answers" / "temperature.jsonl"),
+        "shapes": shapes_of(prepared.splits["certification"]).as_dict(),
+        "parts": outside.write(detector, work),
+        **outside.facts(detector, why),
+    }
     data_hashes = {split: data_hash(prepared.splits[split]) for split in calibrate.SPLITS}
     write_calibration(work / "calibration.json", found, config, data_hashes, facts)
     return found

@@ -67,6 +67,7 @@ class ReportData:
     composition: Sequence[CompositionRow] = ()
     composition_verdict: str = ""
     scope: Scope | None = None  # the questions that the certificate is about
+    outside: int = 0  # held-out questions by which others are told; 0: they are not
     group_risks: Sequence[GroupRisk] = ()  # of the test questions at the certified threshold, the worst first
     groups: GroupCertification | None = None
     audit: Mapping[str, Any] | None = None  # where a judge graded: what a person's audit says of it

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from calibtrain.confidence.sources import FAMILIES, SOURCES, cost_of
 from calibtrain.config_file import load_config
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
+from calibtrain.pipeline import outside
 from calibtrain.pipeline import probe as probes_of_run
 from calibtrain.pipeline.answer_parts import fit_answer_parts
 from calibtrain.pipeline.audit import audit_of
@@ -39,6 +40,7 @@ from calibtrain.pipeline.calibration_file import (
 from calibtrain.pipeline.confidence import Scored, asker_of, score_split, with_probes
 from calibtrain.pipeline.evaluate import Loaded
 from calibtrain.pipeline.prepare import prepare
+from calibtrain.pipeline.question import shapes_of
 
 CHEAP = next(iter(FAMILIES))
 """Members of an ensemble unless they are named, with the run's probes: they cost at most one more pass."""
@@ -83,11 +85,12 @@ def run(
     calibrator = fit_calibrator(
         "platt", fit.scores[name].values, fit.correct, ids=sample_ids(fit.ids), **asdict(fingerprint)
     )
+    told, kept, p_values = outside.of_run(output_dir, fingerprint)
     calibrated = certified_claims(
         config,
         calibrator,
         calibrator.apply(held_out.scores[name].values),
-        held_out.answers,
+        [replace(one, outside=p_values.get(one.question_id)) for one in held_out.answers],
         config.abstention.target_risk if target_risk is None else target_risk,
         config.abstention.delta if delta is None else delta,
         parts=fit_answer_parts(fit.answers, **asdict(fingerprint)),
@@ -97,8 +100,9 @@ def run(
     if not stays:
         if made is not None:
             write_json(folder / "ensemble.json", json.loads(made.to_json()))
-        parts = parts_hashes(output_dir, _parts(names, name))
+        parts = parts_hashes(output_dir, _parts(names, name)) | kept
         facts = {"source": name, "members": list(names), "cost": held_out.scores[name].cost.mean(), "parts": parts}
+        facts |= {"shapes": shapes_of(prepared.splits["certification"]).as_dict(), **told}
         hashes = {split: data_hash(prepared.splits[split]) for split in SPLITS}
         write_calibration(folder / "calibration.json", calibrated, config, hashes, facts)
     show(calibrated, folder / "calibration.json", written=not stays)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from calibtrain.records import Record
 from calibtrain.tasks.matching import normalize
@@ -52,6 +52,8 @@ class Task:
 
     several_lines: bool = False
     """Whether an answer may hold line breaks."""
+    schema: Any = None
+    """JSON schema that every answer is asked to keep to, where the task has one: the one that a client may name."""
     stop: tuple[str, ...] = ()
     """Texts that end a reply and are no part of it, beside the template's own end."""
     mark: tuple[str, ...] = ()

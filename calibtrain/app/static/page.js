@@ -6,13 +6,13 @@ const levels = JSON.parse(at("levels").textContent);
 const groups = JSON.parse(at("groups").textContent);
 const slider = at("risk");
 const picker = at("group");
+const run = JSON.parse(at("run").textContent);
+const { percent } = answers;
+const GIVES = "It gives the claims that it is at least";
+const ELSEWHERE = ", as measured on other questions";
 let reply = null;
-
-function percent(probability) {
-  if (probability < 0.005) return "less than 1%";
-  if (probability >= 0.995) return "more than 99%";
-  return `${(100 * probability).toFixed(0)}%`;
-}
+let before = []; // turns of this conversation, where conversations were graded; the last two are on the card
+let given = ""; // what the card says: the answer, without what is withheld of it
 
 function level() {
   const chosen = picker ? picker.value : "";
@@ -23,6 +23,7 @@ function level() {
 function promise(one) {
   if (one.threshold === null) return "It answers nothing.";
   if (one.risk === null) return "It answers everything. How often it is wrong is then not promised.";
+  if (one.claims) return `At most ${one.risk} of its replies hold a wrong claim. ${GIVES} ${percent(one.threshold)} sure of.`;
   const often = `At most ${one.risk} of its answers are wrong.`;
   return `${often} It answers about ${percent(one.coverage)} of questions: those it is at least ${percent(one.threshold)} sure of.`;
 }
@@ -33,6 +34,7 @@ function showPromise() {
   at("promise").textContent = text;
   at("scope").textContent = one.promise;
   at("limit").textContent = one.limit;
+  at("uncovered").hidden = !(reply && reply.silence);
   if (!slider) return;
   slider.disabled = picker !== null && picker.value !== "";
   slider.setAttribute("aria-valuetext", text);
@@ -41,18 +43,37 @@ function showPromise() {
   });
 }
 
-function reason(one, abstained) {
+// Parts of the answer, each given or withheld: by its own chance where claims are certified, else as the whole is.
+function partsAt(one) {
+  return reply.parts.map((part) => ({ ...part, kept: !one.claims || part.probability >= one.threshold }));
+}
+
+function reason(one, abstained, parts) {
   if (one.threshold === null) return "Nothing is certified here, so I do not answer.";
+  if (one.claims && !reply.silence) {
+    const kept = `I give ${parts.filter((part) => part.kept).length} of my ${parts.length} claims`;
+    return `${kept}: those from ${percent(one.threshold)} on, so that at most ${one.risk} of my replies hold a wrong claim.`;
+  }
   const chance = `My best guess has a ${percent(reply.confidence)} chance of being right`;
+  if (reply.silence) {
+    if (!run.answers_outside) return "I do not answer such questions.";
+    const from = one.threshold ? `I answer from ${percent(one.threshold)} on` : "I answer whatever the chance";
+    return `${chance}${ELSEWHERE}; ${from}, but how often that is wrong here is not known.`;
+  }
   if (one.risk === null) return `${chance}. I answer whatever the chance.`;
   const rule = `I answer from ${percent(one.threshold)} on, so that at most ${one.risk} of my answers are wrong.`;
   return abstained ? `${chance}; ${rule}` : rule;
 }
 
-function state(one, abstained) {
+function state(one, abstained, parts) {
   if (one.threshold === null) return "Nothing is certified";
+  if (reply.silence && !run.answers_outside) return "Not answered: unlike what was graded";
+  if (reply.silence && !abstained) return "Not covered by the certificate";
+  if (abstained) return "Not sure enough to answer";
+  const withheld = parts.filter((part) => !part.kept).length;
+  if (withheld) return `Answered in part: ${withheld} of ${parts.length} withheld`;
   if (one.risk === null) return "Answers everything";
-  return abstained ? "Not sure enough to answer" : "Sure enough to answer";
+  return "Sure enough to answer";
 }
 
 function place(element, share) {
@@ -62,33 +83,104 @@ function place(element, share) {
 function showReply() {
   if (!reply) return;
   const one = level();
-  const abstained = one.threshold === null || !(reply.confidence >= one.threshold);
+  const kept = reply.silence && !run.answers_outside;
+  const parts = partsAt(one);
+  const sure = one.claims ? parts.some((part) => part.kept) : reply.confidence >= one.threshold;
+  const abstained = one.threshold === null || kept || !sure;
+  const reservation = reply.silence ? ELSEWHERE : one.reservation;
   at("result").hidden = false;
   document.body.classList.add("answered");
   at("result").classList.toggle("refused", abstained);
+  at("result").classList.toggle("silent", reply.silence !== "");
+  at("silence").textContent = reply.silence;
+  at("silence").hidden = !reply.silence;
   at("asked").textContent = reply.question;
-  at("state").textContent = state(one, abstained);
+  at("state").textContent = state(one, abstained, parts);
   at("chance").textContent = percent(reply.confidence).replace("less than ", "<").replace("more than ", ">");
-  at("answer").textContent = abstained ? reply.refusal : reply.best_guess || "(an empty answer)";
-  at("sentence").textContent = abstained ? "" : `${reply.sentence}${one.reservation}.`;
-  at("sentence").hidden = abstained;
-  at("reason").textContent = reason(one, abstained);
+  at("answer").replaceChildren(abstained ? reply.refusal : answers.shown(reply.best_guess, parts, false));
+  at("answer").classList.toggle("long", !abstained && answers.long(reply.best_guess, parts));
+  at("sentence").textContent = abstained ? "" : `${reply.sentence}${reservation}.`;
+  at("sentence").hidden = abstained || one.claims; // of claims each has its own
+  at("reason").textContent = reason(one, abstained, parts);
   at("gauge").setAttribute("aria-valuenow", (100 * reply.confidence).toFixed(0));
   at("gauge").setAttribute("aria-valuetext", `${percent(reply.confidence)}, ${reply.word}`);
   place(at("fill"), reply.confidence);
-  at("measure").hidden = one.threshold === null; // a chance that nothing vouches for is not shown at a glance
+  at("measure").hidden = one.threshold === null || one.claims || reply.silence !== ""; // a chance that nothing vouches for is not shown at a glance
   at("mark").hidden = at("mark-label").hidden = one.risk === null;
   if (one.risk !== null) {
     place(at("mark"), one.threshold);
     place(at("mark-label"), Math.min(0.8, Math.max(0.2, one.threshold)));
     at("mark-label").textContent = `answers from ${percent(one.threshold)}`;
   }
-  at("guess").hidden = !abstained;
-  at("guess-text").textContent = reply.best_guess || "(an empty answer)";
-  at("guess-sentence").textContent = `${reply.sentence}${one.reservation}.`;
-  at("pieces-block").hidden = abstained;
+  const withheld = parts.some((part) => !part.kept);
+  given = abstained ? reply.refusal : withheld ? answers.kept(reply.best_guess, parts) : reply.best_guess;
+  at("guess-title").textContent = abstained ? "Show the guess that it keeps back" : "Show what it keeps back";
+  at("guess").hidden = !abstained && !withheld;
+  at("guess-text").replaceChildren(answers.shown(reply.best_guess, parts, true));
+  at("guess-text").classList.toggle("long", answers.long(reply.best_guess, parts));
+  at("guess-sentence").textContent = one.claims ? "" : `${reply.sentence}${reservation}.`;
+  showSet(abstained);
+  showReasoning(abstained || withheld);
+  at("pieces-block").hidden = abstained || withheld || reply.silence !== "";
   at("low-note").hidden = reply.tokens.every((token) => token.probability >= 0.5);
   showPieces();
+}
+
+function showSet(abstained) {
+  const found = reply.prediction_set;
+  at("set").hidden = !found || abstained || reply.silence !== "";
+  if (!found) return;
+  at("set-options").replaceChildren(
+    ...found.map((option) => {
+      const item = document.createElement("li");
+      item.textContent = option;
+      return item;
+    }),
+  );
+}
+
+function showReasoning(hidden) {
+  at("reasoning").hidden = hidden || !reply.reply;
+  at("reasoning-text").replaceChildren(reply.reply ? markdown.render(reply.reply) : "");
+}
+
+function showThread() {
+  const roles = { user: "You", assistant: "Model" };
+  const earlier = before.slice(0, -2);
+  at("thread-block").hidden = before.length === 0;
+  at("thread-title").hidden = at("thread").hidden = earlier.length === 0;
+  at("thread").replaceChildren(
+    ...earlier.map((turn) => {
+      const item = document.createElement("li");
+      const who = document.createElement("b");
+      who.textContent = `${roles[turn.role]}: `;
+      item.append(who, turn.content);
+      return item;
+    }),
+  );
+}
+
+function asked(question) {
+  const system = at("system") ? at("system").value.trim() : "";
+  const lines = at("options") ? at("options").value.split("\n") : [];
+  return {
+    question,
+    before: [...(system ? [{ role: "system", content: system }] : []), ...before],
+    options: lines.map((line) => line.trim()).filter((line) => line),
+  };
+}
+
+function remember(question) {
+  if (!run.conversations) return;
+  before = [...before, { role: "user", content: question }, { role: "assistant", content: given || "-" }];
+  at("question").value = "";
+  fit(at("question"));
+  showThread();
+}
+
+// A field as high as its text, up to eight lines.
+function fit(field) {
+  field.rows = Math.min(8, field.value.split("\n").length);
 }
 
 function showPieces() {
@@ -119,7 +211,7 @@ async function ask(event) {
   event.preventDefault();
   const button = event.target.querySelector("button[type=submit]");
   const question = at("question").value.trim();
-  if (!question) return;
+  if (!question || button.disabled) return;
   button.disabled = true;
   at("result").setAttribute("aria-busy", "true");
   showProblem("");
@@ -127,13 +219,15 @@ async function ask(event) {
     const response = await fetch("/api/answer", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ question }),
+      body: JSON.stringify(asked(question)),
     });
     const body = await response.json();
     if (!response.ok) throw new Error(body.error.message);
     reply = body;
-    at("guess").open = false;
+    at("guess").open = at("reasoning").open = false;
+    showPromise();
     showReply();
+    remember(question);
   } catch (error) {
     showProblem(error instanceof TypeError ? "The server cannot be reached." : error.message);
   } finally {
@@ -143,6 +237,17 @@ async function ask(event) {
 }
 
 at("ask").addEventListener("submit", ask);
+at("question").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  at("ask").requestSubmit();
+});
+at("question").addEventListener("input", () => fit(at("question")));
+at("anew").addEventListener("click", () => {
+  before = [];
+  showThread();
+  at("question").focus();
+});
 document.querySelectorAll(".example").forEach((example) => {
   example.addEventListener("click", () => {
     at("question").value = example.textContent;

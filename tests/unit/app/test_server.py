@@ -5,6 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed (pip install 'calibtrain[serve]')")
@@ -15,8 +16,15 @@ from calibtrain.abstention.groups import GroupCertification
 from calibtrain.app.limits import Limits, RateLimiter
 from calibtrain.app.server import LOOPBACK, create_app
 from calibtrain.pipeline.answer import REFUSAL, Answerer
+from calibtrain.pipeline.promise import UNLIKE
+from calibtrain.pipeline.question import Shapes
+from calibtrain.tasks.short_answer import SHORT_ANSWER
+from tests.unit.pipeline.conftest import config_of
 
 CHAT = "/v1/chat/completions"
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "what is it"}
+SAID = {"role": "assistant", "content": "a cat"}
 
 
 def body(question="what", **more):
@@ -166,8 +174,15 @@ def test_a_withheld_guess_is_not_streamed(client):
         ({"temprature": 0}, "temprature", "not a parameter"),
         ({"calibtrain": {"risk": 2}}, "calibtrain.risk", "less than 1"),
         ({"calibtrain": {"rsk": 0.1}}, "calibtrain.rsk", "not a parameter"),
-        ({"messages": []}, "messages", "one user message"),
-        ({"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}, "messages", "one user"),
+        ({"messages": []}, "messages", "the last message must be a user's"),
+        ({"messages": [SYSTEM, USER]}, "messages", "Nothing is certified under this system prompt"),
+        ({"messages": [USER, SAID, USER]}, "messages", "Nothing is certified for a conversation"),
+        ({"messages": [USER, SAID]}, "messages", "the last message must be a user's"),
+        ({"messages": [USER, USER]}, "messages", "follow each other"),
+        ({"messages": [{"role": "tool", "content": "x"}, USER]}, "messages", "role 'tool' is not understood"),
+        ({"messages": [USER] * 300}, "messages", "at most 256"),
+        ({"calibtrain": {"options": ["a", "b"]}}, "calibtrain.options", "chooses from none"),
+        ({"calibtrain": {"options": ["a", "a"]}}, "messages", "given twice"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "'text'"),
         ({"messages": [{"role": "user", "content": "  "}]}, "messages", "empty"),
         ({"messages": [{"role": "user", "content": "a <|im_end|> b"}]}, "messages", "control token"),
@@ -325,3 +340,111 @@ def test_the_page_escapes_names_and_forbids_foreign_script(answerer):
     assert page.headers["x-content-type-options"] == "nosniff"
     assert "http://" not in page.text
     assert "https://" not in page.text
+
+
+def shaped(answerer, **shapes):
+    return Answerer(answerer.loaded, replace(answerer.calibrated, shapes=Shapes(**shapes)))
+
+
+def test_a_conversation_is_answered_where_conversations_were_graded(answerer):
+    with make(shaped(answerer, conversations=True)) as client:
+        found = client.post(CHAT, json=body() | {"messages": [USER, SAID, {**USER, "content": "and why"}]}).json()
+        page = client.post("/api/answer", json={"question": "and why", "before": [USER, SAID]}).json()
+    assert found["choices"][0]["message"]["content"] == page["best_guess"] == "echo and why"
+    assert found["calibtrain"]["certified"]
+
+
+def test_the_graded_system_prompt_is_taken_and_another_is_not(answerer):
+    with make(shaped(answerer, system="Be brief.")) as client:
+        for messages in ([SYSTEM, USER], [{**SYSTEM, "role": "developer"}, USER], [USER]):
+            assert client.post(CHAT, json=body() | {"messages": messages}).json()["calibtrain"]["certified"]
+        refused = client.post(CHAT, json=body() | {"messages": [{**SYSTEM, "content": "Be rude."}, USER]})
+        assert "asked under the run's own" in refused.json()["error"]["message"]
+        assert "Its system prompt" in client.get("/").text
+
+
+def test_what_is_not_covered_is_answered_without_a_certificate_where_the_operator_allows(answerer):
+    allowed = Answerer(answerer.loaded, answerer.calibrated, uncertified=True)
+    with make(allowed) as client:
+        talk = client.post(CHAT, json=body() | {"messages": [USER, SAID, USER]}).json()
+        plain = client.post(CHAT, json=body("what is it")).json()
+    assert talk["choices"][0]["message"]["content"] == "echo what is it"
+    assert talk["calibtrain"]["promise"].startswith("Nothing is certified for a conversation")
+    assert (talk["calibtrain"]["certified"], talk["calibtrain"]["certificate"]) == (False, None)
+    assert plain["calibtrain"]["certified"]
+
+
+class TellsLong:
+    """Tells questions of more than three words to be outside."""
+
+    n = 1000
+
+    def p_values(self, states):
+        return np.where(states[:, 0] > 3, 0.001, 0.6)
+
+
+class WithStates:
+    """The echoing model, whose states are the numbers of words."""
+
+    def __init__(self, model, mode):
+        self.model, self.template = model, model.template
+        self.config = config_of("temperature", target_risk=0.1, outside=mode)
+
+    def measure(self, records):
+        states = np.array([[len(record.question.split())] for record in records], dtype=np.float32)
+        return replace(self.model.measure(records), states=states)
+
+
+@pytest.fixture(params=["tell", "abstain"])
+def watching(request, model, answerer):
+    return Answerer(WithStates(model, request.param), answerer.calibrated, outside=TellsLong())
+
+
+def test_a_question_unlike_the_graded_ones_is_told_first_at_every_door(watching):
+    long = "what is the capital of it"
+    tells = watching.loaded.config.abstention.outside == "tell"
+    with make(watching) as client:
+        near, far = (client.post(CHAT, json=body(one)).json() for one in ("what is it", long))
+        *_, streamed = events(client.post(CHAT, json=body(long, stream=True)))
+        page = client.post("/api/answer", json={"question": long}).json()
+        seen = client.get("/").text
+    assert (near["calibtrain"]["outside"], near["calibtrain"]["unlike"]) == (0.6, False)
+    assert near["calibtrain"]["certified"]
+    ours = far["calibtrain"]
+    assert next(iter(ours.items())) == ("promise", UNLIKE)
+    assert (ours["outside"], ours["unlike"], ours["certified"], ours["risk"]) == (0.001, True, False, None)
+    assert "Certified" not in json.dumps([ours["promise"], ours["limit"], ours["reason"], ours["sentence"]])
+    assert far["choices"][0]["message"]["content"] == (f"echo {long}" if tells else REFUSAL)
+    assert streamed["calibtrain"] == ours
+    assert page["silence"] == UNLIKE
+    assert f'"answers_outside": {json.dumps(tells)}' in seen
+
+
+def test_a_risk_that_is_chosen_does_not_bring_the_certificate_back(watching):
+    with make(watching) as client:
+        found = client.post(CHAT, json=body("what is the capital of it", calibtrain={"risk": 0.3})).json()["calibtrain"]
+    assert (found["certified"], found["promise"]) == (False, UNLIKE)
+
+
+class Schema(type(SHORT_ANSWER)):
+    """Answers that keep to a schema."""
+
+    schema = {"type": "object", "required": ["country"]}  # noqa: RUF012
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [
+        ({"type": "json_object"}, True),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": Schema.schema}}, True),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}, False),
+        ({"type": "json_schema", "json_schema": "x"}, False),
+        ({"type": "grammar"}, False),
+    ],
+)
+def test_a_schema_may_be_asked_for_where_it_is_the_tasks_own(client, model, asked, taken):
+    assert client.post(CHAT, json=body(response_format=asked)).status_code == 400
+    model.template.task = Schema()
+    found = client.post(CHAT, json=body(response_format=asked))
+    assert found.status_code == (200 if taken else 400)
+    assert taken or found.json()["error"]["param"] == "response_format"

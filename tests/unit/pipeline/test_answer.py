@@ -14,6 +14,8 @@ from calibtrain.pipeline.answer import REFUSAL, Answerer
 from calibtrain.pipeline.calibrate import fit
 from calibtrain.pipeline.calibration_file import read_calibration
 from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
+from calibtrain.pipeline.question import Shapes
+from calibtrain.records import Message
 from calibtrain.tasks.short_answer import SHORT_ANSWER
 from tests.unit.pipeline.conftest import config_of, mark_of, measured
 
@@ -189,3 +191,31 @@ def test_the_probability_is_the_calibrators_not_the_models(out):
     answerer = Answerer(Loaded(config_of("temperature")), calibrated)
     scores = answerer.loaded.measure([type("R", (), {"question": "even", "id": "x"})()]).scores()
     assert answerer.answer("even").probability == float(calibrator.apply(scores)[0])
+
+
+TALK = (Message("user", "sure"), Message("assistant", "no"), Message("user", "sure"))
+
+
+def test_a_conversation_is_covered_where_conversations_were_graded(answerer):
+    told = answerer.answer(TALK)
+    assert (told.abstained, told.certified) == (True, False)
+    assert told.told().splitlines()[:2] == [told.uncovered, REFUSAL]
+    assert told.uncovered.startswith("Nothing is certified for a conversation")
+    allowed = Answerer(answerer.loaded, answerer.calibrated, uncertified=True).answer(TALK)
+    assert (allowed.spoken, allowed.certified, allowed.promise) == ("yes", False, told.uncovered)
+    assert allowed.told().splitlines()[1].endswith("as measured on other questions)")
+    graded = replace(answerer.calibrated, shapes=Shapes(conversations=True))
+    assert Answerer(answerer.loaded, graded).answer(TALK).certified
+
+
+def test_without_a_certificate_a_question_that_none_covers_is_told_both(answerer):
+    none = replace(answerer.calibrated, certification=Certification(None, "too few answers"), curve={})
+    told = Answerer(answerer.loaded, none).answer(TALK)
+    assert told.promise.startswith("No certificate: too few answers. Nothing is certified for a conversation")
+    assert told.abstained
+    assert "--uncertified" in told.limit
+
+
+def test_options_are_refused_where_the_task_chooses_from_none(answerer):
+    with pytest.raises(UserError, match="options: the task of this run chooses from none; leave them out"):
+        answerer.answer("sure", options=["yes", "no"])

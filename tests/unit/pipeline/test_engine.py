@@ -118,6 +118,10 @@ def test_it_is_calibrated_certified_and_asked_under_its_own_certificate(calibrat
     assert folder.name.startswith("fake-model-")
     content = json.loads((folder / "calibration.json").read_text())
     assert content["source"] == "engine"
+    assert "questions unlike the graded ones cannot be told: a server returns no hidden states" in " ".join(
+        said.split()
+    )
+    assert content["outside"]["n"] == 0
     assert content["engine"]["model"] == "org/fake model"
     assert sorted(path.name for path in (folder / "answers").iterdir()) == ["certification.jsonl", "temperature.jsonl"]
     known, unknown = (command("answer", out, f"What is {number}?", "--engine", fake.url) for number in (901, 904))

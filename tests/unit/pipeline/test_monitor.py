@@ -204,3 +204,36 @@ def test_a_confidence_or_word_that_cannot_be_is_named(out, tmp_path, changed, wo
     path = log(tmp_path / "audit.jsonl", [{"abstained": False, "correct": True} | changed])
     with pytest.raises(UserError, match=f"audit.jsonl:1: .*{words}"):
         monitor.run(out, path)
+
+
+def test_questions_outside_are_counted_and_too_many_are_an_alarm(out, tmp_path):
+    rng = random.Random(3)
+    like = [row | {"outside": rng.random()} for row in rows(400, 0.05)]
+    quiet = monitor.run(out, log(tmp_path / "audit.jsonl", like))
+    assert quiet.outside.n == 400
+    assert quiet.outside.n_wrong == sum(row["outside"] < 0.05 for row in like)
+    assert not quiet.failed
+    strange = [row | {"outside": rng.random() ** 4} for row in rows(400, 0.05, seed=1)]
+    loud = monitor.run(out, log(tmp_path / "audit.jsonl", like + strange))
+    assert loud.outside.n == 800
+    assert loud.outside.fired
+    assert loud.failed
+    assert not loud.alarm.fired
+    assert monitor.run(out, tmp_path / "audit.jsonl").outside.as_dict() == loud.outside.as_dict()
+
+
+@pytest.mark.parametrize("bad", ["0.5", True, 1.5, float("nan")])
+def test_a_p_value_that_is_none_is_named_with_its_line(out, tmp_path, bad):
+    with pytest.raises(UserError, match=r"audit.jsonl:1: `outside` is .*; give the reply's p-value"):
+        monitor.run(out, log(tmp_path / "audit.jsonl", [rows(1, 0.0)[0] | {"outside": bad}]))
+
+
+def test_a_state_of_an_earlier_version_goes_on(out, tmp_path):
+    path = log(tmp_path / "audit.jsonl", rows(50, 0.05))
+    monitor.run(out, path)
+    state = json.loads((out / "monitor.json").read_text())
+    del state["outside"]
+    (out / "monitor.json").write_text(json.dumps(state))
+    log(path, rows(50, 0.05) + [row | {"outside": 0.5} for row in rows(10, 0.05)])
+    found = monitor.run(out, path)
+    assert (found.n, found.outside.n) == (60, 10)

@@ -60,7 +60,7 @@ def test_the_artefact_is_whole_and_an_output_dir(artefact):
     out, found = artefact
     assert found.path == out / "quantized" / "w4a16-minmax"
     assert {path.name for path in found.path.iterdir()} == {
-        "config.yaml", "model", "answers", "calibration.json", "quantization.json", "report.html",
+        "config.yaml", "model", "answers", "calibration.json", "outside.safetensors", "quantization.json", "report.html",
     }  # fmt: skip
     assert [path.name for path in found.path.parent.iterdir()] == [found.path.name]
     assert {path.name for path in (found.path / "answers").iterdir()} == {
