@@ -69,7 +69,7 @@ def write_job(folder: Path, name: str = "run", **sections: dict[str, Any]) -> Pa
         "tracking": {"wandb": False},
     }
     for section, values in sections.items():
-        config[section] = {**config[section], **values} if isinstance(values, dict) else values
+        config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
     if config["training"].get("zero_stage") == 3:
         config["training"].setdefault("deepspeed", sharded(folder))
     path = folder / f"{name}.yaml"
