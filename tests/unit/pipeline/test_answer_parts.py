@@ -95,7 +95,7 @@ def test_risks_to_choose_from(calibrated):
     thresholds = [one.threshold for one in answerer.levels()]
     assert thresholds == sorted(thresholds, reverse=True)
     assert answerer.level(0.3).claims == calibrated.claims[0.3].certificate
-    with pytest.raises(UserError, match="risk 0.4 is not certified; certified are: 0.1, 0.2, 0.3"):
+    with pytest.raises(UserError, match=r"risk 0.4 is not certified; certified are: 0.1, 0.2, 0.3"):
         answerer.level(0.4)
 
 
