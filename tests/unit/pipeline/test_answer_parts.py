@@ -15,6 +15,7 @@ from calibtrain.pipeline.answer import REFUSAL, Answerer
 from calibtrain.pipeline.answer_parts import certify_parts, fit_answer_parts, part_probabilities, told
 from calibtrain.pipeline.calibrate import certified
 from calibtrain.pipeline.evaluate import Measurement
+from calibtrain.pipeline.report import Measured, ReportData, render_report
 from calibtrain.pipeline.report_parts import parts_report
 from calibtrain.tasks.kinds import task_of
 
@@ -147,3 +148,18 @@ def test_the_report_counts_the_test_answers(calibrated):
         assert one.low <= risk
     assert report.figure is not None
     assert parts_report(replace(calibrated, parts=None), test, 20) is None
+
+
+def test_the_page_holds_it_and_a_field_that_a_reply_made_up_does_no_harm(calibrated):
+    test = [
+        replace(one, parts=tuple(replace(part, name="<img src=x>") for part in one.parts)) for one in answers(60, 2)
+    ]
+    report = parts_report(calibrated, test, 20)
+    measured = [Measured("tuned", test)]
+    data = ReportData("run", {}, {}, None, None, measured, 0.2, 0.05, calibrated.certification, parts=report)
+    html = render_report(data)
+    assert "<img" not in html
+    assert "&lt;img src=x&gt;" in html
+    assert "At least 80% of its replies then hold no wrong claim" in html
+    assert "with something left" in html
+    assert "img src" not in render_report(replace(data, parts=replace(report, fields=())))
