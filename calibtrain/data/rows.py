@@ -300,9 +300,11 @@ def _answers(value: Any, cells: bool, place: str) -> tuple[str, ...]:
         value = _list_in_cell(value, place)
     if missing(value):
         return ()
+    if isinstance(value, dict) and "answer_start" not in value:  # SQuAD's {text, answer_start} is no answer
+        value = json_text(value) or value
     answers = []
     for one in value if isinstance(value, list) else [value]:
-        text = json_text(one) or text_of(one)
+        text = text_of(one)
         if text is None:
             advice = ' (say true and false in words, e.g. "yes")' if isinstance(one, bool) else ""
             raise UserError(f"{place}: answers holds {short(one)}; each must be text or a number{advice}")

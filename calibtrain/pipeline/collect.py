@@ -29,7 +29,7 @@ from calibtrain.pipeline.report_parts import parts_report
 from calibtrain.pipeline.spectra_page import read_spectra, write_page
 from calibtrain.tasks.kinds import task_of
 
-NUMBERS = ("certificate", "certification", "hallucination", "answering", "data_hashes", "words")
+NUMBERS = ("certificate", "certification", "claims", "hallucination", "answering", "data_hashes", "words")
 """Of calibration.json, what goes to W&B without tracking.log_answers, beside the calibrator's and the curve's numbers."""
 
 
@@ -55,7 +55,7 @@ def run(output_dir: Path) -> Path:
 def _without_answers(output_dir: Path, data: ReportData, folder: Path) -> list[Path]:
     """calibration.json and report.html without questions, answers and names of groups: what may leave the machine."""
     content = json.loads((output_dir / "calibration.json").read_text(encoding="utf-8"))
-    numbers = {key: content[key] for key in NUMBERS}
+    numbers = {key: content[key] for key in NUMBERS if key in content}
     fitted = content["calibrator"]
     parameters = {name: value for name, value in fitted["parameters"].items() if isinstance(value, float | int)}
     numbers["calibrator"] = {"method": fitted["method"], "n": fitted["n"], "parameters": parameters}
@@ -64,7 +64,8 @@ def _without_answers(output_dir: Path, data: ReportData, folder: Path) -> list[P
     ]
     write_json(folder / "calibration.json", numbers)
     scope = data.scope and replace(data.scope, examples=())
-    bare = replace(data, samples=False, scope=scope, group_risks=(), groups=None, composition=())
+    parts = data.parts and replace(data.parts, fields=(), left_out=0)  # a reply may have made up a field's name
+    bare = replace(data, samples=False, scope=scope, group_risks=(), groups=None, composition=(), parts=parts)
     return [folder / "calibration.json", write_report(folder / "report.html", replace(bare, composition_verdict=""))]
 
 
