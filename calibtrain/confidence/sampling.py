@@ -86,7 +86,8 @@ def sampled(
     `self_consistency` is (m + 1) / (k + 2) for m of k samples that mean the proposed answer (Wang et al. 2022, arXiv
     2203.11171; smoothed, since m / k has granularity 1 / k). `semantic_entropy` and `semantic_entropy_counts` are
     exp(-entropy) of the meanings (Farquhar et al. 2024), weighed by likelihood and by count. They share the samples. Samples
-    mean the same by `equivalence`, by default where the task says so; the likelihood is that of the answer's span.
+    mean the same by `equivalence`, by default where the task says so; the likelihood is that of the answer's span. A reply
+    without an answer means nothing, and so the same as no other.
     """
     prompts = [asker.template.prompt_ids(record, asker.shots) for record in records]
     drawn = generate(
@@ -111,6 +112,7 @@ def sampled(
             labels = _labels([asker.template.task.key(text, record) for text in said])
         else:
             labels = equivalence(record.question, said)
+        labels = _apart(labels, [answer.found, *(one.reading.found for one in replies)])
         same = int((labels[1:] == labels[0]).sum())
         logprobs = [math.fsum(one.logprobs[i] for i in reply.read) for one, reply in zip(row, replies, strict=True)]
         weighed = semantic_entropy(labels[1:], texts, logprobs)
@@ -151,6 +153,12 @@ def components(same: NDArray[np.bool_]) -> Labels:
 def _entropy(mass: Array) -> float:
     p = mass / mass.sum()
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+
+def _apart(labels: Labels, found: Sequence[bool]) -> Labels:
+    """The labels with one of its own for each text where no answer was found."""
+    lost = ~np.array(found, dtype=bool)
+    return np.where(lost, labels.max() + 1 + np.arange(len(labels)), labels)
 
 
 def _labels(keys: Sequence[str]) -> Labels:

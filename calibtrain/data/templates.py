@@ -34,6 +34,8 @@ _PROBE = Record(prompt=(Message("user", "Which one?"),))
 _PROBE_ANSWER = "This one"
 _NEXT_QUESTION = PLAIN_BETWEEN + PLAIN_QUESTION.partition("{}")[0].rstrip()
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+OPENING = 16
+"""Tokens that mostly tell whether a reply opens with thinking."""
 SPECIAL_BETWEEN = 16
 """Special tokens that may stand within a stop without hiding it."""
 
@@ -151,6 +153,9 @@ class Template:
 
     def answer_start(self, ids: Sequence[int]) -> int | None:
         """How many of the generated ids are a block of thinking before the answer; None where it does not end."""
+        opening = self._decode(ids[:OPENING]).lstrip()
+        if not self._thinks and len(opening) >= len(THINK_END) and not opening.startswith((THINK_START, THINK_END)):
+            return 0  # told without reading all that was said
         ends = thinking_ends(self._decode(ids), opened=self._thinks)
         if not ends:
             return ends

@@ -89,3 +89,21 @@ def test_decoded_tokens_are_in_proportion_to_the_reply(monkeypatch):
     ids = template._encode("Osaka is in Japan, と日本.\n" * 100)
     template.token_texts(ids)
     assert sum(read) < 10 * len(ids)
+
+
+def test_the_start_of_an_answer_is_told_by_the_opening_of_a_reply(monkeypatch):
+    template = Template("plain", tiny_tokenizer())
+    for text in (
+        "Japan " * 90,
+        "\n" * 40 + "Japan",
+        "<think>\nhm" * 20 + "</think> Japan",
+        "</think>Japan",
+        "<thin",
+        "",
+        "a",
+    ):
+        ids = template._encode(text)
+        monkeypatch.setattr("calibtrain.data.templates.OPENING", 16)
+        found = template.answer_start(ids)
+        monkeypatch.setattr("calibtrain.data.templates.OPENING", 0)
+        assert found == template.answer_start(ids), text

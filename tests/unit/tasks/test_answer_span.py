@@ -173,6 +173,18 @@ def test_samples_that_end_in_one_number_mean_the_same(template, monkeypatch):
     )
 
 
+def test_replies_without_an_answer_do_not_agree(template, monkeypatch):
+    drawn = [[said(template, "nobody can tell")] * 3 + [said(template, "#### 1")]] * 2
+    monkeypatch.setattr("calibtrain.confidence.sampling.generate", lambda *a, **k: drawn)
+    asker = Asker(None, template, EvaluationConfig(batch_size=4, max_new_tokens=4))
+    answered = graded_answers(
+        RECORDS[:2], [said(template, CHAINS[2]), said(template, CHAINS[0])], template, asker.settings
+    )
+    found = sampled(asker, RECORDS[:2], answered, samples=4)
+    assert found["self_consistency"].values.tolist() == pytest.approx([1 / 6, 2 / 6])
+    assert found["semantic_entropy_counts"].values.tolist() == pytest.approx([1 / 4, 1 / 4])
+
+
 def test_hidden_states_of_the_span_are_those_kept(model):
     """A stand-in reads "the answer" in a fixed place of what a random model says; its states are those of a whole pass."""
 
