@@ -209,6 +209,19 @@ def test_the_report_of_lm_evals_samples_reads_the_same_confidence(model, tmp_pat
         assert (theirs.text, theirs.correct) == (ours.text, ours.correct)
 
 
+def test_a_model_is_quantised_by_the_options_that_it_chose(model):
+    from calibtrain.pipeline.quantize_full import own_answers
+
+    template, records = asked("texts")
+    answered = answer_questions(model, template, records, EvaluationConfig())
+    loaded = SimpleNamespace(
+        template=template, config=SimpleNamespace(evaluation=None), answer=lambda records, shots: answered
+    )
+    for record, text, answer in zip(records, own_answers(loaded, records), answered.answers, strict=True):
+        assert list(text.prompt) == template.prompt_ids(record)
+        assert template.decode_answer(text.answer) == answer.text
+
+
 def test_a_server_scores_no_options():
     from calibtrain.pipeline.served import Served
 
