@@ -135,6 +135,15 @@ def test_a_letter_is_read_where_a_reply_names_one(reply, letter):
         assert "B" not in reply or reply[found.start : found.stop][0] == "B" or found.stop == len(reply)
 
 
+def test_a_letter_says_its_option_to_people():
+    task = Choice(ChoiceTask(shuffle=True))
+    asked = task.asked(record("Japan"))
+    assert task.says(asked.accepted[0], asked) == "Japan"
+    assert task.says("no option", asked) == "no option"
+    texts = Choice(ChoiceTask(show="texts"))
+    assert texts.says("Kenya", texts.asked(record())) == "Kenya"
+
+
 def test_labels_are_named_once_and_read_but_for_case():
     asked = LABELS.asked(Record((Message("user", "Good film"),), "Positive", accepted=("Positive",)))
     assert asked.question == "Good film\nAnswer with one of: positive, negative, not sure."
