@@ -1,5 +1,6 @@
 """Choice and label: how data names the right option, what is asked and what is read in a reply."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,9 +8,11 @@ import pytest
 from calibtrain.config import RunConfig
 from calibtrain.config_tasks import ChoiceTask, LabelTask
 from calibtrain.data.pairs import add_rejected
+from calibtrain.data.sources import load_records
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record
 from calibtrain.tasks.choice import Choice
+from calibtrain.tasks.kinds import task_of
 from calibtrain.tasks.label import Label
 
 OPTIONS = ("Japan", "Kenya", "France")
@@ -90,6 +93,50 @@ def test_what_cannot_be_asked_is_named(how, answer, options, words):
     with pytest.raises(UserError, match=words) as told:
         Choice(ChoiceTask(answers_are=how)).asked(record(answer, options))
     assert "rows.jsonl:3" in str(told.value)
+
+
+SHAPES = {  # as data sets on the Hub have them
+    "mmlu": (
+        [{"question": "Q?", "choices": ["w", "x", "y", "z"], "answer": 2}],
+        {"options": "choices", "answers": "answer"}, "index_from_0", ["y"],
+    ),
+    "hellaswag": (
+        [{"ctx": "Q", "endings": ["w", "x", "y", "z"], "label": "3", "ind": 4}],
+        {"question": "ctx", "options": "endings", "answers": "label"}, "index_from_0", ["z"],
+    ),
+    "arc": (
+        [
+            {"question": "Q1?", "choices": {"text": ["w", "x"], "label": ["A", "B"]}, "answerKey": "B"},
+            {"question": "Q2?", "choices": {"text": ["w", "x", "y"], "label": ["1", "2", "3"]}, "answerKey": "3"},
+        ],
+        {"options": "choices", "answers": "answerKey"}, "index_from_1", ["x", "y"],
+    ),
+    "winogrande": (
+        [{"sentence": "Q _", "option1": "w", "option2": "x", "answer": "2"}],
+        {"question": "sentence", "options": ["option1", "option2"], "answers": "answer"}, "index_from_1", ["x"],
+    ),
+    "medmcqa": (
+        [{"question": "Q?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 0}],
+        {"options": ["opa", "opb", "opc", "opd"], "answers": "cop"}, "index_from_0", ["w"],
+    ),
+    "commonsense_qa": (
+        [{"question": "Q?", "choices": {"label": ["A", "B"], "text": ["w", "x"]}, "answerKey": "A"}],
+        {"options": "choices", "answers": "answerKey"}, "text_or_letter", ["w"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_shapes_that_multiple_choice_comes_in(name, tmp_path):
+    rows, columns, how, right = SHAPES[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": {"kind": "file", "path": str(path), "columns": columns}}
+    task = {"kind": "choice", "show": "texts", "answers_are": how}
+    config = RunConfig.model_validate({"data": data, "task": task})
+    records = [task_of(config.task).asked(one) for one in load_records(config.data.source, 0)]
+    assert [one.accepted for one in records] == [(text,) for text in right]
+    assert all(one.chosen == one.accepted[0] for one in records)
 
 
 def test_numbers_that_are_texts_are_not_places():
