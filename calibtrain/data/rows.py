@@ -122,7 +122,7 @@ def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Recor
     values = {field: plain(row.get(layout.columns[field])) for field in layout.columns}
     values = {field: None if missing(value) else value for field, value in values.items()}
     accepted = _answers(values.pop("answers", None), layout.cells, place)
-    options = _answers(values.pop("options", None), layout.cells, place)
+    options = _answers(_option_texts(values.pop("options", None)), layout.cells, place)
     options += tuple(one for column in layout.options for one in _answers(plain(row.get(column)), False, place))
     label = values.pop("label", None)
     opened = {field: _opened(value, field, layout.cells, place) for field, value in values.items()}
@@ -143,6 +143,11 @@ def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Recor
     record = Record(prompt, chosen, rejected, accepted, strata, place, options=options, fields=fields)
     _check_characters(record)
     return record
+
+
+def _option_texts(value: Any) -> Any:
+    """Of options that come with their letters, {"text": [...], "label": [...]}, the texts."""
+    return value["text"] if isinstance(value, Mapping) and isinstance(value.get("text"), list) else value
 
 
 def _desirable(label: Any, place: str) -> bool:

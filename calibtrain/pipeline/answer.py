@@ -249,7 +249,7 @@ class Answerer:
         return [
             Reply(
                 question=answer.question,
-                text=answer.text,
+                text=self.loaded.template.task.says(answer.text, record),
                 probability=probability,
                 word=word_for(probability, self.scale).name,
                 sentence=phrase(probability, self.scale),
@@ -267,7 +267,7 @@ class Answerer:
                 source=self.source,
                 forward_passes=float(passes),
                 tokens_read=float(tokens),
-                prediction_set=self._set(answer),
+                prediction_set=self._set(answer, record),
                 parts=pieces,
                 outside=p_value,
                 uncovered=self.uncovered(question),
@@ -299,10 +299,12 @@ class Answerer:
         found = before_answering(asker_of(self._own()), records, self.scorer.probes["p_ik"], self.scorer.fingerprint)
         return [float(one) for one in self.calibrated.calibrator.apply(found.values)]
 
-    def _set(self, answer: Answer) -> tuple[str, ...] | None:
+    def _set(self, answer: Answer, record: Record) -> tuple[str, ...] | None:
         """The prediction set, where one was calibrated and the answer was chosen among options."""
-        sets = self.calibrated.prediction_sets
-        return sets.of(answer.options, answer.option_logprobs) if sets and answer.option_logprobs else None
+        sets, task = self.calibrated.prediction_sets, self.loaded.template.task
+        if sets is None or not answer.option_logprobs:
+            return None
+        return tuple(task.says(one, record) for one in sets.of(answer.options, answer.option_logprobs))
 
     def _parts(self, answers: Sequence[Answer]) -> list[tuple[ReplyPart, ...]]:
         """The answers' parts with their chances, withheld as they come; () without calibrators for them."""

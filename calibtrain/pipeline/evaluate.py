@@ -135,11 +135,6 @@ class Loaded:
         if not by_token:
             whole = answer_table(self.model, answered, TEMPERATURE_GRID, self.device)
             return Measurement(answered.answers, whole.numpy(), states=asked)
-        if answered.options is not None:
-            raise UserError(
-                "calibration.method: adaptive_temperature reads the tokens of generated answers, and these are chosen among "
-                "options: take temperature, vector_scaling or matrix_scaling"
-            )
         per_token = token_logprob_table(self.model, features, TEMPERATURE_GRID, self.device).numpy()
         owner = features.sequence_ids.numpy()
         table = np.zeros((len(answered.answers), len(TEMPERATURE_GRID)))

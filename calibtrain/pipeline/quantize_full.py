@@ -96,9 +96,15 @@ def _texts(loaded: Loaded, records: Sequence[Record], path: Path, key: str) -> l
 
 
 def own_answers(loaded: Loaded, records: Sequence[Record], shots: Sequence[Record] = ()) -> list[Text]:
-    """What to quantise by: each prompt with what the model itself answers; its thinking counts to the prompt."""
+    """What to quantise by: each prompt with what the model itself answers; its thinking counts to the prompt.
+
+    Where it chooses among options, the reply that it chose.
+    """
     template, settings = loaded.template, loaded.config.evaluation
     prompts = [template.prompt_ids(record, shots) for record in records]
+    if any(template.task.options(record) for record in records):
+        chosen = [template.completion_ids(one.said) for one in loaded.answer(records, shots).answers]
+        return [Text(tuple(prompt), tuple(reply)) for prompt, reply in zip(prompts, chosen, strict=True)]
     made = generate(
         loaded.model,
         prompts,

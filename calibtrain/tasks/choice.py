@@ -73,6 +73,11 @@ class Choice(OptionsTask):
         whole = reply == letter
         return Reading(letter, start, len(reply) if whole else start + 1)
 
+    def says(self, text: str, record: Record) -> str:
+        """The option that a letter stands for: in the order that they were given it may have another."""
+        letters = self.choices(record)
+        return record.options[letters.index(text)] if text in letters else text
+
     def _ordered(self, record: Record, options: tuple[str, ...]) -> tuple[str, ...]:
         if not self.config.shuffle:
             return options

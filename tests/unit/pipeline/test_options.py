@@ -10,6 +10,7 @@ from calibtrain.confidence.answer import Answer
 from calibtrain.config import RunConfig
 from calibtrain.errors import UserError
 from calibtrain.pipeline.options import check_options, option_matrices, options_part, print_options
+from calibtrain.pipeline.report import Measured, ReportData, render_report
 from calibtrain.records import Message, Record
 from calibtrain.tasks.kinds import task_of
 
@@ -97,3 +98,17 @@ def test_what_a_calibrator_of_options_cannot_read_is_named_before_long_work():
         check({**letters, "answer_by": "generation"}, record("x", "y"))
     with pytest.raises(UserError, match="no options that are scored"):
         check({"kind": "short_answer"}, record())
+
+
+@pytest.mark.parametrize(
+    ("options_are", "title"), [("positions", "Does it prefer a place?"), ("classes", "Is every class")]
+)
+def test_the_report_has_a_part_of_them_and_escapes_names(options_are, title):
+    answers = answered(options=("good", "bad", "<b>so-so"))
+    data = ReportData(
+        "x", {}, {}, None, None, [Measured("m", answers)], 0.2, 0.05, bootstrap_replicates=2, samples=False
+    )
+    assert title not in render_report(data)
+    page = render_report(replace(data, options=options_part(options_are, answers)))
+    assert title in page
+    assert "<b>so-so" not in page

@@ -1,5 +1,6 @@
 """Choice and label: how data names the right option, what is asked and what is read in a reply."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,9 +8,11 @@ import pytest
 from calibtrain.config import RunConfig
 from calibtrain.config_tasks import ChoiceTask, LabelTask
 from calibtrain.data.pairs import add_rejected
+from calibtrain.data.sources import load_records
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record
 from calibtrain.tasks.choice import Choice
+from calibtrain.tasks.kinds import task_of
 from calibtrain.tasks.label import Label
 
 OPTIONS = ("Japan", "Kenya", "France")
@@ -92,6 +95,50 @@ def test_what_cannot_be_asked_is_named(how, answer, options, words):
     assert "rows.jsonl:3" in str(told.value)
 
 
+SHAPES = {  # as data sets on the Hub have them
+    "mmlu": (
+        [{"question": "Q?", "choices": ["w", "x", "y", "z"], "answer": 2}],
+        {"options": "choices", "answers": "answer"}, "index_from_0", ["y"],
+    ),
+    "hellaswag": (
+        [{"ctx": "Q", "endings": ["w", "x", "y", "z"], "label": "3", "ind": 4}],
+        {"question": "ctx", "options": "endings", "answers": "label"}, "index_from_0", ["z"],
+    ),
+    "arc": (
+        [
+            {"question": "Q1?", "choices": {"text": ["w", "x"], "label": ["A", "B"]}, "answerKey": "B"},
+            {"question": "Q2?", "choices": {"text": ["w", "x", "y"], "label": ["1", "2", "3"]}, "answerKey": "3"},
+        ],
+        {"options": "choices", "answers": "answerKey"}, "index_from_1", ["x", "y"],
+    ),
+    "winogrande": (
+        [{"sentence": "Q _", "option1": "w", "option2": "x", "answer": "2"}],
+        {"question": "sentence", "options": ["option1", "option2"], "answers": "answer"}, "index_from_1", ["x"],
+    ),
+    "medmcqa": (
+        [{"question": "Q?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 0}],
+        {"options": ["opa", "opb", "opc", "opd"], "answers": "cop"}, "index_from_0", ["w"],
+    ),
+    "commonsense_qa": (
+        [{"question": "Q?", "choices": {"label": ["A", "B"], "text": ["w", "x"]}, "answerKey": "A"}],
+        {"options": "choices", "answers": "answerKey"}, "text_or_letter", ["w"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_shapes_that_multiple_choice_comes_in(name, tmp_path):
+    rows, columns, how, right = SHAPES[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": {"kind": "file", "path": str(path), "columns": columns}}
+    task = {"kind": "choice", "show": "texts", "answers_are": how}
+    config = RunConfig.model_validate({"data": data, "task": task})
+    records = [task_of(config.task).asked(one) for one in load_records(config.data.source, 0)]
+    assert sorted(one.accepted[0] for one in records) == sorted(right)
+    assert all(one.chosen == one.accepted[0] for one in records)
+
+
 def test_numbers_that_are_texts_are_not_places():
     asked = Choice().asked(record("2", ("1", "2", "3")))
     assert asked.accepted == ("B",)
@@ -133,6 +180,15 @@ def test_a_letter_is_read_where_a_reply_names_one(reply, letter):
     if letter:
         assert found.text == letter
         assert "B" not in reply or reply[found.start : found.stop][0] == "B" or found.stop == len(reply)
+
+
+def test_a_letter_says_its_option_to_people():
+    task = Choice(ChoiceTask(shuffle=True))
+    asked = task.asked(record("Japan"))
+    assert task.says(asked.accepted[0], asked) == "Japan"
+    assert task.says("no option", asked) == "no option"
+    texts = Choice(ChoiceTask(show="texts"))
+    assert texts.says("Kenya", texts.asked(record())) == "Kenya"
 
 
 def test_labels_are_named_once_and_read_but_for_case():
