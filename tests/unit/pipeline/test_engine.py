@@ -183,8 +183,8 @@ def test_a_certificate_stays_where_the_new_calibration_has_none(certified, fake)
 def test_an_engine_that_changes_while_it_is_calibrated_certifies_nothing(out, fake, monkeypatch):
     measure = evaluate.with_progress
 
-    def then_change(*arguments):
-        found = measure(*arguments)
+    def then_change(*arguments, **options):
+        found = measure(*arguments, **options)
         fake.logprob = lambda body: -0.2
         return found
 
