@@ -39,8 +39,8 @@ from calibtrain.abstention.certificate import (
 from calibtrain.calibration.intervals import clopper_pearson, clopper_pearson_upper
 from calibtrain.errors import UserError
 
-FIRST = 0.25
-"""The first tested threshold lets so many of the audited answers be answered: of fewer one could show too little."""
+FIRST, ENOUGH = 0.25, 2
+"""The first tested threshold answers this share of the audited, or ENOUGH times as many as could prove it at best."""
 STEPS = 12
 """Thresholds that are tested at most."""
 SLACK = 0.02
@@ -279,7 +279,7 @@ def _range(n: int, low: float, high: float) -> NDArray[np.int64]:
 
 def _thresholds(q: NDArray[np.float64], places: NDArray[np.int64], smallest: int) -> list[tuple[float, int]]:
     """(threshold, number answered) of each step, for descending q and the places of the audited answers in it."""
-    first = max(smallest, int(np.ceil(FIRST * len(places))))
+    first = max(smallest, min(int(np.ceil(FIRST * len(places))), ENOUGH * smallest))
     found: list[tuple[float, int]] = []
     for audits in np.unique(np.linspace(first, len(places), STEPS).round().astype(int)).tolist():
         threshold, size = 0.0, len(q)

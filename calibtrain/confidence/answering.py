@@ -62,10 +62,10 @@ class Answerer:
             )
         finally:
             self.module.train(was_training)
-        self._settle()
+        self.settle()
         return gather_answered(take(answered, len(mine)), self.world)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Raise UserError on every rank where a grade is missing on one. Collective."""
         problems: list[str] = []
         try:

@@ -21,11 +21,11 @@ def with_rejected(
     """
     wrong = own_wrong_answer(record, samples, task)
     if wrong is None:
-        candidates = [text for text in alternatives if text.strip() and not is_right(task, text, record)]
-        if not candidates:
+        # The smallest hash wins: adding or reordering alternatives moves as few draws as can be. No more are graded.
+        drawn = sorted(filter(str.strip, alternatives), key=lambda text: (unit_hash("rejected", record.id, text), text))
+        wrong = next((text for text in drawn if not is_right(task, text, record)), None)
+        if wrong is None:
             raise UserError(f"{record.origin or record.question}: no wrong answer to reject was found or given")
-        # The smallest hash wins: adding or reordering alternatives moves as few draws as can be.
-        wrong = min(candidates, key=lambda text: (unit_hash("rejected", record.id, text), text))
     return replace(record, rejected=wrong)
 
 

@@ -160,7 +160,8 @@ def run(
     if not records:
         raise UserError(f"data.splits.{split}: 0 questions; ask for some in the config")
     loaded = load(config, model)
-    measurement = with_progress(loaded, records, () if model is not None else prepared.shots, f"answering {split}")
+    shots = () if model is not None else prepared.shots
+    measurement = with_progress(loaded, records, shots, f"answering {split}", settle=False)
     if output is not None:
         write_measurement(measurement, output, loaded.mark())
     loaded.template.task.settle()
@@ -187,8 +188,13 @@ def run_forced(config: RunConfig, *, model: Path | None, split: str) -> Forced:
     return found
 
 
-def with_progress(loaded: Answering, records: Sequence[Record], shots: Sequence[Record], label: str) -> Measurement:
-    """`Loaded.measure` under a progress bar. Raises UserError, before it starts, where answers could not be graded."""
+def with_progress(
+    loaded: Answering, records: Sequence[Record], shots: Sequence[Record], label: str, *, settle: bool = True
+) -> Measurement:
+    """`Loaded.measure` under a progress bar. Raises UserError, before it starts, where answers could not be graded.
+
+    And afterwards, where a grade is missing, unless `settle` is False: the caller writes the answers, and settles then.
+    """
     loaded.template.task.ready(records)
     from rich.console import Console
     from rich.progress import Progress
@@ -198,7 +204,10 @@ def with_progress(loaded: Answering, records: Sequence[Record], shots: Sequence[
         console.print(f"{label}: {len(records)} questions", highlight=False)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(label, total=len(records))
-        return loaded.measure(records, shots, lambda done: progress.update(task, completed=done))
+        found = loaded.measure(records, shots, lambda done: progress.update(task, completed=done))
+    if settle:
+        loaded.template.task.settle()
+    return found
 
 
 def measured_again(loaded: Answering, records: Sequence[Record], path: Path, made_by: str, split: str) -> Measurement:
@@ -209,7 +218,7 @@ def measured_again(loaded: Answering, records: Sequence[Record], path: Path, mad
     written.
     """
     left = _left_ungraded(loaded, records, path, made_by)
-    found = left or with_progress(loaded, records, (), f"answering {split}")
+    found = left or with_progress(loaded, records, (), f"answering {split}", settle=False)
     write_measurement(found, path, made_by)
     loaded.template.task.settle()
     return replace(read_measurement(path), states=found.states)

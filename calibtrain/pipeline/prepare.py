@@ -146,6 +146,7 @@ def add_own_wrong_answers(config: RunConfig, prepared: Prepared, template: Templ
         samples = found = sample(train, prepared.shots)
         on_main(lambda: _write(path, found))
     pairs, fallbacks = add_rejected(train, samples, template.task)
+    template.task.settle()  # what could not be graded counts as wrong there
     logger.info("rejected answers: %d the model's own, %d of another question", len(pairs) - fallbacks, fallbacks)
     prepared.splits["train"] = pairs
 

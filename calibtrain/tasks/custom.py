@@ -36,7 +36,7 @@ class Custom(Task):
         return bool(record.accepted) or not self.config.needs_answers
 
     def read(self, reply: str, record: Record) -> Reading:
-        """What the extractor finds; text that the reply does not hold as it is stands for all of it."""
+        """What the extractor finds. Text is where it stands last; what the reply does not hold as it is, is all of it."""
         if not self.extractor:
             return super().read(reply, record)
         self.unread.asked += 1
@@ -83,7 +83,7 @@ def _reading(found: Any, reply: str) -> Reading:
         return Reading("", 0, 0, found=False)
     if isinstance(found, str):
         text = found.strip()
-        start = reply.find(text)
+        start = reply.rfind(text)  # what was said last counts; an extractor that knows better returns the span
         whole = start < 0  # written otherwise than the reply has it
         return Reading(text, 0 if whole else start, len(reply) if whole else start + len(text), found=bool(text))
     if not (isinstance(found, tuple | list) and len(found) == 2 and all(_is_index(one) for one in found)):

@@ -26,6 +26,7 @@ from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.models.loss_model import LogprobStep, LossModel
 from calibtrain.records import Record, unit_hash
 from calibtrain.tasks.matching import normalize
+from calibtrain.tasks.task import Reading
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.rollout_credit import Credit, Sample, check_rewards, credit
 
@@ -166,9 +167,14 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             share_prefix=not lockstep,
             keep=keep_none,
         )
-        return [self._sample(i, one) for i, group in zip(asked, groups, strict=True) for one in group]
+        read = [self._sample(i, one) for i, group in zip(asked, groups, strict=True) for one in group]
+        records = [self.questions[sample.question] for sample, _ in read]
+        grades = answerer.template.task.grades([reading for _, reading in read], records)
+        answerer.settle()  # a reward that is missing is none
+        return [replace(one, correct=float(bool(grade.correct))) for (one, _), grade in zip(read, grades, strict=True)]
 
-    def _sample(self, index: int, generation: Generation) -> Sample:
+    def _sample(self, index: int, generation: Generation) -> tuple[Sample, Reading]:
+        """A sample that is not graded yet, and what it is graded by."""
         template, rollouts, record = self.answerer.template, self.config.rollouts, self.questions[index]
         task, reply = template.task, read_reply(template, generation.tokens, record)
         reading, (start, stop) = reply.reading, reply.span
@@ -182,10 +188,10 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             confidence = math.nan if statement.confidence is None else statement.confidence
             stated = statement_tokens(generation.tokens, template.decode_answer)
         said = task.key(reading.text, record)
-        return Sample(
+        sample = Sample(
             question=index,
             tokens=generation.tokens,
-            correct=float(bool(task.grades([reading], [record])[0].correct)),
+            correct=math.nan,
             confidence=confidence,
             abstained=rollouts.reward == "ternary"
             and any(
@@ -195,6 +201,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             answer_stop=None if stop == len(generation.tokens) else stop,
             stated=stated,
         )
+        return sample, reading
 
     def _measured(self, samples: list[Sample]) -> list[Sample]:
         """The samples with the log-probs and values that credit and later steps need, in as many passes on each rank."""

@@ -19,7 +19,7 @@ SIZES = {"train": 40, "calibration": 8, "temperature": 10, "certification": 14, 
 GRADER = """
 def is_right(answer, record):
     assert set(record) >= {"question", "accepted", "fields"}
-    return int(record["question"].split()[-1].strip("?")) % 4 > 0
+    return int(record["question"].split()[-1].strip("?")) != 3
 
 def broken(answer, record):
     return "yes" if is_right(answer, record) else False
@@ -147,7 +147,7 @@ def test_a_grader_of_the_users_grades_all_the_way(out, tmp_path, monkeypatch):
     assert found.audit is None
     lines = (out / "answers" / "certification.jsonl").read_text().splitlines()
     grades = {one["question"]: one["correct"] for one in map(json.loads, lines)}
-    assert all(right == (int(question.split()[-1][:-1]) % 4 > 0) for question, right in grades.items())
+    assert all(right == (question != "What is 3?") for question, right in grades.items())
     config = load_config(out / "config.yaml")
     evaluate.run(config, model=out / "model", split="test", output=out / "answers" / "test.jsonl")
     assert "How far the judge" not in collect.run(out).read_text()

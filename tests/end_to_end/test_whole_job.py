@@ -124,20 +124,20 @@ def test_a_calibration_that_certifies_nothing_leaves_the_one_that_does(finished,
     from typer.testing import CliRunner
 
     from calibtrain import cli
-    from calibtrain.pipeline import calibrate
+    from calibtrain.pipeline import evaluate
 
     def invoke(*call):
         return CliRunner().invoke(cli.app, [str(one) for one in call], catch_exceptions=False)
 
     output = shutil.copytree(finished.output_dir, tmp_path / "run")
-    answered = calibrate.with_progress
+    answered = evaluate.with_progress
 
-    def all_right(*args):
-        found = answered(*args)
+    def all_right(*args, **more):
+        found = answered(*args, **more)
         return replace(found, answers=[replace(one, correct=True) for one in found.answers])
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate, "with_progress", all_right)
+        patch.setattr(evaluate, "with_progress", all_right)
         assert invoke("calibrate", output, "--target-risk", 0.5).exit_code == 0
     files = [output / "calibration.json", *(output / "answers").iterdir()]
     kept = {path: path.read_bytes() for path in files}

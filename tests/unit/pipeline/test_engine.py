@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from calibtrain import cli
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
-from calibtrain.pipeline import engine, served
+from calibtrain.pipeline import engine, evaluate, served
 from calibtrain.pipeline.answer import load
 from calibtrain.pipeline.evaluate import read_measurement
 from tests.end_to_end.runs import finished_run
@@ -185,14 +185,14 @@ def test_a_certificate_stays_where_the_new_calibration_has_none(certified, fake)
 
 
 def test_an_engine_that_changes_while_it_is_calibrated_certifies_nothing(out, fake, monkeypatch):
-    measure = engine.with_progress
+    measure = evaluate.with_progress
 
-    def then_change(*arguments):
-        found = measure(*arguments)
+    def then_change(*arguments, **options):
+        found = measure(*arguments, **options)
         fake.logprob = lambda body: -0.2
         return found
 
-    monkeypatch.setattr(engine, "with_progress", then_change)
+    monkeypatch.setattr(evaluate, "with_progress", then_change)
     with pytest.raises(UserError, match="another engine than the one that was measured"):
         engine.run(out, url=fake.url)
     assert not list((out / "engines").rglob("calibration.json"))

@@ -76,6 +76,7 @@ def test_a_grader_says_what_is_right():
     [
         ("boxed", "so <ab> it is", ("ab", 4, 6, True)),
         ("boxed", "no idea", ("", 0, 0, False)),
+        ("boxed", "<ab> so ab", ("ab", 8, 10, True)),
         ("span", "it ab", ("ab", 3, 5, True)),
         ("upper", "it is", ("IT IS", 0, 5, True)),  # written otherwise: all of the reply says it
     ],
