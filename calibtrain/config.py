@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from calibtrain.config_base import BelowOne, Count, Fraction, Positive, Risk, Section, Weight
-from calibtrain.config_data import DataConfig, FileSource, GeographySource, HubSource, SplitSizes
+from calibtrain.config_data import DataConfig, FileSource, GeographySource, HubSource, MixtureSource, SplitSizes
 from calibtrain.config_losses import (
     AnswerScoreConfig,
     NLLScope,
@@ -35,6 +35,7 @@ __all__ = [
     "GRPOConfig",
     "GeographySource",
     "HubSource",
+    "MixtureSource",
     "ORPOConfig",
     "OwnAnswersConfig",
     "PPOConfig",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from calibtrain.config_base import Count, Section, Weight
+from calibtrain.config_base import Count, Fraction, Positive, Section, Weight
 
 LISTS = {"strata": True, "fields": True, "options": False}
 """Fields that several columns make up -> whether a single column must be written as a list too."""
@@ -36,6 +36,11 @@ class GeographySource(Section):
     popularity: Weight = 0.5
     """Questions are drawn with weight population**popularity: 0 is uniform over cities, 1 follows the people."""
 
+    @property
+    def called(self) -> str:
+        """What people know it by."""
+        return "geography (city -> country)"
+
 
 class FileSource(Section):
     """Local .jsonl, .json, .csv or .parquet files."""
@@ -47,6 +52,11 @@ class FileSource(Section):
     """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options) to the file's
     column; `strata` lists the columns whose values group the questions, `fields` those that the task reads; `options` is
     one column of lists or a list of columns."""
+
+    @property
+    def called(self) -> str:
+        """What people know it by."""
+        return self.path.name
 
 
 class HubSource(Section):
@@ -76,8 +86,56 @@ class HubSource(Section):
             raise ValueError("streaming needs `limit`: how many rows to read")
         return self
 
+    @property
+    def called(self) -> str:
+        """What people know it by."""
+        return self.name
 
-Source = Annotated[GeographySource | FileSource | HubSource, Field(discriminator="kind")]
+
+class MixturePart(Section):
+    """One source of a mixture."""
+
+    source: Annotated[GeographySource | FileSource | HubSource, Field(discriminator="kind")]
+    """Where its records come from."""
+    weight: Positive = 1.0
+    """Its share of the draws is its weight over the sum of all."""
+    name: str | None = None
+    """The value of the stratum `source` of its records; by default the file's name without ending, or the hub's name."""
+
+    @property
+    def stratum(self) -> str:
+        """The value of its records' stratum `source`."""
+        if self.name is not None:
+            return self.name
+        return self.source.path.stem if isinstance(self.source, FileSource) else self.source.called.partition(" (")[0]
+
+
+class MixtureSource(Section):
+    """Several sources, drawn from in given proportions; each record has the stratum `source`."""
+
+    kind: Literal["mixture"]
+    sources: Annotated[tuple[MixturePart, ...], Field(min_length=2)]
+    """The sources with their weights."""
+    exhausted: Literal["stop", "repeat"] = "stop"
+    """Training: `stop` ends the draw where the next source's turn finds no record left, so that none is trained on twice;
+    `repeat` begins it anew, until all were drawn whole (or `splits.train` is reached). The other splits ask each question
+    once, and go on with the sources that are left."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> MixtureSource:
+        names = [part.stratum for part in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two sources are named {max(names, key=names.count)!r}; give each a `name` of its own")
+        return self
+
+    @property
+    def called(self) -> str:
+        """What people know it by."""
+        names = [part.source.called for part in self.sources]
+        return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+Source = Annotated[GeographySource | FileSource | HubSource | MixtureSource, Field(discriminator="kind")]
 
 
 class SplitSizes(Section):
@@ -85,6 +143,8 @@ class SplitSizes(Section):
 
     train: int | None = Field(default=None, ge=0)
     """Records to learn from; null takes all of this split."""
+    validation: Annotated[int, Field(ge=0)] = 0
+    """Records that are never trained on, to measure the loss by (training.evaluate_loss_every); they come out of train."""
     calibration: Annotated[int, Field(ge=0)] = 512
     """Questions the model answers during training, for the calibration term (128 to 512 are enough)."""
     temperature: Annotated[int, Field(ge=0)] = 512
@@ -102,6 +162,11 @@ class DataConfig(Section):
     """Where the training records come from."""
     questions: Source | None = None
     """Source of the graded questions (calibration, temperature, certification, test) when it is not `source`."""
+    strict: bool = False
+    """End with the error of the first row that cannot serve; else such rows are left out, counted, and written to
+    dropped.jsonl of output_dir."""
+    max_dropped: Fraction = 0.1
+    """Of a source with a larger share of rows that cannot serve, nothing is used: the run ends and shows the reasons."""
     splits: SplitSizes = SplitSizes()
     """How many records each split may hold."""
     template: Literal["plain", "chat"] = "plain"
@@ -110,8 +175,11 @@ class DataConfig(Section):
     """Given to the chat template wherever it is rendered, e.g. {enable_thinking: false}."""
     merge_system: bool = False
     """Put a system turn before the text of the user turn that follows, for chat templates without a system role."""
+    few_shot: Annotated[int, Field(ge=0, le=32)] = 0
+    """Examples before every question, while training and ever after: the first answered questions of the training split,
+    which are then not trained on."""
     few_shot_raw: Annotated[int, Field(ge=0, le=32)] = 8
-    """Examples shown to the raw model before a question: without any it misses the format."""
+    """Examples shown to the raw model before a question: without any it misses the format. Not beside `few_shot`."""
     max_length: Count = 512
     """Tokens of prompt + completion; the prompt is cut from its left, the completion never."""
     packing_tokens: int | None = Field(default=None, ge=8)

@@ -78,12 +78,12 @@ def encode_records(
         try:
             completions = [template.completion_ids(text) for text in texts if text]
         except UserError:
-            drops.drop("the tokenizer cannot tell the answer from the prompt", place)
+            drops.refuse("the tokenizer cannot tell the answer from the prompt", place, record.question)
             continue
         prompt = template.prompt_ids(record)
         room = max_length - max(map(len, completions))
         if room < 1:
-            drops.drop(f"the answer alone fills max_length {max_length}", place)
+            drops.refuse(f"the answer alone fills max_length {max_length}", place, record.question)
             continue
         drops.shortened += len(prompt) > room
         prompt = cut_left(prompt, room, template.tokenizer.bos_token_id)

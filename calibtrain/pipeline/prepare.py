@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calibtrain.config import RunConfig
+from calibtrain.config import MixtureSource, RunConfig
+from calibtrain.config_data import Source
 from calibtrain.data.calibration_set import Composition, composition_distance
-from calibtrain.data.drops import DropReport
+from calibtrain.data.drops import DropReport, check_share
+from calibtrain.data.mixtures import drawn, mixture_lines
 from calibtrain.data.pairs import add_rejected, with_confidence_statements
 from calibtrain.data.sources import load_records
 from calibtrain.data.splits import split_records, unique_records
@@ -25,6 +27,7 @@ from calibtrain.errors import UserError
 from calibtrain.models.loading import cache_directory
 from calibtrain.records import Record
 from calibtrain.tasks.kinds import task_of
+from calibtrain.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class Prepared:
     drops: DropReport
     read: int  # rows of the source of training records
     graded: int | None = None  # rows of the source of graded questions, where it is another
+    mixed: tuple[str, ...] = ()  # what a mixture of sources came to
 
     @property
     def available(self) -> dict[str, int]:
@@ -54,10 +58,15 @@ class Prepared:
     def lines(self) -> list[str]:
         """How many of how many records are used, a line a split."""
         sources = f"{self.read} rows read" + ("" if self.graded is None else f", and {self.graded} of data.questions")
-        return [sources] + [
-            f"{name}: {len(self.splits[name])} of the {count} records of this split"
-            for name, count in self.available.items()
-        ]
+        return (
+            [sources]
+            + [
+                f"{name}: {len(self.splits[name])} of the {count} records of this split"
+                for name, count in self.available.items()
+                if count or name != "validation"
+            ]
+            + list(self.mixed)
+        )
 
     @property
     def data_hash(self) -> str:
@@ -67,30 +76,59 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Load and split the data. Raises UserError for what the user must mend, before any model is loaded."""
-    drops = DropReport()
-    unpaired = config.trains_unpaired
-    records = load_records(config.data.source, config.seed, labelled=unpaired)
-    if not records:
-        raise UserError("data.source: the data set is empty")
-    task = task_of(config.task)
-    records = [task.asked(record) for record in records]
-    questions = None if config.data.questions is None else load_records(config.data.questions, config.seed)
-    questions = None if questions is None else [task.asked(record) for record in questions]
+    data, drops, task = config.data, DropReport(strict=config.data.strict), task_of(config.task)
+    unpaired, once = config.trains_unpaired, config.objective.needs.answers_itself
+    records, read = _read_source(config, data.source, task, drops, labelled=unpaired)
+    questions, asked = None, None
+    if data.questions is not None:
+        questions, asked = _read_source(config, data.questions, task, drops)
+    mixture, asked_mixture = (one if isinstance(one, MixtureSource) else None for one in (data.source, data.questions))
     graded = records if questions is None else questions
     strata = {"calibration.domain": config.calibration.domain, "abstention.groups": config.abstention.groups}
     check_named([record for record in graded if task.gradable(record)], strata)
     splits = split_records(
-        records, config.data.splits, config.seed, questions, drops, undesirable=unpaired, gradable=task.gradable
+        records,
+        data.splits,
+        config.seed,
+        questions,
+        drops,
+        undesirable=unpaired,
+        gradable=task.gradable,
+        mixture=mixture,
+        asked_mixture=asked_mixture,
+        examples=data.few_shot,
+        # Where the model answers each question itself, what else its rows say is not learned from.
+        once=once,
     )
-    if config.objective.needs.answers_itself:
-        # The model answers each question itself: what else its rows say is not learned from.
-        splits["train"] = unique_records(splits["train"], drops)
     answered = [record for record in splits["train"] if record.chosen is not None]
-    shots = unique_records(answered, DropReport())[: config.data.few_shot_raw]
+    shots = unique_records(answered, DropReport())[: config.data.few_shot_raw] if not data.few_shot else []
     composition = None
     if splits["calibration"]:
+        if (mixed := mixture if questions is None else asked_mixture) is not None:
+            graded = drawn([record for record in graded if task.gradable(record)], mixed, config.seed, repeat=False)
         composition = composition_distance(splits["calibration"], graded, config.seed)
-    return Prepared(splits, shots, composition, drops, len(records), None if questions is None else len(questions))
+    told = () if mixture is None else mixture_lines(records, splits["train"], mixture)
+    return Prepared(splits, shots, composition, drops, read, asked, tuple(told))
+
+
+def _read_source(
+    config: RunConfig, source: Source, task: Task, drops: DropReport, labelled: bool = False
+) -> tuple[list[Record], int]:
+    """The records of a source as the task asks them, and how many rows were read. UserError where too many cannot serve."""
+    known = len(drops.unfit)
+    loaded = load_records(source, config.seed, labelled=labelled, drops=drops)
+    records = []
+    for record in loaded:
+        try:
+            records.append(task.asked(record))
+        except UserError as error:
+            drops.refuse(error, record.origin or record.question, record.question)
+    unfit = drops.unfit[known:]
+    read = len(records) + len(unfit)
+    check_share(unfit, read, config.data.max_dropped, source.called)
+    if not records:
+        raise UserError(f"{source.called}: the data set is empty")
+    return records, read
 
 
 def needs_rejected(config: RunConfig, prepared: Prepared) -> bool:

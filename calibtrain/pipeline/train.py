@@ -17,6 +17,7 @@ from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.likelihood import sample_answers
 from calibtrain.config import RunConfig
 from calibtrain.config_file import dump_config
+from calibtrain.data.drops import write_dropped
 from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.loader import planned_steps
 from calibtrain.data.templates import Template, template_of
@@ -242,6 +243,7 @@ def write_provenance(config: RunConfig, checked: Checked, trainer: Trainer, worl
         "dropped": prepared.drops.lines(),
     }
     (output / "run.json").write_text(json.dumps(run_facts, indent=2), encoding="utf-8")
+    write_dropped(prepared.drops.unfit, output / "dropped.jsonl")
 
 
 def _trainer(

@@ -36,12 +36,15 @@ FREE_TO_CHANGE = (
     "output_dir",
     "tracking",
     "abstention",
+    "data.strict",
+    "data.max_dropped",
     "training.resume",
     "training.log_every",
     "training.keep_checkpoints",
     "training.checkpoint_every",
     "training.evaluate_every",
     "training.evaluate_questions",
+    "training.evaluate_loss_every",
     "training.max_skipped_steps",
 )
 """Config keys that may differ on resume; every other one shapes the trajectory."""
