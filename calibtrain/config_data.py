@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from calibtrain.config_base import Count, Fraction, Positive, Section, Weight
 
-LISTS = {"strata": True, "fields": True, "options": False}
+LISTS = {"strata": True, "fields": True, "options": False, "context": False}
 """Fields that several columns make up -> whether a single column must be written as a list too."""
 
 
@@ -155,6 +155,17 @@ class SplitSizes(Section):
     """Questions measured before and after training, and used for nothing else."""
 
 
+class Example(Section):
+    """A question with its answer, shown before every question."""
+
+    question: str
+    """What is asked."""
+    answer: str
+    """What is answered."""
+    context: tuple[str, ...] = ()
+    """Passages that the answer is in."""
+
+
 class DataConfig(Section):
     """Where records come from and how they become tokens."""
 
@@ -169,8 +180,13 @@ class DataConfig(Section):
     """Of a source with a larger share of rows that cannot serve, nothing is used: the run ends and shows the reasons."""
     splits: SplitSizes = SplitSizes()
     """How many records each split may hold."""
-    template: Literal["plain", "chat"] = "plain"
-    """`plain` is "Question: ...\\nAnswer: ..."; `chat` is the tokenizer's own chat template."""
+    template: Literal["plain", "chat", "jinja"] = "plain"
+    """`plain` is "Question: ...\\nAnswer: ..."; `chat` is the tokenizer's chat template; `jinja` is `prompt_template`."""
+    prompt_template: str | None = None
+    """A Jinja template, or a file with one, that reads question, context, options, fields, system, examples and messages
+    (earlier turns). With template: jinja it makes the whole prompt, with chat the text of the user's turn."""
+    system: str = ""
+    """Text before every question, in training and ever after; a system turn of the record's own comes behind it."""
     chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(default={})
     """Given to the chat template wherever it is rendered, e.g. {enable_thinking: false}."""
     merge_system: bool = False
@@ -178,10 +194,13 @@ class DataConfig(Section):
     few_shot: Annotated[int, Field(ge=0, le=32)] = 0
     """Examples before every question, while training and ever after: the first answered questions of the training split,
     which are then not trained on."""
+    examples: tuple[Example, ...] = ()
+    """Examples of your own, in the place of `few_shot`; a run writes those that it found here."""
     few_shot_raw: Annotated[int, Field(ge=0, le=32)] = 8
     """Examples shown to the raw model before a question: without any it misses the format. Not beside `few_shot`."""
     max_length: Count = 512
-    """Tokens of prompt + completion; the prompt is cut from its left, the completion never."""
+    """Tokens of prompt + completion; a prompt is cut from its left, a context before that from its end, a completion
+    never."""
     packing_tokens: int | None = Field(default=None, ge=8)
     """Pack sequences into rows of so many tokens; null pads one sequence a row."""
     shared_prefix: bool = True
@@ -189,7 +208,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _kwargs_need_a_chat_template(self) -> DataConfig:
-        if self.template == "plain" and (self.chat_template_kwargs or self.merge_system):
+        if (self.template == "jinja") and self.prompt_template is None:
+            raise ValueError("template: jinja needs `prompt_template`, a Jinja template or a file with one")
+        if self.template == "plain" and self.prompt_template is not None:
+            raise ValueError("prompt_template is read with template: jinja or chat, not with plain")
+        if self.template != "chat" and (self.chat_template_kwargs or self.merge_system):
             raise ValueError("chat_template_kwargs and merge_system are read with template: chat alone")
         taken = {"tokenize", "add_generation_prompt", "conversation", "messages"} & self.chat_template_kwargs.keys()
         if taken:

@@ -24,6 +24,7 @@ INPUT_PATHS: tuple[KeyPath, ...] = (
     ("data", "source", "sources", "*", "source", "path"),
     ("data", "questions", "path"),
     ("data", "questions", "sources", "*", "source", "path"),
+    ("data", "prompt_template"),
     ("training", "deepspeed"),
     ("model", "source"),
 )
@@ -167,6 +168,8 @@ def _make_absolute(values: Any, path: KeyPath, base: Path) -> None:
     given = values.get(path[-1]) if isinstance(values, dict) else None
     if not isinstance(given, str) or (path == ("model", "source") and not given.startswith((".", "~"))):
         return  # `owner/name` is a hub name, or a directory below the working directory when there is one
+    if path == ("data", "prompt_template") and any(mark in given for mark in ("{{", "{%", "\n")):
+        return  # the template itself
     values[path[-1]] = str((base / Path(given).expanduser()).resolve())
 
 

@@ -80,13 +80,12 @@ def encode_records(
         except UserError:
             drops.refuse("the tokenizer cannot tell the answer from the prompt", place, record.question)
             continue
-        prompt = template.prompt_ids(record)
         room = max_length - max(map(len, completions))
         if room < 1:
             drops.refuse(f"the answer alone fills max_length {max_length}", place, record.question)
             continue
-        drops.shortened += len(prompt) > room
-        prompt = cut_left(prompt, room, template.tokenizer.bos_token_id)
+        prompt, shortened = fit_prompt(record, template, room)
+        drops.shortened += shortened
         examples.append(
             tuple(
                 Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1)
@@ -130,8 +129,16 @@ def encode_answer(
     room = max_length - len(completion)
     if room < 1:
         return None
-    prompt = cut_left(template.prompt_ids(record), room, template.tokenizer.bos_token_id)
+    prompt, _ = fit_prompt(record, template, room)
     return Encoded((*prompt, *completion), len(prompt), role, record_id, correct=float(correct))
+
+
+def fit_prompt(record: Record, template: Template, room: int) -> tuple[list[int], bool]:
+    """At most `room` ids of a record's prompt, and whether it was cut: first its context from the end, then on the left."""
+    fitted = template.fitted(record, room=room)
+    prompt = template.prompt_ids(fitted)
+    shortened = len(prompt) > room or fitted.context != record.context
+    return cut_left(prompt, room, template.tokenizer.bos_token_id), shortened
 
 
 def cut_left(prompt: Sequence[int], room: int, bos_id: int | None) -> list[int]:

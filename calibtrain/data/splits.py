@@ -103,10 +103,12 @@ def split_records(
 
 def _cut_examples(pools: dict[str, list[Record]], count: int) -> list[Record]:
     """The first questions of train with an answer, taken out of it with whatever else is said to them."""
-    answered = [record for record in pools["train"] if record.chosen is not None] if count else []
+    answered = [one for one in pools["train"] if one.chosen is not None and len(one.prompt) == 1] if count else []
     found = unique_records(answered, DropReport())[:count]
     if len(found) < count:
-        raise UserError(f"data.few_shot: {count} asked for, but only {len(found)} training questions have an answer")
+        raise UserError(
+            f"data.few_shot: {count} asked for, but only {len(found)} training records are one question with an answer"
+        )
     taken = {record.id for record in found}
     pools["train"] = [record for record in pools["train"] if record.id not in taken]
     return found
@@ -130,7 +132,7 @@ def _learnable(records: Sequence[Record], drops: DropReport, undesirable: bool) 
     seen: set[Hashable] = set()
 
     def new(record: Record) -> bool:
-        said = (record.prompt, record.chosen, record.rejected, record.accepted)
+        said = (record.prompt, record.chosen, record.rejected, record.accepted, record.context)
         known = len(seen)
         seen.add(said)
         return len(seen) > known

@@ -22,6 +22,7 @@ def data_hash(records: Sequence[Record]) -> str:
                     record.chosen,
                     record.rejected,
                     list(record.accepted),
+                    *([list(record.context)] if record.context else []),
                 ],
                 ensure_ascii=True,
             ).encode()

@@ -10,10 +10,12 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from calibtrain.data.prompts import CONTEXT, PROBE, Prompts, context_merged, prompts_of, with_less_context
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record
 from calibtrain.tasks.kinds import task_of
@@ -30,7 +32,6 @@ PLAIN_QUESTION = "Question: {}\nAnswer:"
 PLAIN_ANSWER = " {}"
 PLAIN_BETWEEN = "\n\n"
 _BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
-_PROBE = Record(prompt=(Message("user", "Which one?"),))
 _PROBE_ANSWER = "This one"
 
 
@@ -40,17 +41,19 @@ class Template:
     `plain` is "Question: ..." and "Answer:" on two lines, with completion " answer" + EOS; `chat` is the tokenizer's
     chat template with its generation prompt, and the completion ends with the token that the template puts after an
     assistant's turn. `chat_template_kwargs` go to the chat template (`enable_thinking`); `merge_system` puts a system turn
-    before the first user turn's text, for templates that have no such role. `task` says what an answer is. Raises UserError
-    if the tokenizer has no chat template, or no token that can end an answer.
+    before the first user turn's text, for templates that have no such role. `task` says what an answer is, `prompts` what
+    stands around a question; `jinja` is their template. Raises UserError if the tokenizer has no chat template, or no token
+    that can end an answer.
     """
 
     def __init__(
         self,
-        kind: Literal["plain", "chat"],
+        kind: Literal["plain", "chat", "jinja"],
         tokenizer: PreTrainedTokenizerBase,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         merge_system: bool = False,
         task: Task | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
         if kind == "chat" and not tokenizer.chat_template:
             raise UserError("data.template: the tokenizer has no chat template; use data.template: plain")
@@ -61,11 +64,12 @@ class Template:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.merge_system = merge_system
         self.task = task or SHORT_ANSWER
+        self.prompts = prompts or Prompts()
         self._prefix_ids = self._special_prefix()
         self.end_id: int = self._chat_end_id() if kind == "chat" else tokenizer.eos_token_id
         """Token that ends every completion."""
-        self._probe_text = self.prompt_text(_PROBE)
-        self._probe_ids = self.prompt_ids(_PROBE)
+        self._probe_text = self._probe()
+        self._probe_ids = self._ids(self._probe_text)
         self._thinks = kind == "chat" and self._probe_text.rstrip().endswith(THINK_START)
 
     def prompt_text(self, record: Record, shots: Sequence[Record] = ()) -> str:
@@ -73,10 +77,9 @@ class Template:
 
         Raises UserError that names the record where the chat template refuses it.
         """
-        messages: list[Message] = []
-        for shot in shots:
-            messages += [*shot.prompt, Message("assistant", shot.chosen or "")]
-        messages += record.prompt
+        if self.kind == "jinja":
+            return self._own_text(record, shots)
+        messages = self.prompts.turns(record, shots)
         if self.kind == "plain":
             return _plain_text(messages)
         try:
@@ -87,9 +90,49 @@ class Template:
 
     def prompt_ids(self, record: Record, shots: Sequence[Record] = ()) -> list[int]:
         """Token ids of the prompt, with the special tokens that the tokenizer or the chat template opens with, once."""
-        ids = self._encode(self.prompt_text(record, shots))
+        return self._ids(self.prompt_text(self.fitted(record, shots), shots))
+
+    def fitted(self, record: Record, shots: Sequence[Record] = (), room: int | None = None) -> Record:
+        """The record with as much of its context, from the start, as leaves the prompt within `room` tokens.
+
+        By default, and at most, within what an answer leaves of max_length. Without a context it is as it was.
+        """
+        room = min((one for one in (room, self.prompts.room) if one is not None), default=None)
+        while room is not None and record.context:
+            over = len(self._ids(self.prompt_text(record, shots))) - room
+            if over <= 0:
+                break
+            *kept, last = record.context
+            ids = self._encode(last)
+            cut = self._decode(ids[: max(0, len(ids) - over)]).rstrip("\N{REPLACEMENT CHARACTER}")
+            record = with_less_context(record, [*kept, cut] if len(cut) < len(last) else kept)
+        return record
+
+    def _ids(self, text: str) -> list[int]:
         # A chat template writes its own BOS.
-        return ids if self.kind == "chat" else [*self._prefix_ids, *ids]
+        return self._encode(text) if self.kind == "chat" else [*self._prefix_ids, *self._encode(text)]
+
+    def _own_text(self, record: Record, shots: Sequence[Record]) -> str:
+        """The user's template, which shows the examples, or each of which stands before it as it was asked and answered."""
+        if "examples" in self.prompts.reads:
+            return self.prompts.rendered(record, shots)
+        texts = [self.prompts.rendered(shot) for shot in shots]
+        answered = [text + self._opened(shot.chosen or "", text) for shot, text in zip(shots, texts, strict=True)]
+        return PLAIN_BETWEEN.join([*answered, self.prompts.rendered(record)])
+
+    def _probe(self) -> str:
+        """A prompt to try the tokenizer on. The user's template may refuse it, as it knows the rows; then a plain one."""
+        if self.prompts.source is None:
+            return self.prompt_text(replace(PROBE, context=()))
+        try:
+            return self.prompt_text(PROBE)
+        except UserError:
+            plain = [Message("user", PROBE.question)]
+            return _plain_text(plain) if self.kind == "jinja" else self._chat_text(plain)
+
+    def _opened(self, text: str, prompt: str) -> str:
+        """An answer as it follows a prompt that is not a chat's: with one space, where neither has any."""
+        return PLAIN_ANSWER.format(text) if text and not text[0].isspace() and not prompt[-1:].isspace() else text
 
     def completion_ids(self, text: str) -> list[int]:
         """Token ids of an answer as they follow a prompt, and the token that ends it. Raises UserError if they cannot.
@@ -102,14 +145,11 @@ class Template:
         the joint encoding where that keeps the prompt's ids, else encoded alone; either way the joined ids must decode
         to the joined text.
         """
-        if self.kind == "plain":
-            text = _BLANK_LINES.sub("", text)
-            text = PLAIN_ANSWER.format(text) if text and not text[0].isspace() else text
+        if self.kind != "chat":
+            text = self._opened(_BLANK_LINES.sub("", text), self._probe_text)
         if not text:
             return [self.end_id]
-        prompt, joint = self._probe_ids, self._encode(self._probe_text + text)
-        if self.kind == "plain":
-            joint = [*self._prefix_ids, *joint]
+        prompt, joint = self._probe_ids, self._ids(self._probe_text + text)
         wanted = self._decode(joint)
         candidates = [self._encode(text), self._encode(text.removeprefix(" "))]
         if joint[: len(prompt)] == prompt:
@@ -168,11 +208,11 @@ class Template:
 
     def departure(self, record: Record) -> str | None:
         """Where prompt + completion is not what the chat template renders for the whole conversation, in words; or None."""
-        if self.kind == "plain" or not record.chosen:
+        if self.kind != "chat" or not record.chosen:
             return None
         shown, text = self.prompt_text(record), record.chosen.strip()
         try:
-            whole = self._chat_text([*record.prompt, Message("assistant", text)], answered=True)
+            whole = self._chat_text([*self.prompts.turns(record), Message("assistant", text)], answered=True)
         except UserError:
             return None
         if whole.startswith(shown + text):
@@ -209,7 +249,7 @@ class Template:
     def stops(self) -> tuple[str, ...]:
         """Texts that end a reply. A raw model that imitates examples ends its answer with a line break, not with EOS."""
         if not self.task.several_lines:
-            return ("\n",) if self.kind == "plain" else ()
+            return () if self.kind == "chat" else ("\n",)
         return (
             *((PLAIN_BETWEEN + PLAIN_QUESTION.partition("{}")[0],) if self.kind == "plain" else ()),
             *self.task.stop,
@@ -231,7 +271,7 @@ class Template:
         """SHA-256 over the template's text and the special tokens; a calibrator fitted under another hash is void."""
         tokenizer = self.tokenizer
         text = tokenizer.chat_template if self.kind == "chat" else [PLAIN_QUESTION, PLAIN_ANSWER, PLAIN_BETWEEN]
-        parts = [
+        parts: list[Any] = [
             self.kind,
             text,
             self._prefix_ids,
@@ -247,6 +287,8 @@ class Template:
             parts.append("merge_system")
         if self.task.several_lines:
             parts.append(["several lines", *self.stops])
+        if facts := self.prompts.facts:
+            parts.append(facts)
         return hashlib.sha256(json.dumps(parts, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -266,6 +308,7 @@ class Template:
         return full[:start]
 
     def _chat_text(self, messages: Sequence[Message], answered: bool = False) -> str:
+        messages = context_merged(messages)
         if self.merge_system:
             messages = _system_merged(messages)
         turns = [{"role": message.role, "content": message.content} for message in messages]
@@ -293,16 +336,24 @@ class Template:
 
     def _chat_end_id(self) -> int:
         """The special token that the template writes after an assistant's turn; it need not be the EOS (Llama 3)."""
-        text = self._chat_text([*_PROBE.prompt, Message("assistant", _PROBE_ANSWER)], answered=True)
+        text = self._chat_text([*PROBE.prompt, Message("assistant", _PROBE_ANSWER)], answered=True)
         after = self._encode(text.rpartition(_PROBE_ANSWER)[2])
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         return next((token for token in after if token in special), self.tokenizer.eos_token_id)
 
 
 def template_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template of a run, the same wherever one is rendered: in training, evaluation, answering and serving."""
-    data = config.data
-    return Template(data.template, tokenizer, data.chat_template_kwargs, data.merge_system, task_of(config.task))
+    """The template of a run, the same wherever one is rendered: in training, evaluation, answering and serving.
+
+    Raises UserError where the config asks for examples out of the data and they are not settled (`pipeline.prepare`).
+    """
+    data, task = config.data, task_of(config.task)
+    if data.few_shot and not data.examples:
+        raise UserError(
+            "data.few_shot: the examples of this run are not known; its config.yaml holds them once it began"
+        )
+    prompts = prompts_of(data, config.evaluation.max_new_tokens)
+    return Template(data.template, tokenizer, data.chat_template_kwargs, data.merge_system, task, prompts)
 
 
 def _system_merged(messages: Sequence[Message]) -> list[Message]:
@@ -327,6 +378,8 @@ def _plain_text(messages: Sequence[Message]) -> str:
             parts.append(PLAIN_ANSWER.format(message.content.strip()) + PLAIN_BETWEEN)
         elif message.role == "system":
             parts.append(message.content.strip() + PLAIN_BETWEEN)
+        elif message.role == "context":
+            parts.append(CONTEXT.format(message.content.strip()) + "\n")
         else:
             parts.append(PLAIN_QUESTION.format(message.content.strip()))
     return "".join(parts)

@@ -25,7 +25,14 @@ from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.models.loading import add_lora, check_positions, check_weights, described_model, load_tokenizer
 from calibtrain.models.reward import padding_token
-from calibtrain.pipeline.prepare import Prepared, check_rejected, learned_records, needs_rejected, prepare
+from calibtrain.pipeline.prepare import (
+    Prepared,
+    check_rejected,
+    learned_records,
+    needs_rejected,
+    prepare,
+    with_examples,
+)
 from calibtrain.records import Record
 from calibtrain.training.checkpoint import find_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
@@ -95,6 +102,7 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     if not finished and not replace:
         find_checkpoint(config, World(0, world_size, 0, torch.device("cpu")), None)
     prepared = prepare(config)
+    config = with_examples(config, prepared)
     records_hash = prepared.data_hash
     if finished:
         check_same_data(config.output_dir, records_hash)

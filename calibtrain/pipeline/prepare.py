@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calibtrain.config import MixtureSource, RunConfig
-from calibtrain.config_data import Source
+from calibtrain.config_data import Example, Source
 from calibtrain.data.calibration_set import Composition, composition_distance
 from calibtrain.data.drops import DropReport, check_share
 from calibtrain.data.mixtures import drawn, mixture_lines
 from calibtrain.data.pairs import add_rejected, with_confidence_statements
+from calibtrain.data.prompts import prompts_of
 from calibtrain.data.sources import load_records
 from calibtrain.data.splits import split_records, unique_records
 from calibtrain.data.strata import check_named
@@ -101,7 +102,10 @@ def prepare(config: RunConfig) -> Prepared:
         once=once,
     )
     answered = [record for record in splits["train"] if record.chosen is not None]
-    shots = unique_records(answered, DropReport())[: config.data.few_shot_raw] if not data.few_shot else []
+    if data.examples and not data.few_shot:
+        splits["examples"] = [*prompts_of(data, config.evaluation.max_new_tokens).examples]
+    # Examples that stand before every question anyway show the format to the raw model, too.
+    shots = [] if "examples" in splits else unique_records(answered, DropReport())[: data.few_shot_raw]
     composition = None
     if splits["calibration"]:
         if (mixed := mixture if questions is None else asked_mixture) is not None:
@@ -109,6 +113,15 @@ def prepare(config: RunConfig) -> Prepared:
         composition = composition_distance(splits["calibration"], graded, config.seed)
     told = () if mixture is None else mixture_lines(records, splits["train"], mixture)
     return Prepared(splits, shots, composition, drops, read, asked, tuple(told))
+
+
+def with_examples(config: RunConfig, prepared: Prepared | None = None) -> RunConfig:
+    """The config with the examples that `data.few_shot` takes out of the data, as a run writes it down."""
+    if not config.data.few_shot or config.data.examples:
+        return config
+    found = (prepared or prepare(config)).splits["examples"]
+    examples = tuple(Example(question=one.question, answer=one.chosen or "", context=one.context) for one in found)
+    return config.model_copy(update={"data": config.data.model_copy(update={"examples": examples})})
 
 
 def _read_source(

@@ -44,6 +44,7 @@ from calibtrain.pipeline.prepare import (
     add_own_wrong_answers,
     learned_records,
     needs_rejected,
+    with_examples,
 )
 from calibtrain.pipeline.provenance import git_hash, versions
 from calibtrain.records import Record
@@ -80,6 +81,7 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     checked = check(config, int(os.environ.get("WORLD_SIZE", 1)))
     world = start_world()
     prepared, template = checked.prepared, checked.template
+    config = with_examples(config, prepared)
     target = config.output_dir / "model"
     if on_main(lambda: checked.finished):
         logger.info("%s holds this very run, and it is finished: nothing to train", config.output_dir)

@@ -37,6 +37,7 @@ FREE_TO_CHANGE = (
     "tracking",
     "abstention",
     "data.strict",
+    "data.examples",  # they are in the hash of the data
     "data.max_dropped",
     "training.resume",
     "training.log_every",
