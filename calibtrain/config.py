@@ -156,6 +156,8 @@ class TrainingConfig(Section):
     """Optimiser steps between two lines of metrics."""
     evaluate_every: int | None = Field(default=None, ge=1)
     """Optimiser steps between two evaluations; null evaluates only after training."""
+    evaluate_loss_every: int | None = Field(default=None, ge=1)
+    """Optimiser steps between two measurements of the loss on data.splits.validation; null measures at the end alone."""
     evaluate_questions: Count = 128
     """Questions of the calibration split answered at each evaluation during training."""
     checkpoint_every: int | None = Field(default=None, ge=1)
@@ -313,6 +315,8 @@ class RunConfig(Section):
             raise ValueError(problem)
         if self.training.evaluate_every and self.data.splits.calibration == 0:
             raise ValueError("training.evaluate_every needs questions: set data.splits.calibration to 128..512")
+        if self.training.evaluate_loss_every and self.data.splits.validation == 0:
+            raise ValueError("training.evaluate_loss_every needs records: set data.splits.validation to 100 or so")
         return self
 
     @property

@@ -134,7 +134,7 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
         )
         if config.trains_unpaired and len(train) <= READ_WHOLE:
             mismatched([one for (one,) in examples], config.data.max_length, tokenizer.bos_token_id)
-    for split in ("calibration", "temperature", "certification", "test"):
+    for split in ("validation", "calibration", "temperature", "certification", "test"):
         _ask(template, prepared.splits[split][:READ_WHOLE], prepared.shots)
     found = [dataclasses.replace(record, rejected=PENDING) for record in train] if wanting else train
     left_out = DropReport()
@@ -254,6 +254,9 @@ def _ask(template: Template, records: Sequence[Record], shots: Sequence[Record] 
 def evaluations(config: RunConfig, steps: int, questions: int) -> list[str]:
     """How many questions are asked while training, and when."""
     training, lines = config.training, []
+    if held_out := config.data.splits.validation:
+        times = math.ceil(steps / training.evaluate_loss_every) if training.evaluate_loss_every else 1
+        lines.append(f"the loss on {held_out} held-out records, {times} times: training.evaluate_loss_every")
     if training.evaluate_every:
         times = math.ceil(steps / training.evaluate_every)
         lines.append(f"{min(training.evaluate_questions, questions)} questions, {times} times: training.evaluate_every")

@@ -54,6 +54,7 @@ from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.engine import Engine, start_engine
+from calibtrain.training.held_out import HeldOut, encode_held_out
 from calibtrain.training.host_memory import release_freed_memory
 from calibtrain.training.losses import build_losses, check_learns, term_names
 from calibtrain.training.reference import with_reference_logprobs
@@ -99,11 +100,13 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     examples = training_examples(config, prepared, template, model, world)
     if examples:
         check_learns(config, model, examples)
+    validation = encode_held_out(prepared.splits["validation"], config, template)
+    validation = _with_reference(config, validation, template, model, world) if validation else []
     layout = row_layout(config, model.policy)
     engine = start_engine(model, config, world)
     if world.device.type == "cpu":
         release_freed_memory()  # what flattening the weights left behind would be fragmented by the first steps
-    trainer = _trainer(config, prepared, template, engine, world, layout, examples)
+    trainer = _trainer(config, prepared, template, engine, world, layout, examples, validation)
     checkpoint = on_main(lambda: find_checkpoint(config, world, trainer.data_hash))
     if world.is_main:
         write_provenance(config, checked, trainer, world)
@@ -211,10 +214,17 @@ def training_examples(
     if unpaired:
         labelled = [one for (one,) in examples]
         examples = list(zip(labelled, mismatched(labelled, room, template.tokenizer.bos_token_id), strict=True))
+    return _with_reference(config, examples, template, model, world)
+
+
+def _with_reference(
+    config: RunConfig, examples: list[tuple[Encoded, ...]], template: Template, model: LossModel, world: World
+) -> list[tuple[Encoded, ...]]:
+    """The examples with the starting model's log-probs, where a loss asks for them. Collective."""
     if not config.needs_reference_logprobs:
         return examples
     if world.is_main:
-        logger.info("measuring the starting model's log-probs of %d training examples", len(examples))
+        logger.info("measuring the starting model's log-probs of %d examples", len(examples))
     mine = shard(examples, world)
     model.to(world.device)
     known = with_reference_logprobs(model.policy, [one for group in mine for one in group], template.pad_id)
@@ -256,6 +266,7 @@ def _trainer(
     world: World,
     layout: dict[str, Any],
     examples: Sequence[tuple[Encoded, ...]],
+    validation: Sequence[tuple[Encoded, ...]] = (),
 ) -> Trainer:
     train = prepared.splits["train"]
     plan = batch_plan(config.training, world.size)
@@ -290,6 +301,7 @@ def _trainer(
         spectra=build_spectra(config, engine, world),
         **layout,
         evaluation_questions=questions,
+        held_out=HeldOut(config, validation, template.pad_id, world, **layout) if validation else None,
         rollouts=changing,
     )
 
