@@ -394,6 +394,10 @@ def _unfit_for_objective(config: RunConfig) -> str | None:
     anchored = [penalty.name for penalty in config.penalties if penalty.needs.reference == "log-probs"]
     if needs.data == "relabelled" and anchored:
         return f"penalties.{anchored[0]} needs training data that stays, and objective.name: {name} labels its anew"
+    if config.data.streams and (needs.data not in ("records", "pairs") or needs.statements != "none"):
+        return f"data.source.streaming: objective.name: {name} makes its training data of the whole set; leave it out"
+    if config.data.streams and config.needs_reference_logprobs:
+        return "data.source.streaming: a loss asks for the starting model's log-probs of the whole set; leave it out"
     if needs.module == "reward head":
         for key, value in (
             ("penalties", config.penalties),

@@ -48,6 +48,9 @@ class FileSource(Section):
     kind: Literal["file"]
     path: Path
     """In a YAML file, relative to that file; on the command line, to the working directory."""
+    streaming: bool = False
+    """Keep the records on disk, in the cache directory, and read each when its turn comes: for files larger than memory.
+    As `data.source` alone; .json is read whole once."""
     columns: Columns = Field(default={})
     """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options) to the file's
     column; `strata` lists the columns whose values group the questions, `fields` those that the task reads; `options` is
@@ -218,6 +221,18 @@ class DataConfig(Section):
         if taken:
             raise ValueError(f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be set")
         return self
+
+    @model_validator(mode="after")
+    def _streams_where_it_can(self) -> DataConfig:
+        sources = [part.source for one in (self.source, self.questions) for part in getattr(one, "sources", ())]
+        if any(isinstance(one, FileSource) and one.streaming for one in (*sources, self.questions)):
+            raise ValueError("streaming: a file is streamed as `source` alone, not in a mixture and not as `questions`")
+        return self
+
+    @property
+    def streams(self) -> bool:
+        """Whether training records stay on disk until their turn comes."""
+        return isinstance(self.source, FileSource) and self.source.streaming
 
     @model_validator(mode="after")
     def _row_holds_a_sequence(self) -> DataConfig:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calibtrain.data.drops import DropReport
+from calibtrain.data.lazy import Lazy
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
@@ -64,39 +65,67 @@ def encode_records(
     _tell_departures(records[:LOOKED_AT], template)
     examples = []
     for index, record in enumerate(records):
-        roles = (CHOSEN, REJECTED) if pairs else (CHOSEN,)
-        if unpaired and record.chosen is None:
-            roles = (REJECTED,)
-        texts = [record.rejected if role == REJECTED else record.chosen for role in roles]
-        place = record.origin or record.question
-        if any(text is None or not text.strip() for text in texts):
-            drops.drop("no rejected answer" if pairs and record.chosen else "no answer", place)
-            continue
-        if pairs and record.chosen == record.rejected:
-            drops.drop("chosen and rejected are the same answer", place)
-            continue
-        try:
-            completions = [template.completion_ids(text) for text in texts if text]
-        except UserError:
-            drops.refuse("the tokenizer cannot tell the answer from the prompt", place, record.question)
-            continue
-        room = max_length - max(map(len, completions))
-        if room < 1:
-            drops.refuse(f"the answer alone fills max_length {max_length}", place, record.question)
-            continue
-        prompt, shortened = fit_prompt(record, template, room)
-        drops.shortened += shortened
-        examples.append(
-            tuple(
-                Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1)
-                for role, completion in zip(roles, completions, strict=True)
-            )
-        )
+        example = _encoded(record, index, template, max_length, pairs, drops, unpaired)
+        if example is not None:
+            examples.append(example)
     if records and not examples:
         raise UserError(
             f"no training record is left: {'; '.join(drops.lines())}. Raise data.max_length or mend the data"
         )
     return examples
+
+
+def lazy_examples(
+    records: Sequence[Record], template: Template, max_length: int, pairs: bool, drops: DropReport, kept: int
+) -> Lazy[tuple[Encoded, ...]]:
+    """As `encode_records`, each record when it is asked for; the last `kept` stay in memory.
+
+    In the place of a record that would be dropped stands the next one that is not.
+    """
+    _tell_departures(records[:LOOKED_AT], template)
+
+    def example(place: int) -> tuple[Encoded, ...]:
+        for index in (*range(place, len(records)), *range(place)):
+            found = _encoded(records[index], index, template, max_length, pairs, drops, False)
+            if found is not None:
+                return found
+        raise UserError(
+            f"no training record is left: {'; '.join(drops.lines())}. Raise data.max_length or mend the data"
+        )
+
+    return Lazy(len(records), example, kept)
+
+
+def _encoded(
+    record: Record, index: int, template: Template, max_length: int, pairs: bool, drops: DropReport, unpaired: bool
+) -> tuple[Encoded, ...] | None:
+    """The sequences of one record; None, and why in `drops`, where it cannot serve."""
+    roles = (CHOSEN, REJECTED) if pairs else (CHOSEN,)
+    if unpaired and record.chosen is None:
+        roles = (REJECTED,)
+    texts = [record.rejected if role == REJECTED else record.chosen for role in roles]
+    place = record.origin or record.question
+    if any(text is None or not text.strip() for text in texts):
+        drops.drop("no rejected answer" if pairs and record.chosen else "no answer", place)
+        return None
+    if pairs and record.chosen == record.rejected:
+        drops.drop("chosen and rejected are the same answer", place)
+        return None
+    try:
+        completions = [template.completion_ids(text) for text in texts if text]
+    except UserError:
+        drops.refuse("the tokenizer cannot tell the answer from the prompt", place, record.question)
+        return None
+    room = max_length - max(map(len, completions))
+    if room < 1:
+        drops.refuse(f"the answer alone fills max_length {max_length}", place, record.question)
+        return None
+    prompt, shortened = fit_prompt(record, template, room)
+    drops.shortened += shortened
+    return tuple(
+        Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1)
+        for role, completion in zip(roles, completions, strict=True)
+    )
 
 
 def _tell_departures(records: Sequence[Record], template: Template) -> None:

@@ -67,7 +67,7 @@ def load_records(
         try:
             records.append(record_from_row(row, layout, place))
         except UserError as error:
-            drops.refuse(error, place, _question_of(row, layout))
+            drops.refuse(error, place, question_of(row, layout))
     check_strata(records, layout.strata, name)
     # The sort is stable: rows that ask the same stay in the source's order.
     return sorted(records, key=lambda record: (unit_hash("draw", seed, record.id), record.id))
@@ -82,10 +82,16 @@ def _part_records(part: MixturePart, seed: int, labelled: bool, drops: DropRepor
     return [replace(record, strata={**record.strata, STRATUM: part.stratum}) for record in records]
 
 
-def _question_of(row: Mapping[str, Any], layout: Layout) -> str:
+def question_of(row: Mapping[str, Any], layout: Layout) -> str:
     """What a row that cannot serve seems to ask."""
     columns = (layout.columns.get(field, "") for field in ("prompt", "question", "messages"))
     return next((str(value) for column in columns if (value := plain(row.get(column)))), "")
+
+
+def whole_float(cell: str) -> str | None:
+    """1925 of 1925.0; None for what is not a whole number written so."""
+    found = _WHOLE_FLOAT.fullmatch(cell)
+    return found and found[1]
 
 
 def _whole(rows: list[tuple[str, Mapping[str, Any]]], layout: Layout, name: str) -> list[tuple[str, Mapping[str, Any]]]:

@@ -18,6 +18,8 @@ SHARES = {"train": 0.5, "calibration": 0.1, "temperature": 0.1, "certification":
 VALIDATION_SHARE = 0.1
 """Of the training split's questions; they train where no validation split is asked for."""
 
+TOO_FEW_EXAMPLES = "data.few_shot: {} asked for, but only {} records of train are one question with an answer"
+
 EVALUATION_SPLITS = ("calibration", "temperature", "certification", "test")
 
 
@@ -93,7 +95,7 @@ def split_records(
     asked = {name: len(pools[name]) if size is None else size for name, size in sizes.model_dump().items()}
     for name, size in asked.items():
         if len(pools[name]) < size:
-            raise UserError(_cannot_fill(name, size, len(pools[name]), questions is not None or not evaluates, drops))
+            raise UserError(cannot_fill(name, size, len(pools[name]), questions is not None or not evaluates, drops))
         drops.unused[name] = len(pools[name]) - size
     splits = {name: pools[name][:size] for name, size in asked.items()}
     asking = unique_records(records if questions is None else questions, DropReport())
@@ -106,9 +108,7 @@ def _cut_examples(pools: dict[str, list[Record]], count: int) -> list[Record]:
     answered = [one for one in pools["train"] if one.chosen is not None and len(one.prompt) == 1] if count else []
     found = unique_records(answered, DropReport())[:count]
     if len(found) < count:
-        raise UserError(
-            f"data.few_shot: {count} asked for, but only {len(found)} training records are one question with an answer"
-        )
+        raise UserError(TOO_FEW_EXAMPLES.format(count, len(found)))
     taken = {record.id for record in found}
     pools["train"] = [record for record in pools["train"] if record.id not in taken]
     return found
@@ -173,7 +173,8 @@ def unique_records(records: Iterable[Record], drops: DropReport) -> list[Record]
     return list(first.values())
 
 
-def _cannot_fill(name: str, size: int, found: int, separate: bool, drops: DropReport) -> str:
+def cannot_fill(name: str, size: int, found: int, separate: bool, drops: DropReport) -> str:
+    """What to do about a split that the data cannot fill."""
     learns = name in ("train", "validation")
     kind = "records with an answer to learn" if learns else "questions with accepted answers"
     names = EVALUATION_SPLITS if separate else tuple(SHARES)

@@ -63,7 +63,7 @@ class Checked:
     model answers the questions itself."""
     drops: DropReport
     """Of these records."""
-    learned: list[Record]
+    learned: Sequence[Record]
     """The records that `examples` were made of; their `record_id` is its index."""
     records: int
     """How many training records there are, as the objective learns from them, those in `drops` among them."""

@@ -18,7 +18,8 @@ from calibtrain.confidence.likelihood import sample_answers
 from calibtrain.config import RunConfig
 from calibtrain.config_file import dump_config
 from calibtrain.data.drops import write_dropped
-from calibtrain.data.encode import Encoded, encode_records
+from calibtrain.data.encode import Encoded, encode_records, lazy_examples
+from calibtrain.data.lazy import Lazy
 from calibtrain.data.loader import planned_steps
 from calibtrain.data.templates import Template, template_of
 from calibtrain.data.unpaired import mismatched
@@ -68,6 +69,9 @@ from calibtrain.training.weight_penalty import build_weight_penalties
 
 logger = logging.getLogger(__name__)
 
+KEPT_STEPS = 4
+"""Of so many steps the encoded records stay in memory, where they are encoded as their turn comes."""
+
 
 def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     """Train and export. Returns the model directory. Collective: call it on every rank.
@@ -101,12 +105,12 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     if examples:
         check_learns(config, model, examples)
     validation = encode_held_out(prepared.splits["validation"], config, template)
-    validation = _with_reference(config, validation, template, model, world) if validation else []
+    held_out = _with_reference(config, validation, template, model, world) if validation else []
     layout = row_layout(config, model.policy)
     engine = start_engine(model, config, world)
     if world.device.type == "cpu":
         release_freed_memory()  # what flattening the weights left behind would be fragmented by the first steps
-    trainer = _trainer(config, prepared, template, engine, world, layout, examples, validation)
+    trainer = _trainer(config, prepared, template, engine, world, layout, examples, held_out)
     checkpoint = on_main(lambda: find_checkpoint(config, world, trainer.data_hash))
     if world.is_main:
         write_provenance(config, checked, trainer, world)
@@ -200,7 +204,7 @@ def build_model(config: RunConfig, template: Template | None = None, device: tor
 
 def training_examples(
     config: RunConfig, prepared: Prepared, template: Template, model: LossModel, world: World
-) -> list[tuple[Encoded, ...]]:
+) -> Sequence[tuple[Encoded, ...]]:
     """The training records as sequences; where a loss asks for it, with the starting model's log-probs.
 
     Behind each unpaired answer stands its prompt with another's. Empty where the loop makes its own. Call it before the
@@ -210,6 +214,9 @@ def training_examples(
         return []
     room, unpaired = config.data.max_length, config.trains_unpaired
     train, pairs = prepared.splits["train"], config.trains_on_pairs
+    if config.data.streams:
+        kept = KEPT_STEPS * config.training.global_batch_size
+        return lazy_examples(train, template, room, pairs, prepared.drops, kept)
     examples = encode_records(train, template, room, pairs, prepared.drops, unpaired=unpaired)
     if unpaired:
         labelled = [one for (one,) in examples]
@@ -218,8 +225,8 @@ def training_examples(
 
 
 def _with_reference(
-    config: RunConfig, examples: list[tuple[Encoded, ...]], template: Template, model: LossModel, world: World
-) -> list[tuple[Encoded, ...]]:
+    config: RunConfig, examples: Sequence[tuple[Encoded, ...]], template: Template, model: LossModel, world: World
+) -> Sequence[tuple[Encoded, ...]]:
     """The examples with the starting model's log-probs, where a loss asks for them. Collective."""
     if not config.needs_reference_logprobs:
         return examples
@@ -287,7 +294,7 @@ def _trainer(
         config=config,
         engine=engine,
         examples=examples,
-        origins=[record.origin or record.question for record in train],
+        origins=Lazy(len(train), lambda place: train[place].origin or train[place].question),
         plan=plan,
         total_steps=steps,
         world=world,
