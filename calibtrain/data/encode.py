@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from calibtrain.data.drops import DropReport
 from calibtrain.data.lazy import Lazy
@@ -83,12 +84,16 @@ def lazy_examples(
     In the place of a record that would be dropped stands the next one that is not.
     """
     _tell_departures(records[:LOOKED_AT], template)
+    unfit: set[int] = set()
 
     def example(place: int) -> tuple[Encoded, ...]:
-        for index in (*range(place, len(records)), *range(place)):
+        for index in chain(range(place, len(records)), range(place)):
+            if index in unfit:
+                continue
             found = _encoded(records[index], index, template, max_length, pairs, drops, False)
             if found is not None:
                 return found
+            unfit.add(index)
         raise UserError(
             f"no training record is left: {'; '.join(drops.lines())}. Raise data.max_length or mend the data"
         )

@@ -127,6 +127,8 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         if last_weights is not None:
             _export(config, engine, template, last_weights, 1.0, world)
         trainer.finish(progress.step)
+        if world.is_main and config.data.streams:  # rows are found to be unfit as their turn comes
+            write_dropped(prepared.drops.unfit, config.output_dir / "dropped.jsonl")
         _export(config, engine, template, target, engine.module.policy.scale, world)
     except BaseException as caught:
         error = f"{type(caught).__name__}: {caught}"

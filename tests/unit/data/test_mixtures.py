@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibtrain.config import RunConfig
+from calibtrain.config import AbstentionConfig, RunConfig
 from calibtrain.config_data import MixtureSource
 from calibtrain.data.mixtures import STRATUM, drawn, interleaved, mixture_lines, turns
 from calibtrain.errors import UserError
@@ -110,6 +110,8 @@ def test_each_split_has_the_shares_and_none_shares_a_question(folder):
     assert prepared.read == 3050
     assert not [one for one in prepared.composition.strata if one.farther_than_chance]
     assert any(line.startswith("train, cities: 300 records (75.0%)") for line in prepared.lines())
+    grouped = config(folder, SIZES).model_copy(update={"abstention": AbstentionConfig(groups=STRATUM)})
+    assert of(prepare(grouped).splits["certification"])["sums"] == 20  # a certificate by source has its answers
     again = prepare(config(folder, SIZES))
     assert [record.id for record in again.splits["train"]] == [record.id for record in prepared.splits["train"]]
 
