@@ -34,6 +34,8 @@ class DropReport:
     dropped: Counter[str] = field(default_factory=Counter)
     unused: dict[str, int] = field(default_factory=dict)
     """Records of each split beyond the size that was asked for."""
+    notes: list[str] = field(default_factory=list)
+    """What else a draw came to."""
     shortened: int = 0
     """Records kept with a prompt cut from its left."""
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))

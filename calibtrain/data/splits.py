@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from calibtrain.config_data import MixtureSource, SplitSizes
 from calibtrain.data.calibration_set import choose_calibration_set
 from calibtrain.data.drops import DropReport
-from calibtrain.data.mixtures import drawn, interleaved
+from calibtrain.data.mixtures import drawn, interleaved, mixture_lines
 from calibtrain.errors import UserError
 from calibtrain.records import Record, unit_hash
 from calibtrain.tasks.short_answer import SHORT_ANSWER
@@ -91,7 +91,9 @@ def split_records(
         if (mixed := mixture if questions is None else asked_mixture) is not None:
             pools[name] = interleaved(pools[name], mixed, seed)
     if mixture is not None and pools["train"]:
-        pools["train"] = drawn(pools["train"], mixture, seed, sizes.train)
+        pool = pools["train"]
+        pools["train"] = drawn(pool, mixture, seed, sizes.train)
+        drops.notes += mixture_lines(pool, pools["train"], mixture)
     asked = {name: len(pools[name]) if size is None else size for name, size in sizes.model_dump().items()}
     for name, size in asked.items():
         if len(pools[name]) < size:
