@@ -125,7 +125,11 @@ def _encoded(
     if room < 1:
         drops.refuse(f"the answer alone fills max_length {max_length}", place, record.question)
         return None
-    prompt, shortened = fit_prompt(record, template, room)
+    try:
+        prompt, shortened = fit_prompt(record, template, room)
+    except UserError as error:  # the chat template's, or the user's own
+        drops.refuse(error, place, record.question)
+        return None
     drops.shortened += shortened
     return tuple(
         Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1)

@@ -118,9 +118,15 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
         padding_token(tokenizer, template.end_id)
     if wanting := needs_rejected(config, prepared):
         check_rejected(config, prepared)
-    drops = DropReport()
+        if config.objective.needs.module == "reward head" and prepared.splits["validation"]:
+            raise UserError(
+                "data.splits.validation: a reward's loss is measured on pairs, which the data has not; set 0"
+            )
+    drops = DropReport(strict=config.data.strict)
     examples: list[tuple[Encoded, ...]] = []
-    _ask(template, train[:READ_WHOLE])
+    # Of the rows to learn from, encoding leaves out the few that a template refuses.
+    few = 0.0 if config.data.strict or config.objective.needs.answers_itself else config.data.max_dropped
+    _ask(template, train[:READ_WHOLE], most=few)
     # A pair that is still to be found has its chosen answer.
     learned = train[:READ_WHOLE] if wanting else learned_records(config, train[:READ_WHOLE], drops)
     if not config.objective.needs.answers_itself:
@@ -245,10 +251,19 @@ def _certificate_advice(config: RunConfig, temperature: int, certification: int)
     return []
 
 
-def _ask(template: Template, records: Sequence[Record], shots: Sequence[Record] = ()) -> None:
-    """Try the template on questions, the first also behind the examples; UserError names the one that it refuses."""
+def _ask(template: Template, records: Sequence[Record], shots: Sequence[Record] = (), most: float = 0.0) -> None:
+    """Try the template on questions, the first also behind the examples.
+
+    Raises the UserError of the first one that it refuses, where it refuses more than the share `most`.
+    """
+    refused: list[UserError] = []
     for index, record in enumerate(records):
-        template.prompt_text(record, shots if index == 0 else ())
+        try:
+            template.prompt_text(record, shots if index == 0 else ())
+        except UserError as error:
+            refused.append(error)
+        if len(refused) > most * len(records):
+            raise refused[0]
 
 
 def evaluations(config: RunConfig, steps: int, questions: int) -> list[str]:

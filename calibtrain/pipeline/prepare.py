@@ -14,7 +14,7 @@ from calibtrain.config import FileSource, MixtureSource, RunConfig
 from calibtrain.config_data import Example, Source
 from calibtrain.data.calibration_set import Composition, composition_distance
 from calibtrain.data.drops import DropReport, check_share
-from calibtrain.data.mixtures import drawn, mixture_lines
+from calibtrain.data.mixtures import drawn
 from calibtrain.data.pairs import add_rejected, with_confidence_statements
 from calibtrain.data.prompts import prompts_of
 from calibtrain.data.sources import load_records
@@ -51,7 +51,6 @@ class Prepared:
     drops: DropReport
     read: int  # rows of the source of training records
     graded: int | None = None  # rows of the source of graded questions, where it is another
-    mixed: tuple[str, ...] = ()  # what a mixture of sources came to
 
     @property
     def available(self) -> dict[str, int]:
@@ -68,7 +67,7 @@ class Prepared:
                 for name, count in self.available.items()
                 if count or name != "validation"
             ]
-            + list(self.mixed)
+            + self.drops.notes
         )
 
     @property
@@ -115,8 +114,7 @@ def prepare(config: RunConfig) -> Prepared:
         if (mixed := mixture if questions is None else asked_mixture) is not None:
             graded = drawn([record for record in graded if task.gradable(record)], mixed, config.seed, repeat=False)
         composition = composition_distance(splits["calibration"], graded, config.seed)
-    told = () if mixture is None else mixture_lines(records, splits["train"], mixture)
-    return Prepared(splits, shots, composition, drops, read, asked, tuple(told))
+    return Prepared(splits, shots, composition, drops, read, asked)
 
 
 def _add_shown(config: RunConfig, splits: dict[str, Sequence[Record]]) -> list[Record]:

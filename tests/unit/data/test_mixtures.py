@@ -109,7 +109,7 @@ def test_each_split_has_the_shares_and_none_shares_a_question(folder):
     assert len(set(ids)) == len(ids) == sum(SIZES.values())
     assert prepared.read == 3050
     assert not [one for one in prepared.composition.strata if one.farther_than_chance]
-    assert any(line.startswith("train, cities: 300 records (75.0%)") for line in prepared.lines())
+    assert any(line.startswith("train, cities: 300 records (75.0%), of 7") for line in prepared.lines())
     grouped = config(folder, SIZES).model_copy(update={"abstention": AbstentionConfig(groups=STRATUM)})
     assert of(prepare(grouped).splits["certification"])["sums"] == 20  # a certificate by source has its answers
     again = prepare(config(folder, SIZES))
@@ -120,6 +120,7 @@ def test_training_may_repeat_and_evaluation_never_does(folder):
     prepared = prepare(config(folder, {**SIZES, "train": 3000}, exhausted="repeat"))
     assert len(prepared.splits["train"]) == 3000
     assert of(prepared.splits["train"])["cities"] == pytest.approx(2250, abs=2)
+    assert any(line.startswith("train, cities: 2250 records") and line.endswith("times") for line in prepared.lines())
     tested = prepared.splits["test"]
     assert len({record.id for record in tested}) == len(tested)
     with pytest.raises(UserError, match=r"data\.splits\.train: 3000 asked for"):

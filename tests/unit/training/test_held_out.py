@@ -12,9 +12,10 @@ from calibtrain.distributed import World
 from calibtrain.losses.terms import CHOSEN
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
+from calibtrain.models.reward import RewardLossModel
 from calibtrain.records import Message, Record
 from calibtrain.training.held_out import HeldOut, encode_held_out
-from calibtrain.training.losses import build_losses
+from calibtrain.training.losses import build_losses, term_names
 from tests.tiny import tiny_model, tiny_tokenizer
 
 RECORDS = [
@@ -80,6 +81,16 @@ def test_an_empty_batch_adds_nothing():
     whole = measured.measure(module)
     object.__setattr__(measured, "_mine", lambda mine=measured._mine: [*mine(), []])
     assert measured.measure(module) == pytest.approx(whole, rel=1e-12)
+
+
+def test_a_reward_model_has_terms_and_no_nll():
+    measured, module = held_out({"name": "reward_model"}, micro=3)
+    reward = RewardLossModel(module.policy, module.objective).train()
+    whole = measured.measure(reward)
+    assert set(whole) == {f"eval/loss/{name}" for name in term_names(measured.config)}
+    assert "eval/loss" not in whole
+    other, _ = held_out({"name": "reward_model"}, micro=1)
+    assert other.measure(reward) == pytest.approx(whole, rel=1e-5)
 
 
 def test_pairs_that_are_still_to_be_found_leave_the_nll():
