@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -154,6 +155,9 @@ def test_examples_are_encoded_when_their_turn_comes():
     assert lazy[2] == lazy[3]  # in the place of the one whose answer leaves no room
     assert drops.total == 1
     assert lazy[4:] == eager[3:]
+    pairs = [replace(one, rejected="none") for one in records]
+    lazy = lazy_examples(pairs, template, 24, True, DropReport(), kept=2)
+    assert [lazy[i] for i in (0, 1, 3)] == encode_records(pairs, template, 24, True, DropReport())[:3]
     only = lazy_examples(records[2:3], template, 24, False, drops, kept=2)
     with pytest.raises(UserError, match="no training record is left"):
         only[0]
