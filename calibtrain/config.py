@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from calibtrain.config_base import BelowOne, Count, Fraction, Positive, Risk, Section, Weight
-from calibtrain.config_data import DataConfig, FileSource, GeographySource, HubSource, SplitSizes
+from calibtrain.config_data import DataConfig, FileSource, GeographySource, HubSource, MixtureSource, SplitSizes
 from calibtrain.config_losses import (
     AnswerScoreConfig,
     NLLScope,
@@ -35,6 +35,7 @@ __all__ = [
     "GRPOConfig",
     "GeographySource",
     "HubSource",
+    "MixtureSource",
     "ORPOConfig",
     "OwnAnswersConfig",
     "PPOConfig",
@@ -155,6 +156,8 @@ class TrainingConfig(Section):
     """Optimiser steps between two lines of metrics."""
     evaluate_every: int | None = Field(default=None, ge=1)
     """Optimiser steps between two evaluations; null evaluates only after training."""
+    evaluate_loss_every: int | None = Field(default=None, ge=1)
+    """Optimiser steps between two measurements of the loss on data.splits.validation; null measures at the end alone."""
     evaluate_questions: Count = 128
     """Questions of the calibration split answered at each evaluation during training."""
     checkpoint_every: int | None = Field(default=None, ge=1)
@@ -326,6 +329,8 @@ class RunConfig(Section):
             raise ValueError(problem)
         if self.training.evaluate_every and self.data.splits.calibration == 0:
             raise ValueError("training.evaluate_every needs questions: set data.splits.calibration to 128..512")
+        if self.training.evaluate_loss_every and self.data.splits.validation == 0:
+            raise ValueError("training.evaluate_loss_every needs records: set data.splits.validation to 100 or so")
         return self
 
     @property
@@ -403,6 +408,10 @@ def _unfit_for_objective(config: RunConfig) -> str | None:
     anchored = [penalty.name for penalty in config.penalties if penalty.needs.reference == "log-probs"]
     if needs.data == "relabelled" and anchored:
         return f"penalties.{anchored[0]} needs training data that stays, and objective.name: {name} labels its anew"
+    if config.data.streams and (needs.data not in ("records", "pairs") or needs.statements != "none"):
+        return f"data.source.streaming: objective.name: {name} makes its training data of the whole set; leave it out"
+    if config.data.streams and config.needs_reference_logprobs:
+        return "data.source.streaming: a loss asks for the starting model's log-probs of the whole set; leave it out"
     if needs.module == "reward head":
         for key, value in (
             ("penalties", config.penalties),

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from calibtrain.config_base import Count, Section, Weight
+from calibtrain.config_base import Count, Fraction, Positive, Section, Weight
 
-LISTS = {"strata": True, "fields": True, "options": False}
+LISTS = {"strata": True, "fields": True, "options": False, "context": False}
 """Fields that several columns make up -> whether a single column must be written as a list too."""
 
 
@@ -36,6 +36,11 @@ class GeographySource(Section):
     popularity: Weight = 0.5
     """Questions are drawn with weight population**popularity: 0 is uniform over cities, 1 follows the people."""
 
+    @property
+    def called(self) -> str:
+        """What people know it by."""
+        return "geography (city -> country)"
+
 
 class FileSource(Section):
     """Local .jsonl, .json, .csv or .parquet files."""
@@ -43,10 +48,18 @@ class FileSource(Section):
     kind: Literal["file"]
     path: Path
     """In a YAML file, relative to that file; on the command line, to the working directory."""
+    streaming: bool = False
+    """Keep the records on disk, in the cache directory, and read each when its turn comes: for files larger than memory.
+    As `data.source` alone; .json is read whole once."""
     columns: Columns = Field(default={})
     """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options) to the file's
-    column; `strata` lists the columns whose values group the questions, `fields` those that the task reads; `options` is
-    one column of lists or a list of columns."""
+    column; `strata` lists the columns whose values group the questions, `fields` those that the task or the prompt reads;
+    `options` and `context` (passages to answer by) are one column of lists or a list of columns."""
+
+    @property
+    def called(self) -> str:
+        """What people know it by."""
+        return self.path.name
 
 
 class HubSource(Section):
@@ -67,8 +80,8 @@ class HubSource(Section):
     """At most so many rows are read; required when streaming."""
     columns: Columns = Field(default={})
     """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options) to the data set's
-    column; `strata` lists the columns whose values group the questions, `fields` those that the task reads; `options` is
-    one column of lists or a list of columns."""
+    column; `strata` lists the columns whose values group the questions, `fields` those that the task or the prompt reads;
+    `options` and `context` (passages to answer by) are one column of lists or a list of columns."""
 
     @model_validator(mode="after")
     def _streaming_needs_limit(self) -> HubSource:
@@ -76,8 +89,56 @@ class HubSource(Section):
             raise ValueError("streaming needs `limit`: how many rows to read")
         return self
 
+    @property
+    def called(self) -> str:
+        """What people know it by."""
+        return self.name
 
-Source = Annotated[GeographySource | FileSource | HubSource, Field(discriminator="kind")]
+
+class MixturePart(Section):
+    """One source of a mixture."""
+
+    source: Annotated[GeographySource | FileSource | HubSource, Field(discriminator="kind")]
+    """Where its records come from."""
+    weight: Positive = 1.0
+    """Its share of the draws is its weight over the sum of all."""
+    name: str | None = None
+    """The value of the stratum `source` of its records; by default the file's name without ending, or the hub's name."""
+
+    @property
+    def stratum(self) -> str:
+        """The value of its records' stratum `source`."""
+        if self.name is not None:
+            return self.name
+        return self.source.path.stem if isinstance(self.source, FileSource) else self.source.called.partition(" (")[0]
+
+
+class MixtureSource(Section):
+    """Several sources, drawn from in given proportions; each record has the stratum `source`."""
+
+    kind: Literal["mixture"]
+    sources: Annotated[tuple[MixturePart, ...], Field(min_length=2)]
+    """The sources with their weights."""
+    exhausted: Literal["stop", "repeat"] = "stop"
+    """Training: `stop` ends the draw where the next source's turn finds no record left, so that none is trained on twice;
+    `repeat` begins it anew, until all were drawn whole (or `splits.train` is reached). The other splits ask each question
+    once, and go on with the sources that are left."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> MixtureSource:
+        names = [part.stratum for part in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two sources are named {max(names, key=names.count)!r}; give each a `name` of its own")
+        return self
+
+    @property
+    def called(self) -> str:
+        """What people know it by."""
+        names = [part.source.called for part in self.sources]
+        return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+Source = Annotated[GeographySource | FileSource | HubSource | MixtureSource, Field(discriminator="kind")]
 
 
 class SplitSizes(Section):
@@ -85,6 +146,8 @@ class SplitSizes(Section):
 
     train: int | None = Field(default=None, ge=0)
     """Records to learn from; null takes all of this split."""
+    validation: Annotated[int, Field(ge=0)] = 0
+    """Records that are never trained on, to measure the loss by (training.evaluate_loss_every); they come out of train."""
     calibration: Annotated[int, Field(ge=0)] = 512
     """Questions the model answers during training, for the calibration term (128 to 512 are enough)."""
     temperature: Annotated[int, Field(ge=0)] = 512
@@ -95,6 +158,17 @@ class SplitSizes(Section):
     """Questions measured before and after training, and used for nothing else."""
 
 
+class Example(Section):
+    """A question with its answer, shown before every question."""
+
+    question: str
+    """What is asked."""
+    answer: str
+    """What is answered."""
+    context: tuple[str, ...] = ()
+    """Passages that the answer is in."""
+
+
 class DataConfig(Section):
     """Where records come from and how they become tokens."""
 
@@ -102,18 +176,34 @@ class DataConfig(Section):
     """Where the training records come from."""
     questions: Source | None = None
     """Source of the graded questions (calibration, temperature, certification, test) when it is not `source`."""
+    strict: bool = False
+    """End with the error of the first row that cannot serve; else such rows are left out, counted, and written to
+    dropped.jsonl of output_dir."""
+    max_dropped: Fraction = 0.1
+    """Of a source with a larger share of rows that cannot serve, nothing is used: the run ends and shows the reasons."""
     splits: SplitSizes = SplitSizes()
     """How many records each split may hold."""
-    template: Literal["plain", "chat"] = "plain"
-    """`plain` is "Question: ...\\nAnswer: ..."; `chat` is the tokenizer's own chat template."""
+    template: Literal["plain", "chat", "jinja"] = "plain"
+    """`plain` is "Question: ...\\nAnswer: ..."; `chat` is the tokenizer's chat template; `jinja` is `prompt_template`."""
+    prompt_template: str | None = None
+    """A Jinja template, or a file with one, that reads question, context, options, fields, system, examples and messages
+    (earlier turns). With template: jinja it makes the whole prompt, with chat the text of the user's turn."""
+    system: str = ""
+    """Text before every question, in training and ever after; a system turn of the record's own comes behind it."""
     chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(default={})
     """Given to the chat template wherever it is rendered, e.g. {enable_thinking: false}."""
     merge_system: bool = False
     """Put a system turn before the text of the user turn that follows, for chat templates without a system role."""
+    few_shot: Annotated[int, Field(ge=0, le=32)] = 0
+    """Examples before every question, while training and ever after: the first answered questions of the training split,
+    which are then not trained on."""
+    examples: tuple[Example, ...] = ()
+    """Examples of your own, in the place of `few_shot`; a run writes those that it found here."""
     few_shot_raw: Annotated[int, Field(ge=0, le=32)] = 8
-    """Examples shown to the raw model before a question: without any it misses the format."""
+    """Examples shown to the raw model before a question: without any it misses the format. Not beside `few_shot`."""
     max_length: Count = 512
-    """Tokens of prompt + completion; the prompt is cut from its left, the completion never."""
+    """Tokens of prompt + completion; a prompt is cut from its left, a context before that from its end, a completion
+    never."""
     packing_tokens: int | None = Field(default=None, ge=8)
     """Pack sequences into rows of so many tokens; null pads one sequence a row."""
     shared_prefix: bool = True
@@ -121,12 +211,28 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _kwargs_need_a_chat_template(self) -> DataConfig:
-        if self.template == "plain" and (self.chat_template_kwargs or self.merge_system):
+        if (self.template == "jinja") and self.prompt_template is None:
+            raise ValueError("template: jinja needs `prompt_template`, a Jinja template or a file with one")
+        if self.template == "plain" and self.prompt_template is not None:
+            raise ValueError("prompt_template is read with template: jinja or chat, not with plain")
+        if self.template != "chat" and (self.chat_template_kwargs or self.merge_system):
             raise ValueError("chat_template_kwargs and merge_system are read with template: chat alone")
         taken = {"tokenize", "add_generation_prompt", "conversation", "messages"} & self.chat_template_kwargs.keys()
         if taken:
             raise ValueError(f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be set")
         return self
+
+    @model_validator(mode="after")
+    def _streams_where_it_can(self) -> DataConfig:
+        sources = [part.source for one in (self.source, self.questions) for part in getattr(one, "sources", ())]
+        if any(isinstance(one, FileSource) and one.streaming for one in (*sources, self.questions)):
+            raise ValueError("streaming: a file is streamed as `source` alone, not in a mixture and not as `questions`")
+        return self
+
+    @property
+    def streams(self) -> bool:
+        """Whether training records stay on disk until their turn comes."""
+        return isinstance(self.source, FileSource) and self.source.streaming
 
     @model_validator(mode="after")
     def _row_holds_a_sequence(self) -> DataConfig:

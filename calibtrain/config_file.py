@@ -21,12 +21,16 @@ KeyPath = tuple[str | int, ...]
 
 INPUT_PATHS: tuple[KeyPath, ...] = (
     ("data", "source", "path"),
+    ("data", "source", "sources", "*", "source", "path"),
     ("data", "questions", "path"),
+    ("data", "questions", "sources", "*", "source", "path"),
+    ("data", "prompt_template"),
     ("training", "deepspeed"),
     ("model", "source"),
     ("task", "schema_file"),
 )
 """Files that a config reads: relative to the YAML file that names them, on the command line to the working directory.
+"*" is every item of a list.
 
 What a run writes (output_dir) and continues from (training.resume) is relative to the working directory in both.
 """
@@ -156,11 +160,17 @@ def _record_lines(node: yaml.Node, path: KeyPath, document: _Document) -> None:
 
 
 def _make_absolute(values: Any, path: KeyPath, base: Path) -> None:
-    for key in path[:-1]:
+    for depth, key in enumerate(path[:-1]):
+        if key == "*":
+            for item in values if isinstance(values, list) else ():
+                _make_absolute(item, path[depth + 1 :], base)
+            return
         values = values.get(key) if isinstance(values, dict) else None
     given = values.get(path[-1]) if isinstance(values, dict) else None
     if not isinstance(given, str) or (path == ("model", "source") and not given.startswith((".", "~"))):
         return  # `owner/name` is a hub name, or a directory below the working directory when there is one
+    if path == ("data", "prompt_template") and any(mark in given for mark in ("{{", "{%", "\n")):
+        return  # the template itself
     values[path[-1]] = str((base / Path(given).expanduser()).resolve())
 
 
@@ -201,7 +211,7 @@ def _override(document: _Document, text: str) -> None:
         del document.lines[known]
     document.overridden[path] = text
     for key_path in INPUT_PATHS:
-        if key_path[: len(path)] == path:
+        if len(path) <= len(key_path) and all(a in (b, "*") for a, b in zip(key_path, path, strict=False)):
             _make_absolute(document.values, key_path, Path.cwd())
 
 

@@ -22,6 +22,11 @@ def choose_calibration_set(records: Sequence[Record], size: int, like: Sequence[
     are allocated by largest remainders (Hamilton's method; ties to the stratum that was seen first). The result keeps
     the records' order. Raises UserError if there are too few records.
     """
+    return [records[place] for place in chosen_places(records, size, like)]
+
+
+def chosen_places(records: Sequence[Record], size: int, like: Sequence[Record] | None = None) -> list[int]:
+    """Where the records of `choose_calibration_set` stand; of all records only the strata are read."""
     if size > len(records):
         raise UserError(f"a set of {size} questions cannot be chosen from {len(records)}; ask for fewer")
     cells: dict[tuple[tuple[str, str], ...], list[int]] = defaultdict(list)
@@ -31,7 +36,7 @@ def choose_calibration_set(records: Sequence[Record], size: int, like: Sequence[
     seats = dict(zip(wanted, largest_remainder(list(wanted.values()), size), strict=True))
     chosen = {index for cell, indices in cells.items() for index in indices[: seats.get(cell, 0)]}
     left = (index for index in range(len(records)) if index not in chosen)
-    return [records[index] for index in sorted([*chosen, *islice(left, size - len(chosen))])]
+    return sorted([*chosen, *islice(left, size - len(chosen))])
 
 
 def _cell(record: Record) -> tuple[tuple[str, str], ...]:

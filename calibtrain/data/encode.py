@@ -7,8 +7,10 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from calibtrain.data.drops import DropReport
+from calibtrain.data.lazy import Lazy
 from calibtrain.data.replies import read_reply
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
@@ -67,40 +69,75 @@ def encode_records(
     _tell_departures(records[:LOOKED_AT], template)
     examples = []
     for index, record in enumerate(records):
-        roles = (CHOSEN, REJECTED) if pairs else (CHOSEN,)
-        if unpaired and record.chosen is None:
-            roles = (REJECTED,)
-        texts = [record.rejected if role == REJECTED else record.chosen for role in roles]
-        place = record.origin or record.question
-        if any(text is None or not text.strip() for text in texts):
-            drops.drop("no rejected answer" if pairs and record.chosen else "no answer", place)
-            continue
-        if pairs and record.chosen == record.rejected:
-            drops.drop("chosen and rejected are the same answer", place)
-            continue
-        try:
-            completions = [template.completion_ids(text) for text in texts if text]
-        except UserError:
-            drops.drop("the tokenizer cannot tell the answer from the prompt", place)
-            continue
-        prompt = template.prompt_ids(record)
-        room = max_length - max(map(len, completions))
-        if room < 1:
-            drops.drop(f"the answer alone fills max_length {max_length}", place)
-            continue
-        drops.shortened += len(prompt) > room
-        prompt = cut_left(prompt, room, template.tokenizer.bos_token_id)
-        examples.append(
-            tuple(
-                Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1)
-                for role, completion in zip(roles, completions, strict=True)
-            )
-        )
+        example = _encoded(record, index, template, max_length, pairs, drops, unpaired)
+        if example is not None:
+            examples.append(example)
     if records and not examples:
         raise UserError(
             f"no training record is left: {'; '.join(drops.lines())}. Raise data.max_length or mend the data"
         )
     return examples
+
+
+def lazy_examples(
+    records: Sequence[Record], template: Template, max_length: int, pairs: bool, drops: DropReport, kept: int
+) -> Lazy[tuple[Encoded, ...]]:
+    """As `encode_records`, each record when it is asked for; the last `kept` stay in memory.
+
+    In the place of a record that would be dropped stands the next one that is not.
+    """
+    _tell_departures(records[:LOOKED_AT], template)
+    unfit: set[int] = set()
+
+    def example(place: int) -> tuple[Encoded, ...]:
+        for index in chain(range(place, len(records)), range(place)):
+            if index in unfit:
+                continue
+            found = _encoded(records[index], index, template, max_length, pairs, drops, False)
+            if found is not None:
+                return found
+            unfit.add(index)
+        raise UserError(
+            f"no training record is left: {'; '.join(drops.lines())}. Raise data.max_length or mend the data"
+        )
+
+    return Lazy(len(records), example, kept)
+
+
+def _encoded(
+    record: Record, index: int, template: Template, max_length: int, pairs: bool, drops: DropReport, unpaired: bool
+) -> tuple[Encoded, ...] | None:
+    """The sequences of one record; None, and why in `drops`, where it cannot serve."""
+    roles = (CHOSEN, REJECTED) if pairs else (CHOSEN,)
+    if unpaired and record.chosen is None:
+        roles = (REJECTED,)
+    texts = [record.rejected if role == REJECTED else record.chosen for role in roles]
+    place = record.origin or record.question
+    if any(text is None or not text.strip() for text in texts):
+        drops.drop("no rejected answer" if pairs and record.chosen else "no answer", place)
+        return None
+    if pairs and record.chosen == record.rejected:
+        drops.drop("chosen and rejected are the same answer", place)
+        return None
+    try:
+        completions = [template.completion_ids(text) for text in texts if text]
+    except UserError:
+        drops.refuse("the tokenizer cannot tell the answer from the prompt", place, record.question)
+        return None
+    room = max_length - max(map(len, completions))
+    if room < 1:
+        drops.refuse(f"the answer alone fills max_length {max_length}", place, record.question)
+        return None
+    try:
+        prompt, shortened = fit_prompt(record, template, room)
+    except UserError as error:  # the chat template's, or the user's own
+        drops.refuse(error, place, record.question)
+        return None
+    drops.shortened += shortened
+    return tuple(
+        Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1)
+        for role, completion in zip(roles, completions, strict=True)
+    )
 
 
 def _tell_departures(records: Sequence[Record], template: Template) -> None:
@@ -134,10 +171,18 @@ def encode_answer(
     room = max_length - len(completion)
     if room < 1:
         return None
-    prompt = cut_left(template.prompt_ids(record), room, template.tokenizer.bos_token_id)
+    prompt, _ = fit_prompt(record, template, room)
     span = read_reply(template, completion, record).span if role == ANSWER else None
     span = None if span == (0, len(completion)) else span
     return Encoded((*prompt, *completion), len(prompt), role, record_id, correct=float(correct), answer_span=span)
+
+
+def fit_prompt(record: Record, template: Template, room: int) -> tuple[list[int], bool]:
+    """At most `room` ids of a record's prompt, and whether it was cut: first its context from the end, then on the left."""
+    fitted = template.fitted(record, room=room)
+    prompt = template.prompt_ids(fitted)
+    shortened = len(prompt) > room or fitted.context != record.context
+    return cut_left(prompt, room, template.tokenizer.bos_token_id), shortened
 
 
 def cut_left(prompt: Sequence[int], room: int, bos_id: int | None) -> list[int]:

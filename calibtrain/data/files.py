@@ -18,15 +18,15 @@ from calibtrain.errors import UserError
 if TYPE_CHECKING:
     import pyarrow
 
-Row = tuple[str, Mapping[str, Any]]
-"""Its place ("file.jsonl:17") and its values by column."""
+Row = tuple[str, Mapping[str, Any] | UserError]
+"""Its place ("file.jsonl:17") and its values by column, or why that one row cannot be read."""
 
 LARGEST_CELL = 2**31 - 1  # Python's csv stops at 131,072 characters, a long document has more
 PACKED = (".gz", ".zip", ".zst", ".bz2", ".xz")
 
 
 def file_rows(path: Path) -> Iterator[Row]:
-    """Rows of a file in its order. Raises UserError that names the file and the line or row that cannot be read."""
+    """Rows of a file in its order. Raises UserError that names the file, and the line, where it cannot be read on."""
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     suffix = path.suffix.lower()
     if suffix in PACKED:
@@ -45,7 +45,7 @@ def file_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _decoded(path: Path) -> Iterator[str | UserError]:
     r"""Lines ended by "\n", decoded one by one, so that the one that is not UTF-8 can be named."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -56,25 +56,39 @@ def _lines(path: Path) -> Iterator[str]:
             try:
                 yield line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}); save the file as UTF-8"
-                ) from error
+                yield UserError(f"{path}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}); save the file as UTF-8")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file that is read as a whole."""
+    for line in _decoded(path):
+        if isinstance(line, UserError):
+            raise line
+        yield line
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     first = True
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
+    for number, line in enumerate(_decoded(path), start=1):
+        if isinstance(line, str) and not line.strip():
             continue
         place = f"{path}:{number}"
-        listed = first and line.lstrip().startswith("[")
+        row = line if isinstance(line, UserError) else jsonl_row(line, place, first=first)
+        if first and isinstance(row, UserError) and isinstance(line, str) and line.lstrip().startswith("["):
+            raise row  # no row of it is one
         first = False
-        advice = "a file that is one JSON list is named .json" if listed else "each line holds one whole object"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: not JSON: {error}; {advice}") from error
-        yield place, _object(row, place, advice)
+        yield place, row
+
+
+def jsonl_row(line: str, place: str, *, first: bool = False) -> Mapping[str, Any] | UserError:
+    """The object that a line holds, or why it holds none."""
+    listed = first and line.lstrip().startswith("[")
+    advice = "a file that is one JSON list is named .json" if listed else "each line holds one whole object"
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return UserError(f"{place}: not JSON: {error}; {advice}")
+    return _object(row, place, advice)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -114,13 +128,16 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             # A quoted cell may hold line breaks: a row is named by its first line.
             place, start = f"{path}:{start}", reader.line_num + 1
             if len(cells) > len(header):
-                raise UserError(f"{place}: more cells than the header has columns; quote cells that hold commas")
-            if cells and len(cells) < len(header):
-                raise UserError(
-                    f"{place}: {len(cells)} cells, fewer than the header has columns ({len(header)}); "
-                    "an empty cell needs its comma, and a cell with line breaks its quotes"
+                yield place, UserError(f"{place}: more cells than the header has columns; quote cells that hold commas")
+            elif cells and len(cells) < len(header):
+                yield (
+                    place,
+                    UserError(
+                        f"{place}: {len(cells)} cells, fewer than the header has columns ({len(header)}); "
+                        "an empty cell needs its comma, and a cell with line breaks its quotes"
+                    ),
                 )
-            if cells:
+            elif cells:
                 yield place, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise UserError(f"{path}:{start}: not CSV: {error}; .jsonl has no such limits") from error
@@ -177,9 +194,9 @@ def _shortest(value: Any, kind: type[np.floating]) -> Any:
     return None if value is None else float(str(kind(value)))
 
 
-def _object(row: Any, place: str, advice: str = "") -> Mapping[str, Any]:
+def _object(row: Any, place: str, advice: str = "") -> Mapping[str, Any] | UserError:
     if not isinstance(row, dict):
-        raise UserError(
+        return UserError(
             f"{place}: each row is an object with named columns, got {type(row).__name__}{advice and '; ' + advice}"
         )
     return row

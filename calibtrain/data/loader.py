@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -24,9 +25,9 @@ def permutation(n: int, key: str) -> list[int]:
 
 
 @lru_cache(maxsize=4)
-def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+def epoch_order(n: int, seed: int, epoch: int) -> array[int]:
     """Permutation of range(n) for one epoch (from 0)."""
-    return tuple(permutation(n, f"epoch order {seed} {epoch}"))
+    return array("q", permutation(n, f"epoch order {seed} {epoch}"))
 
 
 def step_indices(step: int, global_batch_size: int, n: int, seed: int) -> list[int]:

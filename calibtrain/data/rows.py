@@ -55,11 +55,12 @@ class Layout:
     cells: bool = False  # a list may stand in text: CSV
     options: tuple[str, ...] = ()  # a column each
     fields: tuple[str, ...] = ()  # handed on as they are
+    context: tuple[str, ...] = ()  # passages, a column or a list of them each
 
     @property
     def read(self) -> tuple[str, ...]:
         """Every column that is read."""
-        return (*self.columns.values(), *self.strata, *self.options, *self.fields)
+        return (*self.columns.values(), *self.strata, *self.options, *self.fields, *self.context)
 
 
 def find_layout(
@@ -74,12 +75,15 @@ def find_layout(
     `labelled`: answers are wanted with a label, or as pairs, or as graded questions to find wrong answers to. Raises
     UserError unless `columns` maps known fields to columns that exist and some shape can be read.
     """
+    columns = {
+        field: [named] if field == "context" and isinstance(named, str) else named for field, named in columns.items()
+    }
     lists = {name: tuple(named) for name, named in columns.items() if not isinstance(named, str)}
     mapped = {ours: theirs for ours, theirs in columns.items() if isinstance(theirs, str)}
     listed = ", ".join(printable(str(column)) for column in found) or "none"
     for ours in mapped:
         if ours not in FIELDS:
-            fields = ", ".join((*FIELDS, "strata", "fields"))
+            fields = ", ".join((*FIELDS, "strata", "fields", "context"))
             raise UserError(f"{place}: columns maps {ours!r}, which is no field; the fields are {fields}")
     for ours, theirs in [*mapped.items(), *((name, one) for name, named in lists.items() for one in named)]:
         if theirs not in found:
@@ -102,7 +106,8 @@ def find_layout(
         )
     if "options" in lists:
         held.pop("options", None)
-    return Layout(held, lists.get("strata", ()), cells, lists.get("options", ()), lists.get("fields", ()))
+    more = {name: lists.get(name, ()) for name in ("strata", "options", "fields", "context")}
+    return Layout(held, cells=cells, **more)
 
 
 def _with_alpaca(held: dict[str, str], found: Sequence[str]) -> dict[str, str]:
@@ -140,7 +145,8 @@ def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Recor
         raise UserError(f"{place}: the question is empty")
     fields = {column: plain(row.get(column)) for column in layout.fields}
     strata = strata_of(row, layout.strata, place)
-    record = Record(prompt, chosen, rejected, accepted, strata, place, options=options, fields=fields)
+    context = _passages(row, layout, place)
+    record = Record(prompt, chosen, rejected, accepted, strata, place, options, context, fields)
     _check_characters(record)
     return record
 
@@ -148,6 +154,20 @@ def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Recor
 def _option_texts(value: Any) -> Any:
     """Of options that come with their letters, {"text": [...], "label": [...]}, the texts."""
     return value["text"] if isinstance(value, Mapping) and isinstance(value.get("text"), list) else value
+
+
+def _passages(row: Mapping[str, Any], layout: Layout, place: str) -> tuple[str, ...]:
+    """The texts to answer by; a row may have none."""
+    found = []
+    for column in layout.context:
+        value = plain(row.get(column))
+        if layout.cells and isinstance(value, str):
+            value = _list_in_cell(value, place)
+        for one in [] if missing(value) else value if isinstance(value, list) else [value]:
+            if not isinstance(one, str):
+                raise UserError(f"{place}: column {column!r} holds {short(one)}; a context is text, or a list of texts")
+            found.append(one)
+    return tuple(one for one in found if one.strip())
 
 
 def _desirable(label: Any, place: str) -> bool:
@@ -169,6 +189,7 @@ def _check_characters(record: Record) -> None:
     texts += [("answer", record.chosen or ""), ("rejected answer", record.rejected or "")]
     texts += [("accepted answer", text) for text in record.accepted]
     texts += [("option", text) for text in record.options]
+    texts += [("context", text) for text in record.context]
     texts += [(f"stratum {printable(key)!r}", text) for key, text in record.strata.items()]
     for name, text in texts:
         if not text.isascii() and (half := unreadable(text)):

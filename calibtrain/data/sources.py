@@ -1,18 +1,22 @@
-"""Where records come from: geography, local files, the Hugging Face hub. All get one shape and one draw order."""
+"""Where records come from: geography, local files, the Hugging Face hub, or several. All get one shape and draw order."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from calibtrain.config import FileSource, GeographySource, HubSource
+from calibtrain.config_data import FileSource, GeographySource, HubSource, MixturePart, MixtureSource, Source
+from calibtrain.data.drops import DropReport
 from calibtrain.data.files import Row, as_written, file_rows, narrow_floats
 from calibtrain.data.geography import load_geography
+from calibtrain.data.mixtures import STRATUM, interleaved
 from calibtrain.data.rows import READABLE, Layout, find_layout, record_from_row
 from calibtrain.data.strata import check_strata
+from calibtrain.data.values import plain
 from calibtrain.errors import UserError
 from calibtrain.records import Record, unit_hash
 
@@ -22,14 +26,19 @@ _WHOLE_FLOAT = re.compile(r"\s*(-?\d+)\.0\s*")
 
 
 def load_records(
-    source: GeographySource | FileSource | HubSource, seed: int = 0, *, labelled: bool = False
+    source: Source, seed: int = 0, *, labelled: bool = False, drops: DropReport | None = None
 ) -> list[Record]:
     """Every record of the source in draw order, which is a pure function of the seed and the records' questions.
 
-    Files and hub data sets are shuffled, since many are sorted by topic; geography is drawn by population. `labelled`:
-    a column `label` says which answers are desirable; the others become `rejected`. Raises UserError that names the file
-    and line (or row index) of whatever cannot be read.
+    Files and hub data sets are shuffled, since many are sorted by topic; geography is drawn by population; a mixture is
+    drawn by its weights, and its records have the stratum `source`. `labelled`: a column `label` says which answers are
+    desirable; the others become `rejected`. Rows that cannot serve go to `drops`; without one, the first raises UserError
+    that names its file and line (or row index), as does a source that cannot be read.
     """
+    drops = DropReport(strict=True) if drops is None else drops
+    if isinstance(source, MixtureSource):
+        mixed = [record for part in source.sources for record in _part_records(part, seed, labelled, drops)]
+        return interleaved(mixed, source, seed)
     if isinstance(source, GeographySource):
         return load_geography(source, seed)
     name = str(source.path) if isinstance(source, FileSource) else source.name
@@ -38,23 +47,54 @@ def load_records(
     mapped = [[named] if isinstance(named, str) else named for named in source.columns.values()]
     wanted = READABLE.union(*mapped)
     found: dict[str, None] = {}  # columns of the whole set in order: any row may lack one
-    kept: list[Row] = []
+    kept: list[tuple[str, Mapping[str, Any]]] = []
+    refused: UserError | None = None
     for place, row in rows:
+        if isinstance(row, UserError):
+            drops.refuse(row, place)
+            refused = refused or row
+            continue
         found.update(dict.fromkeys(row))
         kept.append((place, {column: value for column, value in row.items() if column in wanted}))
     if not kept:
-        raise UserError(f"{name}: the data set is empty")
+        raise refused or UserError(f"{name}: the data set is empty")
     layout = find_layout(list(found), source.columns, name, cells, labelled)
     unread = [column for column in found if column not in layout.read]
     if unread:
         logger.info("%s: columns not read: %s", name, ", ".join(map(str, unread)))
-    records = [record_from_row(row, layout, place) for place, row in (_whole(kept, layout, name) if cells else kept)]
+    records = []
+    for place, row in _whole(kept, layout, name) if cells else kept:
+        try:
+            records.append(record_from_row(row, layout, place))
+        except UserError as error:
+            drops.refuse(error, place, question_of(row, layout))
     check_strata(records, layout.strata, name)
     # The sort is stable: rows that ask the same stay in the source's order.
     return sorted(records, key=lambda record: (unit_hash("draw", seed, record.id), record.id))
 
 
-def _whole(rows: list[Row], layout: Layout, name: str) -> list[Row]:
+def _part_records(part: MixturePart, seed: int, labelled: bool, drops: DropReport) -> list[Record]:
+    records = load_records(part.source, seed, labelled=labelled, drops=drops)
+    if any(STRATUM in record.strata for record in records):
+        raise UserError(
+            f"{part.source.called}: columns.strata names {STRATUM!r}, which in a mixture is the name of each source"
+        )
+    return [replace(record, strata={**record.strata, STRATUM: part.stratum}) for record in records]
+
+
+def question_of(row: Mapping[str, Any], layout: Layout) -> str:
+    """What a row that cannot serve seems to ask."""
+    columns = (layout.columns.get(field, "") for field in ("prompt", "question", "messages"))
+    return next((str(value) for column in columns if (value := plain(row.get(column)))), "")
+
+
+def whole_float(cell: str) -> str | None:
+    """1925 of 1925.0; None for what is not a whole number written so."""
+    found = _WHOLE_FLOAT.fullmatch(cell)
+    return found and found[1]
+
+
+def _whole(rows: list[tuple[str, Mapping[str, Any]]], layout: Layout, name: str) -> list[tuple[str, Mapping[str, Any]]]:
     """CSV rows with 1925 for 1925.0 in columns that hold nothing else: whole numbers that pandas made floats."""
     floats = []
     for column in dict.fromkeys(layout.read):

@@ -1,18 +1,24 @@
-"""Train, calibration, temperature, certification and test, which never share a question."""
+"""Train, validation, calibration, temperature, certification and test, which never share a question."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
-from calibtrain.config import SplitSizes
+from calibtrain.config_data import MixtureSource, SplitSizes
 from calibtrain.data.calibration_set import choose_calibration_set
 from calibtrain.data.drops import DropReport
+from calibtrain.data.mixtures import drawn, interleaved, mixture_lines
 from calibtrain.errors import UserError
 from calibtrain.records import Record, unit_hash
 from calibtrain.tasks.short_answer import SHORT_ANSWER
 
 SHARES = {"train": 0.5, "calibration": 0.1, "temperature": 0.1, "certification": 0.15, "test": 0.15}
 """Fixed, so that asking for other sizes never moves a question from one split to another."""
+
+VALIDATION_SHARE = 0.1
+"""Of the training split's questions; they train where no validation split is asked for."""
+
+TOO_FEW_EXAMPLES = "data.few_shot: {} asked for, but only {} records of train are one question with an answer"
 
 EVALUATION_SPLITS = ("calibration", "temperature", "certification", "test")
 
@@ -27,6 +33,11 @@ def split_of(question_id: str, seed: int, names: Sequence[str] = tuple(SHARES)) 
     return names[-1]
 
 
+def is_validation(question_id: str, seed: int) -> bool:
+    """Whether a question of the training split is held out to measure the loss by, where that is asked for."""
+    return unit_hash("validation", seed, question_id) < VALIDATION_SHARE
+
+
 def split_records(
     records: Sequence[Record],
     sizes: SplitSizes,
@@ -36,6 +47,10 @@ def split_records(
     *,
     undesirable: bool = False,
     gradable: Callable[[Record], bool] = SHORT_ANSWER.gradable,
+    mixture: MixtureSource | None = None,
+    asked_mixture: MixtureSource | None = None,
+    examples: int = 0,
+    once: bool = False,
 ) -> dict[str, list[Record]]:
     """Records of each split, in draw order, exactly as many as `sizes` asks for (train: all, where it asks for null).
 
@@ -45,30 +60,60 @@ def split_records(
     accepted answers to grade by), and ask each once. With `undesirable`, an answer to avoid is one to learn from as well.
     What is dropped or not used is counted in `drops`. Raises UserError that says how many there are when a split cannot
     be filled.
+
+    A validation split is cut out of the training split. `mixture` and `asked_mixture`: what `records` and `questions` are
+    drawn from, if from several sources. `examples`: so many answered questions are taken out of train and have a split
+    of their own, by that name. `once`: train asks each question once.
     """
     drops = DropReport() if drops is None else drops
     evaluates = any(getattr(sizes, name) for name in EVALUATION_SPLITS)
     # Nothing is held out of a run that asks for no evaluation split.
     names = (tuple(SHARES) if evaluates else ("train",)) if questions is None else EVALUATION_SPLITS
-    pools: dict[str, list[Record]] = {name: [] for name in SHARES}
+    pools: dict[str, list[Record]] = {name: [] for name in (*SHARES, "validation")}
     for record in records if questions is None else questions:
         pools[split_of(record.id, seed, names)].append(record)
     if questions is not None:
         pools["train"] = _not_held_out(records, pools, sizes, drops)
     pools["train"] = _learnable(pools["train"], drops, undesirable)
+    if once:
+        pools["train"] = unique_records(pools["train"], drops)
+    if mixture is not None:
+        pools["train"] = interleaved(pools["train"], mixture, seed)
+    shown = _cut_examples(pools, examples)
+    if sizes.validation:
+        held = [is_validation(record.id, seed) for record in pools["train"]]
+        pools["validation"] = [record for record, out in zip(pools["train"], held, strict=True) if out]
+        pools["train"] = [record for record, out in zip(pools["train"], held, strict=True) if not out]
     for name in EVALUATION_SPLITS:
         if evaluates and not getattr(sizes, name) and questions is None:
             _kept(pools[name], lambda record: False, f"of the {name} split, which is not asked for", drops)
         pools[name] = _gradable(pools[name], gradable, drops if getattr(sizes, name) else DropReport())
+        if (mixed := mixture if questions is None else asked_mixture) is not None:
+            pools[name] = interleaved(pools[name], mixed, seed)
+    if mixture is not None and pools["train"]:
+        pool = pools["train"]
+        pools["train"] = drawn(pool, mixture, seed, sizes.train)
+        drops.notes += mixture_lines(pool, pools["train"], mixture)
     asked = {name: len(pools[name]) if size is None else size for name, size in sizes.model_dump().items()}
     for name, size in asked.items():
         if len(pools[name]) < size:
-            raise UserError(_cannot_fill(name, size, len(pools[name]), questions is not None or not evaluates, drops))
+            raise UserError(cannot_fill(name, size, len(pools[name]), questions is not None or not evaluates, drops))
         drops.unused[name] = len(pools[name]) - size
     splits = {name: pools[name][:size] for name, size in asked.items()}
-    drawn = unique_records(records if questions is None else questions, DropReport())
-    splits["calibration"] = _stratified(pools["calibration"], asked["calibration"], list(filter(gradable, drawn)))
-    return splits
+    asking = unique_records(records if questions is None else questions, DropReport())
+    splits["calibration"] = _stratified(pools["calibration"], asked["calibration"], list(filter(gradable, asking)))
+    return {**splits, "examples": shown} if examples else splits
+
+
+def _cut_examples(pools: dict[str, list[Record]], count: int) -> list[Record]:
+    """The first questions of train with an answer, taken out of it with whatever else is said to them."""
+    answered = [one for one in pools["train"] if one.chosen is not None and len(one.prompt) == 1] if count else []
+    found = unique_records(answered, DropReport())[:count]
+    if len(found) < count:
+        raise UserError(TOO_FEW_EXAMPLES.format(count, len(found)))
+    taken = {record.id for record in found}
+    pools["train"] = [record for record in pools["train"] if record.id not in taken]
+    return found
 
 
 def _not_held_out(
@@ -89,7 +134,7 @@ def _learnable(records: Sequence[Record], drops: DropReport, undesirable: bool) 
     seen: set[Hashable] = set()
 
     def new(record: Record) -> bool:
-        said = (record.prompt, record.chosen, record.rejected, record.accepted)
+        said = (record.prompt, record.chosen, record.rejected, record.accepted, record.context)
         known = len(seen)
         seen.add(said)
         return len(seen) > known
@@ -130,13 +175,16 @@ def unique_records(records: Iterable[Record], drops: DropReport) -> list[Record]
     return list(first.values())
 
 
-def _cannot_fill(name: str, size: int, found: int, separate: bool, drops: DropReport) -> str:
-    kind = "records with an answer to learn" if name == "train" else "questions with accepted answers"
+def cannot_fill(name: str, size: int, found: int, separate: bool, drops: DropReport) -> str:
+    """What to do about a split that the data cannot fill."""
+    learns = name in ("train", "validation")
+    kind = "records with an answer to learn" if learns else "questions with accepted answers"
     names = EVALUATION_SPLITS if separate else tuple(SHARES)
-    share = 1.0 if separate and name == "train" else SHARES[name] / sum(SHARES[one] for one in names)
-    source = "data.source" if name == "train" or not separate else "data.questions"
+    share = 1.0 if separate and learns else SHARES["train" if learns else name] / sum(SHARES[one] for one in names)
+    share *= VALIDATION_SHARE if name == "validation" else 1.0
+    source = "data.source" if learns or not separate else "data.questions"
     advice = f"set data.splits.{name} to at most {found}"
-    if name != "train" and not found:
+    if not learns and not found:
         advice = f"give graded questions ({source} with an `answers` column) or set data.splits.{name} to 0"
     left_out = f" (of all rows, {'; '.join(drops.lines())})" if drops.total else ""
     return (

@@ -23,6 +23,7 @@ def data_hash(records: Sequence[Record]) -> str:
                     record.rejected,
                     list(record.accepted),
                     *([list(record.options)] if record.options else []),
+                    *([list(record.context)] if record.context else []),
                 ],
                 ensure_ascii=True,
             ).encode()

@@ -10,10 +10,12 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from calibtrain.data.prompts import CONTEXT, PROBE, Prompts, context_merged, prompts_of, with_less_context
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record
 from calibtrain.tasks.kinds import task_of
@@ -30,7 +32,6 @@ PLAIN_QUESTION = "Question: {}\nAnswer:"
 PLAIN_ANSWER = " {}"
 PLAIN_BETWEEN = "\n\n"
 _BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
-_PROBE = Record(prompt=(Message("user", "Which one?"),))
 _PROBE_ANSWER = "This one"
 _NEXT_QUESTION = PLAIN_BETWEEN + PLAIN_QUESTION.partition("{}")[0].rstrip()
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
@@ -46,19 +47,20 @@ class Template:
     `plain` is "Question: ..." and "Answer:" on two lines, with completion " answer" + EOS; `chat` is the tokenizer's
     chat template with its generation prompt, and the completion ends with the token that the template puts after an
     assistant's turn. `chat_template_kwargs` go to the chat template (`enable_thinking`); `merge_system` puts a system turn
-    before the first user turn's text, for templates that have no such role. `task` says what an answer is; `stop` are texts
-    that end a reply, beside the task's own. Raises UserError if the tokenizer has no chat template, no token that can end an
-    answer, or none for a text of `stop`.
+    before the first user turn's text, for templates that have no such role. `task` says what an answer is, `prompts` what
+    stands around a question, `jinja` is their template; `stop` are texts that end a reply, beside the task's own. Raises
+    UserError if the tokenizer has no chat template, no token that can end an answer, or none for a text of `stop`.
     """
 
     def __init__(
         self,
-        kind: Literal["plain", "chat"],
+        kind: Literal["plain", "chat", "jinja"],
         tokenizer: PreTrainedTokenizerBase,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         merge_system: bool = False,
         task: Task | None = None,
         stop: Sequence[str] = (),
+        prompts: Prompts | None = None,
     ) -> None:
         if kind == "chat" and not tokenizer.chat_template:
             raise UserError("data.template: the tokenizer has no chat template; use data.template: plain")
@@ -72,11 +74,12 @@ class Template:
         self._own_stops = tuple(dict.fromkeys((*self.task.stop, *stop)))
         for text in self._own_stops:
             self._check_stop(text)
+        self.prompts = prompts or Prompts()
         self._prefix_ids = self._special_prefix()
         self.end_id: int = self._chat_end_id() if kind == "chat" else tokenizer.eos_token_id
         """Token that ends every completion."""
-        self._probe_text = self.prompt_text(_PROBE)
-        self._probe_ids = self.prompt_ids(_PROBE)
+        self._probe_text = self._probe()
+        self._probe_ids = self._ids(self._probe_text)
         self._thinks = kind == "chat" and self._probe_text.rstrip().endswith(THINK_START)
 
     def prompt_text(self, record: Record, shots: Sequence[Record] = ()) -> str:
@@ -84,10 +87,9 @@ class Template:
 
         Raises UserError that names the record where the chat template refuses it.
         """
-        messages: list[Message] = []
-        for shot in shots:
-            messages += [*shot.prompt, Message("assistant", shot.chosen or "")]
-        messages += record.prompt
+        if self.kind == "jinja":
+            return self._own_text(record, shots)
+        messages = self.prompts.turns(record, shots)
         if self.kind == "plain":
             return _plain_text(messages)
         try:
@@ -98,9 +100,49 @@ class Template:
 
     def prompt_ids(self, record: Record, shots: Sequence[Record] = ()) -> list[int]:
         """Token ids of the prompt, with the special tokens that the tokenizer or the chat template opens with, once."""
-        ids = self._encode(self.prompt_text(record, shots))
+        return self._ids(self.prompt_text(self.fitted(record, shots), shots))
+
+    def fitted(self, record: Record, shots: Sequence[Record] = (), room: int | None = None) -> Record:
+        """The record with as much of its context, from the start, as leaves the prompt within `room` tokens.
+
+        By default, and at most, within what an answer leaves of max_length. Without a context it is as it was.
+        """
+        room = min((one for one in (room, self.prompts.room) if one is not None), default=None)
+        while room is not None and record.context:
+            over = len(self._ids(self.prompt_text(record, shots))) - room
+            if over <= 0:
+                break
+            *kept, last = record.context
+            ids = self._encode(last)
+            cut = self._decode(ids[: max(0, len(ids) - over)]).rstrip("\N{REPLACEMENT CHARACTER}")
+            record = with_less_context(record, [*kept, cut] if len(cut) < len(last) else kept)
+        return record
+
+    def _ids(self, text: str) -> list[int]:
         # A chat template writes its own BOS.
-        return ids if self.kind == "chat" else [*self._prefix_ids, *ids]
+        return self._encode(text) if self.kind == "chat" else [*self._prefix_ids, *self._encode(text)]
+
+    def _own_text(self, record: Record, shots: Sequence[Record]) -> str:
+        """The user's template, which shows the examples, or each of which stands before it as it was asked and answered."""
+        if "examples" in self.prompts.reads:
+            return self.prompts.rendered(record, shots)
+        texts = [self.prompts.rendered(shot) for shot in shots]
+        answered = [text + self._opened(shot.chosen or "", text) for shot, text in zip(shots, texts, strict=True)]
+        return PLAIN_BETWEEN.join([*answered, self.prompts.rendered(record)])
+
+    def _probe(self) -> str:
+        """A prompt to try the tokenizer on. The user's template may refuse it, as it knows the rows; then a plain one."""
+        if self.prompts.source is None:
+            return self.prompt_text(replace(PROBE, context=()))
+        try:
+            return self.prompt_text(PROBE)
+        except UserError:
+            plain = [Message("user", PROBE.question)]
+            return _plain_text(plain) if self.kind == "jinja" else self._chat_text(plain)
+
+    def _opened(self, text: str, prompt: str) -> str:
+        """An answer as it follows a prompt that is not a chat's: with one space, where neither has any."""
+        return PLAIN_ANSWER.format(text) if text and not text[0].isspace() and not prompt[-1:].isspace() else text
 
     def completion_ids(self, text: str) -> list[int]:
         """Token ids of an answer as they follow a prompt, and the token that ends it. Raises UserError if they cannot.
@@ -113,14 +155,11 @@ class Template:
         the joint encoding where that keeps the prompt's ids, else encoded alone; either way the joined ids must decode
         to the joined text.
         """
-        if self.kind == "plain":
-            text = _BLANK_LINES.sub("", text)
-            text = PLAIN_ANSWER.format(text) if text and not text[0].isspace() else text
+        if self.kind != "chat":
+            text = self._opened(_BLANK_LINES.sub("", text), self._probe_text)
         if not text:
             return [self.end_id]
-        prompt, joint = self._probe_ids, self._encode(self._probe_text + text)
-        if self.kind == "plain":
-            joint = [*self._prefix_ids, *joint]
+        prompt, joint = self._probe_ids, self._ids(self._probe_text + text)
         wanted = self._decode(joint)
         candidates = [self._encode(text), self._encode(text.removeprefix(" "))]
         if joint[: len(prompt)] == prompt:
@@ -184,11 +223,11 @@ class Template:
 
     def departure(self, record: Record) -> str | None:
         """Where prompt + completion is not what the chat template renders for the whole conversation, in words; or None."""
-        if self.kind == "plain" or not record.chosen:
+        if self.kind != "chat" or not record.chosen:
             return None
         shown, text = self.prompt_text(record), record.chosen.strip()
         try:
-            whole = self._chat_text([*record.prompt, Message("assistant", text)], answered=True)
+            whole = self._chat_text([*self.prompts.turns(record), Message("assistant", text)], answered=True)
         except UserError:
             return None
         if whole.startswith(shown + text):
@@ -235,9 +274,11 @@ class Template:
     @property
     def stops(self) -> tuple[str, ...]:
         """Texts that end a reply. A raw model that imitates examples ends its answer with a line break, not with EOS."""
-        if self.kind != "plain":
+        if self.kind == "chat":
             return self._own_stops
-        return (_NEXT_QUESTION if self.task.several_lines else "\n", *self._own_stops)
+        if not self.task.several_lines:
+            return ("\n", *self._own_stops)
+        return (*((_NEXT_QUESTION,) if self.kind == "plain" else ()), *self._own_stops)
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -255,7 +296,7 @@ class Template:
         """SHA-256 over the template's text and the special tokens; a calibrator fitted under another hash is void."""
         tokenizer = self.tokenizer
         text = tokenizer.chat_template if self.kind == "chat" else [PLAIN_QUESTION, PLAIN_ANSWER, PLAIN_BETWEEN]
-        parts = [
+        parts: list[Any] = [
             self.kind,
             text,
             self._prefix_ids,
@@ -275,6 +316,8 @@ class Template:
             parts.append(["stop", *self._own_stops])
         if self.task.mark:
             parts.append(["task", *self.task.mark])
+        if facts := self.prompts.facts:
+            parts.append(facts)
         return hashlib.sha256(json.dumps(parts, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -307,6 +350,7 @@ class Template:
         return full[:start]
 
     def _chat_text(self, messages: Sequence[Message], answered: bool = False) -> str:
+        messages = context_merged(messages)
         if self.merge_system:
             messages = _system_merged(messages)
         turns = [{"role": message.role, "content": message.content} for message in messages]
@@ -334,16 +378,24 @@ class Template:
 
     def _chat_end_id(self) -> int:
         """The special token that the template writes after an assistant's turn; it need not be the EOS (Llama 3)."""
-        text = self._chat_text([*_PROBE.prompt, Message("assistant", _PROBE_ANSWER)], answered=True)
+        text = self._chat_text([*PROBE.prompt, Message("assistant", _PROBE_ANSWER)], answered=True)
         after = self._encode(text.rpartition(_PROBE_ANSWER)[2])
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         return next((token for token in after if token in special), self.tokenizer.eos_token_id)
 
 
 def template_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template of a run, the same wherever one is rendered: in training, evaluation, answering and serving."""
+    """The template of a run, the same wherever one is rendered: in training, evaluation, answering and serving.
+
+    Raises UserError where the config asks for examples out of the data and they are not settled (`pipeline.prepare`).
+    """
     data, task, stop = config.data, task_of(config.task), config.evaluation.stop
-    return Template(data.template, tokenizer, data.chat_template_kwargs, data.merge_system, task, stop)
+    if data.few_shot and not data.examples:
+        raise UserError(
+            "data.few_shot: the examples of this run are not known; its config.yaml holds them once it began"
+        )
+    prompts = prompts_of(data, config.evaluation.max_new_tokens)
+    return Template(data.template, tokenizer, data.chat_template_kwargs, data.merge_system, task, stop, prompts)
 
 
 def _system_merged(messages: Sequence[Message]) -> list[Message]:
@@ -368,6 +420,8 @@ def _plain_text(messages: Sequence[Message]) -> str:
             parts.append(PLAIN_ANSWER.format(message.content.strip()) + PLAIN_BETWEEN)
         elif message.role == "system":
             parts.append(message.content.strip() + PLAIN_BETWEEN)
+        elif message.role == "context":
+            parts.append(CONTEXT.format(message.content.strip()) + "\n")
         else:
             parts.append(PLAIN_QUESTION.format(message.content.strip()))
     return "".join(parts)

@@ -14,7 +14,7 @@ from calibtrain.hooks.records import CheckpointRecord, EndRecord, EvaluationReco
 
 TRAINING_KEYS = {"calib/train/token/ece15": "token ECE", "calib/train/answer/ece15": "answer ECE", "train/lr": "lr"}
 """Metric keys worth a place on the line, beside every loss term, and what they are called there."""
-EVALUATION_KEYS = {"acc": "accuracy", "mean_conf": "confidence", "ece15": "ECE", "auroc": "AUROC"}
+EVALUATION_KEYS = {"acc": "accuracy", "mean_conf": "confidence", "ece15": "ECE", "auroc": "AUROC", "loss": "loss"}
 """Last parts of evaluation keys, and what they are called."""
 
 
@@ -75,7 +75,8 @@ class ProgressHook(Hook):
             for key in record.metrics
             if key.rsplit("/", 1)[-1] in EVALUATION_KEYS
         }
-        self._say(f"step {record.step}: {record.split} questions  {_words(record.metrics, keys)}")
+        asked = " questions" if record.split != "validation" else ""
+        self._say(f"step {record.step}: {record.split}{asked}  {_words(record.metrics, keys)}")
 
     def on_checkpoint(self, record: CheckpointRecord) -> None:
         """Where the checkpoint is."""

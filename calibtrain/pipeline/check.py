@@ -25,7 +25,14 @@ from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.models.loading import add_lora, check_positions, check_weights, described_model, load_tokenizer
 from calibtrain.models.reward import padding_token
-from calibtrain.pipeline.prepare import Prepared, check_rejected, learned_records, needs_rejected, prepare
+from calibtrain.pipeline.prepare import (
+    Prepared,
+    check_rejected,
+    learned_records,
+    needs_rejected,
+    prepare,
+    with_examples,
+)
 from calibtrain.records import Record
 from calibtrain.training.checkpoint import find_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
@@ -56,7 +63,7 @@ class Checked:
     model answers the questions itself."""
     drops: DropReport
     """Of these records."""
-    learned: list[Record]
+    learned: Sequence[Record]
     """The records that `examples` were made of; their `record_id` is its index."""
     records: int
     """How many training records there are, as the objective learns from them, those in `drops` among them."""
@@ -95,6 +102,7 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     if not finished and not replace:
         find_checkpoint(config, World(0, world_size, 0, torch.device("cpu")), None)
     prepared = prepare(config)
+    config = with_examples(config, prepared)
     records_hash = prepared.data_hash
     if finished:
         check_same_data(config.output_dir, records_hash)
@@ -110,9 +118,15 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
         padding_token(tokenizer, template.end_id)
     if wanting := needs_rejected(config, prepared):
         check_rejected(config, prepared)
-    drops = DropReport()
+        if config.objective.needs.module == "reward head" and prepared.splits["validation"]:
+            raise UserError(
+                "data.splits.validation: a reward's loss is measured on pairs, which the data has not; set 0"
+            )
+    drops = DropReport(strict=config.data.strict)
     examples: list[tuple[Encoded, ...]] = []
-    _ask(template, train[:READ_WHOLE])
+    # Of the rows to learn from, encoding leaves out the few that a template refuses.
+    few = 0.0 if config.data.strict or config.objective.needs.answers_itself else config.data.max_dropped
+    _ask(template, train[:READ_WHOLE], most=few)
     # A pair that is still to be found has its chosen answer.
     learned = train[:READ_WHOLE] if wanting else learned_records(config, train[:READ_WHOLE], drops)
     if not config.objective.needs.answers_itself:
@@ -126,7 +140,7 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
         )
         if config.trains_unpaired and len(train) <= READ_WHOLE:
             mismatched([one for (one,) in examples], config.data.max_length, tokenizer.bos_token_id)
-    for split in ("calibration", "temperature", "certification", "test"):
+    for split in ("validation", "calibration", "temperature", "certification", "test"):
         _ask(template, prepared.splits[split][:READ_WHOLE], prepared.shots)
     found = [dataclasses.replace(record, rejected=PENDING) for record in train] if wanting else train
     left_out = DropReport()
@@ -237,15 +251,27 @@ def _certificate_advice(config: RunConfig, temperature: int, certification: int)
     return []
 
 
-def _ask(template: Template, records: Sequence[Record], shots: Sequence[Record] = ()) -> None:
-    """Try the template on questions, the first also behind the examples; UserError names the one that it refuses."""
+def _ask(template: Template, records: Sequence[Record], shots: Sequence[Record] = (), most: float = 0.0) -> None:
+    """Try the template on questions, the first also behind the examples.
+
+    Raises the UserError of the first one that it refuses, where it refuses more than the share `most`.
+    """
+    refused: list[UserError] = []
     for index, record in enumerate(records):
-        template.prompt_text(record, shots if index == 0 else ())
+        try:
+            template.prompt_text(record, shots if index == 0 else ())
+        except UserError as error:
+            refused.append(error)
+        if len(refused) > most * len(records):
+            raise refused[0]
 
 
 def evaluations(config: RunConfig, steps: int, questions: int) -> list[str]:
     """How many questions are asked while training, and when."""
     training, lines = config.training, []
+    if held_out := config.data.splits.validation:
+        times = math.ceil(steps / training.evaluate_loss_every) if training.evaluate_loss_every else 1
+        lines.append(f"the loss on {held_out} held-out records, {times} times: training.evaluate_loss_every")
     if training.evaluate_every:
         times = math.ceil(steps / training.evaluate_every)
         lines.append(f"{min(training.evaluate_questions, questions)} questions, {times} times: training.evaluate_every")

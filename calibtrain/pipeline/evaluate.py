@@ -31,7 +31,7 @@ from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy, check_head
 from calibtrain.pipeline.calibration_file import made_by, made_by_source, weights_hash
 from calibtrain.pipeline.options import option_matrices, options_part, print_options
-from calibtrain.pipeline.prepare import prepare
+from calibtrain.pipeline.prepare import prepare, with_examples
 from calibtrain.records import Record
 
 
@@ -88,7 +88,7 @@ class Loaded:
     def __init__(self, config: RunConfig, model: Path | None = None) -> None:
         """Load `model` (a Hugging Face directory), or the one that the config starts from."""
         source = answering_config(config.model, model)
-        self.config = config
+        self.config = config = with_examples(config)
         self.graded = True
         self.directory = model
         self.name = str(model or config.model.source)

@@ -10,12 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calibtrain.config import RunConfig
+from calibtrain.config import FileSource, MixtureSource, RunConfig
+from calibtrain.config_data import Example, Source
 from calibtrain.data.calibration_set import Composition, composition_distance
-from calibtrain.data.drops import DropReport
+from calibtrain.data.drops import DropReport, check_share
+from calibtrain.data.mixtures import drawn
 from calibtrain.data.pairs import add_rejected, with_confidence_statements
+from calibtrain.data.prompts import prompts_of
 from calibtrain.data.sources import load_records
-from calibtrain.data.splits import split_records, unique_records
+from calibtrain.data.splits import EVALUATION_SPLITS, split_of, split_records
+from calibtrain.data.stored import GRADABLE, REJECTED, Made, StoredRecords, stored_records
+from calibtrain.data.stored_splits import split_stored
 from calibtrain.data.strata import check_named
 from calibtrain.data.summary import data_hash
 from calibtrain.data.templates import Template
@@ -26,6 +31,7 @@ from calibtrain.models.loading import cache_directory
 from calibtrain.pipeline.options import check_options
 from calibtrain.records import Record
 from calibtrain.tasks.kinds import task_of
+from calibtrain.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +46,7 @@ Sampler = Callable[[Sequence[Record], Sequence[Record]], list[list[str]]]
 class Prepared:
     """The data of a run."""
 
-    splits: dict[str, list[Record]]
+    splits: dict[str, Sequence[Record]]
     shots: list[Record]  # examples for a model that has not learned the format
     composition: Composition | None  # of the calibration set against its source
     drops: DropReport
@@ -55,44 +61,141 @@ class Prepared:
     def lines(self) -> list[str]:
         """How many of how many records are used, a line a split."""
         sources = f"{self.read} rows read" + ("" if self.graded is None else f", and {self.graded} of data.questions")
-        return [sources] + [
-            f"{name}: {len(self.splits[name])} of the {count} records of this split"
-            for name, count in self.available.items()
-        ]
+        return (
+            [sources]
+            + [
+                f"{name}: {len(self.splits[name])} of the {count} records of this split"
+                for name, count in self.available.items()
+                if count or name != "validation"
+            ]
+            + self.drops.notes
+        )
 
     @property
     def data_hash(self) -> str:
         """SHA-256 over every split's records."""
-        return data_hash([record for name in sorted(self.splits) for record in self.splits[name]])
+        stored = [one.content_hash for one in self.splits.values() if isinstance(one, StoredRecords)]
+        held = {name: some for name, some in self.splits.items() if not isinstance(some, StoredRecords)}
+        found = data_hash([record for name in sorted(held) for record in held[name]])
+        return hashlib.sha256(" ".join([found, *stored]).encode()).hexdigest() if stored else found
 
 
 def prepare(config: RunConfig) -> Prepared:
     """Load and split the data. Raises UserError for what the user must mend, before any model is loaded."""
-    drops = DropReport()
-    unpaired = config.trains_unpaired
-    records = load_records(config.data.source, config.seed, labelled=unpaired)
-    if not records:
-        raise UserError("data.source: the data set is empty")
-    task = task_of(config.task)
-    records = [task.asked(record) for record in records]
-    questions = None if config.data.questions is None else load_records(config.data.questions, config.seed)
-    questions = None if questions is None else [task.asked(record) for record in questions]
+    if config.data.streams:
+        return _prepare_stored(config)
+    data, drops, task = config.data, DropReport(strict=config.data.strict), task_of(config.task)
+    unpaired, once = config.trains_unpaired, config.objective.needs.answers_itself
+    records, read = _read_source(config, data.source, task, drops, labelled=unpaired)
+    questions, asked = None, None
+    if data.questions is not None:
+        questions, asked = _read_source(config, data.questions, task, drops)
+    mixture, asked_mixture = (one if isinstance(one, MixtureSource) else None for one in (data.source, data.questions))
     graded = records if questions is None else questions
     strata = {"calibration.domain": config.calibration.domain, "abstention.groups": config.abstention.groups}
     check_named([record for record in graded if task.gradable(record)], strata)
-    splits = split_records(
-        records, config.data.splits, config.seed, questions, drops, undesirable=unpaired, gradable=task.gradable
+    splits: dict[str, Sequence[Record]] = {}
+    splits |= split_records(
+        records,
+        data.splits,
+        config.seed,
+        questions,
+        drops,
+        undesirable=unpaired,
+        gradable=task.gradable,
+        mixture=mixture,
+        asked_mixture=asked_mixture,
+        examples=data.few_shot,
+        # Where the model answers each question itself, what else its rows say is not learned from.
+        once=once,
     )
     check_options(config, task, splits)
-    if config.objective.needs.answers_itself:
-        # The model answers each question itself: what else its rows say is not learned from.
-        splits["train"] = unique_records(splits["train"], drops)
-    answered = [record for record in splits["train"] if record.chosen is not None]
-    shots = unique_records(answered, DropReport())[: config.data.few_shot_raw]
+    shots = _add_shown(config, splits)
+    composition = None
+    if splits["calibration"]:
+        if (mixed := mixture if questions is None else asked_mixture) is not None:
+            graded = drawn([record for record in graded if task.gradable(record)], mixed, config.seed, repeat=False)
+        composition = composition_distance(splits["calibration"], graded, config.seed)
+    return Prepared(splits, shots, composition, drops, read, asked)
+
+
+def _add_shown(config: RunConfig, splits: dict[str, Sequence[Record]]) -> list[Record]:
+    """Give the config's own examples a split, and return those for a raw model."""
+    data = config.data
+    if data.examples and not data.few_shot:
+        splits["examples"] = [*prompts_of(data, config.evaluation.max_new_tokens).examples]
+    if "examples" in splits:
+        return []  # what stands before every question anyway shows the format to the raw model, too
+    found: dict[str, Record] = {}
+    for record in splits["train"]:
+        if len(found) == data.few_shot_raw:
+            break
+        if record.chosen is not None:
+            found.setdefault(record.id, record)
+    return list(found.values())
+
+
+def _prepare_stored(config: RunConfig) -> Prepared:
+    """As `prepare`, with the training records left on disk."""
+    data, drops, task = config.data, DropReport(strict=config.data.strict), task_of(config.task)
+    assert isinstance(data.source, FileSource)
+    made = Made(config.seed, config.trains_unpaired, config.task.model_dump_json(), task.asked, task.gradable)
+    records = stored_records(data.source, made, cache_directory() / "records", drops)
+    read = len(records) + len(drops.unfit)
+    check_share(drops.unfit, read, data.max_dropped, data.source.called)
+    if config.objective.needs.preferences and not records.flagged(REJECTED).any():
+        raise UserError(
+            "data.source.streaming: no row has a rejected answer, and none can be found without the whole set"
+        )
+    splits: dict[str, Sequence[Record]] = {}
+    held_out, asked = None, None
+    graded: Sequence[Record] = records.likenesses()
+    gradable = records.where(records.flagged(GRADABLE)).likenesses()
+    if data.questions is not None:
+        questions, asked = _read_source(config, data.questions, task, drops)
+        graded, gradable = questions, list(filter(task.gradable, questions))
+        sizes = data.splits.model_copy(update={"train": 0, "validation": 0})
+        mixture = data.questions if isinstance(data.questions, MixtureSource) else None
+        more = split_records([], sizes, config.seed, questions, drops, gradable=task.gradable, asked_mixture=mixture)
+        splits |= more
+        held_out = [one for one in questions if getattr(sizes, split_of(one.id, config.seed, EVALUATION_SPLITS))]
+    strata = {"calibration.domain": config.calibration.domain, "abstention.groups": config.abstention.groups}
+    check_named(gradable, strata)
+    splits |= split_stored(records, data.splits, drops, held_out, examples=data.few_shot)
+    shots = _add_shown(config, splits)
     composition = None
     if splits["calibration"]:
         composition = composition_distance(splits["calibration"], graded, config.seed)
-    return Prepared(splits, shots, composition, drops, len(records), None if questions is None else len(questions))
+    return Prepared(splits, shots, composition, drops, read, asked)
+
+
+def with_examples(config: RunConfig, prepared: Prepared | None = None) -> RunConfig:
+    """The config with the examples that `data.few_shot` takes out of the data, as a run writes it down."""
+    if not config.data.few_shot or config.data.examples:
+        return config
+    found = (prepared or prepare(config)).splits["examples"]
+    examples = tuple(Example(question=one.question, answer=one.chosen or "", context=one.context) for one in found)
+    return config.model_copy(update={"data": config.data.model_copy(update={"examples": examples})})
+
+
+def _read_source(
+    config: RunConfig, source: Source, task: Task, drops: DropReport, labelled: bool = False
+) -> tuple[list[Record], int]:
+    """The records of a source as the task asks them, and how many rows were read. UserError where too many cannot serve."""
+    known = len(drops.unfit)
+    loaded = load_records(source, config.seed, labelled=labelled, drops=drops)
+    records = []
+    for record in loaded:
+        try:
+            records.append(task.asked(record))
+        except UserError as error:
+            drops.refuse(error, record.origin or record.question, record.question)
+    unfit = drops.unfit[known:]
+    read = len(records) + len(unfit)
+    check_share(unfit, read, config.data.max_dropped, source.called)
+    if not records:
+        raise UserError(f"{source.called}: the data set is empty")
+    return records, read
 
 
 def needs_rejected(config: RunConfig, prepared: Prepared) -> bool:
@@ -107,12 +210,12 @@ def needs_rejected(config: RunConfig, prepared: Prepared) -> bool:
     return needs.data == "pairs" or all(map(task_of(config.task).gradable, train))
 
 
-def learned_records(config: RunConfig, records: Sequence[Record], drops: DropReport) -> list[Record]:
+def learned_records(config: RunConfig, records: Sequence[Record], drops: DropReport) -> Sequence[Record]:
     """The training records, whose rejected answers have been found, as the objective learns from them."""
     needs = config.objective.needs
     if needs.statements != "none":
         return with_confidence_statements(records, keep=needs.statements == "added")
-    return unpair(records, drops) if config.trains_unpaired else list(records)
+    return unpair(records, drops) if config.trains_unpaired else records
 
 
 def check_rejected(config: RunConfig, prepared: Prepared) -> None:

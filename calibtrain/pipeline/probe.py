@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,9 @@ def _metrics(state: CalibrationState) -> dict[str, float]:
     return {"auroc": auroc(state), "ece15": ece(state)}
 
 
-def _answers(loaded: Loaded, records: list[Record], fingerprint: Fingerprint, path: Path, split: str) -> Measurement:
+def _answers(
+    loaded: Loaded, records: Sequence[Record], fingerprint: Fingerprint, path: Path, split: str
+) -> Measurement:
     """Graded answers to `records`: those of an earlier call of the same model, or new ones."""
     asked = json.dumps({**asdict(fingerprint), "questions": [record.id for record in records]})
     mark = path.with_suffix(".made-by.json")

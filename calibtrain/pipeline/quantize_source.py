@@ -14,6 +14,7 @@ from typing import Any
 from calibtrain.config import FileSource, RunConfig, SFTConfig, SplitSizes
 from calibtrain.config_data import DataConfig
 from calibtrain.config_file import load_config
+from calibtrain.data.drops import DropReport
 from calibtrain.data.sources import load_records
 from calibtrain.data.splits import EVALUATION_SPLITS, split_of, unique_records
 from calibtrain.errors import UserError
@@ -121,7 +122,7 @@ def _config_of(source: Path, asked: Asked, target: Path) -> RunConfig:
         data=DataConfig(source=file, questions=file, template=template),  # type: ignore[arg-type]
         objective=SFTConfig(),
     )
-    found = split_counts(load_records(file, config.seed), config.seed)
+    found = split_counts(load_records(file, config.seed, drops=DropReport()), config.seed)
     wanted = SplitSizes()
     sizes = {name: min(found[name], getattr(wanted, name)) for name in EVALUATION_SPLITS}
     if any(count < FEWEST for count in sizes.values()):

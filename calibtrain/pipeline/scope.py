@@ -9,7 +9,7 @@ from typing import Any
 
 from calibtrain.confidence.answer import Answer
 from calibtrain.config import RunConfig
-from calibtrain.config_data import FileSource, GeographySource
+from calibtrain.config_data import GeographySource
 from calibtrain.errors import UserError
 
 EXAMPLES, EXAMPLE_LENGTH = 2, 70
@@ -45,9 +45,8 @@ def scope_of(config: RunConfig, answers: Sequence[Answer], file: str | None = No
     """Scope of graded answers to the config's questions, or to those of a `file` of answers."""
     source = config.data.source if config.data.questions is None else config.data.questions
     if file is None and isinstance(source, GeographySource):
-        return Scope("geography (city -> country)", len(answers))
-    if file is None:
-        file = source.path.name if isinstance(source, FileSource) else source.name  # type: ignore[union-attr]
+        return Scope(source.called, len(answers))
+    file = source.called if file is None else file
     questions = dict.fromkeys(one.question for one in answers)
     return Scope(plain(file), len(answers), tuple(plain(one) for one in list(questions)[:EXAMPLES]))
 

@@ -22,6 +22,7 @@ from calibtrain.errors import UserError
 from calibtrain.models.loading import answering_config, load_tokenizer
 from calibtrain.pipeline.calibration_file import made_by
 from calibtrain.pipeline.evaluate import Measurement
+from calibtrain.pipeline.prepare import with_examples
 from calibtrain.pipeline.scope import plain
 from calibtrain.records import Message, Record
 
@@ -53,7 +54,7 @@ class Served:
         name: the model's id on the server, which need not be given where it has one. Raises UserError where the server is
         not there or does not return what confidence needs.
         """
-        self.config = config
+        self.config = config = with_examples(config)
         self.graded = True
         self.server = CompletionsServer(url, name, timeout=timeout)
         self.name = f"{plain(self.server.model)} at {self.server.url}"

@@ -17,7 +17,9 @@ from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.likelihood import sample_answers
 from calibtrain.config import RunConfig
 from calibtrain.config_file import dump_config
-from calibtrain.data.encode import Encoded, encode_records
+from calibtrain.data.drops import write_dropped
+from calibtrain.data.encode import Encoded, encode_records, lazy_examples
+from calibtrain.data.lazy import Lazy
 from calibtrain.data.loader import planned_steps
 from calibtrain.data.templates import Template, template_of
 from calibtrain.data.unpaired import mismatched
@@ -44,6 +46,7 @@ from calibtrain.pipeline.prepare import (
     add_own_wrong_answers,
     learned_records,
     needs_rejected,
+    with_examples,
 )
 from calibtrain.pipeline.provenance import git_hash, versions
 from calibtrain.records import Record
@@ -53,6 +56,7 @@ from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.engine import Engine, start_engine
+from calibtrain.training.held_out import HeldOut, encode_held_out
 from calibtrain.training.host_memory import release_freed_memory
 from calibtrain.training.losses import build_losses, check_learns, term_names
 from calibtrain.training.preemption import StopRequests
@@ -66,6 +70,9 @@ from calibtrain.training.unpaired_examples import UnpairedExamples
 from calibtrain.training.weight_penalty import build_weight_penalties
 
 logger = logging.getLogger(__name__)
+
+KEPT_STEPS = 4
+"""Of so many steps the encoded records stay in memory, where they are encoded as their turn comes."""
 
 
 def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
@@ -81,6 +88,7 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     checked = check(config, int(os.environ.get("WORLD_SIZE", 1)))
     world = start_world()
     prepared, template = checked.prepared, checked.template
+    config = with_examples(config, prepared)
     target = config.output_dir / "model"
     if on_main(lambda: checked.finished):
         logger.info("%s holds this very run, and it is finished: nothing to train", config.output_dir)
@@ -98,11 +106,13 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     examples = training_examples(config, prepared, template, model, world)
     if examples:
         check_learns(config, model, examples)
+    validation = encode_held_out(prepared.splits["validation"], config, template)
+    held_out = _with_reference(config, validation, template, model, world) if validation else []
     layout = row_layout(config, model.policy)
     engine = start_engine(model, config, world)
     if world.device.type == "cpu":
         release_freed_memory()  # what flattening the weights left behind would be fragmented by the first steps
-    trainer = _trainer(config, prepared, template, engine, world, layout, examples)
+    trainer = _trainer(config, prepared, template, engine, world, layout, examples, held_out)
     checkpoint = on_main(lambda: find_checkpoint(config, world, trainer.data_hash))
     if world.is_main:
         write_provenance(config, checked, trainer, world)
@@ -121,6 +131,8 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         if last_weights is not None:
             _export(config, engine, template, last_weights, 1.0, world)
         trainer.finish(progress.step)
+        if world.is_main and config.data.streams:  # rows are found to be unfit as their turn comes
+            write_dropped(prepared.drops.unfit, config.output_dir / "dropped.jsonl")
         _export(config, engine, template, target, engine.module.policy.scale, world)
     except Preempted as caught:
         progress, error, preempted = Progress(caught.step), str(caught), True
@@ -207,7 +219,7 @@ def build_model(config: RunConfig, template: Template | None = None, device: tor
 
 def training_examples(
     config: RunConfig, prepared: Prepared, template: Template, model: LossModel, world: World
-) -> list[tuple[Encoded, ...]]:
+) -> Sequence[tuple[Encoded, ...]]:
     """The training records as sequences; where a loss asks for it, with the starting model's log-probs.
 
     Behind each unpaired answer stands its prompt with another's. Empty where the loop makes its own. Call it before the
@@ -217,14 +229,24 @@ def training_examples(
         return []
     room, unpaired = config.data.max_length, config.trains_unpaired
     train, pairs = prepared.splits["train"], config.trains_on_pairs
+    if config.data.streams:
+        kept = KEPT_STEPS * config.training.global_batch_size
+        return lazy_examples(train, template, room, pairs, prepared.drops, kept)
     examples = encode_records(train, template, room, pairs, prepared.drops, unpaired=unpaired)
     if unpaired:
         labelled = [one for (one,) in examples]
         examples = list(zip(labelled, mismatched(labelled, room, template.tokenizer.bos_token_id), strict=True))
+    return _with_reference(config, examples, template, model, world)
+
+
+def _with_reference(
+    config: RunConfig, examples: Sequence[tuple[Encoded, ...]], template: Template, model: LossModel, world: World
+) -> Sequence[tuple[Encoded, ...]]:
+    """The examples with the starting model's log-probs, where a loss asks for them. Collective."""
     if not config.needs_reference_logprobs:
         return examples
     if world.is_main:
-        logger.info("measuring the starting model's log-probs of %d training examples", len(examples))
+        logger.info("measuring the starting model's log-probs of %d examples", len(examples))
     mine = shard(examples, world)
     model.to(world.device)
     known = with_reference_logprobs(model.policy, [one for group in mine for one in group], template.pad_id)
@@ -255,6 +277,7 @@ def write_provenance(config: RunConfig, checked: Checked, trainer: Trainer, worl
         "dropped": prepared.drops.lines(),
     }
     (output / "run.json").write_text(json.dumps(run_facts, indent=2), encoding="utf-8")
+    write_dropped(prepared.drops.unfit, output / "dropped.jsonl")
 
 
 def _trainer(
@@ -265,6 +288,7 @@ def _trainer(
     world: World,
     layout: dict[str, Any],
     examples: Sequence[tuple[Encoded, ...]],
+    validation: Sequence[tuple[Encoded, ...]] = (),
 ) -> Trainer:
     train = prepared.splits["train"]
     plan = batch_plan(config.training, world.size)
@@ -285,7 +309,7 @@ def _trainer(
         config=config,
         engine=engine,
         examples=examples,
-        origins=[record.origin or record.question for record in train],
+        origins=Lazy(len(train), lambda place: train[place].origin or train[place].question),
         plan=plan,
         total_steps=steps,
         world=world,
@@ -299,6 +323,7 @@ def _trainer(
         spectra=build_spectra(config, engine, world),
         **layout,
         evaluation_questions=questions,
+        held_out=HeldOut(config, validation, template.pad_id, world, **layout) if validation else None,
         rollouts=changing,
     )
 

@@ -38,6 +38,9 @@ FREE_TO_CHANGE = (
     "tracking",
     "abstention",
     "model.gradient_checkpointing",
+    "data.strict",
+    "data.examples",  # they are in the hash of the data
+    "data.max_dropped",
     "training.resume",
     "training.new_trajectory",
     "training.log_every",
@@ -45,6 +48,7 @@ FREE_TO_CHANGE = (
     "training.checkpoint_every",
     "training.evaluate_every",
     "training.evaluate_questions",
+    "training.evaluate_loss_every",
     "training.max_skipped_steps",
 )
 """Config keys that may differ on resume; every other one shapes the trajectory."""

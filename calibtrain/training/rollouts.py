@@ -16,7 +16,7 @@ from calibtrain.confidence.generation import Generation, generate, keep_none
 from calibtrain.confidence.stated import read_statement, statement_tokens
 from calibtrain.config import PolicyGradientConfig, RunConfig
 from calibtrain.data.collate import collate
-from calibtrain.data.encode import Encoded, cut_left
+from calibtrain.data.encode import Encoded, fit_prompt
 from calibtrain.data.loader import step_indices
 from calibtrain.data.replies import read_reply
 from calibtrain.distributed import gather_lists, shard
@@ -75,8 +75,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
                 f"evaluation.max_new_tokens: {config.evaluation.max_new_tokens} leaves no room for a question in "
                 f"data.max_length: {config.data.max_length}"
             )
-        bos = answerer.template.tokenizer.bos_token_id
-        self._prompts = [tuple(cut_left(answerer.template.prompt_ids(one), room, bos)) for one in self.questions]
+        self._prompts = [tuple(fit_prompt(one, answerer.template, room)[0]) for one in self.questions]
 
     def __len__(self) -> int:
         return len(self.questions)

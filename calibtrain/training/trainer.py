@@ -27,6 +27,7 @@ from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint import Progress, save_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.engine import Engine
+from calibtrain.training.held_out import HeldOut
 from calibtrain.training.host_memory import RELEASE_EVERY, release_freed_memory
 from calibtrain.training.preemption import StopRequests
 from calibtrain.training.spectra import Spectra
@@ -57,6 +58,7 @@ class Trainer:
     packing_tokens: int | None = None
     shared_prefix: bool = False
     evaluation_questions: Sequence[Record] = ()
+    held_out: HeldOut | None = None
     rollouts: ChangingExamples | None = None  # then these are the examples
 
     def fit(self, progress: Progress, stop: StopRequests | None = None) -> Progress:
@@ -116,12 +118,19 @@ class Trainer:
         return progress
 
     def finish(self, step: int) -> None:
-        """Put the averaged weights in place and solve for the logit scale that fits the final weights. Collective."""
+        """Put the averaged weights in place, solve for the logit scale that fits them, measure their loss. Collective."""
         if self.average is not None:
             self.average.apply()
         answers = None if self.stream is None else self.stream.round(step)
         if answers is not None:
             self._report_answers(step, answers)
+        self.evaluate_loss(step)
+
+    def evaluate_loss(self, step: int) -> None:
+        """Measure the loss on held-out records, if there are any, and tell the hooks. Collective."""
+        if self.held_out is not None:
+            metrics = self.held_out.measure(self.engine.module)
+            self.hooks.dispatch("on_evaluation", EvaluationRecord(step, "validation", metrics, []))
 
     def evaluate(self, step: int) -> None:
         """Answer calibration questions and tell the hooks. Collective."""
@@ -146,6 +155,8 @@ class Trainer:
             self._report_answers(step, self.stream.round(step) or [])
         if self.evaluation_questions and training.evaluate_every and (step % training.evaluate_every == 0 or last):
             self.evaluate(step)
+        if training.evaluate_loss_every and step % training.evaluate_loss_every == 0 and not last:
+            self.evaluate_loss(step)
         if self._checkpoint_is_due(step):
             self._save(progress)
 

@@ -30,6 +30,7 @@ from calibtrain.pipeline.prepare import Prepared, prepare
 from calibtrain.training import checkpoint as checkpoint_module
 from calibtrain.training.checkpoint import Progress, complete_checkpoints, load_checkpoint
 from calibtrain.training.engine import start_engine
+from calibtrain.training.held_out import encode_held_out
 from calibtrain.training.trainer import Trainer
 
 HOMES = ((0, 1), (2, 0), (0, 3))  # of both ranks: no cache at all, rank 1's alone is filled, rank 0's alone
@@ -45,7 +46,8 @@ def begin(config: RunConfig, world: World) -> tuple[Trainer, Prepared]:
     examples = pipeline.training_examples(config, prepared, template, model, world)
     layout = pipeline.row_layout(config, model.policy)
     engine = start_engine(model, config, world)
-    trainer = pipeline._trainer(config, prepared, template, engine, world, layout, examples)
+    validation = encode_held_out(prepared.splits["validation"], config, template)
+    trainer = pipeline._trainer(config, prepared, template, engine, world, layout, examples, validation)
     return replace(trainer, output_dir=config.output_dir), prepared
 
 
@@ -60,6 +62,8 @@ def answered(trainer: Trainer, world: World) -> dict[str, Any]:
             "sequence_ids": result.features.sequence_ids,
         }
     assert trainer.stream is not None
+    assert trainer.held_out is not None
+    found["loss"] = trainer.held_out.measure(trainer.engine.module)
     trainer.stream.round(1)
     found["scale"] = trainer.engine.module.policy.scale
     return found

@@ -19,7 +19,8 @@ def results(tmp_path_factory):
         model = {"source": str(folder / "untied")} if stage % 2 else {}
         if stage >= 2:
             model["lora"] = {"r": 2}
-        write_job(folder, f"stage{stage}", model=model, training={"zero_stage": stage})
+        sizes = {"train": 40, "validation": 5, "calibration": 8, "temperature": 8, "certification": 8, "test": 8}
+        write_job(folder, f"stage{stage}", model=model, data={"splits": sizes}, training={"zero_stage": stage})
     for name in POISONED:
         training = {"zero_stage": int(name[6]), "max_skipped_steps": 3, "max_steps": 4, "checkpoint_every": None}
         write_job(folder, name, model={"dtype": "bf16" if "bf16" in name else "fp32"}, training=training)
@@ -52,6 +53,14 @@ def test_all_ranks_solve_for_the_scale_of_one_process(results, stage):
     scales = [results[1][key][f"stage{stage}"]["scale"] for key in ((1, 0), (2, 0), (2, 1))]
     assert scales[1] == scales[2]
     assert scales[0] == pytest.approx(scales[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_loss_on_held_out_records_is_that_of_one_process(results, stage):
+    one, *two = [results[1][key][f"stage{stage}"]["loss"] for key in ((1, 0), (2, 0), (2, 1))]
+    assert two[0] == two[1]
+    assert {"eval/loss", "eval/loss/nll"} <= set(one)
+    assert two[0] == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

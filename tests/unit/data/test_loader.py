@@ -15,8 +15,8 @@ def test_an_epoch_is_a_permutation(n, seed, epoch):
 
 
 def test_the_order_is_fixed_for_ever():
-    assert epoch_order(8, 0, 0) == (5, 3, 7, 2, 1, 0, 4, 6)
-    assert len({epoch_order(50, seed, epoch) for seed in range(3) for epoch in range(3)}) == 9
+    assert tuple(epoch_order(8, 0, 0)) == (5, 3, 7, 2, 1, 0, 4, 6)
+    assert len({tuple(epoch_order(50, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
 @given(st.integers(1, 40), st.integers(1, 17), st.integers(0, 3), st.integers(0, 60))

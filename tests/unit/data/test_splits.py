@@ -165,3 +165,27 @@ def test_all_records_may_train_when_questions_have_their_own_source():
     assert split_records(RECORDS, sizes, 0, questions=questions)["train"] == RECORDS
     with pytest.raises(UserError, match=r"train: 2001 asked for, but only 2000 .*always 100%"):
         split_records(RECORDS, sizes.model_copy(update={"train": 2001}), 0, questions=questions)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_held_out_records_come_out_of_train_and_move_nothing_else(separate):
+    questions = [record(i) for i in range(1500, 3500)] if separate else None
+    whole = split_records(RECORDS, SIZES.model_copy(update={"train": None}), 0, questions)
+    some = split_records(RECORDS, SIZES.model_copy(update={"train": None, "validation": 30}), 0, questions)
+    more = split_records(RECORDS, SIZES.model_copy(update={"train": None, "validation": 60}), 0, questions)
+    assert all(some[name] == whole[name] == more[name] for name in EVALUATION_SPLITS)
+    assert some["train"] == more["train"]  # asking for more takes nothing from training
+    assert some["validation"] == more["validation"][:30]
+    assert ids(some["train"]) < ids(whole["train"])
+    assert ids(more["validation"]) < ids(whole["train"]) - ids(some["train"])
+    assert 0.05 < 1 - len(some["train"]) / len(whole["train"]) < 0.15
+    with pytest.raises(UserError, match=r"data\.splits\.validation: 900 asked for, but only"):
+        split_records(RECORDS, SIZES.model_copy(update={"validation": 900}), 0, questions)
+
+
+def test_a_run_that_only_trains_may_hold_records_out():
+    sizes = SplitSizes(train=None, validation=20, calibration=0, temperature=0, certification=0, test=0)
+    splits = split_records(RECORDS, sizes, 0)
+    assert len(splits["validation"]) == 20
+    assert not ids(splits["validation"]) & ids(splits["train"])
+    assert len(splits["train"]) > 1700

@@ -173,6 +173,18 @@ def test_a_template_that_refuses_a_record_is_found(folder, tmp_path):
     (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"questions.jsonl:\d+: .*too much"):
         check(config(folder, model={"source": str(tmp_path / "model")}, data={"template": "chat"}), 1)
+    # One odd conversation among many is left out, unless it is a question to grade, or the config is strict.
+    rows = [{"question": f"What is {i}?", "answers": [f"{i}"]} for i in range(60)]
+    odd = {"prompt": "What is it and more and more?", "completion": "Much."}
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(row) + "\n" for row in [*rows, odd]))
+    none = {"train": None, "calibration": 0, "temperature": 0, "certification": 0, "test": 0}
+    data = {"template": "chat", "source": {"kind": "file", "path": str(few)}, "splits": none}
+    checked = check(config(folder, model={"source": str(tmp_path / "model")}, data=data), 1)
+    assert len(checked.examples) == 60
+    assert [row.place[-2:] for row in checked.drops.unfit] == ["61"]
+    with pytest.raises(UserError, match=r"few.jsonl:61: .*too much"):
+        check(config(folder, model={"source": str(tmp_path / "model")}, data={**data, "strict": True}), 1)
 
 
 def test_a_model_directory_without_weights_is_found(folder, tmp_path):
