@@ -11,7 +11,8 @@ from typing import Any
 from calibtrain.config import FileSource, GeographySource, HubSource
 from calibtrain.data.files import Row, as_written, file_rows, narrow_floats
 from calibtrain.data.geography import load_geography
-from calibtrain.data.rows import READABLE, Layout, find_layout, record_from_row
+from calibtrain.data.layout import READABLE, Layout, find_layout
+from calibtrain.data.rows import record_from_row
 from calibtrain.data.strata import check_strata
 from calibtrain.errors import UserError
 from calibtrain.records import Record, unit_hash

@@ -40,12 +40,14 @@ def text_of(value: Any) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """The value with numpy's arrays and scalars as Python's own, also within lists."""
+    """The value with numpy's arrays and scalars as Python's own, also within lists and mappings."""
     if isinstance(value, np.ndarray) and value.ndim:
         return [plain(one) for one in value]
     if isinstance(value, np.generic | np.ndarray):
         # float32's 0.1 is 0.10000000149011612 as Python's float, but nobody wrote that.
         return float(str(value)) if value.dtype in (np.float16, np.float32) else value.item()
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
     return [plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
