@@ -44,9 +44,9 @@ class FileSource(Section):
     path: Path
     """In a YAML file, relative to that file; on the command line, to the working directory."""
     columns: Columns = Field(default={})
-    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options) to the file's
-    column; `strata` lists the columns whose values group the questions, `fields` those that the task reads; `options` is
-    one column of lists or a list of columns."""
+    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options, tools, text,
+    context, weight, id) to the file's column; `strata` lists the columns whose values group the questions, `fields` those
+    that the task reads; `options` is one column of lists or a list of columns."""
 
 
 class HubSource(Section):
@@ -66,9 +66,9 @@ class HubSource(Section):
     limit: int | None = Field(default=None, ge=1)
     """At most so many rows are read; required when streaming."""
     columns: Columns = Field(default={})
-    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options) to the data set's
-    column; `strata` lists the columns whose values group the questions, `fields` those that the task reads; `options` is
-    one column of lists or a list of columns."""
+    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options, tools, text,
+    context, weight, id) to the data set's column; `strata` lists the columns whose values group the questions, `fields` those
+    that the task reads; `options` is one column of lists or a list of columns."""
 
     @model_validator(mode="after")
     def _streaming_needs_limit(self) -> HubSource:
@@ -110,6 +110,9 @@ class DataConfig(Section):
     """Given to the chat template wherever it is rendered, e.g. {enable_thinking: false}."""
     merge_system: bool = False
     """Put a system turn before the text of the user turn that follows, for chat templates without a system role."""
+    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    """`all_turns`: supervised fine-tuning on a conversation learns each of the assistant's turns; `last_turn`: the last one
+    alone, as preferences and graded questions always do. A message with `weight: 0` or `train: false` is not learned."""
     few_shot_raw: Annotated[int, Field(ge=0, le=32)] = 8
     """Examples shown to the raw model before a question: without any it misses the format."""
     max_length: Count = 512
@@ -118,6 +121,11 @@ class DataConfig(Section):
     """Pack sequences into rows of so many tokens; null pads one sequence a row."""
     shared_prefix: bool = True
     """Pass the prompt of a preference pair once for both answers, where the model's attention allows it."""
+
+    @property
+    def every_turn(self) -> bool:
+        """Whether each of the assistant's turns is learned."""
+        return self.train_on == "all_turns"
 
     @model_validator(mode="after")
     def _kwargs_need_a_chat_template(self) -> DataConfig:

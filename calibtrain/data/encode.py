@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calibtrain.data.drops import DropReport
-from calibtrain.data.templates import Template
+from calibtrain.data.templates import InseparableError, Template
+from calibtrain.data.turns import IGNORED, TokenLabels, fitted, learned_sequences, text_sequence, windows
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
 from calibtrain.records import Record
 
 logger = logging.getLogger(__name__)
 
+INSEPARABLE = "the tokenizer cannot tell the answer from the prompt"
 LOOKED_AT = 20
 """So many records are compared with what the template renders for a whole conversation."""
 
@@ -37,11 +39,27 @@ class Encoded:
     """Grade of an own answer, or of the one a QUERY asks about, 0 or 1; NaN elsewhere."""
     reference_logprobs: tuple[float, ...] = ()
     """Log-prob of each completion token under a frozen reference, or empty."""
+    labels: tuple[int, ...] = ()
+    """What is learned in the place of each id from completion_start on, IGNORED where nothing is; empty: these ids.
+
+    So several turns of a conversation are learned, and what the user says between them is read alone."""
+
+    @property
+    def learned(self) -> list[tuple[int, int]]:
+        """(place, id) of each completion token, with the end tokens: the place is that of the id it stands for."""
+        labels = self.labels or self.ids[self.completion_start :]
+        return [(t, label) for t, label in enumerate(labels, self.completion_start) if label != IGNORED]
 
     @property
     def completion_length(self) -> int:
-        """Number of completion tokens, with the end token."""
-        return len(self.ids) - self.completion_start
+        """Number of completion tokens, with the end tokens."""
+        return len(self.learned) if self.labels else len(self.ids) - self.completion_start
+
+    @property
+    def answer_length(self) -> int:
+        """Number of tokens of the last answer, with its end token."""
+        place = next((i for i, label in enumerate(reversed(self.labels)) if label == IGNORED), len(self.labels))
+        return place if self.labels else self.completion_length
 
 
 def encode_records(
@@ -52,10 +70,12 @@ def encode_records(
     drops: DropReport,
     *,
     unpaired: bool = False,
+    every_turn: bool = True,
 ) -> list[tuple[Encoded, ...]]:
     """Sequences of each record: (chosen,) or, with `pairs`, (chosen, rejected) with one and the same prompt.
 
-    With `unpaired`, the one answer that a record has, (chosen,) or (rejected,).
+    With `unpaired`, the one answer that a record has, (chosen,) or (rejected,). With `every_turn`, a conversation teaches
+    all its answers: in one sequence, or in several where the template writes earlier turns anew.
 
     Prompts are cut from the left to fit `max_length` tokens, completions never: a record whose completion leaves no
     room for a prompt is dropped, as is one without the answers it needs. Both are counted in `drops`, and `record_id`
@@ -64,40 +84,84 @@ def encode_records(
     _tell_departures(records[:LOOKED_AT], template)
     examples = []
     for index, record in enumerate(records):
-        roles = (CHOSEN, REJECTED) if pairs else (CHOSEN,)
-        if unpaired and record.chosen is None:
-            roles = (REJECTED,)
-        texts = [record.rejected if role == REJECTED else record.chosen for role in roles]
-        place = record.origin or record.question
-        if any(text is None or not text.strip() for text in texts):
-            drops.drop("no rejected answer" if pairs and record.chosen else "no answer", place)
-            continue
-        if pairs and record.chosen == record.rejected:
-            drops.drop("chosen and rejected are the same answer", place)
-            continue
         try:
-            completions = [template.completion_ids(text) for text in texts if text]
-        except UserError:
-            drops.drop("the tokenizer cannot tell the answer from the prompt", place)
+            if pairs or unpaired or not ((record.learned and every_turn) or not record.prompt):
+                example = _answers(record, index, template, max_length, pairs, unpaired, drops)
+            else:
+                example = _conversation(record, index, template, max_length, drops)
+        except Unusable as reason:
+            drops.drop(str(reason), record.origin or record.question)
             continue
-        prompt = template.prompt_ids(record)
-        room = max_length - max(map(len, completions))
-        if room < 1:
-            drops.drop(f"the answer alone fills max_length {max_length}", place)
-            continue
-        drops.shortened += len(prompt) > room
-        prompt = cut_left(prompt, room, template.tokenizer.bos_token_id)
-        examples.append(
-            tuple(
-                Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1)
-                for role, completion in zip(roles, completions, strict=True)
-            )
-        )
+        examples.append(example)
     if records and not examples:
         raise UserError(
             f"no training record is left: {'; '.join(drops.lines())}. Raise data.max_length or mend the data"
         )
     return examples
+
+
+class Unusable(Exception):
+    """Why a record cannot be learned from."""
+
+
+def _answers(
+    record: Record, index: int, template: Template, max_length: int, pairs: bool, unpaired: bool, drops: DropReport
+) -> tuple[Encoded, ...]:
+    roles = (CHOSEN, REJECTED) if pairs else (CHOSEN,)
+    if unpaired and record.chosen is None:
+        roles = (REJECTED,)
+    texts = [_text(record, role, template) for role in roles]
+    if not all(text.strip() for text in texts):
+        raise Unusable("no rejected answer" if pairs and record.chosen else "no answer")
+    if not record.prompt:
+        raise Unusable("no prompt")
+    if pairs and record.chosen == record.rejected:
+        raise Unusable("chosen and rejected are the same answer")
+    try:
+        completions = [template.completion_ids(text) for text in texts]
+    except InseparableError as error:
+        raise Unusable(INSEPARABLE) from error
+    prompt = template.prompt_ids(record)
+    room = max_length - max(map(len, completions))
+    if room < 1:
+        raise Unusable(f"the answer alone fills max_length {max_length}")
+    drops.shortened += len(prompt) > room
+    prompt = cut_left(prompt, room, template.tokenizer.bos_token_id)
+    return tuple(
+        Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1)
+        for role, completion in zip(roles, completions, strict=True)
+    )
+
+
+def _text(record: Record, role: int, template: Template) -> str:
+    if role == REJECTED:
+        return record.rejected or ""
+    return template.answer_text(record) if record.chosen is not None else ""
+
+
+def _conversation(
+    record: Record, index: int, template: Template, max_length: int, drops: DropReport
+) -> tuple[Encoded, ...]:
+    """Every answer of a conversation, or a text that is learned as it stands."""
+    if not (record.learned or record.prompt):
+        found = windows(text_sequence(record.chosen or "", template), max_length)
+    else:
+        try:
+            found = learned_sequences(record, template)
+        except InseparableError as error:
+            raise Unusable(INSEPARABLE) from error
+    fitting = [fitted(one, max_length, template.tokenizer.bos_token_id) for one in found]
+    kept = [one for one in fitting if one is not None]
+    if not kept:
+        raise Unusable(f"the answer alone fills max_length {max_length}")
+    drops.shortened += sum(len(one.ids) > max_length for one in found)
+    return tuple(_encoded(one, index) for one in kept)
+
+
+def _encoded(sequence: TokenLabels, index: int) -> Encoded:
+    start = next(i for i, label in enumerate(sequence.labels) if label != IGNORED)
+    ids, labels = tuple(sequence.ids), tuple(sequence.labels[start:])
+    return Encoded(ids, start, CHOSEN, index, labels=() if labels == ids[start:] else labels)
 
 
 def _tell_departures(records: Sequence[Record], template: Template) -> None:

@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from calibtrain.data.rendering import MARKS, check_written, refuse_tools, rendered_turn
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record
 from calibtrain.tasks.kinds import task_of
@@ -32,6 +33,14 @@ PLAIN_BETWEEN = "\n\n"
 _BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 _PROBE = Record(prompt=(Message("user", "Which one?"),))
 _PROBE_ANSWER = "This one"
+
+
+class InseparableError(UserError):
+    """The tokenizer cannot tell an answer from its prompt."""
+
+
+class _Refused(UserError):
+    """The chat template itself raised."""
 
 
 class Template:
@@ -73,17 +82,14 @@ class Template:
 
         Raises UserError that names the record where the chat template refuses it.
         """
-        messages: list[Message] = []
-        for shot in shots:
-            messages += [*shot.prompt, Message("assistant", shot.chosen or "")]
+        messages = [turn for shot in shots for turn in shot.turns]
         messages += record.prompt
-        if self.kind == "plain":
-            return _plain_text(messages)
         try:
-            return self._chat_text(messages)
+            return self._written(messages, record.tools)
+        except _Refused as error:
+            raise UserError(f"{record.origin or record.question}: {error}{self._remedy(messages)}") from error
         except UserError as error:
-            place = record.origin or record.question
-            raise UserError(f"{place}: {error}{self._remedy(messages)}") from error
+            raise UserError(f"{record.origin or record.question}: {error}") from error
 
     def prompt_ids(self, record: Record, shots: Sequence[Record] = ()) -> list[int]:
         """Token ids of the prompt, with the special tokens that the tokenizer or the chat template opens with, once."""
@@ -117,10 +123,50 @@ class Template:
         for ids in candidates:
             if self._decode([*prompt, *ids]) == wanted:
                 return [*ids, self.end_id]
-        raise UserError(
+        raise InseparableError(
             f"data.template: the tokenizer cannot split prompt and answer {text!r} into separate tokens that decode to "
             f"the same text; try data.template: {'plain' if self.kind == 'chat' else 'chat'}"
         )
+
+    def answer_text(self, record: Record) -> str:
+        """What the chosen answer is written as: its text, and the calls of tools behind it, without the end token.
+
+        Raises UserError where the template has no way to write the calls.
+        """
+        if not record.calls:
+            return record.chosen or ""
+        shown = self.prompt_text(record)
+        try:
+            whole = self._written(record.turns, record.tools, answered=True)
+        except UserError as error:
+            raise UserError(f"{record.origin or record.question}: {error}") from error
+        # The last end token is the answer's: what is called may hold one as text.
+        said, end, _ = whole.removeprefix(shown).rpartition(self._end_text)
+        if not (whole.startswith(shown) and end):
+            raise UserError(
+                f"{record.origin or record.question}: data.template: the chat template writes another prompt before a tool "
+                "call than before an answer, so that the call cannot be learned"
+            )
+        return said
+
+    def until_end(self, text: str, said: str) -> str:
+        """The answer `said` as the text opens with it, up to the first end token; in `plain` as it is."""
+        return said if self.kind == "plain" else text.partition(self._end_text)[0]
+
+    def text_ids(self, text: str) -> tuple[list[int], int]:
+        """Ids of a text that is no answer, with the tokenizer's own prefix and the EOS; and the first to be learned."""
+        ids = [*self._prefix_ids, *self._encode(text), self.tokenizer.eos_token_id]
+        return ids, max(1, len(self._prefix_ids))
+
+    def marked_ids(self, record: Record) -> tuple[list[int], list[bool]] | None:
+        """Ids of a whole conversation, and which of them the chat template marks as the assistant's; None without marks."""
+        if self.kind == "plain" or not MARKS.search(str(self.tokenizer.chat_template)):
+            return None
+        found = self._applied(
+            record.turns, record.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        mask = [bool(one) for one in found["assistant_masks"]]
+        return (list(found["input_ids"]), mask) if any(mask) else None
 
     def decode_answer(self, ids: Sequence[int]) -> str:
         """The reply in generated ids: up to the first token that ends it and the first line break, stripped.
@@ -168,7 +214,7 @@ class Template:
 
     def departure(self, record: Record) -> str | None:
         """Where prompt + completion is not what the chat template renders for the whole conversation, in words; or None."""
-        if self.kind == "plain" or not record.chosen:
+        if self.kind == "plain" or not record.chosen or not record.prompt:
             return None
         shown, text = self.prompt_text(record), record.chosen.strip()
         try:
@@ -265,17 +311,41 @@ class Template:
         start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
         return full[:start]
 
-    def _chat_text(self, messages: Sequence[Message], answered: bool = False) -> str:
+    def _written(self, messages: Sequence[Message], tools: str, answered: bool = False) -> str:
+        if self.kind == "plain":
+            refuse_tools(messages, tools)
+            return _plain_text(messages)
+        text = self._chat_text(messages, answered, tools)
+        check_written(text, messages)
+        return text
+
+    def _chat_text(self, messages: Sequence[Message], answered: bool = False, tools: str = "") -> str:
+        return str(self._applied(messages, tools, tokenize=False, add_generation_prompt=not answered))
+
+    def _applied(self, messages: Sequence[Message], tools: str, **options: Any) -> Any:
+        """What the tokenizer makes of a conversation. Raises UserError where its chat template refuses it."""
         if self.merge_system:
             messages = _system_merged(messages)
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        if tools and not self._takes_tools:
+            raise UserError("data.template: the chat template has no place for the definitions of tools")
+        options = {**options, **self.chat_template_kwargs, **({"tools": json.loads(tools)} if tools else {})}
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=not answered, **self.chat_template_kwargs
-            )
+            return self.tokenizer.apply_chat_template([rendered_turn(message) for message in messages], **options)
         except Exception as error:  # jinja's own, or what a template raises about roles
-            raise UserError(f"data.template: the chat template refuses the conversation: {error}") from error
-        return str(text)
+            raise _Refused(f"data.template: the chat template refuses the conversation: {error}") from error
+
+    @cached_property
+    def _takes_tools(self) -> bool:
+        """Whether the chat template writes the definitions of tools: some pass over them."""
+        turns = [rendered_turn(message) for message in _PROBE.prompt]
+        function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+        tools: Any = [{"type": "function", "function": function}]
+        text = self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **self.chat_template_kwargs)
+        return "probe" in str(text)
+
+    @cached_property
+    def _end_text(self) -> str:
+        return self._decode([self.end_id])
 
     def _remedy(self, messages: Sequence[Message]) -> str:
         """What to do about a conversation that the chat template refuses, where that is known."""

@@ -73,7 +73,8 @@ def prepare(config: RunConfig) -> Prepared:
     if not records:
         raise UserError("data.source: the data set is empty")
     task = task_of(config.task)
-    records = [task.asked(record) for record in records]
+    # A text that is learned as it stands asks nothing.
+    records = [task.asked(record) if record.prompt else record for record in records]
     questions = None if config.data.questions is None else load_records(config.data.questions, config.seed)
     questions = None if questions is None else [task.asked(record) for record in questions]
     graded = records if questions is None else questions
@@ -85,7 +86,9 @@ def prepare(config: RunConfig) -> Prepared:
     if config.objective.needs.answers_itself:
         # The model answers each question itself: what else its rows say is not learned from.
         splits["train"] = unique_records(splits["train"], drops)
-    answered = [record for record in splits["train"] if record.chosen is not None]
+    answered = [
+        one for one in splits["train"] if one.chosen is not None and one.prompt and not (one.tools or one.calls)
+    ]
     shots = unique_records(answered, DropReport())[: config.data.few_shot_raw]
     composition = None
     if splits["calibration"]:

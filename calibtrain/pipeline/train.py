@@ -204,7 +204,9 @@ def training_examples(
         return []
     room, unpaired = config.data.max_length, config.trains_unpaired
     train, pairs = prepared.splits["train"], config.trains_on_pairs
-    examples = encode_records(train, template, room, pairs, prepared.drops, unpaired=unpaired)
+    examples = encode_records(
+        train, template, room, pairs, prepared.drops, unpaired=unpaired, every_turn=config.data.every_turn
+    )
     if unpaired:
         labelled = [one for (one,) in examples]
         examples = list(zip(labelled, mismatched(labelled, room, template.tokenizer.bos_token_id), strict=True))
