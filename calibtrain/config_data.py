@@ -67,8 +67,8 @@ class HubSource(Section):
     """At most so many rows are read; required when streaming."""
     columns: Columns = Field(default={})
     """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options, tools, text,
-    context, weight, id) to the data set's column; `strata` lists the columns whose values group the questions, `fields` those
-    that the task reads; `options` is one column of lists or a list of columns."""
+    context, weight, id) to the data set's column; `strata` lists the columns whose values group the questions, `fields`
+    those that the task reads; `options` is one column of lists or a list of columns."""
 
     @model_validator(mode="after")
     def _streaming_needs_limit(self) -> HubSource:

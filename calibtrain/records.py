@@ -51,7 +51,8 @@ class Record:
     name: str = ""  # the user's own id
     tools: str = ""  # definitions of the tools that may be called: a JSON list, as text
     calls: tuple[ToolCall, ...] = ()  # of tools, by the chosen answer, behind its text
-    # Turns of the assistant that a conversation teaches, as indices of `turns`; () where it is the answer alone.
+    # Turns of the assistant that a conversation teaches, as indices of `turns` from its end, the answer's being -1;
+    # () where it is the answer alone.
     learned: tuple[int, ...] = ()
 
     @property
@@ -79,7 +80,7 @@ class Record:
     def taught(self) -> frozenset[str]:
         """Ids of every question whose answer the record may teach: its own, and earlier ones of a conversation."""
         turns = self.turns
-        earlier = (replace(self, prompt=turns[:place]).id for place in self.learned if place < len(self.prompt))
+        earlier = (replace(self, prompt=turns[:place]).id for place in self.learned if place < -1)
         return frozenset((self.id, *earlier))
 
 

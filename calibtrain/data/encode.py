@@ -118,7 +118,7 @@ def _answers(
     if pairs and record.chosen == record.rejected:
         raise Unusable("chosen and rejected are the same answer")
     try:
-        completions = [template.completion_ids(text) for text in texts]
+        completions = [template.completion_ids(text, written=bool(record.calls)) for text in texts]
     except InseparableError as error:
         raise Unusable(INSEPARABLE) from error
     prompt = template.prompt_ids(record)

@@ -43,7 +43,7 @@ class _Said:
     prompt: tuple[Message, ...]
     chosen: Message | None = None
     rejected: Message | None = None
-    learned: tuple[int, ...] = ()  # turns of the assistant, as in Record
+    learned: tuple[int, ...] = ()  # turns of the assistant, counted from the first turn
 
 
 def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Record:
@@ -71,6 +71,8 @@ def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Recor
         raise UserError(f"{place}: the rejected answer calls a tool; pairs and labelled answers are of text")
     if chosen is not None and chosen.tool_calls and (rejected is not None or "label" in layout.columns):
         raise UserError(f"{place}: the chosen answer calls a tool; pairs and labelled answers are of text")
+    # A graded or labelled answer is the last one.
+    last_alone = accepted or rejected is not None or "label" in layout.columns
     record = Record(
         said.prompt,
         None if chosen is None else chosen.content,
@@ -85,8 +87,7 @@ def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Recor
         name=name,
         tools=tools_of(tools, place),
         calls=() if chosen is None else chosen.tool_calls,
-        # A graded or labelled answer is the last one.
-        learned=() if accepted or rejected is not None or "label" in layout.columns else said.learned,
+        learned=() if last_alone else tuple(i - len(said.prompt) - 1 for i in said.learned),
     )
     _check_texts(record, place)
     return record

@@ -71,8 +71,11 @@ class Template:
         self.merge_system = merge_system
         self.task = task or SHORT_ANSWER
         self._prefix_ids = self._special_prefix()
-        self.end_id: int = self._chat_end_id() if kind == "chat" else tokenizer.eos_token_id
+        self.end_id: int = tokenizer.eos_token_id
         """Token that ends every completion."""
+        self._lead = PLAIN_ANSWER.format("")  # whitespace between the prompt and an answer
+        if kind == "chat":
+            self._lead, self.end_id = self._chat_lead_and_end()
         self._probe_text = self.prompt_text(_PROBE)
         self._probe_ids = self.prompt_ids(_PROBE)
         self._thinks = kind == "chat" and self._probe_text.rstrip().endswith(THINK_START)
@@ -97,11 +100,12 @@ class Template:
         # A chat template writes its own BOS.
         return ids if self.kind == "chat" else [*self._prefix_ids, *ids]
 
-    def completion_ids(self, text: str) -> list[int]:
+    def completion_ids(self, text: str, written: bool = False) -> list[int]:
         """Token ids of an answer as they follow a prompt, and the token that ends it. Raises UserError if they cannot.
 
         The text is kept as it is, with its indentation and last line break. `plain` puts its space only before a text
-        that does not open with whitespace of its own, and leaves out blank lines before it, which would end the answer.
+        that does not open with whitespace of its own, and leaves out blank lines before it, which would end the answer. So
+        does `chat` where its template writes whitespace there. `written`: the text is the template's own writing already.
 
         An answer encoded on its own may not be what follows a prompt (a SentencePiece tokenizer opens every text with a
         space), and encoded together with the prompt it may merge with the prompt's last characters. So it is cut from
@@ -110,9 +114,9 @@ class Template:
         """
         if self.kind == "plain":
             text = _BLANK_LINES.sub("", text)
-            text = PLAIN_ANSWER.format(text) if text and not text[0].isspace() else text
         if not text:
             return [self.end_id]
+        text = text if written or text[0].isspace() else self._lead + text
         prompt, joint = self._probe_ids, self._encode(self._probe_text + text)
         if self.kind == "plain":
             joint = [*self._prefix_ids, *joint]
@@ -216,7 +220,7 @@ class Template:
         """Where prompt + completion is not what the chat template renders for the whole conversation, in words; or None."""
         if self.kind == "plain" or not record.chosen or not record.prompt:
             return None
-        shown, text = self.prompt_text(record), record.chosen.strip()
+        shown, text = self.prompt_text(record) + self._lead, record.chosen.strip()
         try:
             whole = self._chat_text([*record.prompt, Message("assistant", text)], answered=True)
         except UserError:
@@ -291,6 +295,8 @@ class Template:
             parts.append(self.chat_template_kwargs)
         if self.kind == "chat" and self.merge_system:
             parts.append("merge_system")
+        if self.kind == "chat" and self._lead:
+            parts.append(["lead", self._lead])
         if self.task.several_lines:
             parts.append(["several lines", *self.stops])
         return hashlib.sha256(json.dumps(parts, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
@@ -361,12 +367,17 @@ class Template:
             return "; two turns of one role follow each other: join them into one, or use data.template: plain"
         return "; mend the row, or use data.template: plain"
 
-    def _chat_end_id(self) -> int:
-        """The special token that the template writes after an assistant's turn; it need not be the EOS (Llama 3)."""
+    def _chat_lead_and_end(self) -> tuple[str, int]:
+        """Whitespace that the template writes before an assistant's turn (Mistral), and the special token after it.
+
+        That need not be the EOS (Llama 3).
+        """
         text = self._chat_text([*_PROBE.prompt, Message("assistant", _PROBE_ANSWER)], answered=True)
-        after = self._encode(text.rpartition(_PROBE_ANSWER)[2])
+        before, _, behind = text.rpartition(_PROBE_ANSWER)
+        lead = before.removeprefix(self._chat_text(_PROBE.prompt))
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        return next((token for token in after if token in special), self.tokenizer.eos_token_id)
+        end = next((token for token in self._encode(behind) if token in special), self.tokenizer.eos_token_id)
+        return "" if lead.strip() else lead, end
 
 
 def template_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Template:

@@ -114,10 +114,10 @@ class _Turn:
         candidates = [self.answer]
         said = self.said.strip()
         written = template.until_end(later.shown[len(self.shown) :], said)
-        for text in dict.fromkeys((said, written)):
+        for text, as_written in ((said, False), (written, True)):
             if text != self.said and _NO_THOUGHT.sub("", text).strip() == _NO_THOUGHT.sub("", said).strip():
                 try:
-                    candidates.append(template.completion_ids(text)[:-1])
+                    candidates.append(template.completion_ids(text, as_written)[:-1])
                 except UserError:
                     continue
         for ids in candidates:
@@ -129,20 +129,23 @@ class _Turn:
 
 def _turn(record: Record, place: int, template: Template) -> _Turn:
     turns = record.turns
-    asked = replace(record, prompt=turns[:place], chosen=turns[place].content, calls=turns[place].tool_calls)
+    asked = replace(
+        record, prompt=turns[:place], chosen=turns[place].content, calls=turns[place].tool_calls, learned=()
+    )
     said = template.answer_text(asked)
-    *answer, end = template.completion_ids(said)
+    *answer, end = template.completion_ids(said, written=bool(asked.calls))
     return _Turn(template.prompt_text(asked), template.prompt_ids(asked), said, answer, end)
 
 
 def _marked(record: Record, template: Template) -> TokenLabels | None:
     """What the template's own marks say; None without marks, or where they do not fit the prompts that are asked."""
-    everyone = [i for i, turn in enumerate(record.turns) if turn.role == "assistant"]
+    turns = record.turns
+    everyone = [i - len(turns) for i, turn in enumerate(turns) if turn.role == "assistant"]
     found = template.marked_ids(record) if list(record.learned) == everyone else None
     if found is None:
         return None
     ids, mask = found
-    prompts = [template.prompt_ids(replace(record, prompt=record.turns[:place])) for place in record.learned]
+    prompts = [template.prompt_ids(replace(record, prompt=turns[:place])) for place in record.learned]
     bounds = [*map(len, prompts), len(ids)]
     for prompt, start, stop in zip(prompts, bounds, bounds[1:], strict=False):
         marked = [i for i in range(start, min(stop, len(ids))) if mask[i]]
