@@ -156,7 +156,7 @@ def test_templates_that_pass_over_tools_are_told():
         with pytest.raises(UserError, match=told):
             encode_records([record_of(CALLED, **row)], template, 2000, pairs=False, drops=DropReport())
     result = record_of([CALLED[0], {"role": "assistant", "content": "I look."}, *CALLED[2:]])
-    with pytest.raises(UserError, match="rows:1: .*leaves the results of tools out"):
+    with pytest.raises(UserError, match=r"rows:1: .*leaves the results of tools out"):
         encode_records([result], Template("chat", family_tokenizer("phi")), 2000, pairs=False, drops=DropReport())
 
 
