@@ -70,6 +70,7 @@ def collate(
         correct=torch.tensor([one.correct for one in encoded], dtype=torch.float32),
         record_ids=torch.tensor([one.record_id for one in encoded], dtype=torch.int64),
         branch_ids=branch_ids if blocked else None,
+        weights=_weights(encoded),
         reference_logprob=_reference_logprob(encoded, nll_scope),
     )
 
@@ -214,6 +215,12 @@ def _reference_logprob(encoded: Sequence[Encoded], nll_scope: str) -> Tensor | N
         else:
             values += [math.nan] * (one.completion_start - first) + found
     return torch.tensor(values, dtype=torch.float32)
+
+
+def _weights(encoded: Sequence[Encoded]) -> Tensor | None:
+    if all(one.weight == 1.0 for one in encoded):
+        return None
+    return torch.tensor([one.weight for one in encoded], dtype=torch.float64)
 
 
 def _pair_numbers(encoded: Sequence[Encoded]) -> list[int]:

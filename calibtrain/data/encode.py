@@ -39,6 +39,8 @@ class Encoded:
     """Grade of an own answer, or of the one a QUERY asks about, 0 or 1; NaN elsewhere."""
     reference_logprobs: tuple[float, ...] = ()
     """Log-prob of each completion token under a frozen reference, or empty."""
+    weight: float = 1.0
+    """How much it counts in a loss that weighs sequences."""
     labels: tuple[int, ...] = ()
     """What is learned in the place of each id from completion_start on, IGNORED where nothing is; empty: these ids.
 
@@ -85,6 +87,8 @@ def encode_records(
     examples = []
     for index, record in enumerate(records):
         try:
+            if record.weight == 0:
+                raise Unusable("weight 0")
             if pairs or unpaired or not ((record.learned and every_turn) or not record.prompt):
                 example = _answers(record, index, template, max_length, pairs, unpaired, drops)
             else:
@@ -128,7 +132,7 @@ def _answers(
     drops.shortened += len(prompt) > room
     prompt = cut_left(prompt, room, template.tokenizer.bos_token_id)
     return tuple(
-        Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1)
+        Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1, weight=record.weight)
         for role, completion in zip(roles, completions, strict=True)
     )
 
@@ -155,13 +159,13 @@ def _conversation(
     if not kept:
         raise Unusable(f"the answer alone fills max_length {max_length}")
     drops.shortened += sum(len(one.ids) > max_length for one in found)
-    return tuple(_encoded(one, index) for one in kept)
+    return tuple(_encoded(one, record.weight, index) for one in kept)
 
 
-def _encoded(sequence: TokenLabels, index: int) -> Encoded:
+def _encoded(sequence: TokenLabels, weight: float, index: int) -> Encoded:
     start = next(i for i, label in enumerate(sequence.labels) if label != IGNORED)
     ids, labels = tuple(sequence.ids), tuple(sequence.labels[start:])
-    return Encoded(ids, start, CHOSEN, index, labels=() if labels == ids[start:] else labels)
+    return Encoded(ids, start, CHOSEN, index, weight=weight, labels=() if labels == ids[start:] else labels)
 
 
 def _tell_departures(records: Sequence[Record], template: Template) -> None:

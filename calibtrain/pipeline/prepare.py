@@ -86,6 +86,7 @@ def prepare(config: RunConfig) -> Prepared:
     if config.objective.needs.answers_itself:
         # The model answers each question itself: what else its rows say is not learned from.
         splits["train"] = unique_records(splits["train"], drops)
+    _check_weights(config, splits["train"])
     answered = [
         one for one in splits["train"] if one.chosen is not None and one.prompt and not (one.tools or one.calls)
     ]
@@ -94,6 +95,16 @@ def prepare(config: RunConfig) -> Prepared:
     if splits["calibration"]:
         composition = composition_distance(splits["calibration"], graded, config.seed)
     return Prepared(splits, shots, composition, drops, len(records), None if questions is None else len(questions))
+
+
+def _check_weights(config: RunConfig, train: Sequence[Record]) -> None:
+    """Raise UserError where records have weights that the objective would pass over."""
+    weighed = next((record for record in train if record.weight != 1.0), None)
+    if weighed is not None and not config.objective.needs.weighs:
+        raise UserError(
+            f"{weighed.origin or weighed.question}: weight {weighed.weight:g}, and objective.name: {config.objective.name} "
+            "does not weigh its records (sft does); leave weight out of the source's columns"
+        )
 
 
 def needs_rejected(config: RunConfig, prepared: Prepared) -> bool:
