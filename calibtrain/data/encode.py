@@ -97,6 +97,12 @@ def encode_records(
             drops.drop(str(reason), record.origin or record.question)
             continue
         examples.append(example)
+    apart = sum(len(group) > 1 and not pairs for group in examples if records[group[0].record_id].prompt)
+    if apart and os.environ.get("RANK", "0") == "0":
+        logger.info(
+            "%d conversations are several sequences each: the template writes their earlier turns anew in a later prompt",
+            apart,
+        )
     if records and not examples:
         raise UserError(
             f"no training record is left: {'; '.join(drops.lines())}. Raise data.max_length or mend the data"
