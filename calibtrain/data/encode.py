@@ -177,6 +177,8 @@ def _encoded(sequence: TokenLabels, weight: float, index: int) -> Encoded:
 def _tell_departures(records: Sequence[Record], template: Template) -> None:
     """Warn once where what is trained is not what the chat template renders; on the first rank."""
     for record in records if os.environ.get("RANK", "0") == "0" else ():
+        if template.marks and record.learned:  # learned as it is rendered
+            continue
         if found := template.departure(record):
             logger.warning(
                 "%s: prompt and completion are not what the chat template renders for the whole conversation: %s; "

@@ -143,7 +143,7 @@ def _by_name(mapped: Mapping[str, str], found: Sequence[str]) -> dict[str, str]:
 
 def _with_alpaca(held: dict[str, str], found: Sequence[str]) -> dict[str, str]:
     """The columns with Alpaca's where the question is its `instruction`, mapped or left alone."""
-    if "messages" in held and "system" in found and "system" not in held.values():
+    if "messages" in held and not held.keys() & {"prompt", "question"} and "system" in set(found) - set(held.values()):
         held = {**held, "system": "system"}
     if "instruction" in found and not held.keys() & {"prompt", "question", "messages"}:
         held = {**held, "prompt": "instruction"}

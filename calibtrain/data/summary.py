@@ -34,10 +34,12 @@ def data_hash(records: Sequence[Record]) -> str:
 
 
 def _more(record: Record) -> list[Any]:
-    """What few records have, so that it leaves the others' hash as it was: tools, their calls, a weight."""
+    """What few records have, so that it leaves the others' hash as it was: tools, calls, a weight, turns left out."""
     called = [[i, *astuple(call)] for i, turn in enumerate(record.turns) for call in turn.tool_calls]
-    found = [record.tools, called, record.weight]
-    return found if found != ["", [], 1.0] else []
+    answers = [i - len(record.turns) for i, turn in enumerate(record.turns) if turn.role == "assistant"]
+    hushed = [place for place in answers if record.learned and place not in record.learned]
+    found = [record.tools, called, record.weight, hushed]
+    return found if found != ["", [], 1.0, []] else []
 
 
 def describe(records: Sequence[Record]) -> dict[str, Any]:

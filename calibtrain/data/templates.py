@@ -96,7 +96,11 @@ class Template:
 
     def prompt_ids(self, record: Record, shots: Sequence[Record] = ()) -> list[int]:
         """Token ids of the prompt, with the special tokens that the tokenizer or the chat template opens with, once."""
-        ids = self._encode(self.prompt_text(record, shots))
+        return self.shown_ids(self.prompt_text(record, shots))
+
+    def shown_ids(self, text: str) -> list[int]:
+        """Token ids of what `prompt_text` gave."""
+        ids = self._encode(text)
         # A chat template writes its own BOS.
         return ids if self.kind == "chat" else [*self._prefix_ids, *ids]
 
@@ -162,9 +166,14 @@ class Template:
         ids = [*self._prefix_ids, *self._encode(text), self.tokenizer.eos_token_id]
         return ids, max(1, len(self._prefix_ids))
 
+    @cached_property
+    def marks(self) -> bool:
+        """Whether the chat template marks what the assistant generates."""
+        return self.kind == "chat" and bool(MARKS.search(str(self.tokenizer.chat_template)))
+
     def marked_ids(self, record: Record) -> tuple[list[int], list[bool]] | None:
         """Ids of a whole conversation, and which of them the chat template marks as the assistant's; None without marks."""
-        if self.kind == "plain" or not MARKS.search(str(self.tokenizer.chat_template)):
+        if not self.marks:
             return None
         found = self._applied(
             record.turns, record.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True

@@ -134,7 +134,8 @@ def _turn(record: Record, place: int, template: Template) -> _Turn:
     )
     said = template.answer_text(asked)
     *answer, end = template.completion_ids(said, written=bool(asked.calls))
-    return _Turn(template.prompt_text(asked), template.prompt_ids(asked), said, answer, end)
+    shown = template.prompt_text(asked)
+    return _Turn(shown, template.shown_ids(shown), said, answer, end)
 
 
 def _marked(record: Record, template: Template) -> TokenLabels | None:

@@ -260,6 +260,17 @@ def test_the_last_turn_alone_where_asked():
     assert pair[0].labels == ()
 
 
+def test_whitespace_that_a_template_writes_before_an_answer_is_learned_with_it():
+    template = Template("chat", family_tokenizer("mistral"))
+    record = replace(record_of(TURNS), learned=())
+    [[one]] = encode_records([record], template, 512, pairs=False, drops=DropReport())
+    whole = template.tokenizer.apply_chat_template(rendered(record), tokenize=True)["input_ids"]
+    assert (list(one.ids), one.completion_start) == (whole, len(template.prompt_ids(record)))
+    assert template.decode_answer(one.ids[one.completion_start :]) == "Australia"
+    assert template.departure(record) is None
+    assert template.completion_ids("  Australia")[:1] != template.completion_ids("Australia")[:1]
+
+
 def test_a_text_is_learned_as_it_stands_in_pieces():
     template = Template("plain", tiny_tokenizer(add_bos=True))
     record = record_from_row({"text": "The quick brown fox."}, find_layout(["text"], {}, "rows"), "rows:1")
