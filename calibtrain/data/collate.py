@@ -170,7 +170,7 @@ def _targets(encoded: Sequence[Encoded], states: Sequence[Sequence[int]], nll_sc
         first = _first_target(one, nll_scope)
         last = len(one.ids)
         if one.labels:
-            places, learned, completes = _labelled(one, first)
+            places, learned, completes = _labelled(one, nll_scope)
             positions.extend(state[t - 1] for t in places)
         else:
             learned, completes = list(one.ids[first:]), [t >= one.completion_start for t in range(first, last)]
@@ -186,9 +186,10 @@ def _targets(encoded: Sequence[Encoded], states: Sequence[Sequence[int]], nll_sc
     }
 
 
-def _labelled(one: Encoded, first: int) -> tuple[list[int], list[int], list[bool]]:
+def _labelled(one: Encoded, nll_scope: str) -> tuple[list[int], list[int], list[bool]]:
     """Places of the targets of a sequence with labels, what is learned there, and whether it is the assistant's."""
-    found = {t: (one.ids[t], False) for t in range(first, len(one.ids))} if first < one.completion_start else {}
+    full = nll_scope == "full" and one.role == CHOSEN
+    found = {t: (one.ids[t], False) for t in range(1, len(one.ids))} if full else {}
     found |= {t: (label, True) for t, label in one.learned}
     return list(found), [target for target, _ in found.values()], [completes for _, completes in found.values()]
 
@@ -211,7 +212,7 @@ def _reference_logprob(encoded: Sequence[Encoded], nll_scope: str) -> Tensor | N
         first = _first_target(one, nll_scope)
         if one.labels:
             rest = iter(found)
-            values += [next(rest) if completes else math.nan for completes in _labelled(one, first)[2]]
+            values += [next(rest) if completes else math.nan for completes in _labelled(one, nll_scope)[2]]
         else:
             values += [math.nan] * (one.completion_start - first) + found
     return torch.tensor(values, dtype=torch.float32)

@@ -160,6 +160,16 @@ def test_templates_that_pass_over_tools_are_told():
         encode_records([result], Template("chat", family_tokenizer("phi")), 2000, pairs=False, drops=DropReport())
 
 
+def test_what_a_template_says_of_a_call_names_the_row():
+    nameless = [CALLED[0], {**CALLED[1], "tool_calls": [{"function": CALL["function"]}]}, *CALLED[2:]]
+    with pytest.raises(
+        UserError, match=r"rows:1: .*the chat template refuses the conversation: Tool call IDs should be"
+    ):
+        encode_records(
+            [record_of(nameless)], Template("chat", family_tokenizer("mistral")), 2000, pairs=False, drops=DropReport()
+        )
+
+
 def test_plain_teaches_each_answer_and_its_end():
     template = Template("plain", tiny_tokenizer())
     record = record_of([SYSTEM, *TURNS])

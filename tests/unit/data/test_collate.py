@@ -29,7 +29,7 @@ def sequences(draw):
             if kind == "chosen" and draw(
                 st.booleans()
             ):  # a conversation; its first answer begins it, the last one ends it
-                between = draw(st.lists(st.sampled_from([IGNORED, 3, 7]), max_size=5))
+                between = draw(st.lists(st.sampled_from([IGNORED, 3, 7]), max_size=4))
                 labels = (*completion[:1], *between, 4)
                 completion = [*completion[:1], *draw(st.lists(TOKENS, min_size=len(between), max_size=len(between))), 4]
             made.append(
