@@ -39,6 +39,8 @@ class Needs:
     """Pairs that state a confidence, beside the pairs or in their place."""
     word_credit: bool = False
     """Whether each word of a sampled answer may have its own credit."""
+    weighs: bool = False
+    """Whether it counts each record by its weight."""
 
     @property
     def answers_itself(self) -> bool:

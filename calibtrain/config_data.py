@@ -52,9 +52,9 @@ class FileSource(Section):
     """Keep the records on disk, in the cache directory, and read each when its turn comes: for files larger than memory.
     As `data.source` alone; .json is read whole once."""
     columns: Columns = Field(default={})
-    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options) to the file's
-    column; `strata` lists the columns whose values group the questions, `fields` those that the task or the prompt reads;
-    `options` and `context` (passages to answer by) are one column of lists or a list of columns."""
+    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options, tools, text,
+    weight, id) to the file's column; `strata` lists the columns whose values group the questions, `fields` those that the
+    task or the prompt reads; `options` and `context` (passages to answer by) are one column of lists or a list of columns."""
 
     @property
     def called(self) -> str:
@@ -79,9 +79,9 @@ class HubSource(Section):
     limit: int | None = Field(default=None, ge=1)
     """At most so many rows are read; required when streaming."""
     columns: Columns = Field(default={})
-    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options) to the data set's
-    column; `strata` lists the columns whose values group the questions, `fields` those that the task or the prompt reads;
-    `options` and `context` (passages to answer by) are one column of lists or a list of columns."""
+    """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options, tools, text,
+    weight, id) to the data set's column; `strata` lists the columns whose values group the questions, `fields` those that the
+    task or the prompt reads; `options` and `context` (passages to answer by) are one column of lists or a list of columns."""
 
     @model_validator(mode="after")
     def _streaming_needs_limit(self) -> HubSource:
@@ -199,6 +199,9 @@ class DataConfig(Section):
     which are then not trained on."""
     examples: tuple[Example, ...] = ()
     """Examples of your own, in the place of `few_shot`; a run writes those that it found here."""
+    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    """`all_turns`: supervised fine-tuning on a conversation learns each of the assistant's turns; `last_turn`: the last one
+    alone, as preferences and graded questions always do. A message with `weight: 0` or `train: false` is not learned."""
     few_shot_raw: Annotated[int, Field(ge=0, le=32)] = 8
     """Examples shown to the raw model before a question: without any it misses the format. Not beside `few_shot`."""
     max_length: Count = 512
@@ -208,6 +211,11 @@ class DataConfig(Section):
     """Pack sequences into rows of so many tokens; null pads one sequence a row."""
     shared_prefix: bool = True
     """Pass the prompt of a preference pair once for both answers, where the model's attention allows it."""
+
+    @property
+    def every_turn(self) -> bool:
+        """Whether each of the assistant's turns is learned."""
+        return self.train_on == "all_turns"
 
     @model_validator(mode="after")
     def _kwargs_need_a_chat_template(self) -> DataConfig:

@@ -21,6 +21,7 @@ class SFTConfig(LossSection):
     """Cross-entropy on completion tokens (or on prompt and completion with nll_scope=full)."""
 
     name: Literal["sft"] = "sft"
+    NEEDS: ClassVar = Needs(weighs=True)
     nll_scope: NLLScope = "completion"
     """`completion`: cross-entropy of the completion's tokens; `full`: of the prompt's as well."""
     nll_norm: Literal["token", "sequence"] = "token"

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool by the assistant."""
+
+    name: str
+    arguments: str  # a JSON object, as text
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; `role` is system, user or assistant."""
+    """One turn of a conversation; `role` is system, user, assistant or tool (the result of a call)."""
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()  # of the assistant
+    name: str = ""  # of the tool whose result it is
+    tool_call_id: str = ""  # of the call that it is the result of
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One example. A preference pair has `rejected`; a graded question has `accepted`; SFT needs only `chosen`.
 
-    An unpaired preference has one of `chosen` and `rejected`.
+    An unpaired preference has one of `chosen` and `rejected`. Text to be learned as it stands has no prompt.
     """
 
-    prompt: tuple[Message, ...]  # ends with a user turn
+    prompt: tuple[Message, ...]  # ends with a user turn, or with a tool's result
     chosen: str | None = None
     rejected: str | None = None
     accepted: tuple[str, ...] = ()
@@ -36,17 +49,39 @@ class Record:
     )  # columns that the task or the user's prompt reads, as they are
     weight: float = 1.0  # in training
     name: str = ""  # the user's own id
+    tools: str = ""  # definitions of the tools that may be called: a JSON list, as text
+    calls: tuple[ToolCall, ...] = ()  # of tools, by the chosen answer, behind its text
+    # Turns of the assistant that a conversation teaches, as indices of `turns` from its end, the answer's being -1;
+    # () where it is the answer alone.
+    learned: tuple[int, ...] = ()
 
     @property
     def question(self) -> str:
-        """Text of the last user turn."""
-        return self.prompt[-1].content
+        """Text of the last user turn; "" without any."""
+        return next((message.content for message in reversed(self.prompt) if message.role == "user"), "")
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The prompt and the chosen answer."""
+        return (*self.prompt, Message("assistant", self.chosen or "", self.calls))
 
     @property
     def id(self) -> str:
         """Hash of the prompt: the same question gives the same id in every source and split. 16 hex digits."""
-        text = "\x1e".join(f"{message.role}\x1f{' '.join(message.content.split())}" for message in self.prompt)
+        texts = [f"{message.role}\x1f{' '.join(message.content.split())}" for message in self.prompt]
+        # What few conversations have adds nothing to the others' ids.
+        called = [[call.name, call.arguments] for message in self.prompt for call in message.tool_calls]
+        if self.tools or called:
+            texts.append(json.dumps([self.tools, called]))
+        text = "\x1e".join(texts) if self.prompt else f"\x1f{self.chosen}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def taught(self) -> frozenset[str]:
+        """Ids of every question whose answer the record may teach: its own, and earlier ones of a conversation."""
+        turns = self.turns
+        earlier = (replace(self, prompt=turns[:place]).id for place in self.learned if place < -1)
+        return frozenset((self.id, *earlier))
 
 
 def unit_hash(*parts: object) -> float:

@@ -48,6 +48,9 @@ class Batch:
     scores: Tensor | None = None  # output of a scalar head, differentiable: (S,) rewards, or (N,) values
     reference_logprob: Tensor | None = None  # (N,) float32 under a frozen reference; NaN where not known, None: nowhere
     reference_point: Tensor | None = None  # () KTO's z0, of the whole step, without gradient
+    weights: Tensor | None = (
+        None  # (S,) float64: how much each sequence counts, where the loss weighs them; None: alike
+    )
     is_answer: Tensor | None = None  # (N,) bool: completion tokens that are the answer, behind its reasoning; None: all
 
     @property
@@ -79,7 +82,7 @@ class LossTerm:
     """A sum over items and what normalises it: the trainer divides by the count over all ranks and micro-batches."""
 
     total: Tensor  # () differentiable sum
-    count: Tensor  # () int64 items of this micro-batch; a function of the data alone
+    count: Tensor  # () int64 items of this micro-batch, or their weights' sum; a function of the data alone
     weight: float = 1.0
 
 
@@ -120,8 +123,13 @@ def normalized_loss(terms: LossTerms, counts: Mapping[str, Tensor]) -> Tensor:
     Summed over the micro-batches and ranks that `global_counts` counted, it is the loss of the whole step, however that
     was cut. Where gradients are averaged over ranks (DDP, DeepSpeed), multiply by their number.
     """
-    parts = [term.weight * term.total / counts[name].clamp(min=1).to(term.total) for name, term in terms.items()]
+    parts = [term.weight * term.total / divisor(counts[name]).to(term.total) for name, term in terms.items()]
     return torch.stack(parts).sum()
+
+
+def divisor(count: Tensor) -> Tensor:
+    """The count, or 1 where there is nothing to divide."""
+    return torch.where(count > 0, count, torch.ones_like(count))
 
 
 def global_counts(loss: Objective, batches: Iterable[Batch]) -> dict[str, Tensor]:

@@ -30,9 +30,9 @@ def collate(
     """Micro-batch of the sequences, right-padded; with `packing_tokens`, packed into rows of at most so many tokens.
 
     With `shared_prefix`, neighbours with one and the same prompt pass it once, and their completions' last tokens, which
-    predict nothing, not at all. The hidden state at t predicts token t + 1. Completion tokens are targets; with
-    nll_scope=full so are the prompt tokens of CHOSEN sequences after the first. No sequences give one row of padding, so
-    that forward still runs. Raises UserError for a sequence longer than packing_tokens.
+    predict nothing, not at all. The hidden state at t predicts token t + 1. Completion tokens are targets (where a sequence
+    has labels, those); with nll_scope=full so are the other tokens of CHOSEN sequences after the first. No sequences give
+    one row of padding, so that forward still runs. Raises UserError for a sequence longer than packing_tokens.
     """
     units = _units(encoded, shared_prefix)
     laid_out = [_lay_out([encoded[i] for i in unit], shared_prefix) for unit in units]
@@ -70,6 +70,7 @@ def collate(
         correct=torch.tensor([one.correct for one in encoded], dtype=torch.float32),
         record_ids=torch.tensor([one.record_id for one in encoded], dtype=torch.int64),
         branch_ids=branch_ids if blocked else None,
+        weights=_weights(encoded),
         reference_logprob=_reference_logprob(encoded, nll_scope),
         is_answer=_is_answer(encoded, nll_scope),
     )
@@ -169,16 +170,29 @@ def _targets(encoded: Sequence[Encoded], states: Sequence[Sequence[int]], nll_sc
     for s, (one, state) in enumerate(zip(encoded, states, strict=True)):
         first = _first_target(one, nll_scope)
         last = len(one.ids)
-        positions.extend(state[first - 1 : last - 1])
-        targets.extend(one.ids[first:])
-        sequence_ids.extend([s] * (last - first))
-        is_completion.extend(t >= one.completion_start for t in range(first, last))
+        if one.labels:
+            places, learned, completes = _labelled(one, nll_scope)
+            positions.extend(state[t - 1] for t in places)
+        else:
+            learned, completes = list(one.ids[first:]), [t >= one.completion_start for t in range(first, last)]
+            positions.extend(state[first - 1 : last - 1])
+        targets.extend(learned)
+        sequence_ids.extend([s] * len(learned))
+        is_completion.extend(completes)
     return {
         "target_positions": torch.tensor(positions, dtype=torch.int64),
         "targets": torch.tensor(targets, dtype=torch.int64),
         "sequence_ids": torch.tensor(sequence_ids, dtype=torch.int64),
         "is_completion": torch.tensor(is_completion, dtype=torch.bool),
     }
+
+
+def _labelled(one: Encoded, nll_scope: str) -> tuple[list[int], list[int], list[bool]]:
+    """Places of the targets of a sequence with labels, what is learned there, and whether it is the assistant's."""
+    full = nll_scope == "full" and one.role == CHOSEN
+    found = {t: (one.ids[t], False) for t in range(1, len(one.ids))} if full else {}
+    found |= {t: (label, True) for t, label in one.learned}
+    return list(found), [target for target, _ in found.values()], [completes for _, completes in found.values()]
 
 
 def _first_target(one: Encoded, nll_scope: str) -> int:
@@ -208,8 +222,19 @@ def _reference_logprob(encoded: Sequence[Encoded], nll_scope: str) -> Tensor | N
             raise UserError(
                 f"record {one.record_id}: {len(found)} reference log-probs for {one.completion_length} completion tokens"
             )
-        values += [math.nan] * (one.completion_start - _first_target(one, nll_scope)) + found
+        first = _first_target(one, nll_scope)
+        if one.labels:
+            rest = iter(found)
+            values += [next(rest) if completes else math.nan for completes in _labelled(one, nll_scope)[2]]
+        else:
+            values += [math.nan] * (one.completion_start - first) + found
     return torch.tensor(values, dtype=torch.float32)
+
+
+def _weights(encoded: Sequence[Encoded]) -> Tensor | None:
+    if all(one.weight == 1.0 for one in encoded):
+        return None
+    return torch.tensor([one.weight for one in encoded], dtype=torch.float64)
 
 
 def _pair_numbers(encoded: Sequence[Encoded]) -> list[int]:

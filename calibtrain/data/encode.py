@@ -12,13 +12,15 @@ from itertools import chain
 from calibtrain.data.drops import DropReport
 from calibtrain.data.lazy import Lazy
 from calibtrain.data.replies import read_reply
-from calibtrain.data.templates import Template
+from calibtrain.data.templates import InseparableError, Template
+from calibtrain.data.turns import IGNORED, TokenLabels, fitted, learned_sequences, text_sequence, windows
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
 from calibtrain.records import Record
 
 logger = logging.getLogger(__name__)
 
+INSEPARABLE = "the tokenizer cannot tell the answer from the prompt"
 LOOKED_AT = 20
 """So many records are compared with what the template renders for a whole conversation."""
 
@@ -42,11 +44,29 @@ class Encoded:
     """Log-prob of each completion token under a frozen reference, or empty."""
     answer_span: tuple[int, int] | None = None
     """Completion tokens [start, stop) that are the answer, where it has a reasoning around it; None: all."""
+    weight: float = 1.0
+    """How much it counts in a loss that weighs sequences."""
+    labels: tuple[int, ...] = ()
+    """What is learned in the place of each id from completion_start on, IGNORED where nothing is; empty: these ids.
+
+    So several turns of a conversation are learned, and what the user says between them is read alone."""
+
+    @property
+    def learned(self) -> list[tuple[int, int]]:
+        """(place, id) of each completion token, with the end tokens: the place is that of the id it stands for."""
+        labels = self.labels or self.ids[self.completion_start :]
+        return [(t, label) for t, label in enumerate(labels, self.completion_start) if label != IGNORED]
 
     @property
     def completion_length(self) -> int:
-        """Number of completion tokens, with the end token."""
-        return len(self.ids) - self.completion_start
+        """Number of completion tokens, with the end tokens."""
+        return len(self.learned) if self.labels else len(self.ids) - self.completion_start
+
+    @property
+    def answer_length(self) -> int:
+        """Number of tokens of the last answer, with its end token."""
+        place = next((i for i, label in enumerate(reversed(self.labels)) if label == IGNORED), len(self.labels))
+        return place if self.labels else self.completion_length
 
 
 def encode_records(
@@ -57,10 +77,12 @@ def encode_records(
     drops: DropReport,
     *,
     unpaired: bool = False,
+    every_turn: bool = True,
 ) -> list[tuple[Encoded, ...]]:
     """Sequences of each record: (chosen,) or, with `pairs`, (chosen, rejected) with one and the same prompt.
 
-    With `unpaired`, the one answer that a record has, (chosen,) or (rejected,).
+    With `unpaired`, the one answer that a record has, (chosen,) or (rejected,). With `every_turn`, a conversation teaches
+    all its answers: in one sequence, or in several where the template writes earlier turns anew.
 
     Prompts are cut from the left to fit `max_length` tokens, completions never: a record whose completion leaves no
     room for a prompt is dropped, as is one without the answers it needs. Both are counted in `drops`, and `record_id`
@@ -69,9 +91,15 @@ def encode_records(
     _tell_departures(records[:LOOKED_AT], template)
     examples = []
     for index, record in enumerate(records):
-        example = _encoded(record, index, template, max_length, pairs, drops, unpaired)
+        example = _example(record, index, template, max_length, pairs, drops, unpaired, every_turn)
         if example is not None:
             examples.append(example)
+    apart = sum(len(group) > 1 and not pairs for group in examples if records[group[0].record_id].prompt)
+    if apart and os.environ.get("RANK", "0") == "0":
+        logger.info(
+            "%d conversations are several sequences each: the template writes their earlier turns anew in a later prompt",
+            apart,
+        )
     if records and not examples:
         raise UserError(
             f"no training record is left: {'; '.join(drops.lines())}. Raise data.max_length or mend the data"
@@ -80,7 +108,14 @@ def encode_records(
 
 
 def lazy_examples(
-    records: Sequence[Record], template: Template, max_length: int, pairs: bool, drops: DropReport, kept: int
+    records: Sequence[Record],
+    template: Template,
+    max_length: int,
+    pairs: bool,
+    drops: DropReport,
+    kept: int,
+    *,
+    every_turn: bool,
 ) -> Lazy[tuple[Encoded, ...]]:
     """As `encode_records`, each record when it is asked for; the last `kept` stay in memory.
 
@@ -93,7 +128,7 @@ def lazy_examples(
         for index in chain(range(place, len(records)), range(place)):
             if index in unfit:
                 continue
-            found = _encoded(records[index], index, template, max_length, pairs, drops, False)
+            found = _example(records[index], index, template, max_length, pairs, drops, False, every_turn)
             if found is not None:
                 return found
             unfit.add(index)
@@ -104,45 +139,106 @@ def lazy_examples(
     return Lazy(len(records), example, kept)
 
 
-def _encoded(
-    record: Record, index: int, template: Template, max_length: int, pairs: bool, drops: DropReport, unpaired: bool
+class Unusable(Exception):
+    """Why a record cannot be learned from; `unfit` where none of its kind could be, whatever the run asks for."""
+
+    def __init__(self, why: UserError | str, *, unfit: bool = False) -> None:
+        super().__init__(str(why))
+        self.why, self.unfit = why, unfit
+
+
+def _example(
+    record: Record,
+    index: int,
+    template: Template,
+    max_length: int,
+    pairs: bool,
+    drops: DropReport,
+    unpaired: bool,
+    every_turn: bool,
 ) -> tuple[Encoded, ...] | None:
     """The sequences of one record; None, and why in `drops`, where it cannot serve."""
+    place = record.origin or record.question
+    try:
+        if record.weight == 0:
+            raise Unusable("weight 0")
+        if pairs or unpaired or not ((record.learned and every_turn) or not record.prompt):
+            return _answers(record, index, template, max_length, pairs, unpaired, drops)
+        return _conversation(record, index, template, max_length, drops)
+    except Unusable as reason:
+        if reason.unfit:
+            drops.refuse(reason.why, place, record.question)
+        else:
+            drops.drop(str(reason), place)
+    except UserError as error:  # the chat template's, or the user's own
+        drops.refuse(error, place, record.question)
+    return None
+
+
+def _answers(
+    record: Record, index: int, template: Template, max_length: int, pairs: bool, unpaired: bool, drops: DropReport
+) -> tuple[Encoded, ...]:
     roles = (CHOSEN, REJECTED) if pairs else (CHOSEN,)
     if unpaired and record.chosen is None:
         roles = (REJECTED,)
-    texts = [record.rejected if role == REJECTED else record.chosen for role in roles]
-    place = record.origin or record.question
-    if any(text is None or not text.strip() for text in texts):
-        drops.drop("no rejected answer" if pairs and record.chosen else "no answer", place)
-        return None
+    texts = [_text(record, role, template) for role in roles]
+    if not all(text.strip() for text in texts):
+        raise Unusable("no rejected answer" if pairs and record.chosen else "no answer")
+    if not record.prompt:
+        raise Unusable("no prompt")
     if pairs and record.chosen == record.rejected:
-        drops.drop("chosen and rejected are the same answer", place)
-        return None
+        raise Unusable("chosen and rejected are the same answer")
     try:
-        completions = [template.completion_ids(text) for text in texts if text]
-    except UserError:
-        drops.refuse("the tokenizer cannot tell the answer from the prompt", place, record.question)
-        return None
+        completions = [template.completion_ids(text, written=bool(record.calls)) for text in texts]
+    except InseparableError as error:
+        raise Unusable(INSEPARABLE, unfit=True) from error
     room = max_length - max(map(len, completions))
     if room < 1:
-        drops.refuse(f"the answer alone fills max_length {max_length}", place, record.question)
-        return None
-    try:
-        prompt, shortened = fit_prompt(record, template, room)
-    except UserError as error:  # the chat template's, or the user's own
-        drops.refuse(error, place, record.question)
-        return None
+        raise Unusable(f"the answer alone fills max_length {max_length}", unfit=True)
+    prompt, shortened = fit_prompt(record, template, room)
     drops.shortened += shortened
     return tuple(
-        Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1)
+        Encoded((*prompt, *completion), len(prompt), role, index, pair_id=index if pairs else -1, weight=record.weight)
         for role, completion in zip(roles, completions, strict=True)
     )
+
+
+def _text(record: Record, role: int, template: Template) -> str:
+    if role == REJECTED:
+        return record.rejected or ""
+    return template.answer_text(record) if record.chosen is not None else ""
+
+
+def _conversation(
+    record: Record, index: int, template: Template, max_length: int, drops: DropReport
+) -> tuple[Encoded, ...]:
+    """Every answer of a conversation, or a text that is learned as it stands."""
+    if not (record.learned or record.prompt):
+        found = windows(text_sequence(record.chosen or "", template), max_length)
+    else:
+        try:
+            found = learned_sequences(record, template)
+        except InseparableError as error:
+            raise Unusable(INSEPARABLE, unfit=True) from error
+    fitting = [fitted(one, max_length, template.tokenizer.bos_token_id) for one in found]
+    kept = [one for one in fitting if one is not None]
+    if not kept:
+        raise Unusable(f"the answer alone fills max_length {max_length}", unfit=True)
+    drops.shortened += sum(len(one.ids) > max_length for one in found)
+    return tuple(_encoded(one, record.weight, index) for one in kept)
+
+
+def _encoded(sequence: TokenLabels, weight: float, index: int) -> Encoded:
+    start = next(i for i, label in enumerate(sequence.labels) if label != IGNORED)
+    ids, labels = tuple(sequence.ids), tuple(sequence.labels[start:])
+    return Encoded(ids, start, CHOSEN, index, weight=weight, labels=() if labels == ids[start:] else labels)
 
 
 def _tell_departures(records: Sequence[Record], template: Template) -> None:
     """Warn once where what is trained is not what the chat template renders; on the first rank."""
     for record in records if os.environ.get("RANK", "0") == "0" else ():
+        if template.marks and record.learned:  # learned as it is rendered
+            continue
         if found := template.departure(record):
             logger.warning(
                 "%s: prompt and completion are not what the chat template renders for the whole conversation: %s; "

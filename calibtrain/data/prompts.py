@@ -58,6 +58,8 @@ class Prompts:
 
     def _asked(self, record: Record) -> list[Message]:
         *earlier, last = record.prompt
+        if last.role != "user":  # a tool's result: what was asked stands before it
+            return list(record.prompt)
         if self.source is not None:
             return [*earlier, Message("user", self.rendered(record))]
         context = [Message("context", BETWEEN_PASSAGES.join(record.context))] if record.context else []

@@ -13,8 +13,9 @@ from calibtrain.config_data import FileSource, GeographySource, HubSource, Mixtu
 from calibtrain.data.drops import DropReport
 from calibtrain.data.files import Row, as_written, file_rows, narrow_floats
 from calibtrain.data.geography import load_geography
+from calibtrain.data.layout import READABLE, Layout, find_layout
 from calibtrain.data.mixtures import STRATUM, interleaved
-from calibtrain.data.rows import READABLE, Layout, find_layout, record_from_row
+from calibtrain.data.rows import record_from_row
 from calibtrain.data.strata import check_strata
 from calibtrain.data.values import plain
 from calibtrain.errors import UserError

@@ -72,8 +72,9 @@ def split_records(
     pools: dict[str, list[Record]] = {name: [] for name in (*SHARES, "validation")}
     for record in records if questions is None else questions:
         pools[split_of(record.id, seed, names)].append(record)
-    if questions is not None:
-        pools["train"] = _not_held_out(records, pools, sizes, drops)
+    # An earlier turn of a conversation may be a question of another split.
+    train = pools["train"] if questions is None else records
+    pools["train"] = _not_held_out(train, pools, sizes, drops)
     pools["train"] = _learnable(pools["train"], drops, undesirable)
     if once:
         pools["train"] = unique_records(pools["train"], drops)
@@ -121,7 +122,7 @@ def _not_held_out(
 ) -> list[Record]:
     # All questions of a split are kept out, not only those within today's size: sizes may grow tomorrow.
     held_out = {record.id for name in EVALUATION_SPLITS if getattr(sizes, name) for record in pools[name]}
-    return _kept(records, lambda record: record.id not in held_out, "question held out for evaluation", drops)
+    return _kept(records, lambda record: held_out.isdisjoint(record.taught), "question held out for evaluation", drops)
 
 
 def _learnable(records: Sequence[Record], drops: DropReport, undesirable: bool) -> list[Record]:
@@ -134,7 +135,15 @@ def _learnable(records: Sequence[Record], drops: DropReport, undesirable: bool) 
     seen: set[Hashable] = set()
 
     def new(record: Record) -> bool:
-        said = (record.prompt, record.chosen, record.rejected, record.accepted, record.context)
+        said = (
+            record.prompt,
+            record.chosen,
+            record.calls,
+            record.rejected,
+            record.accepted,
+            record.tools,
+            record.context,
+        )
         known = len(seen)
         seen.add(said)
         return len(seen) > known

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, overload
@@ -22,12 +22,13 @@ import numpy as np
 from calibtrain.config_data import FileSource
 from calibtrain.data.drops import DropReport
 from calibtrain.data.files import file_rows
-from calibtrain.data.rows import Layout, find_layout, record_from_row
+from calibtrain.data.layout import Layout, find_layout
+from calibtrain.data.rows import record_from_row
 from calibtrain.data.sources import question_of, whole_float
 from calibtrain.data.strata import check_strata
 from calibtrain.data.values import text_of
 from calibtrain.errors import UserError
-from calibtrain.records import Message, Record, unit_hash
+from calibtrain.records import Message, Record, ToolCall, unit_hash
 
 logger = logging.getLogger(__name__)
 
@@ -263,14 +264,21 @@ def _dumped(record: Record) -> bytes:
 
 
 def _jsonable(value: Any) -> Any:
-    if isinstance(value, Message):
-        return {field.name: getattr(value, field.name) for field in fields(Message)}
+    if isinstance(value, Message | ToolCall):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
     return dict(value) if isinstance(value, Mapping) else text_of(value) or str(value)
+
+
+def _calls(found: Iterable[Mapping[str, str]]) -> tuple[ToolCall, ...]:
+    return tuple(ToolCall(**one) for one in found)
 
 
 def _loaded(line: bytes) -> Record:
     values: dict[str, Any] = {
         name: tuple(one) if isinstance(one, list) else one for name, one in json.loads(line).items()
     }
-    values["prompt"] = tuple(Message(**one) for one in values["prompt"])
+    values["calls"] = _calls(values.get("calls", ()))
+    values["prompt"] = tuple(
+        Message(**{**one, "tool_calls": _calls(one["tool_calls"])}) for one in values.get("prompt", ())
+    )
     return Record(**values)

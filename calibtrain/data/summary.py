@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 from calibtrain.records import Record
@@ -23,7 +24,7 @@ def data_hash(records: Sequence[Record]) -> str:
                     record.rejected,
                     list(record.accepted),
                     *([list(record.options)] if record.options else []),
-                    *([list(record.context)] if record.context else []),
+                    *_more(record),
                 ],
                 ensure_ascii=True,
             ).encode()
@@ -31,6 +32,15 @@ def data_hash(records: Sequence[Record]) -> str:
         for record in records
     )
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _more(record: Record) -> list[Any]:
+    """What few records have, so that it leaves the others' hash as it was: tools, calls, a weight, turns left out."""
+    called = [[i, *astuple(call)] for i, turn in enumerate(record.turns) for call in turn.tool_calls]
+    answers = [i - len(record.turns) for i, turn in enumerate(record.turns) if turn.role == "assistant"]
+    hushed = [place for place in answers if record.learned and place not in record.learned]
+    found = [record.tools, called, record.weight, hushed]
+    return found if found != ["", [], 1.0, []] else []
 
 
 def describe(records: Sequence[Record]) -> dict[str, Any]:

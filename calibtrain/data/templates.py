@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from calibtrain.data.prompts import CONTEXT, PROBE, Prompts, context_merged, prompts_of, with_less_context
+from calibtrain.data.rendering import MARKS, check_written, refuse_tools, rendered_turn
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record
 from calibtrain.tasks.kinds import task_of
@@ -39,6 +40,14 @@ OPENING = 16
 """Tokens that mostly tell whether a reply opens with thinking."""
 SPECIAL_BETWEEN = 16
 """Special tokens that may stand within a stop without hiding it."""
+
+
+class InseparableError(UserError):
+    """The tokenizer cannot tell an answer from its prompt."""
+
+
+class _Refused(UserError):
+    """The chat template itself raised."""
 
 
 class Template:
@@ -76,10 +85,13 @@ class Template:
             self._check_stop(text)
         self.prompts = prompts or Prompts()
         self._prefix_ids = self._special_prefix()
-        self.end_id: int = self._chat_end_id() if kind == "chat" else tokenizer.eos_token_id
+        self.end_id: int = tokenizer.eos_token_id
         """Token that ends every completion."""
+        self._lead = PLAIN_ANSWER.format("")  # whitespace between the prompt and an answer
+        if kind == "chat":
+            self._lead, self.end_id = self._chat_lead_and_end()
         self._probe_text = self._probe()
-        self._probe_ids = self._ids(self._probe_text)
+        self._probe_ids = self.shown_ids(self._probe_text)
         self._thinks = kind == "chat" and self._probe_text.rstrip().endswith(THINK_START)
 
     def prompt_text(self, record: Record, shots: Sequence[Record] = ()) -> str:
@@ -88,19 +100,19 @@ class Template:
         Raises UserError that names the record where the chat template refuses it.
         """
         if self.kind == "jinja":
+            refuse_tools(record.turns, record.tools)
             return self._own_text(record, shots)
         messages = self.prompts.turns(record, shots)
-        if self.kind == "plain":
-            return _plain_text(messages)
         try:
-            return self._chat_text(messages)
+            return self._written(messages, record.tools)
+        except _Refused as error:
+            raise UserError(f"{record.origin or record.question}: {error}{self._remedy(messages)}") from error
         except UserError as error:
-            place = record.origin or record.question
-            raise UserError(f"{place}: {error}{self._remedy(messages)}") from error
+            raise UserError(f"{record.origin or record.question}: {error}") from error
 
     def prompt_ids(self, record: Record, shots: Sequence[Record] = ()) -> list[int]:
         """Token ids of the prompt, with the special tokens that the tokenizer or the chat template opens with, once."""
-        return self._ids(self.prompt_text(self.fitted(record, shots), shots))
+        return self.shown_ids(self.prompt_text(self.fitted(record, shots), shots))
 
     def fitted(self, record: Record, shots: Sequence[Record] = (), room: int | None = None) -> Record:
         """The record with as much of its context, from the start, as leaves the prompt within `room` tokens.
@@ -109,7 +121,7 @@ class Template:
         """
         room = min((one for one in (room, self.prompts.room) if one is not None), default=None)
         while room is not None and record.context:
-            over = len(self._ids(self.prompt_text(record, shots))) - room
+            over = len(self.shown_ids(self.prompt_text(record, shots))) - room
             if over <= 0:
                 break
             *kept, last = record.context
@@ -118,7 +130,8 @@ class Template:
             record = with_less_context(record, [*kept, cut] if len(cut) < len(last) else kept)
         return record
 
-    def _ids(self, text: str) -> list[int]:
+    def shown_ids(self, text: str) -> list[int]:
+        """Token ids of what `prompt_text` gave."""
         # A chat template writes its own BOS.
         return self._encode(text) if self.kind == "chat" else [*self._prefix_ids, *self._encode(text)]
 
@@ -144,11 +157,12 @@ class Template:
         """An answer as it follows a prompt that is not a chat's: with one space, where neither has any."""
         return PLAIN_ANSWER.format(text) if text and not text[0].isspace() and not prompt[-1:].isspace() else text
 
-    def completion_ids(self, text: str) -> list[int]:
+    def completion_ids(self, text: str, written: bool = False) -> list[int]:
         """Token ids of an answer as they follow a prompt, and the token that ends it. Raises UserError if they cannot.
 
         The text is kept as it is, with its indentation and last line break. `plain` puts its space only before a text
-        that does not open with whitespace of its own, and leaves out blank lines before it, which would end the answer.
+        that does not open with whitespace of its own, and leaves out blank lines before it, which would end the answer. So
+        does `chat` where its template writes whitespace there. `written`: the text is the template's own writing already.
 
         An answer encoded on its own may not be what follows a prompt (a SentencePiece tokenizer opens every text with a
         space), and encoded together with the prompt it may merge with the prompt's last characters. So it is cut from
@@ -159,7 +173,9 @@ class Template:
             text = self._opened(_BLANK_LINES.sub("", text), self._probe_text)
         if not text:
             return [self.end_id]
-        prompt, joint = self._probe_ids, self._ids(self._probe_text + text)
+        if self.kind == "chat":
+            text = text if written or text[0].isspace() else self._lead + text
+        prompt, joint = self._probe_ids, self.shown_ids(self._probe_text + text)
         wanted = self._decode(joint)
         candidates = [self._encode(text), self._encode(text.removeprefix(" "))]
         if joint[: len(prompt)] == prompt:
@@ -167,10 +183,59 @@ class Template:
         for ids in candidates:
             if self._decode([*prompt, *ids]) == wanted:
                 return [*ids, self.end_id]
-        raise UserError(
+        raise InseparableError(
             f"data.template: the tokenizer cannot split prompt and answer {text!r} into separate tokens that decode to "
             f"the same text; try data.template: {'plain' if self.kind == 'chat' else 'chat'}"
         )
+
+    def answer_text(self, record: Record) -> str:
+        """What the chosen answer is written as: its text, and the calls of tools behind it, without the end token.
+
+        Raises UserError where the template has no way to write the calls.
+        """
+        if not record.calls:
+            return record.chosen or ""
+        shown = self.prompt_text(record)
+        try:
+            whole = self._written(self._conversation(record), record.tools, answered=True)
+        except UserError as error:
+            raise UserError(f"{record.origin or record.question}: {error}") from error
+        # The last end token is the answer's: what is called may hold one as text.
+        said, end, _ = whole.removeprefix(shown).rpartition(self._end_text)
+        if not (whole.startswith(shown) and end):
+            raise UserError(
+                f"{record.origin or record.question}: data.template: the chat template writes another prompt before a tool "
+                "call than before an answer, so that the call cannot be learned"
+            )
+        return said
+
+    def _conversation(self, record: Record) -> list[Message]:
+        """All that is shown, and the answer behind it."""
+        return [*self.prompts.turns(record), record.turns[-1]]
+
+    def until_end(self, text: str, said: str) -> str:
+        """The answer `said` as the text opens with it, up to the first end token; in `plain` as it is."""
+        return said if self.kind == "plain" else text.partition(self._end_text)[0]
+
+    def text_ids(self, text: str) -> tuple[list[int], int]:
+        """Ids of a text that is no answer, with the tokenizer's own prefix and the EOS; and the first to be learned."""
+        ids = [*self._prefix_ids, *self._encode(text), self.tokenizer.eos_token_id]
+        return ids, max(1, len(self._prefix_ids))
+
+    @cached_property
+    def marks(self) -> bool:
+        """Whether the chat template marks what the assistant generates."""
+        return self.kind == "chat" and bool(MARKS.search(str(self.tokenizer.chat_template)))
+
+    def marked_ids(self, record: Record) -> tuple[list[int], list[bool]] | None:
+        """Ids of a whole conversation, and which of them the chat template marks as the assistant's; None without marks."""
+        if not self.marks:
+            return None
+        found = self._applied(
+            self._conversation(record), record.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        mask = [bool(one) for one in found["assistant_masks"]]
+        return (list(found["input_ids"]), mask) if any(mask) else None
 
     def decode_answer(self, ids: Sequence[int]) -> str:
         """The reply in generated ids: up to the first token that ends it and the first line break, stripped.
@@ -223,9 +288,9 @@ class Template:
 
     def departure(self, record: Record) -> str | None:
         """Where prompt + completion is not what the chat template renders for the whole conversation, in words; or None."""
-        if self.kind != "chat" or not record.chosen:
+        if self.kind != "chat" or not record.chosen or not record.prompt:
             return None
-        shown, text = self.prompt_text(record), record.chosen.strip()
+        shown, text = self.prompt_text(record) + self._lead, record.chosen.strip()
         try:
             whole = self._chat_text([*self.prompts.turns(record), Message("assistant", text)], answered=True)
         except UserError:
@@ -310,6 +375,8 @@ class Template:
             parts.append(self.chat_template_kwargs)
         if self.kind == "chat" and self.merge_system:
             parts.append("merge_system")
+        if self.kind == "chat" and self._lead:
+            parts.append(["lead", self._lead])
         if self.task.several_lines:
             parts.append(["several lines", *self.stops])
         elif self._own_stops:
@@ -349,18 +416,42 @@ class Template:
         start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
         return full[:start]
 
-    def _chat_text(self, messages: Sequence[Message], answered: bool = False) -> str:
+    def _written(self, messages: Sequence[Message], tools: str, answered: bool = False) -> str:
+        if self.kind == "plain":
+            refuse_tools(messages, tools)
+            return _plain_text(messages)
+        text = self._chat_text(messages, answered, tools)
+        check_written(text, messages)
+        return text
+
+    def _chat_text(self, messages: Sequence[Message], answered: bool = False, tools: str = "") -> str:
+        return str(self._applied(messages, tools, tokenize=False, add_generation_prompt=not answered))
+
+    def _applied(self, messages: Sequence[Message], tools: str, **options: Any) -> Any:
+        """What the tokenizer makes of a conversation. Raises UserError where its chat template refuses it."""
         messages = context_merged(messages)
         if self.merge_system:
             messages = _system_merged(messages)
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        if tools and not self._takes_tools:
+            raise UserError("data.template: the chat template has no place for the definitions of tools")
+        options = {**options, **self.chat_template_kwargs, **({"tools": json.loads(tools)} if tools else {})}
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=not answered, **self.chat_template_kwargs
-            )
+            return self.tokenizer.apply_chat_template([rendered_turn(message) for message in messages], **options)
         except Exception as error:  # jinja's own, or what a template raises about roles
-            raise UserError(f"data.template: the chat template refuses the conversation: {error}") from error
-        return str(text)
+            raise _Refused(f"data.template: the chat template refuses the conversation: {error}") from error
+
+    @cached_property
+    def _takes_tools(self) -> bool:
+        """Whether the chat template writes the definitions of tools: some pass over them."""
+        turns = [rendered_turn(message) for message in PROBE.prompt]
+        function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+        tools: Any = [{"type": "function", "function": function}]
+        text = self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **self.chat_template_kwargs)
+        return "probe" in str(text)
+
+    @cached_property
+    def _end_text(self) -> str:
+        return self._decode([self.end_id])
 
     def _remedy(self, messages: Sequence[Message]) -> str:
         """What to do about a conversation that the chat template refuses, where that is known."""
@@ -376,12 +467,17 @@ class Template:
             return "; two turns of one role follow each other: join them into one, or use data.template: plain"
         return "; mend the row, or use data.template: plain"
 
-    def _chat_end_id(self) -> int:
-        """The special token that the template writes after an assistant's turn; it need not be the EOS (Llama 3)."""
+    def _chat_lead_and_end(self) -> tuple[str, int]:
+        """Whitespace that the template writes before an assistant's turn (Mistral), and the special token after it.
+
+        That need not be the EOS (Llama 3).
+        """
         text = self._chat_text([*PROBE.prompt, Message("assistant", _PROBE_ANSWER)], answered=True)
-        after = self._encode(text.rpartition(_PROBE_ANSWER)[2])
+        before, _, behind = text.rpartition(_PROBE_ANSWER)
+        lead = before.removeprefix(self._chat_text(PROBE.prompt))
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        return next((token for token in after if token in special), self.tokenizer.eos_token_id)
+        end = next((token for token in self._encode(behind) if token in special), self.tokenizer.eos_token_id)
+        return "" if lead.strip() else lead, end
 
 
 def template_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Template:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from calibtrain.confidence.answering import Answerer, answer_metrics
 from calibtrain.config import EvaluationConfig
-from calibtrain.data.rows import find_layout, record_from_row
+from calibtrain.data.layout import find_layout
+from calibtrain.data.rows import record_from_row
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World
 from calibtrain.errors import UserError

@@ -137,6 +137,7 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
             config.trains_on_pairs and not wanting,
             drops,
             unpaired=config.trains_unpaired,
+            every_turn=config.data.every_turn,
         )
         if config.trains_unpaired and len(train) <= READ_WHOLE:
             mismatched([one for (one,) in examples], config.data.max_length, tokenizer.bos_token_id)
@@ -193,7 +194,8 @@ def longest(checked: Checked, count: int = 3) -> list[tuple[int, str]]:
     found = []
     for group in by_length[: 4 * count]:  # all that are cut are equally long, so that a few more are looked at
         record = checked.learned[group[0].record_id]
-        whole = len(checked.template.prompt_ids(record)) + max(one.completion_length for one in group)
+        asked = len(checked.template.prompt_ids(record)) if record.prompt else 0
+        whole = asked + max(one.answer_length for one in group)
         found.append((whole, record.origin or record.question))
     return sorted(found, reverse=True)[:count]
 
@@ -257,7 +259,7 @@ def _ask(template: Template, records: Sequence[Record], shots: Sequence[Record] 
     Raises the UserError of the first one that it refuses, where it refuses more than the share `most`.
     """
     refused: list[UserError] = []
-    for index, record in enumerate(records):
+    for index, record in enumerate(record for record in records if record.prompt):
         try:
             template.prompt_text(record, shots if index == 0 else ())
         except UserError as error:

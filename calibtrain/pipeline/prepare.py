@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from calibtrain.config import FileSource, MixtureSource, RunConfig
@@ -110,6 +111,7 @@ def prepare(config: RunConfig) -> Prepared:
         once=once,
     )
     check_options(config, task, splits)
+    _check_weights(config, splits["train"])
     shots = _add_shown(config, splits)
     composition = None
     if splits["calibration"]:
@@ -130,7 +132,7 @@ def _add_shown(config: RunConfig, splits: dict[str, Sequence[Record]]) -> list[R
     for record in splits["train"]:
         if len(found) == data.few_shot_raw:
             break
-        if record.chosen is not None:
+        if record.chosen is not None and record.prompt and not (record.tools or record.calls):
             found.setdefault(record.id, record)
     return list(found.values())
 
@@ -139,7 +141,13 @@ def _prepare_stored(config: RunConfig) -> Prepared:
     """As `prepare`, with the training records left on disk."""
     data, drops, task = config.data, DropReport(strict=config.data.strict), task_of(config.task)
     assert isinstance(data.source, FileSource)
-    made = Made(config.seed, config.trains_unpaired, config.task.model_dump_json(), task.asked, task.gradable)
+    made = Made(
+        config.seed, config.trains_unpaired, config.task.model_dump_json(), partial(_asked, task=task), task.gradable
+    )
+    if "weight" in data.source.columns and not config.objective.needs.weighs:
+        raise UserError(
+            f"data.source.columns: objective.name: {config.objective.name} does not weigh its records; leave weight out"
+        )
     records = stored_records(data.source, made, cache_directory() / "records", drops)
     read = len(records) + len(drops.unfit)
     check_share(drops.unfit, read, data.max_dropped, data.source.called)
@@ -178,6 +186,11 @@ def with_examples(config: RunConfig, prepared: Prepared | None = None) -> RunCon
     return config.model_copy(update={"data": config.data.model_copy(update={"examples": examples})})
 
 
+def _asked(record: Record, task: Task) -> Record:
+    """As the task asks it; a text that is learned as it stands asks nothing."""
+    return task.asked(record) if record.prompt else record
+
+
 def _read_source(
     config: RunConfig, source: Source, task: Task, drops: DropReport, labelled: bool = False
 ) -> tuple[list[Record], int]:
@@ -187,7 +200,7 @@ def _read_source(
     records = []
     for record in loaded:
         try:
-            records.append(task.asked(record))
+            records.append(_asked(record, task))
         except UserError as error:
             drops.refuse(error, record.origin or record.question, record.question)
     unfit = drops.unfit[known:]
@@ -196,6 +209,16 @@ def _read_source(
     if not records:
         raise UserError(f"{source.called}: the data set is empty")
     return records, read
+
+
+def _check_weights(config: RunConfig, train: Sequence[Record]) -> None:
+    """Raise UserError where records have weights that the objective would pass over."""
+    weighed = next((record for record in train if record.weight != 1.0), None)
+    if weighed is not None and not config.objective.needs.weighs:
+        raise UserError(
+            f"{weighed.origin or weighed.question}: weight {weighed.weight:g}, and objective.name: {config.objective.name} "
+            "does not weigh its records (sft does); leave weight out of the source's columns"
+        )
 
 
 def needs_rejected(config: RunConfig, prepared: Prepared) -> bool:

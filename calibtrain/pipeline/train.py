@@ -229,10 +229,11 @@ def training_examples(
         return []
     room, unpaired = config.data.max_length, config.trains_unpaired
     train, pairs = prepared.splits["train"], config.trains_on_pairs
+    every_turn = config.data.every_turn
     if config.data.streams:
         kept = KEPT_STEPS * config.training.global_batch_size
-        return lazy_examples(train, template, room, pairs, prepared.drops, kept)
-    examples = encode_records(train, template, room, pairs, prepared.drops, unpaired=unpaired)
+        return lazy_examples(train, template, room, pairs, prepared.drops, kept, every_turn=every_turn)
+    examples = encode_records(train, template, room, pairs, prepared.drops, unpaired=unpaired, every_turn=every_turn)
     if unpaired:
         labelled = [one for (one,) in examples]
         examples = list(zip(labelled, mismatched(labelled, room, template.tokenizer.bos_token_id), strict=True))

@@ -18,7 +18,7 @@ from calibtrain.distributed import World, gather_lists
 from calibtrain.errors import Preempted, UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.records import CheckpointRecord, EvaluationRecord, MicroBatchRecord, SpectraRecord, StepRecord
-from calibtrain.losses.terms import ANSWER, QUERY, Batch, global_counts
+from calibtrain.losses.terms import ANSWER, QUERY, Batch, divisor, global_counts
 from calibtrain.models.loss_model import StepStatistics, TrainStep
 from calibtrain.records import Record
 from calibtrain.training.answer_stream import AnswerStream
@@ -207,7 +207,7 @@ class Trainer:
         batches = [self._micro_batch(step, number, len(mine), chosen) for number, chosen in enumerate(mine)]
         totals = global_counts(self.engine.module, [one.batch for one in batches])  # type: ignore[arg-type]
         # DeepSpeed averages gradients over ranks, so the global mean is the sum over ranks times their number.
-        divisors = {name: (total.clamp(min=1) / self.world.size).float() for name, total in totals.items()}
+        divisors = {name: (divisor(total) / self.world.size).float() for name, total in totals.items()}
         return [replace(one, divisors=divisors) for one in batches]
 
     def _micro_batch(self, step: int, number: int, count: int, indices: Sequence[int]) -> TrainStep:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from calibtrain.data.collate import collate, pack_rows, row_tokens
 from calibtrain.data.encode import Encoded
+from calibtrain.data.turns import IGNORED
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
 
@@ -24,6 +25,13 @@ def sequences(draw):
         prompt = draw(st.lists(TOKENS, min_size=1, max_size=9))
         for role in {"pair": (CHOSEN, REJECTED), "chosen": (CHOSEN,), "answer": (ANSWER,)}[kind]:
             completion = draw(st.lists(TOKENS, min_size=1, max_size=6))
+            labels = ()
+            if kind == "chosen" and draw(
+                st.booleans()
+            ):  # a conversation; its first answer begins it, the last one ends it
+                between = draw(st.lists(st.sampled_from([IGNORED, 3, 7]), max_size=4))
+                labels = (*completion[:1], *between, 4)
+                completion = [*completion[:1], *draw(st.lists(TOKENS, min_size=len(between), max_size=len(between))), 4]
             made.append(
                 Encoded(
                     (*prompt, *completion),
@@ -32,6 +40,7 @@ def sequences(draw):
                     record_id=index,
                     pair_id=index if kind == "pair" else -1,
                     correct=float(draw(st.booleans())) if kind == "answer" else math.nan,
+                    labels=labels,
                 )
             )
     return made
@@ -39,12 +48,14 @@ def sequences(draw):
 
 def expected_targets(encoded, scope):
     """(sequence, id that predicts, its position in the sequence, target, is completion), by the definition."""
-    return [
-        (s, one.ids[t - 1], t - 1, one.ids[t], t >= one.completion_start)
-        for s, one in enumerate(encoded)
-        for t in range(1, len(one.ids))
-        if t >= one.completion_start or (scope == "full" and one.role == CHOSEN)
-    ]
+    found = []
+    for s, one in enumerate(encoded):
+        labels = [IGNORED] * one.completion_start + list(one.labels or one.ids[one.completion_start :])
+        for t in range(1, len(one.ids)):
+            learned = labels[t] != IGNORED
+            if learned or (scope == "full" and one.role == CHOSEN):
+                found.append((s, one.ids[t - 1], t - 1, labels[t] if learned else one.ids[t], learned))
+    return found
 
 
 def found_targets(batch):

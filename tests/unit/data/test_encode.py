@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -114,3 +115,11 @@ def test_a_pair_of_one_and_the_same_answer_teaches_nothing(template):
     found = encode_records([same, other], template, 64, True, drops)
     assert [group[0].record_id for group in found] == [1]
     assert drops.lines() == ["1 dropped: chosen and rejected are the same answer (e.g. pairs.jsonl:0)"]
+
+
+def test_a_row_of_no_weight_is_left_out_and_the_others_keep_theirs(template):
+    records = [replace(record(origin="f:1"), weight=0.0), replace(record(), weight=2.5)]
+    drops = DropReport()
+    [(one,)] = encode_records(records, template, 64, pairs=False, drops=drops)
+    assert (one.record_id, one.weight) == (1, 2.5)
+    assert drops.lines() == ["1 dropped: weight 0 (e.g. f:1)"]

@@ -24,6 +24,7 @@ def sequences() -> list[Encoded]:
         encoded.append(Encoded((*prompt, *ids(chosen)), prompt_length, CHOSEN, pair, pair))
         encoded.append(Encoded((*prompt, *ids(rejected)), prompt_length, REJECTED, pair, pair))
     encoded.append(Encoded((*ids(4), *ids(3)), 4, ANSWER, 9, correct=1.0))
+    encoded.append(Encoded((*ids(4), *ids(5)), 4, CHOSEN, 10, labels=(5, -100, -100, 7, 8)))  # a conversation
     return encoded
 
 
@@ -50,7 +51,7 @@ def test_equals_separate_rows(scope: str, packing: int | None, attention: str) -
 
 def test_one_prompt_pass_for_each_pair() -> None:
     shared, separate = collate(sequences(), 0, shared_prefix=True), collate(sequences(), 0)
-    assert shared.input_ids.shape[0] == 4
+    assert shared.input_ids.shape[0] == 5
     assert int((shared.segment_ids > 0).sum()) < int((separate.segment_ids > 0).sum())
     assert shared.targets.equal(separate.targets)
     assert shared.sequence_ids.equal(separate.sequence_ids)

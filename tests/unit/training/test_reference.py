@@ -7,6 +7,7 @@ import torch
 
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
+from calibtrain.data.turns import IGNORED
 from calibtrain.losses.calibration_tuning import DivergenceAnchor
 from calibtrain.losses.terms import ANSWER, CHOSEN, mean_loss
 from calibtrain.models.policy import Policy
@@ -18,6 +19,7 @@ SEQUENCES = [
     Encoded((7, 8, 9, 10, 44, 1), 4, CHOSEN, 1),
     Encoded((6, 1), 1, ANSWER, 2, correct=0.0),
 ]
+CONVERSATION = Encoded((7, 8, 9, 10, 44, 1), 2, CHOSEN, 1, labels=(9, IGNORED, IGNORED, 3))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
@@ -34,6 +36,19 @@ def test_reference_logprobs_are_the_models_own(batch_size):
         expected = table[before.completion_start - 1 :]
         torch.testing.assert_close(torch.tensor(after.reference_logprobs), expected, rtol=1e-5, atol=1e-5)
         model.train()
+
+
+def test_reference_logprobs_of_a_conversation_are_those_of_its_labels():
+    policy = Policy(tiny_model())
+    [found, other] = with_reference_logprobs(policy, [CONVERSATION, SEQUENCES[0]], 2)
+    with torch.no_grad():
+        table = policy.causal_model(input_ids=torch.tensor([found.ids])).logits[0].log_softmax(-1)
+    expected = torch.stack([table[1, 9], table[4, 3]])
+    torch.testing.assert_close(torch.tensor(found.reference_logprobs), expected, rtol=1e-5, atol=1e-5)
+    for scope, place in (("completion", [0, 1]), ("full", [1, 4])):
+        values = collate([found, other], 2, scope).reference_logprob
+        torch.testing.assert_close(values[place], expected, rtol=1e-5, atol=1e-5)
+        assert int((~values.isnan()).sum()) == 2 + len(other.reference_logprobs)
 
 
 def test_the_anchor_is_zero_at_the_reference_and_pulls_back_to_it():
