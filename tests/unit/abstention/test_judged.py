@@ -70,7 +70,7 @@ def test_a_judges_errors_do_not_break_the_promise_that_his_grades_alone_would():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("audits", "risk"), [(80, 0.2), (120, 0.15)])
+@pytest.mark.parametrize(("audits", "risk"), [(80, 0.2), (120, 0.15), (240, 0.1)])
 def test_over_2000_draws_the_promise_is_broken_at_most_as_often_as_delta(audits, risk):
     draws, delta = 2000, 0.1
     ours, naive, covers, alone = violations(Population(), draws, 500, audits, risk, delta)
@@ -78,7 +78,7 @@ def test_over_2000_draws_the_promise_is_broken_at_most_as_often_as_delta(audits,
         f"audits {audits}, risk {risk}: ours {ours}, naive {naive}, coverage {covers:.3f}, by audits alone {alone:.3f}"
     )
     assert ours <= delta * draws
-    assert naive > 2 * delta * draws
+    assert naive > 1.2 * delta * draws
 
 
 def test_a_good_judge_is_worth_audits():
