@@ -53,8 +53,9 @@ class FileSource(Section):
     As `data.source` alone; .json is read whole once."""
     columns: Columns = Field(default={})
     """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options, tools, text,
-    weight, id) to the file's column; `strata` lists the columns whose values group the questions, `fields` those that the
-    task or the prompt reads; `options` and `context` (passages to answer by) are one column of lists or a list of columns."""
+    weight, id) to the file's column; `strata` lists the columns whose values group the questions, `fields` those
+    that the task or the prompt reads; `options` and `context` (passages to answer by) are one column of lists or a list
+    of columns."""
 
     @property
     def called(self) -> str:
@@ -80,8 +81,9 @@ class HubSource(Section):
     """At most so many rows are read; required when streaming."""
     columns: Columns = Field(default={})
     """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options, tools, text,
-    weight, id) to the data set's column; `strata` lists the columns whose values group the questions, `fields` those that the
-    task or the prompt reads; `options` and `context` (passages to answer by) are one column of lists or a list of columns."""
+    weight, id) to the data set's column; `strata` lists the columns whose values group the questions, `fields` those
+    that the task or the prompt reads; `options` and `context` (passages to answer by) are one column of lists or a list
+    of columns."""
 
     @model_validator(mode="after")
     def _streaming_needs_limit(self) -> HubSource:
