@@ -239,7 +239,7 @@ def run(
         console.print(
             f"{answerer.loaded.config.name} answers at http://{shown}:{listener.getsockname()[1]}", markup=False
         )
-        certified = answerer.default.certificate is not None
+        certified = answerer.default.certified
         console.print(
             f"{answerer.default.promise} {answerer.default.limit}",
             markup=False,

@@ -115,7 +115,7 @@ def lazy_examples(
     drops: DropReport,
     kept: int,
     *,
-    every_turn: bool,
+    every_turn: bool = True,
 ) -> Lazy[tuple[Encoded, ...]]:
     """As `encode_records`, each record when it is asked for; the last `kept` stay in memory.
 

@@ -52,18 +52,18 @@ def read_reply(template: Template, ids: Sequence[int], record: Record) -> Reply:
     offset = max(0, "".join(pieces).find(text))
     ends = list(accumulate(map(len, pieces)))
 
-    def tokens(start: int, stop: int) -> Span:
-        """Tokens that hold any of the text's characters [start, stop)."""
+    def tokens(start: int, stop: int, read_to: int = 0) -> Span:
+        """Tokens that hold any of the text's characters [start, stop), and what of them ends it."""
         if start == stop:  # nothing was found: the reply as a whole says it
             return begin, len(ids)
         first = next(i for i, end in enumerate(ends) if end > start + offset)
-        last = next(i for i, end in enumerate(ends) if end >= stop + offset)
+        last = next(i for i, end in enumerate(ends) if end >= max(stop, read_to) + offset)
         return begin + first, len(ids) if stop == len(text) else begin + last + 1
 
     return Reply(
         text,
         reading,
-        tokens(reading.start, reading.stop),
-        tuple(tokens(one.start, max(one.stop, one.read_to)) for one in reading.parts),
+        tokens(reading.start, reading.stop, reading.read_to),
+        tuple(tokens(one.start, one.stop, one.read_to) for one in reading.parts),
         tuple(sorted({i for start, stop in reading.spans for i in range(*tokens(start, stop))})),
     )

@@ -47,7 +47,7 @@ COLUMNS = {
     "flags": np.uint8,
 }
 """The index: an array a column, an entry a record, in draw order."""
-CHOSEN, REJECTED, GRADABLE = 1, 2, 4
+CHOSEN, REJECTED, GRADABLE, CONVERSATION = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ class StoredRecords(Sequence[Record]):
         return StoredRecords(self.store, self.rows[mask])
 
     def flagged(self, flag: int) -> np.ndarray:
-        """Which of them are CHOSEN (have an answer to learn), REJECTED (one to avoid) or GRADABLE. (n,) bool."""
+        """Which of them are CHOSEN (have an answer to learn), REJECTED (one to avoid), GRADABLE, or a CONVERSATION that
+        teaches earlier answers too. (n,) bool.
+        """
         return (self.column("flags") & flag) > 0
 
     def likenesses(self) -> list[Record]:
@@ -235,9 +237,12 @@ def _records(
 def _note(columns: Mapping[str, Any], record: Record, made: Made, cell: int, offset: int, length: int) -> None:
     """One entry of the index."""
     own, seed = record.id, made.seed
-    said = repr((record.prompt, record.chosen, record.rejected, record.accepted, record.context))
+    said = repr(
+        (record.prompt, record.chosen, record.calls, record.rejected, record.accepted, record.tools, record.context)
+    )
     content = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     flags = CHOSEN * (record.chosen is not None) + REJECTED * (record.rejected is not None)
+    flags += CONVERSATION * (len(record.taught) > 1)
     values = {
         "offset": offset,
         "length": length,

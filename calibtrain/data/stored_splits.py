@@ -10,7 +10,7 @@ from calibtrain.config_data import SplitSizes
 from calibtrain.data.calibration_set import chosen_places
 from calibtrain.data.drops import EXAMPLES_KEPT, DropReport
 from calibtrain.data.splits import EVALUATION_SPLITS, SHARES, TOO_FEW_EXAMPLES, VALIDATION_SHARE, cannot_fill
-from calibtrain.data.stored import CHOSEN, GRADABLE, REJECTED, StoredRecords
+from calibtrain.data.stored import CHOSEN, CONVERSATION, GRADABLE, REJECTED, StoredRecords
 from calibtrain.errors import UserError
 from calibtrain.records import Record
 
@@ -32,10 +32,13 @@ def split_stored(
     evaluates = any(getattr(sizes, name) for name in EVALUATION_SPLITS)
     names = tuple(SHARES) if evaluates and held_out is None else ("train",)
     pools = _pools(records, names)
+    ids = np.zeros(0, dtype=np.uint64)
     if held_out is not None:
         ids = np.array([int(record.id, 16) for record in held_out], dtype=np.uint64)
         train = pools["train"]
         pools["train"] = _kept(train, ~np.isin(train.column("id"), ids), "question held out for evaluation", drops)
+    evaluated = [pool.column("id") for name, pool in pools.items() if name != "train" and getattr(sizes, name, False)]
+    pools["train"] = _not_taught(pools["train"], np.concatenate([ids, *evaluated]), drops)
     learnable = pools["train"].flagged(CHOSEN | REJECTED if undesirable else CHOSEN)
     train = _kept(pools["train"], learnable, "no answer to learn", drops)
     train = _kept(train, _first(train.column("content")), "the same row again", drops)
@@ -73,6 +76,14 @@ def _pools(records: StoredRecords, names: Sequence[str]) -> dict[str, StoredReco
         pools[name], left = records.where(here), left & ~here
         position = position - SHARES[name]
     return {**pools, names[-1]: records.where(left)}
+
+
+def _not_taught(train: StoredRecords, held_out: np.ndarray, drops: DropReport) -> StoredRecords:
+    """Without the conversations of which an earlier turn answers a held-out question; only conversations are read."""
+    keeps, known = np.ones(len(train), dtype=bool), set(held_out.tolist())
+    for place in np.flatnonzero(train.flagged(CONVERSATION)).tolist() if known else ():
+        keeps[place] = known.isdisjoint(int(one, 16) for one in train[place].taught)
+    return _kept(train, keeps, "question held out for evaluation", drops)
 
 
 def _first(keys: np.ndarray) -> np.ndarray:

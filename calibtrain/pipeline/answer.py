@@ -244,7 +244,9 @@ class Answerer:
         if not records:
             return []
         answers, scores, cost, outside = self._scored(records)
-        probabilities = self.calibrated.calibrator.apply(scores).tolist()
+        chances = self.calibrated.calibrator.apply(scores).tolist()
+        # A reply that holds no answer is graded as wrong, however likely it was.
+        probabilities = [chance if one.found else 0.0 for one, chance in zip(answers, chances, strict=True)]
         parts = self._parts(answers)
         return [
             Reply(
@@ -350,7 +352,9 @@ class Answerer:
 
     def _completed(self, question: Asked) -> Question:
         """As the graded questions were asked: under their system prompt, where they had one."""
-        return self.shapes.completed(question_of(question))
+        asked = self.shapes.completed(question_of(question))
+        # The run's own system text stands before every question anyway (data.system).
+        return Question(asked.turns, asked.options) if asked.system == self.loaded.config.data.system else asked
 
     def _record(self, question: Asked) -> Record:
         completed = self._completed(question)

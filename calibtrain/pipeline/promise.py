@@ -186,7 +186,7 @@ class Promises:
             f"Certified for questions like {self.calibrated.scope}: at least {at_least(1 - one.target_risk)} of the replies "
             "hold no wrong claim, on average over the choice of these questions; claims in doubt are withheld."
         )
-        limit = f"{ELSEWHERE} A reply of which nothing is left counts as one without a wrong claim."
+        limit = f"{self.elsewhere} A reply of which nothing is left counts as one without a wrong claim."
         return Level(one.threshold, one.target_risk, one.share, None, promise, limit, claims=one)
 
     def _unpromised(self) -> Level:

@@ -85,13 +85,14 @@ def _reading(found: Any, reply: str) -> Reading:
         text = found.strip()
         start = reply.rfind(text)  # what was said last counts; an extractor that knows better returns the span
         whole = start < 0  # written otherwise than the reply has it
-        return Reading(text, 0 if whole else start, len(reply) if whole else start + len(text), found=bool(text))
+        stop = len(reply) if whole else start + len(text)
+        return Reading(text, 0 if whole else start, stop, found=bool(text), read_to=min(stop + 1, len(reply)))
     if not (isinstance(found, tuple | list) and len(found) == 2 and all(_is_index(one) for one in found)):
         raise _NoAnswer(f"it returns {_said(found)}, which is no text, (start, stop) or None")
     start, stop = (int(one) for one in found)
     if not 0 <= start <= stop <= len(reply):
         raise _NoAnswer(f"it returns ({start}, {stop}), which is no span of the reply's {len(reply)} characters")
-    return Reading(reply[start:stop], start, stop, found=stop > start)
+    return Reading(reply[start:stop], start, stop, found=stop > start, read_to=min(stop + 1, len(reply)))
 
 
 def _is_index(value: Any) -> bool:

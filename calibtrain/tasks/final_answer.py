@@ -96,7 +96,7 @@ class FinalAnswer(Task):
         span = final_answer(reply, self.config.answer_in, self.config.pattern, self.narrow)
         if span is None:
             return Reading("", 0, 0, found=False)
-        return Reading(reply[slice(*span)], *span)
+        return Reading(reply[slice(*span)], *span, read_to=min(span[1] + 1, len(reply)))
 
     def asked(self, record: Record) -> Record:
         """The record with the final answers of its accepted ones, or of the reply to learn where it has none.

@@ -43,6 +43,7 @@ class JsonAnswer(Task):
     def __init__(self, config: JsonTask) -> None:
         self.config = config
         schema = read_schema(config.schema_file) if config.schema_file else config.schema
+        self.schema = None if config.tool else schema
         self.place = f"task.schema_file: {config.schema_file}" if config.schema_file else "task.schema"
         self.check: Check = (lambda value: None) if schema is None else checker(schema, self.place)
         self.opening = "[" if isinstance(schema, dict) and schema.get("type") == "array" and not config.tool else "{"

@@ -37,6 +37,7 @@ class Reading:
     found: bool = True  # False: nothing that could be an answer; graded wrong, and counted
     parts: tuple[Part, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()  # what the likelihood reads, where not all of [start, stop); may overlap
+    read_to: int = 0  # its likelihood reads to here, where the answer alone does not tell that it ends (the 12 of 125)
 
 
 @dataclass(frozen=True, slots=True)

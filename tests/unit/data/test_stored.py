@@ -98,6 +98,42 @@ def made(**changes):
     return Made(**{**whole, **changes})
 
 
+def test_a_conversation_that_teaches_a_held_out_question_is_left_out_as_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("CALIBTRAIN_CACHE", str(tmp_path / "cache"))
+    graded = [{"question": f"What is {i}?", "answers": [str(i)]} for i in range(200)]
+
+    def talk(i):
+        asked = [f"What is {i}?", f"And what of {i}?"]
+        said = [(role, text) for one in asked for role, text in (("user", one), ("assistant", f"{i}."))]
+        return {"messages": [{"role": role, "content": text} for role, text in said]}
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(talk(i)) + "\n" for i in range(200)))
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in graded))
+    sizes = {"train": None, "calibration": 0, "temperature": 10, "certification": 10, "test": 10}
+    own = {"kind": "file", "path": str(tmp_path / "asked.jsonl")}
+    there, here = (
+        prepare(
+            RunConfig.model_validate(
+                {
+                    "data": {
+                        "source": {"kind": "file", "path": str(tmp_path / "rows.jsonl"), "streaming": streaming},
+                        "questions": own,
+                        "splits": sizes,
+                    },
+                    "objective": {"name": "sft"},
+                    "penalties": [],
+                }
+            )
+        )
+        for streaming in (True, False)
+    )
+    kept = {record.id for record in here.splits["train"]}
+    assert {record.id for record in there.splits["train"]} == kept
+    held = {record.id for name in ("temperature", "certification", "test") for record in here.splits[name]}
+    assert 0 < len(kept) < 200
+    assert all(held.isdisjoint(record.taught) for record in there.splits["train"])
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".json"])
 def test_every_format_is_kept_as_it_is_read(tmp_path, suffix):
     path, some = tmp_path / f"rows{suffix}", [{"question": f"q{i}", "answers": f"{i}.0"} for i in range(50)]
@@ -133,7 +169,7 @@ def test_what_cannot_be_read_is_told_as_ever(tmp_path):
     source = FileSource(kind="file", path=tmp_path / "rows.jsonl")
     with pytest.raises(UserError, match="no such file"):
         stored_records(source, made(), tmp_path / "cache", DropReport())
-    for text, words in (("", "is empty"), ('{"text": 1}\n', "columns found are text"), ("{\n", ":1: not JSON")):
+    for text, words in (("", "is empty"), ('{"words": 1}\n', "columns found are words"), ("{\n", ":1: not JSON")):
         source.path.write_text(text)
         with pytest.raises(UserError, match=words):
             stored_records(source, made(), tmp_path / "cache", DropReport())

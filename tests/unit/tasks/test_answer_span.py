@@ -19,6 +19,7 @@ from calibtrain.config_tasks import NumberTask
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import encode_answer
 from calibtrain.data.queries import query_record
+from calibtrain.data.replies import read_reply
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.losses import AnswerScoreLoss, CalibrationAwareLoss, MMCELoss, SoftBinnedECELoss
@@ -60,6 +61,15 @@ def test_an_own_answer_knows_its_span(template):
     assert found[2].answer_span is None  # nothing found: all of it is wrong
     assert found[1].answer_span[1] == found[1].completion_length  # "3" is not credited with the chance of "30"
     assert all(one.answer_span is None for one in encoded(template, role=QUERY))
+
+
+def test_what_ends_an_answer_is_read_with_it():
+    """12 has no part of the chance of 125: the brace behind it is read too, and nothing more."""
+    template = Template("chat", tiny_tokenizer(), task=Number(NumberTask(answer_in=("boxed",))))
+    for said, read in ((r"so \boxed{12} it is", "12}"), (r"so \boxed{12}", "12}"), ("so \\boxed{1", None)):
+        ids = [*template.tokenizer(said, add_special_tokens=False)["input_ids"], template.end_id]
+        reply = read_reply(template, ids, RECORDS[0])
+        assert template.tokenizer.decode(ids[slice(*reply.span)]).removeprefix("{") == (read or said + "<|im_end|>")
 
 
 @pytest.mark.parametrize("packing", [None, 400])
