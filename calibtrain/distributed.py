@@ -182,16 +182,20 @@ def wait_for_main(call: Callable[[], None]) -> None:
         return call()
     store, key = dist.distributed_c10d._get_default_store(), f"calibtrain/waited/{next(_WAITS)}"
     if dist.get_rank() == 0:
+        told = "done"
         try:
             call()
         except BaseException as error:
-            store.set(key, f"{type(error).__name__}\n{error}")
+            told = f"{type(error).__name__}\n{error}"
             raise
-        store.set(key, "done")
+        finally:
+            store.set(key, told)
+            barrier()  # rank 0 holds the store: it stays until all have read
         return None
     while not store.check([key]):
         time.sleep(WAIT_SECONDS)
     kind, _, words = store.get(key).decode().partition("\n")
+    barrier()
     if kind != "done":
         raise UserError(words) if kind == UserError.__name__ else RuntimeError(f"rank 0 failed: {kind}: {words}")
     return None

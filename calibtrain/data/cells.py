@@ -25,7 +25,7 @@ _PRINTED = (
 def opened(value: Any, field: str, cells: bool, place: str) -> Any:
     """Text, or the list of messages that the value is; whatever else it is comes back as it is."""
     if not isinstance(value, str):
-        said = field in SAID and not (isinstance(value, dict) and "role" in value)
+        said = field in SAID and not (isinstance(value, dict) and {"role", "from"} & value.keys())
         text = (json_text(value) if said else None) or text_of(value)
         return value if text is None else text
     if _ONE_PRINTED.fullmatch(value):

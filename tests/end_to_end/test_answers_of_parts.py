@@ -165,7 +165,7 @@ def test_claims_are_withheld_one_by_one(finished):
     assert (level.claims.threshold, level.risk) == (first["certificate"]["threshold"], 0.15)
     assert "at least 85% of the replies hold no wrong claim, on average over the choice" in level.promise
     replies = answerer.answers([one.question for one in measured(config, "test")])
-    assert all(one.certified for one in replies)
+    assert all(one.certified != one.unlike for one in replies)
     claims, kept = 0, 0
     for reply in replies:
         stays = [part.text for part in reply.parts if part.kept]

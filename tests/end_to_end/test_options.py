@@ -9,6 +9,7 @@ import pytest
 
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
+from calibtrain.pipeline.question import question_of
 from calibtrain.records import unit_hash
 from tests.distributed.jobs import metrics, write_job
 
@@ -103,14 +104,14 @@ def test_what_was_calibrated_is_what_answers(finished):
         assert reply.probability == pytest.approx(float(probabilities[index]), abs=1e-4)
         inside = calibrated.prediction_sets.of(answer.options, answer.option_logprobs)
         assert reply.prediction_set == tuple(listed.get(one, one) for one in inside)
-        assert answerer.prompt_tokens(question, **options) == reply.prompt_tokens
+        assert answerer.prompt_tokens(question_of(question, options.get("options", ()))) == reply.prompt_tokens
     if kind == "choice":
         with pytest.raises(UserError, match="without options"):
             answerer.answer("Where is town 1?")
-        with pytest.raises(UserError, match="the option contains"):
+        with pytest.raises(UserError, match="an option contains"):
             answerer.answer("Where is town 1?", options=["a", "b<|im_end|>"])
         with pytest.raises(UserError, match="2 for 1 questions"):
-            answerer.guess(["Where is town 1?"], options=[["a", "b"], ["c", "d"]])
+            answerer.answers(["Where is town 1?"], options=[["a", "b"], ["c", "d"]])
     assert calibrated.prediction_sets.n == SIZES["certification"]
     assert calibrated.prediction_sets.alpha == 0.2
 

@@ -154,10 +154,12 @@ def test_templates_that_pass_over_tools_are_told():
     ]:
         template = Template("plain", tiny_tokenizer()) if name == "plain" else Template("chat", family_tokenizer(name))
         with pytest.raises(UserError, match=told):
-            encode_records([record_of(CALLED, **row)], template, 2000, pairs=False, drops=DropReport())
+            encode_records([record_of(CALLED, **row)], template, 2000, pairs=False, drops=DropReport(strict=True))
     result = record_of([CALLED[0], {"role": "assistant", "content": "I look."}, *CALLED[2:]])
     with pytest.raises(UserError, match=r"rows:1: .*leaves the results of tools out"):
-        encode_records([result], Template("chat", family_tokenizer("phi")), 2000, pairs=False, drops=DropReport())
+        encode_records(
+            [result], Template("chat", family_tokenizer("phi")), 2000, pairs=False, drops=DropReport(strict=True)
+        )
 
 
 def test_what_a_template_says_of_a_call_names_the_row():
@@ -166,7 +168,11 @@ def test_what_a_template_says_of_a_call_names_the_row():
         UserError, match=r"rows:1: .*the chat template refuses the conversation: Tool call IDs should be"
     ):
         encode_records(
-            [record_of(nameless)], Template("chat", family_tokenizer("mistral")), 2000, pairs=False, drops=DropReport()
+            [record_of(nameless)],
+            Template("chat", family_tokenizer("mistral")),
+            2000,
+            pairs=False,
+            drops=DropReport(strict=True),
         )
 
 
@@ -244,14 +250,14 @@ def test_a_conversation_is_cut_from_its_left_at_whole_answers():
         (lengths[1], 1),
         (lengths[2] + 1, 1),
     ]:
-        drops = DropReport()
+        drops = DropReport(strict=True)
         [[one]] = encode_records([record], template, room, pairs=False, drops=drops)
         assert len(one.ids) == room
         assert list(one.ids[-lengths[3 - kept] :]) == whole.ids[-lengths[3 - kept] :]
         assert one.completion_start == room - lengths[3 - kept]
         assert one.answer_length == lengths[2]
         assert drops.shortened == (room < len(whole.ids))
-    drops = DropReport()
+    drops = DropReport(strict=True)
     with pytest.raises(UserError, match="the answer alone fills max_length"):
         encode_records([record], template, lengths[2], pairs=False, drops=drops)
 
@@ -259,21 +265,21 @@ def test_a_conversation_is_cut_from_its_left_at_whole_answers():
 def test_the_last_turn_alone_where_asked():
     template = Template("chat", family_tokenizer("llama3"))
     record = record_of(TURNS)
-    [[last]] = encode_records([record], template, 512, pairs=False, drops=DropReport(), every_turn=False)
-    [[every]] = encode_records([record], template, 512, pairs=False, drops=DropReport())
+    [[last]] = encode_records([record], template, 512, pairs=False, drops=DropReport(strict=True), every_turn=False)
+    [[every]] = encode_records([record], template, 512, pairs=False, drops=DropReport(strict=True))
     assert last.ids == every.ids
     assert (last.labels, last.completion_length) == ((), len(template.completion_ids("Australia")))
     assert every.completion_length == sum(
         len(template.completion_ids(turn["content"])) for turn in TURNS if turn["role"] == "assistant"
     )
-    [[pair]] = [encode_records([record], template, 512, pairs=False, unpaired=True, drops=DropReport())]
+    [[pair]] = [encode_records([record], template, 512, pairs=False, unpaired=True, drops=DropReport(strict=True))]
     assert pair[0].labels == ()
 
 
 def test_whitespace_that_a_template_writes_before_an_answer_is_learned_with_it():
     template = Template("chat", family_tokenizer("mistral"))
     record = replace(record_of(TURNS), learned=())
-    [[one]] = encode_records([record], template, 512, pairs=False, drops=DropReport())
+    [[one]] = encode_records([record], template, 512, pairs=False, drops=DropReport(strict=True))
     whole = template.tokenizer.apply_chat_template(rendered(record), tokenize=True)["input_ids"]
     assert (list(one.ids), one.completion_start) == (whole, len(template.prompt_ids(record)))
     assert template.decode_answer(one.ids[one.completion_start :]) == "Australia"
@@ -284,10 +290,10 @@ def test_whitespace_that_a_template_writes_before_an_answer_is_learned_with_it()
 def test_a_text_is_learned_as_it_stands_in_pieces():
     template = Template("plain", tiny_tokenizer(add_bos=True))
     record = record_from_row({"text": "The quick brown fox."}, find_layout(["text"], {}, "rows"), "rows:1")
-    [[one]] = encode_records([record], template, 512, pairs=False, drops=DropReport())
+    [[one]] = encode_records([record], template, 512, pairs=False, drops=DropReport(strict=True))
     assert template.tokenizer.decode(one.ids) == "<|bos|>The quick brown fox.<|im_end|>"
     assert (one.completion_start, one.labels) == (1, ())
-    [pieces] = encode_records([record], template, 5, pairs=False, drops=DropReport())
+    [pieces] = encode_records([record], template, 5, pairs=False, drops=DropReport(strict=True))
     assert all(len(piece.ids) <= 5 for piece in pieces)
     assert [id for piece in pieces for id in piece.ids[1:]] == list(one.ids[1:])
     assert {piece.completion_start for piece in pieces} == {1}

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from calibtrain.data.rows import find_layout, record_from_row
+from calibtrain.data.layout import find_layout
+from calibtrain.data.rows import record_from_row
 from calibtrain.errors import UserError
 
 CITY = {"city": "Zürich", "tags": ["a", "b"]}

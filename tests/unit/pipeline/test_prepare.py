@@ -67,7 +67,7 @@ def test_what_the_whole_file_lacks_is_told_at_once(tmp_path):
     for lines, words in (
         ([], "is empty"),
         (["["], "named .json"),
-        (['{"text": "x"}'] * 60, "the columns found are text"),
+        (['{"words": "x"}'] * 60, "the columns found are words"),
     ):
         with pytest.raises(UserError, match=words):
             prepare(config(tmp_path / "rows.jsonl", lines))
