@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from calibtrain.config_base import BelowOne, Count, Fraction, Positive, Risk, Section, Weight
+from calibtrain.config_checks import unfit_answers, unfit_for_objective
 from calibtrain.config_data import DataConfig, FileSource, GeographySource, HubSource, MixtureSource, SplitSizes
 from calibtrain.config_losses import (
     AnswerScoreConfig,
@@ -311,7 +312,7 @@ class RunConfig(Section):
             )
         if self.model.compile and self.training.zero_stage == 3:
             raise ValueError("model.compile needs weights that are whole in a layer's forward: zero_stage 0, 1 or 2")
-        if problem := _unfit_for_objective(self):
+        if problem := unfit_for_objective(self):
             raise ValueError(problem)
         names = [getattr(penalty, "loss", penalty.name) for penalty in self.penalties]
         if len(set(names)) != len(names):
@@ -325,7 +326,7 @@ class RunConfig(Section):
             raise ValueError("tracking.spectra_every reads trained weights or LoRA, not model.adapter; set it to 0")
         if self.model.lora is not None and any(penalty.scale == "free" for penalty in self.weight_penalties):
             raise ValueError("weight_penalties: scale: free has no closed form under model.lora; take scale: fixed")
-        if problem := _unfit_answers(self):
+        if problem := unfit_answers(self):
             raise ValueError(problem)
         if self.training.evaluate_every and self.data.splits.calibration == 0:
             raise ValueError("training.evaluate_every needs questions: set data.splits.calibration to 128..512")
@@ -388,46 +389,3 @@ class RunConfig(Section):
     def resolved(self) -> dict[str, Any]:
         """Plain dict of every value, as written to config.yaml."""
         return self.model_dump(mode="json")
-
-
-def _unfit_answers(config: RunConfig) -> str | None:
-    """What penalties on own answers cannot do without."""
-    answering = config.penalties_on_answers
-    if answering and config.data.splits.calibration == 0:
-        return f"penalties.{answering[0].name} needs questions: set data.splits.calibration to 128..512"
-    for key in OwnAnswersConfig.model_fields.keys() - {"name"}:
-        values = {penalty.name: getattr(penalty, key) for penalty in answering}
-        if len(set(values.values())) > 1:
-            return f"penalties share one stream of answers, so {key} must be the same in each, got {values}"
-    return None
-
-
-def _unfit_for_objective(config: RunConfig) -> str | None:
-    """What an objective cannot be combined with, by what it needs."""
-    name, needs, training = config.objective.name, config.objective.needs, config.training
-    anchored = [penalty.name for penalty in config.penalties if penalty.needs.reference == "log-probs"]
-    if needs.data == "relabelled" and anchored:
-        return f"penalties.{anchored[0]} needs training data that stays, and objective.name: {name} labels its anew"
-    if config.data.streams and (needs.data not in ("records", "pairs") or needs.statements != "none"):
-        return f"data.source.streaming: objective.name: {name} makes its training data of the whole set; leave it out"
-    if config.data.streams and config.needs_reference_logprobs:
-        return "data.source.streaming: a loss asks for the starting model's log-probs of the whole set; leave it out"
-    if needs.module == "reward head":
-        for key, value in (
-            ("penalties", config.penalties),
-            ("training.evaluate_every", training.evaluate_every),
-            ("training.average_last", training.average_last),
-        ):
-            if value:
-                return f"objective.name: {name} trains a scalar head and answers no questions: leave out {key}"
-    if needs.data == "rollouts":
-        in_loss = {penalty.name for penalty in config.penalties if getattr(penalty, "moves", "all") == "all"}
-        if others := sorted(in_loss - {"answer_score"}):
-            return f"objective.name: {name} trains on its own answers: of penalties, answer_score fits, not {others[0]}"
-        if in_loss and config.rollouts.confidence == "stated":
-            return "penalties.answer_score, moves: all, scores a likelihood: set rollouts.confidence to it, or leave it out"
-        if config.rollouts.confidence == "stated" and config.rollouts.reward not in ("brier", "log"):
-            return f"rollouts.confidence: stated is scored by reward: brier or log, not {config.rollouts.reward}"
-        if config.rollouts.confidence == "stated" and config.rollouts.decoupled and not needs.word_credit:
-            return f"rollouts.decoupled needs credit for each word, which {name} has not: set it to false"
-    return None

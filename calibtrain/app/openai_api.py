@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from calibtrain.app.limits import Refusal
 from calibtrain.errors import UserError
-from calibtrain.pipeline.answer import REFUSAL, Reply
 from calibtrain.pipeline.question import Question, question_of
+from calibtrain.pipeline.reply import REFUSAL, Reply
 from calibtrain.records import Message
 
 NEUTRAL: dict[str, tuple[Any, str]] = {

@@ -22,10 +22,11 @@ from calibtrain.app.openai_api import (
     stream,
 )
 from calibtrain.errors import UserError
-from calibtrain.pipeline.answer import Answerer, Reply
+from calibtrain.pipeline.answer import Answerer
 from calibtrain.pipeline.evaluate import read_measurement
 from calibtrain.pipeline.promise import Level
 from calibtrain.pipeline.question import Question
+from calibtrain.pipeline.reply import Reply
 from calibtrain.pipeline.scope import at_least, at_most
 
 try:

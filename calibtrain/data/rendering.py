@@ -1,4 +1,4 @@
-"""Messages as a chat template takes them, and whether it wrote all of them."""
+"""Messages as `plain` writes them and as a chat template takes them, and whether it wrote all of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from calibtrain.data.prompts import CONTEXT
 from calibtrain.errors import UserError
 from calibtrain.records import Message
 
+PLAIN_QUESTION = "Question: {}\nAnswer:"
+PLAIN_ANSWER = " {}"
+PLAIN_BETWEEN = "\n\n"
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What a chat template puts before the tokens that the assistant generates."""
 
@@ -43,3 +47,33 @@ def refuse_tools(messages: Sequence[Message], tools: str) -> None:
     """Raise UserError for what `plain` has no way to write."""
     if tools or any(message.role == "tool" or message.tool_calls for message in messages):
         raise UserError("data.template: plain cannot write tools, their calls and results; use data.template: chat")
+
+
+def system_merged(messages: Sequence[Message]) -> list[Message]:
+    """Each system turn before the text of the user turn that follows it."""
+    merged: list[Message] = []
+    held = ""
+    for message in messages:
+        if message.role == "system":
+            held += message.content.strip() + PLAIN_BETWEEN
+        elif message.role == "user":
+            merged.append(Message("user", held + message.content))
+            held = ""
+        else:
+            merged.append(message)
+    return merged
+
+
+def plain_text(messages: Sequence[Message]) -> str:
+    """A conversation as `plain` writes it."""
+    parts: list[str] = []
+    for message in messages:
+        if message.role == "assistant":
+            parts.append(PLAIN_ANSWER.format(message.content.strip()) + PLAIN_BETWEEN)
+        elif message.role == "system":
+            parts.append(message.content.strip() + PLAIN_BETWEEN)
+        elif message.role == "context":
+            parts.append(CONTEXT.format(message.content.strip()) + "\n")
+        else:
+            parts.append(PLAIN_QUESTION.format(message.content.strip()))
+    return "".join(parts)

@@ -15,8 +15,19 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from calibtrain.data.prompts import CONTEXT, PROBE, Prompts, context_merged, prompts_of, with_less_context
-from calibtrain.data.rendering import MARKS, check_written, refuse_tools, rendered_turn
+from calibtrain.data.decoding import token_texts
+from calibtrain.data.prompts import PROBE, Prompts, context_merged, prompts_of, with_less_context
+from calibtrain.data.rendering import (
+    MARKS,
+    PLAIN_ANSWER,
+    PLAIN_BETWEEN,
+    PLAIN_QUESTION,
+    check_written,
+    plain_text,
+    refuse_tools,
+    rendered_turn,
+    system_merged,
+)
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record
 from calibtrain.tasks.kinds import task_of
@@ -29,9 +40,6 @@ if TYPE_CHECKING:
 
     from calibtrain.config import RunConfig
 
-PLAIN_QUESTION = "Question: {}\nAnswer:"
-PLAIN_ANSWER = " {}"
-PLAIN_BETWEEN = "\n\n"
 _BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 _PROBE_ANSWER = "This one"
 _NEXT_QUESTION = PLAIN_BETWEEN + PLAIN_QUESTION.partition("{}")[0].rstrip()
@@ -151,7 +159,7 @@ class Template:
             return self.prompt_text(PROBE)
         except UserError:
             plain = [Message("user", PROBE.question)]
-            return _plain_text(plain) if self.kind == "jinja" else self._chat_text(plain)
+            return plain_text(plain) if self.kind == "jinja" else self._chat_text(plain)
 
     def _opened(self, text: str, prompt: str) -> str:
         """An answer as it follows a prompt that is not a chat's: with one space, where neither has any."""
@@ -301,29 +309,8 @@ class Template:
         return f"{(shown + text)[at : at + 40]!r} is trained where the template writes {whole[at : at + 40]!r}"
 
     def token_texts(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """Text that each generated id adds to the ones before it, so that all joined are the text of `ids`.
-
-        An end token adds "". So does one that only begins a character (byte-level tokenizers cut inside); the token that
-        completes the character has it whole. Takes time in proportion to their number: only the tokens since the last but
-        one that added text are decoded with each.
-        """
-        ids = list(ids)
-        texts: list[str] = []
-        window, before = 0, 0  # ids[window:before] have been shown, and give what follows its context
-        for count in range(1, len(ids) + 1):
-            shown = self._decode(ids[window:before], skip_special_tokens=True)
-            whole = self._decode(ids[window:count], skip_special_tokens=True)
-            if count == len(ids):
-                texts.append(self._decode(ids, skip_special_tokens=True)[sum(map(len, texts)) :])
-            elif whole.endswith("\N{REPLACEMENT CHARACTER}"):
-                texts.append("")
-            else:
-                texts.append(whole[len(shown) :])
-                # A window must open with text, and not with a byte: runs of them are decoded together.
-                if any(texts[before:count]) and not self._is_byte(ids[before]):
-                    window = before
-                before = count
-        return tuple(texts)
+        """Text that each generated id adds to the ones before it: `calibtrain.data.decoding.token_texts`."""
+        return token_texts(list(ids), lambda some: self._decode(some, skip_special_tokens=True), self._is_byte)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -419,7 +406,7 @@ class Template:
     def _written(self, messages: Sequence[Message], tools: str, answered: bool = False) -> str:
         if self.kind == "plain":
             refuse_tools(messages, tools)
-            return _plain_text(messages)
+            return plain_text(messages)
         text = self._chat_text(messages, answered, tools)
         check_written(text, messages)
         return text
@@ -431,7 +418,7 @@ class Template:
         """What the tokenizer makes of a conversation. Raises UserError where its chat template refuses it."""
         messages = context_merged(messages)
         if self.merge_system:
-            messages = _system_merged(messages)
+            messages = system_merged(messages)
         if tools and not self._takes_tools:
             raise UserError("data.template: the chat template has no place for the definitions of tools")
         options = {**options, **self.chat_template_kwargs, **({"tools": json.loads(tools)} if tools else {})}
@@ -458,7 +445,7 @@ class Template:
         roles = [message.role for message in messages]
         if "system" in roles and not self.merge_system:
             try:
-                self._chat_text(_system_merged(messages))
+                self._chat_text(system_merged(messages))
             except UserError:
                 pass
             else:
@@ -492,32 +479,3 @@ def template_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Templa
         )
     prompts = prompts_of(data, config.evaluation.max_new_tokens)
     return Template(data.template, tokenizer, data.chat_template_kwargs, data.merge_system, task, stop, prompts)
-
-
-def _system_merged(messages: Sequence[Message]) -> list[Message]:
-    """Each system turn before the text of the user turn that follows it."""
-    merged: list[Message] = []
-    held = ""
-    for message in messages:
-        if message.role == "system":
-            held += message.content.strip() + PLAIN_BETWEEN
-        elif message.role == "user":
-            merged.append(Message("user", held + message.content))
-            held = ""
-        else:
-            merged.append(message)
-    return merged
-
-
-def _plain_text(messages: Sequence[Message]) -> str:
-    parts: list[str] = []
-    for message in messages:
-        if message.role == "assistant":
-            parts.append(PLAIN_ANSWER.format(message.content.strip()) + PLAIN_BETWEEN)
-        elif message.role == "system":
-            parts.append(message.content.strip() + PLAIN_BETWEEN)
-        elif message.role == "context":
-            parts.append(CONTEXT.format(message.content.strip()) + "\n")
-        else:
-            parts.append(PLAIN_QUESTION.format(message.content.strip()))
-    return "".join(parts)

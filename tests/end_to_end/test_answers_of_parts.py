@@ -14,10 +14,11 @@ from calibtrain.abstention.claims import claims_threshold, conformal_scores
 from calibtrain.config_file import load_config
 from calibtrain.data.templates import Template
 from calibtrain.pipeline import certify
-from calibtrain.pipeline.answer import REFUSAL, load
+from calibtrain.pipeline.answer import load
 from calibtrain.pipeline.answer_parts import part_probabilities
 from calibtrain.pipeline.calibration_file import read_calibration
 from calibtrain.pipeline.evaluate import read_measurement
+from calibtrain.pipeline.reply import REFUSAL
 from calibtrain.records import Message, Record
 from tests.distributed.jobs import write_job
 

@@ -16,6 +16,7 @@ FLOORS = (
         "build_locks",
         "config",
         "config_base",
+        "config_checks",
         "config_data",
         "config_losses",
         "config_preferences",

@@ -10,7 +10,7 @@ pytest.importorskip("fastapi", reason="FastAPI is not installed (pip install 'ca
 import httpx
 
 from calibtrain.app import protocol
-from calibtrain.pipeline.answer import REFUSAL
+from calibtrain.pipeline.reply import REFUSAL
 from calibtrain.pipeline.scope import at_most
 
 HEAD = b"POST /api/answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 20\r\n"

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from calibtrain.pipeline.answer import REFUSAL
 from calibtrain.pipeline.promise import UNLIKE
 from calibtrain.pipeline.question import Shapes
+from calibtrain.pipeline.reply import REFUSAL
 from tests.unit.app.test_live import browser, opened, put  # noqa: F401
 
 server = pytest.importorskip(

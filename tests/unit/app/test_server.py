@@ -15,9 +15,10 @@ from calibtrain.abstention.certificate import Certification
 from calibtrain.abstention.groups import GroupCertification
 from calibtrain.app.limits import Limits, RateLimiter
 from calibtrain.app.server import LOOPBACK, create_app
-from calibtrain.pipeline.answer import REFUSAL, Answerer
+from calibtrain.pipeline.answer import Answerer
 from calibtrain.pipeline.promise import UNLIKE
 from calibtrain.pipeline.question import Shapes
+from calibtrain.pipeline.reply import REFUSAL
 from calibtrain.tasks.short_answer import SHORT_ANSWER
 from tests.unit.pipeline.conftest import config_of
 

@@ -10,11 +10,12 @@ from calibtrain.calibration.scores import TEMPERATURE_GRID
 from calibtrain.confidence.answer import Answer
 from calibtrain.errors import UserError
 from calibtrain.pipeline import certify as certify_again
-from calibtrain.pipeline.answer import REFUSAL, Answerer
+from calibtrain.pipeline.answer import Answerer
 from calibtrain.pipeline.calibrate import fit
 from calibtrain.pipeline.calibration_file import read_calibration
 from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
 from calibtrain.pipeline.question import Shapes
+from calibtrain.pipeline.reply import REFUSAL
 from calibtrain.records import Message
 from calibtrain.tasks.short_answer import SHORT_ANSWER
 from tests.unit.pipeline.conftest import config_of, mark_of, measured

@@ -14,11 +14,12 @@ from calibtrain.confidence.outside import ALPHA, Outside
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import calibrate, certify, outside
-from calibtrain.pipeline.answer import REFUSAL, load
+from calibtrain.pipeline.answer import load
 from calibtrain.pipeline.calibration_file import file_hash
 from calibtrain.pipeline.evaluate import Loaded, read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.promise import ELSEWHERE, TOLD, UNLIKE
+from calibtrain.pipeline.reply import REFUSAL
 from tests.end_to_end.runs import finished_run
 
 SIZES = {"train": 8, "calibration": 8, "temperature": 60, "certification": 120, "test": 120}

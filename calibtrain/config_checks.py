@@ -1,0 +1,53 @@
+"""What sections of the config cannot be combined, by what each needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from calibtrain.config_losses import OwnAnswersConfig
+
+if TYPE_CHECKING:
+    from calibtrain.config import RunConfig
+
+
+def unfit_answers(config: RunConfig) -> str | None:
+    """What penalties on own answers cannot do without."""
+    answering = config.penalties_on_answers
+    if answering and config.data.splits.calibration == 0:
+        return f"penalties.{answering[0].name} needs questions: set data.splits.calibration to 128..512"
+    for key in OwnAnswersConfig.model_fields.keys() - {"name"}:
+        values = {penalty.name: getattr(penalty, key) for penalty in answering}
+        if len(set(values.values())) > 1:
+            return f"penalties share one stream of answers, so {key} must be the same in each, got {values}"
+    return None
+
+
+def unfit_for_objective(config: RunConfig) -> str | None:
+    """What an objective cannot be combined with, by what it needs."""
+    name, needs, training = config.objective.name, config.objective.needs, config.training
+    anchored = [penalty.name for penalty in config.penalties if penalty.needs.reference == "log-probs"]
+    if needs.data == "relabelled" and anchored:
+        return f"penalties.{anchored[0]} needs training data that stays, and objective.name: {name} labels its anew"
+    if config.data.streams and (needs.data not in ("records", "pairs") or needs.statements != "none"):
+        return f"data.source.streaming: objective.name: {name} makes its training data of the whole set; leave it out"
+    if config.data.streams and config.needs_reference_logprobs:
+        return "data.source.streaming: a loss asks for the starting model's log-probs of the whole set; leave it out"
+    if needs.module == "reward head":
+        for key, value in (
+            ("penalties", config.penalties),
+            ("training.evaluate_every", training.evaluate_every),
+            ("training.average_last", training.average_last),
+        ):
+            if value:
+                return f"objective.name: {name} trains a scalar head and answers no questions: leave out {key}"
+    if needs.data == "rollouts":
+        in_loss = {penalty.name for penalty in config.penalties if getattr(penalty, "moves", "all") == "all"}
+        if others := sorted(in_loss - {"answer_score"}):
+            return f"objective.name: {name} trains on its own answers: of penalties, answer_score fits, not {others[0]}"
+        if in_loss and config.rollouts.confidence == "stated":
+            return "penalties.answer_score, moves: all, scores a likelihood: set rollouts.confidence to it, or leave it out"
+        if config.rollouts.confidence == "stated" and config.rollouts.reward not in ("brier", "log"):
+            return f"rollouts.confidence: stated is scored by reward: brier or log, not {config.rollouts.reward}"
+        if config.rollouts.confidence == "stated" and config.rollouts.decoupled and not needs.word_credit:
+            return f"rollouts.decoupled needs credit for each word, which {name} has not: set it to false"
+    return None
