@@ -60,6 +60,29 @@ def test_each_kind_goes_the_whole_way(name, tiny, tmp_path):
     reply = answerer.answer(row["question"], **({"options": options} if options else {}))
     assert 0.0 <= reply.probability <= 1.0
     assert reply.sentence
+    served(answerer, row["question"], options, reply)
+
+
+def served(answerer, question, options, reply):
+    """The page's call and the API's give what Python does."""
+    pytest.importorskip("fastapi", reason="fastapi is not installed (pip install 'calibtrain[serve]')")
+    from fastapi.testclient import TestClient
+
+    from calibtrain.app.server import create_app
+
+    with TestClient(create_app(answerer, name="task")) as client:
+        page = client.post("/api/answer", json={"question": question, "options": options})
+        chat = {
+            "model": "task",
+            "messages": [{"role": "user", "content": question}],
+            "calibtrain": {"options": options} if options else {},
+        }
+        api = client.post("/v1/chat/completions", json=chat)
+    assert page.status_code == 200, page.text
+    assert api.status_code == 200, api.text
+    told = api.json()["calibtrain"]
+    assert told["confidence"] == pytest.approx(reply.probability, abs=1e-6)
+    assert told["best_guess"] == reply.text
 
 
 @pytest.mark.parametrize("name", KINDS)
