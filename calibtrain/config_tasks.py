@@ -20,6 +20,10 @@ class TaskSection(Section):
     TOKENS: ClassVar[int] = 12
     """evaluation.max_new_tokens where the config does not say it."""
 
+    def grades_by(self) -> dict[str, Any]:
+        """What of it answers and grades depend on, as plain values: a calibration holds for these."""
+        return self.model_dump(mode="json")
+
 
 class ShortAnswerTask(TaskSection):
     """A few words, compared with the accepted answers."""
@@ -249,6 +253,10 @@ class JudgeTask(TaskSection):
     """Whether a reply ends with its first line."""
     needs_answers: bool = False
     """Whether only questions with accepted answers, which the judge is then shown, can be graded."""
+
+    def grades_by(self) -> dict[str, Any]:
+        """The same without where and how fast the judge is asked: it may move."""
+        return self.model_dump(mode="json", exclude={"judge": {"url", "timeout", "at_once", "unread_at_most"}})
 
 
 TaskConfig = Annotated[

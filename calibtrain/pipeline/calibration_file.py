@@ -100,6 +100,8 @@ def answering(config: RunConfig) -> dict[str, Any]:
         "data.template": config.data.template,
         "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
         "calibration.domain": config.calibration.domain,
+        "evaluation.stop": list(config.evaluation.stop),
+        "task": config.task.grades_by(),
     }
 
 
@@ -230,7 +232,8 @@ def changed(content: Mapping[str, Any], config: RunConfig, output_dir: Path, sou
     if content["source"] != source:
         return f"it is of the source {content['source']!r}, not of {source!r}"
     for key, value in answering(config).items():
-        if content["answering"][key] != value:
+        # A file of an earlier version does not say what could not be set then.
+        if content["answering"].get(key, value) != value:
             return f"{key} in config.yaml was {content['answering'][key]!r} then and is {value!r} now"
     parts: dict[str, str] = content["parts"]
     now = parts_hashes(output_dir, parts)

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from calibtrain.config_file import dump_config, load_config
+from calibtrain.config_tasks import JudgeTask, ShortAnswerTask
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import read_calibration, weights_hash
 from calibtrain.pipeline.scope import Scope, at_least, at_most, plain
@@ -62,12 +63,27 @@ def test_a_file_that_is_broken_is_told(text, out):
         read_calibration(out)
 
 
+def test_a_file_of_an_earlier_version_is_read(out):
+    """It does not say what could not be set then."""
+    rewrite(out, lambda content: [content["answering"].pop(key) for key in ("task", "evaluation.stop")])
+    read_calibration(out)
+
+
+def test_a_judge_may_move():
+    judges = [JudgeTask(kind="judge", judge={"url": url, "model": "m"}) for url in ("http://a/v1", "http://b/v1")]
+    other = JudgeTask(kind="judge", judge={"url": "http://a/v1", "model": "other"})
+    assert judges[0].grades_by() == judges[1].grades_by() != other.grades_by()
+
+
 def test_it_is_void_for_other_settings_weights_or_sources(out):
     read_calibration(out)
     config = load_config(out / "config.yaml")
     longer = config.evaluation.model_copy(update={"max_new_tokens": 64})
     dump_config(config.model_copy(update={"evaluation": longer}), out / "config.yaml")
     with pytest.raises(UserError, match=r"max_new_tokens in config\.yaml was 12 then and is 64 now"):
+        read_calibration(out)
+    dump_config(config.model_copy(update={"task": ShortAnswerTask(match="exact_match")}), out / "config.yaml")
+    with pytest.raises(UserError, match=r"task in config\.yaml was .*'normalized_match'.* and is .*'exact_match'"):
         read_calibration(out)
     dump_config(config, out / "config.yaml")
     (out / "sources" / "probe").mkdir(parents=True)
