@@ -54,6 +54,7 @@ class Record:
     # Turns of the assistant that a conversation teaches, as indices of `turns` from its end, the answer's being -1;
     # () where it is the answer alone.
     learned: tuple[int, ...] = ()
+    asked_of: str = ""  # `key` of the question before its task put it in its own words (options listed in some order)
 
     @property
     def question(self) -> str:
@@ -68,20 +69,31 @@ class Record:
     @property
     def id(self) -> str:
         """Hash of the prompt: the same question gives the same id in every source and split. 16 hex digits."""
-        texts = [f"{message.role}\x1f{' '.join(message.content.split())}" for message in self.prompt]
+        return self._hash(self.prompt)
+
+    @property
+    def key(self) -> str:
+        """As `id`, whatever stands around the question: what decides which split it is in, and what is held out.
+
+        The same question under another system text, or with its options in another order, has the same key.
+        """
+        return self.asked_of or self._hash(tuple(message for message in self.prompt if message.role != "system"))
+
+    def _hash(self, prompt: tuple[Message, ...]) -> str:
+        texts = [f"{message.role}\x1f{' '.join(message.content.split())}" for message in prompt]
         # What few conversations have adds nothing to the others' ids.
-        called = [[call.name, call.arguments] for message in self.prompt for call in message.tool_calls]
+        called = [[call.name, call.arguments] for message in prompt for call in message.tool_calls]
         if self.tools or called:
             texts.append(json.dumps([self.tools, called]))
-        text = "\x1e".join(texts) if self.prompt else f"\x1f{self.chosen}"
+        text = "\x1e".join(texts) if prompt else f"\x1f{self.chosen}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def taught(self) -> frozenset[str]:
-        """Ids of every question whose answer the record may teach: its own, and earlier ones of a conversation."""
+        """Keys of every question whose answer the record may teach: its own, and earlier ones of a conversation."""
         turns = self.turns
-        earlier = (replace(self, prompt=turns[:place]).id for place in self.learned if place < -1)
-        return frozenset((self.id, *earlier))
+        earlier = (replace(self, prompt=turns[:place], asked_of="").key for place in self.learned if place < -1)
+        return frozenset((self.key, *earlier))
 
 
 def unit_hash(*parts: object) -> float:

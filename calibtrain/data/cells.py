@@ -68,8 +68,24 @@ def answers_of(value: Any, cells: bool, place: str, field: str = "answers") -> t
 
 
 def option_texts(value: Any) -> Any:
-    """Of options that come with their letters, {"text": [...], "label": [...]}, the texts."""
-    return value["text"] if isinstance(value, Mapping) and isinstance(value.get("text"), list) else value
+    """Of options that come with their letters, {"text": [...], "label": [...]}, the texts in the letters' order."""
+    if not (isinstance(value, Mapping) and isinstance(value.get("text"), list)):
+        return value
+    texts, labels = value["text"], value.get("label")
+    if not isinstance(labels, list) or len(labels) != len(texts):
+        return texts
+    return [text for _, text in sorted(zip(map(str, labels), texts, strict=True), key=lambda one: one[0])]
+
+
+def options_in(columns: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    """Options of a column each; a row may have fewer than others, but none between two: its letters would be others."""
+    found = {column: answers_of(value, False, place, column) for column, value in columns.items()}
+    last = max((i for i, one in enumerate(found.values()) if one), default=-1)
+    if gap := next((column for i, (column, one) in enumerate(found.items()) if not one and i < last), None):
+        raise UserError(
+            f"{place}: column {gap!r} is empty, and an option stands behind it: which letter would that have?"
+        )
+    return tuple(text for one in found.values() for text in one)
 
 
 def passages_of(cells_of: Mapping[str, Any], cells: bool, place: str) -> tuple[str, ...]:

@@ -50,10 +50,14 @@ class Prompts:
 
         A turn of role `context` is passages for the user turn behind it. Raises UserError where the template fails.
         """
-        own = [message.content for message in record.prompt if message.role == "system"] if self.system else []
-        turns = [Message("system", BETWEEN_PASSAGES.join([self.system, *own]))] if self.system else []
-        for shot in (*self.examples, *shots):
-            turns += [*self._asked(shot), Message("assistant", shot.chosen or "")]
+        shown = (*self.examples, *shots)
+        # What a system turn says stands before everything, also before the examples.
+        own = [message.content for message in record.prompt if message.role == "system"] if self.system or shown else []
+        system = [text for text in (self.system, *own) if text]
+        turns = [Message("system", BETWEEN_PASSAGES.join(system))] if system else []
+        for shot in shown:
+            turns += [turn for turn in self._asked(shot) if turn.role != "system"]
+            turns.append(Message("assistant", shot.chosen or ""))
         return turns + [turn for turn in self._asked(record) if not (own and turn.role == "system")]
 
     def _asked(self, record: Record) -> list[Message]:

@@ -25,7 +25,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from calibtrain.data.cells import answers_of, desirable, name_of, opened, option_texts, passages_of, weight_of
+from calibtrain.data.cells import (
+    answers_of,
+    desirable,
+    name_of,
+    opened,
+    option_texts,
+    options_in,
+    passages_of,
+    weight_of,
+)
 from calibtrain.data.layout import ALPACA, FIELDS, SHAPES, Layout
 from calibtrain.data.messages import hh_turns, hushed, tools_of, turns_of
 from calibtrain.data.strata import strata_of
@@ -51,8 +60,8 @@ def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Recor
     values = {field: plain(row.get(layout.columns[field])) for field in layout.columns}
     values = {field: None if missing(value) else value for field, value in values.items()}
     accepted = answers_of(values.pop("answers", None), layout.cells, place)
-    options = answers_of(option_texts(values.pop("options", None)), layout.cells, place)
-    options += tuple(one for column in layout.options for one in answers_of(plain(row.get(column)), False, place))
+    options = answers_of(option_texts(values.pop("options", None)), layout.cells, place, "options")
+    options += options_in({column: plain(row.get(column)) for column in layout.options}, place)
     context = passages_of({column: row.get(column) for column in layout.context}, layout.cells, place)
     weight, name = weight_of(values.pop("weight", None), place), name_of(values.pop("id", None), place)
     label, tools = values.pop("label", None), values.pop("tools", None)

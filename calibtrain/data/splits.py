@@ -71,7 +71,7 @@ def split_records(
     names = (tuple(SHARES) if evaluates else ("train",)) if questions is None else EVALUATION_SPLITS
     pools: dict[str, list[Record]] = {name: [] for name in (*SHARES, "validation")}
     for record in records if questions is None else questions:
-        pools[split_of(record.id, seed, names)].append(record)
+        pools[split_of(record.key, seed, names)].append(record)
     # An earlier turn of a conversation may be a question of another split.
     train = pools["train"] if questions is None else records
     pools["train"] = _not_held_out(train, pools, sizes, drops)
@@ -82,9 +82,13 @@ def split_records(
         pools["train"] = interleaved(pools["train"], mixture, seed)
     shown = _cut_examples(pools, examples)
     if sizes.validation:
-        held = [is_validation(record.id, seed) for record in pools["train"]]
+        held = [is_validation(record.key, seed) for record in pools["train"]]
         pools["validation"] = [record for record, out in zip(pools["train"], held, strict=True) if out]
         pools["train"] = [record for record, out in zip(pools["train"], held, strict=True) if not out]
+        asked = {record.key for record in pools["validation"]}
+        pools["train"] = _kept(
+            pools["train"], lambda record: asked.isdisjoint(record.taught), "question held out for validation", drops
+        )
     for name in EVALUATION_SPLITS:
         if evaluates and not getattr(sizes, name) and questions is None:
             _kept(pools[name], lambda record: False, f"of the {name} split, which is not asked for", drops)
@@ -95,14 +99,14 @@ def split_records(
         pool = pools["train"]
         pools["train"] = drawn(pool, mixture, seed, sizes.train)
         drops.notes += mixture_lines(pool, pools["train"], mixture)
-    asked = {name: len(pools[name]) if size is None else size for name, size in sizes.model_dump().items()}
-    for name, size in asked.items():
+    wanted = {name: len(pools[name]) if size is None else size for name, size in sizes.model_dump().items()}
+    for name, size in wanted.items():
         if len(pools[name]) < size:
             raise UserError(cannot_fill(name, size, len(pools[name]), questions is not None or not evaluates, drops))
         drops.unused[name] = len(pools[name]) - size
-    splits = {name: pools[name][:size] for name, size in asked.items()}
+    splits = {name: pools[name][:size] for name, size in wanted.items()}
     asking = unique_records(records if questions is None else questions, DropReport())
-    splits["calibration"] = _stratified(pools["calibration"], asked["calibration"], list(filter(gradable, asking)))
+    splits["calibration"] = _stratified(pools["calibration"], wanted["calibration"], list(filter(gradable, asking)))
     return {**splits, "examples": shown} if examples else splits
 
 
@@ -112,8 +116,8 @@ def _cut_examples(pools: dict[str, list[Record]], count: int) -> list[Record]:
     found = unique_records(answered, DropReport())[:count]
     if len(found) < count:
         raise UserError(TOO_FEW_EXAMPLES.format(count, len(found)))
-    taken = {record.id for record in found}
-    pools["train"] = [record for record in pools["train"] if record.id not in taken]
+    taken = {record.key for record in found}
+    pools["train"] = [record for record in pools["train"] if record.key not in taken]
     return found
 
 
@@ -121,7 +125,7 @@ def _not_held_out(
     records: Sequence[Record], pools: Mapping[str, Sequence[Record]], sizes: SplitSizes, drops: DropReport
 ) -> list[Record]:
     # All questions of a split are kept out, not only those within today's size: sizes may grow tomorrow.
-    held_out = {record.id for name in EVALUATION_SPLITS if getattr(sizes, name) for record in pools[name]}
+    held_out = {record.key for name in EVALUATION_SPLITS if getattr(sizes, name) for record in pools[name]}
     return _kept(records, lambda record: held_out.isdisjoint(record.taught), "question held out for evaluation", drops)
 
 
@@ -131,24 +135,25 @@ def _learnable(records: Sequence[Record], drops: DropReport, undesirable: bool) 
     def answers(record: Record) -> bool:
         return record.chosen is not None or (undesirable and record.rejected is not None)
 
-    answered = _kept(records, answers, "no answer to learn", drops)
+    weighing = _kept(records, lambda record: record.weight > 0, "weight 0", drops)
+    answered = _kept(weighing, answers, "no answer to learn", drops)
     seen: set[Hashable] = set()
 
     def new(record: Record) -> bool:
-        said = (
-            record.prompt,
-            record.chosen,
-            record.calls,
-            record.rejected,
-            record.accepted,
-            record.tools,
-            record.context,
-        )
+        said = saying(record)
         known = len(seen)
         seen.add(said)
         return len(seen) > known
 
     return _kept(answered, new, "the same row again", drops)
+
+
+def saying(record: Record) -> Hashable:
+    """All that a row is learned by: rows that differ in any of it are several."""
+    return (
+        *(record.prompt, record.chosen, record.calls, record.rejected, record.accepted, record.tools, record.context),
+        *(record.options, repr(sorted(record.fields.items())) if record.fields else "", record.weight, record.learned),
+    )
 
 
 def _gradable(records: Sequence[Record], gradable: Callable[[Record], bool], drops: DropReport) -> list[Record]:

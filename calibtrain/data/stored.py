@@ -25,6 +25,7 @@ from calibtrain.data.files import file_rows
 from calibtrain.data.layout import Layout, find_layout
 from calibtrain.data.rows import record_from_row
 from calibtrain.data.sources import question_of, whole_float
+from calibtrain.data.splits import saying
 from calibtrain.data.strata import check_strata
 from calibtrain.data.values import text_of
 from calibtrain.errors import UserError
@@ -32,13 +33,14 @@ from calibtrain.records import Message, Record, ToolCall, unit_hash
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 EDGE = 2**20
 """So many bytes at either end of a file are hashed, with its size and time, to tell whether it is still the same."""
 COLUMNS = {
     "offset": np.int64,
     "length": np.int32,
     "id": np.uint64,
+    "key": np.uint64,
     "content": np.uint64,  # hash of what is asked and said
     "draw": np.float64,  # unit hashes of the question: its place in the draw, in the splits, in the validation split
     "split": np.float64,
@@ -236,17 +238,16 @@ def _records(
 
 def _note(columns: Mapping[str, Any], record: Record, made: Made, cell: int, offset: int, length: int) -> None:
     """One entry of the index."""
-    own, seed = record.id, made.seed
-    said = repr(
-        (record.prompt, record.chosen, record.calls, record.rejected, record.accepted, record.tools, record.context)
-    )
+    own, seed = record.key, made.seed
+    said = repr(saying(record))
     content = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    flags = CHOSEN * (record.chosen is not None) + REJECTED * (record.rejected is not None)
+    flags = CHOSEN * (record.chosen is not None and record.weight > 0) + REJECTED * (record.rejected is not None)
     flags += CONVERSATION * (len(record.taught) > 1)
     values = {
         "offset": offset,
         "length": length,
-        "id": int(own, 16),
+        "id": int(record.id, 16),
+        "key": int(own, 16),
         "content": int.from_bytes(content, "big"),
         "draw": unit_hash("draw", seed, own),
         "split": unit_hash("split", seed, own),

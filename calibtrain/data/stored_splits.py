@@ -34,17 +34,19 @@ def split_stored(
     pools = _pools(records, names)
     ids = np.zeros(0, dtype=np.uint64)
     if held_out is not None:
-        ids = np.array([int(record.id, 16) for record in held_out], dtype=np.uint64)
+        ids = np.array([int(record.key, 16) for record in held_out], dtype=np.uint64)
         train = pools["train"]
-        pools["train"] = _kept(train, ~np.isin(train.column("id"), ids), "question held out for evaluation", drops)
-    evaluated = [pool.column("id") for name, pool in pools.items() if name != "train" and getattr(sizes, name, False)]
+        pools["train"] = _kept(train, ~np.isin(train.column("key"), ids), "question held out for evaluation", drops)
+    evaluated = [pool.column("key") for name, pool in pools.items() if name != "train" and getattr(sizes, name, False)]
     pools["train"] = _not_taught(pools["train"], np.concatenate([ids, *evaluated]), drops)
     learnable = pools["train"].flagged(CHOSEN | REJECTED if undesirable else CHOSEN)
     train = _kept(pools["train"], learnable, "no answer to learn", drops)
     train = _kept(train, _first(train.column("content")), "the same row again", drops)
     shown, train = _cut_examples(train, examples)
     held = train.column("held") < (VALIDATION_SHARE if sizes.validation else 0)
-    pools |= {"train": train.where(~held), "validation": train.where(held)}
+    validation, train = train.where(held), train.where(~held)
+    train = _not_taught(train, validation.column("key"), drops, "question held out for validation")
+    pools |= {"train": train, "validation": validation}
     if held_out is not None:
         pools = {name: pools[name] for name in ("train", "validation")}
     for name in EVALUATION_SPLITS if held_out is None else ():
@@ -78,12 +80,14 @@ def _pools(records: StoredRecords, names: Sequence[str]) -> dict[str, StoredReco
     return {**pools, names[-1]: records.where(left)}
 
 
-def _not_taught(train: StoredRecords, held_out: np.ndarray, drops: DropReport) -> StoredRecords:
+def _not_taught(
+    train: StoredRecords, held_out: np.ndarray, drops: DropReport, reason: str = "question held out for evaluation"
+) -> StoredRecords:
     """Without the conversations of which an earlier turn answers a held-out question; only conversations are read."""
     keeps, known = np.ones(len(train), dtype=bool), set(held_out.tolist())
     for place in np.flatnonzero(train.flagged(CONVERSATION)).tolist() if known else ():
         keeps[place] = known.isdisjoint(int(one, 16) for one in train[place].taught)
-    return _kept(train, keeps, "question held out for evaluation", drops)
+    return _kept(train, keeps, reason, drops)
 
 
 def _first(keys: np.ndarray) -> np.ndarray:
@@ -106,13 +110,13 @@ def _cut_examples(train: StoredRecords, count: int) -> tuple[list[Record], Store
     found: dict[str, Record] = {}
     for record in train if count else ():
         if record.chosen is not None and len(record.prompt) == 1:
-            found.setdefault(record.id, record)
+            found.setdefault(record.key, record)
         if len(found) == count:
             break
     if len(found) < count:
         raise UserError(TOO_FEW_EXAMPLES.format(count, len(found)))
     ids = np.array([int(one, 16) for one in found], dtype=np.uint64)
-    return list(found.values()), train.where(~np.isin(train.column("id"), ids))
+    return list(found.values()), train.where(~np.isin(train.column("key"), ids))
 
 
 def _stratified(pool: StoredRecords, size: int, records: StoredRecords) -> list[Record]:

@@ -132,6 +132,7 @@ def _turn(record: Record, place: int, template: Template) -> _Turn:
     asked = replace(
         record, prompt=turns[:place], chosen=turns[place].content, calls=turns[place].tool_calls, learned=()
     )
+    asked = template.fitted(asked)
     said = template.answer_text(asked)
     *answer, end = template.completion_ids(said, written=bool(asked.calls))
     shown = template.prompt_text(asked)

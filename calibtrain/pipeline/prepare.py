@@ -7,15 +7,17 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from calibtrain.config import FileSource, MixtureSource, RunConfig
-from calibtrain.config_data import Example, Source
+from calibtrain.config_data import DataConfig, Example, Source
 from calibtrain.data.calibration_set import Composition, composition_distance
 from calibtrain.data.drops import DropReport, check_share
-from calibtrain.data.mixtures import drawn
+from calibtrain.data.mixtures import STRATUM, drawn
 from calibtrain.data.pairs import add_rejected, with_confidence_statements
 from calibtrain.data.prompts import prompts_of
 from calibtrain.data.sources import load_records
@@ -30,7 +32,7 @@ from calibtrain.distributed import on_main
 from calibtrain.errors import UserError
 from calibtrain.models.loading import cache_directory
 from calibtrain.pipeline.options import check_options
-from calibtrain.records import Record
+from calibtrain.records import Message, Record
 from calibtrain.tasks.kinds import task_of
 from calibtrain.tasks.task import Task
 
@@ -87,10 +89,13 @@ def prepare(config: RunConfig) -> Prepared:
         return _prepare_stored(config)
     data, drops, task = config.data, DropReport(strict=config.data.strict), task_of(config.task)
     unpaired, once = config.trains_unpaired, config.objective.needs.answers_itself
-    records, read = _read_source(config, data.source, task, drops, labelled=unpaired)
+    apart = data.questions is not None
+    records, read = _read_source(config, data.source, task, drops, labelled=unpaired, only_learned=apart)
     questions, asked = None, None
     if data.questions is not None:
         questions, asked = _read_source(config, data.questions, task, drops)
+        questions = _not_shown(data, questions, drops)
+    records = _not_shown(data, records, drops)
     mixture, asked_mixture = (one if isinstance(one, MixtureSource) else None for one in (data.source, data.questions))
     graded = records if questions is None else questions
     strata = {"calibration.domain": config.calibration.domain, "abstention.groups": config.abstention.groups}
@@ -116,9 +121,27 @@ def prepare(config: RunConfig) -> Prepared:
     composition = None
     if splits["calibration"]:
         if (mixed := mixture if questions is None else asked_mixture) is not None:
-            graded = drawn([record for record in graded if task.gradable(record)], mixed, config.seed, repeat=False)
+            asking = [record for record in graded if task.gradable(record)]
+            present = {record.strata[STRATUM] for record in asking}
+            parts = tuple(part for part in mixed.sources if part.stratum in present)  # others are learned from alone
+            graded = drawn(asking, mixed.model_copy(update={"sources": parts}), config.seed, repeat=False)
         composition = composition_distance(splits["calibration"], graded, config.seed)
     return Prepared(splits, shots, composition, drops, read, asked)
+
+
+def _shown_keys(data: DataConfig) -> set[str]:
+    """Of the config's own examples, which stand before every question."""
+    own = data.examples if not data.few_shot else ()
+    return {Record(prompt=(Message("user", one.question),)).key for one in own}
+
+
+def _not_shown(data: DataConfig, records: list[Record], drops: DropReport) -> list[Record]:
+    """Without the questions that stand, with their answers, before every question."""
+    shown = _shown_keys(data)
+    for record in records if shown else ():
+        if record.key in shown:
+            drops.drop("one of data.examples", record.origin or record.question)
+    return [record for record in records if record.key not in shown] if shown else records
 
 
 def _add_shown(config: RunConfig, splits: dict[str, Sequence[Record]]) -> list[Record]:
@@ -141,15 +164,18 @@ def _prepare_stored(config: RunConfig) -> Prepared:
     """As `prepare`, with the training records left on disk."""
     data, drops, task = config.data, DropReport(strict=config.data.strict), task_of(config.task)
     assert isinstance(data.source, FileSource)
-    made = Made(
-        config.seed, config.trains_unpaired, config.task.model_dump_json(), partial(_asked, task=task), task.gradable
-    )
+    # What a file of the task's says counts, not only its name.
+    section = config.task.model_dump_json() + json.dumps(task.schema, sort_keys=True, default=str)
+    made = Made(config.seed, config.trains_unpaired, section, partial(_asked, task=task), task.gradable)
     if "weight" in data.source.columns and not config.objective.needs.weighs:
         raise UserError(
             f"data.source.columns: objective.name: {config.objective.name} does not weigh its records; leave weight out"
         )
     records = stored_records(data.source, made, cache_directory() / "records", drops)
     read = len(records) + len(drops.unfit)
+    if shown := _shown_keys(data):
+        keys = np.array([int(one, 16) for one in shown], dtype=np.uint64)
+        records = records.where(~np.isin(records.column("key"), keys))
     check_share(drops.unfit, read, data.max_dropped, data.source.called)
     if config.objective.needs.preferences and not records.flagged(REJECTED).any():
         raise UserError(
@@ -166,7 +192,7 @@ def _prepare_stored(config: RunConfig) -> Prepared:
         mixture = data.questions if isinstance(data.questions, MixtureSource) else None
         more = split_records([], sizes, config.seed, questions, drops, gradable=task.gradable, asked_mixture=mixture)
         splits |= more
-        held_out = [one for one in questions if getattr(sizes, split_of(one.id, config.seed, EVALUATION_SPLITS))]
+        held_out = [one for one in questions if getattr(sizes, split_of(one.key, config.seed, EVALUATION_SPLITS))]
     strata = {"calibration.domain": config.calibration.domain, "abstention.groups": config.abstention.groups}
     check_named(gradable, strata)
     splits |= split_stored(records, data.splits, drops, held_out, examples=data.few_shot)
@@ -188,21 +214,36 @@ def with_examples(config: RunConfig, prepared: Prepared | None = None) -> RunCon
 
 def _asked(record: Record, task: Task) -> Record:
     """As the task asks it; a text that is learned as it stands asks nothing."""
-    return task.asked(record) if record.prompt else record
+    asked = task.asked(record) if record.prompt else record
+    return asked if asked.prompt == record.prompt else replace(asked, asked_of=record.key)
 
 
 def _read_source(
-    config: RunConfig, source: Source, task: Task, drops: DropReport, labelled: bool = False
+    config: RunConfig,
+    source: Source,
+    task: Task,
+    drops: DropReport,
+    labelled: bool = False,
+    only_learned: bool = False,
 ) -> tuple[list[Record], int]:
-    """The records of a source as the task asks them, and how many rows were read. UserError where too many cannot serve."""
-    known = len(drops.unfit)
+    """The records of a source as the task asks them, and how many rows were read. UserError where too many cannot serve.
+
+    only_learned: no question is drawn from it, so that what the task cannot ask is learned as it stands.
+    """
+    known, as_they_stand = len(drops.unfit), 0
     loaded = load_records(source, config.seed, labelled=labelled, drops=drops)
     records = []
     for record in loaded:
         try:
             records.append(_asked(record, task))
         except UserError as error:
-            drops.refuse(error, record.origin or record.question, record.question)
+            if only_learned:
+                records.append(record)
+                as_they_stand += 1
+            else:
+                drops.refuse(error, record.origin or record.question, record.question)
+    if as_they_stand:
+        drops.notes.append(f"{source.called}: {as_they_stand} rows that the task cannot ask are learned as they stand")
     unfit = drops.unfit[known:]
     read = len(records) + len(unfit)
     check_share(unfit, read, config.data.max_dropped, source.called)

@@ -140,7 +140,7 @@ def split_counts(records: list[Record], seed: int) -> Counter[str]:
     from calibtrain.data.drops import DropReport
 
     graded = unique_records([one for one in records if one.accepted], DropReport())
-    return Counter(split_of(one.id, seed, EVALUATION_SPLITS) for one in graded)
+    return Counter(split_of(one.key, seed, EVALUATION_SPLITS) for one in graded)
 
 
 def _has_chat_template(model: Path) -> bool:

@@ -100,6 +100,7 @@ class Shapes:
     system: str | None = ""  # the system prompt that all have, "" for none; None: they have different ones
     conversations: bool = False  # some have messages before the question
     options: bool = False  # some have options
+    context: bool = False  # all have passages to answer by
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -125,6 +126,8 @@ class Shapes:
             return "Nothing is certified for a conversation: the graded questions had no messages before them."
         if question.options and not self.options:
             return "Nothing is certified for a choice from options: the graded questions had none."
+        if self.context:
+            return "Nothing is certified for a question without passages: the graded questions had some to answer by."
         return ""
 
 
@@ -136,6 +139,7 @@ def shapes_of(records: Sequence[Record]) -> Shapes:
         systems.pop() if len(systems) == 1 else None if systems else "",
         any(len(one.turns) > 1 for one in questions),
         any(one.options for one in questions),
+        bool(records) and all(record.context for record in records),
     )
 
 

@@ -86,7 +86,9 @@ def encode_held_out(records: Sequence[Record], config: RunConfig, template: Temp
     pairs = config.trains_on_pairs and all(record.rejected is not None for record in records)
     drops = DropReport()
     answered = [record for record in records if record.chosen is not None]
-    examples = encode_records(answered, template, config.data.max_length, pairs, drops)
+    examples = encode_records(
+        answered, template, config.data.max_length, pairs, drops, every_turn=config.data.every_turn
+    )
     for line in drops.lines():
         logger.warning("data: validation: %s", line)
     return examples
