@@ -368,8 +368,8 @@ class Template:
             parts.append(["several lines", *self.stops])
         elif self._own_stops:
             parts.append(["stop", *self._own_stops])
-        if self.task.mark:
-            parts.append(["task", *self.task.mark])
+        if (identity := self.task.identity()) is not None:
+            parts.append(["task", identity])
         if facts := self.prompts.facts:
             parts.append(facts)
         return hashlib.sha256(json.dumps(parts, ensure_ascii=True, sort_keys=True).encode()).hexdigest()

@@ -114,11 +114,11 @@ class Answerer:
         elif reply.unlike:
             tells = self.loaded.config.abstention.outside != "abstain"
             level = self.promises.silent(level, UNLIKE, answers=tells)
-        abstained = not reply.probability >= level.threshold  # so that a NaN abstains
+        abstained = not (reply.found and reply.probability >= level.threshold)  # so that a NaN abstains
         kept = [not abstained] * len(reply.parts)
         if level.claims is not None:
             kept = [part.probability >= level.threshold for part in reply.parts]
-            abstained = not any(kept)
+            abstained = not (reply.found and any(kept))
         parts = tuple(replace(part, kept=stays) for part, stays in zip(reply.parts, kept, strict=True))
         return replace(
             reply,
@@ -127,7 +127,7 @@ class Answerer:
             promise=level.promise,
             limit=level.limit,
             abstained=abstained,
-            reason=_reason(reply.probability, level, abstained, kept),
+            reason=_reason(reply.probability, level, abstained, kept) if reply.found else "My reply holds no answer.",
             threshold=level.threshold if level.certified or (level.silent and 0 < level.threshold < math.inf) else None,
             risk=level.risk,
             certified=level.certified,
@@ -135,6 +135,7 @@ class Answerer:
             group=level.group,
             parts=parts,
             claims=level.claims,
+            prediction_set=None if level.silent else reply.prediction_set,  # it is certified of such questions alone
             silence="" if not level.silent else reply.uncovered or UNLIKE,
         )
 
@@ -186,6 +187,7 @@ class Answerer:
                 parts=pieces,
                 outside=p_value,
                 uncovered=self.uncovered(question),
+                found=answer.found,
                 said=answer.reply,
             )
             for question, record, answer, probability, passes, tokens, pieces, p_value in zip(

@@ -25,6 +25,7 @@ from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline.question import Shapes
 from calibtrain.pipeline.scope import Scope
+from calibtrain.tasks.kinds import task_of
 
 LIKELIHOOD = "likelihood"
 
@@ -96,12 +97,14 @@ def source_folder(output_dir: Path, source: str | None) -> Path:
 
 def answering(config: RunConfig) -> dict[str, Any]:
     """Settings by which answers and their scores come about: with others the calibration says nothing."""
+    task = task_of(config.task)
     return {
         "data.template": config.data.template,
         "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
         "calibration.domain": config.calibration.domain,
         "evaluation.stop": list(config.evaluation.stop),
-        "task": config.task.grades_by(),
+        "task": task.identity(),
+        "code of the task": task.code(),
     }
 
 

@@ -63,7 +63,10 @@ def run(
         found,
         hallucination=before.hallucination if abstention.target_hallucination is None else found.hallucination,
     )
-    if not calibrated.failures:
+    # What rests on an audit that is another one now holds no longer, whatever takes its place.
+    refuted = before.audit is not None and calibrated.audit != before.audit
+    writes = refuted or not calibrated.failures
+    if writes:
         content |= claims(calibrated)
         if answers is not None:
             content["data_hashes"]["certification"] = file_hash(answers)
@@ -72,7 +75,7 @@ def run(
             )
             content["parts"].pop(outside.FILE, None)
         write_json(target, content)
-    show(calibrated, target, written=not calibrated.failures)
+    show(calibrated, target, written=writes)
     return calibrated
 
 

@@ -165,7 +165,9 @@ def _prepare_stored(config: RunConfig) -> Prepared:
     data, drops, task = config.data, DropReport(strict=config.data.strict), task_of(config.task)
     assert isinstance(data.source, FileSource)
     # What a file of the task's says counts, not only its name.
-    section = config.task.model_dump_json() + json.dumps(task.schema, sort_keys=True, default=str)
+    section = json.dumps(
+        [config.task.model_dump(mode="json"), task.identity(), task.code()], sort_keys=True, default=str
+    )
     made = Made(config.seed, config.trains_unpaired, section, partial(_asked, task=task), task.gradable)
     if "weight" in data.source.columns and not config.objective.needs.weighs:
         raise UserError(

@@ -69,6 +69,7 @@ class Reply:
     outside: float | None = None  # p-value of "the question is like the graded ones"; None: not looked at
     uncovered: str = ""  # why no certificate covers a question of this shape
     silence: str = ""  # why the certificate says nothing of this question; "" where it speaks
+    found: bool = True  # False: the reply holds no answer, so that there is none to give
     said: str = ""  # the whole reply, where the answer is a part of it (a chain of thought) or written otherwise
 
     @property
@@ -90,7 +91,8 @@ class Reply:
             if self.parts:
                 line = "\n".join([plain(self.spoken, 2000) if self.claims else line, *map(_told, self.parts)])
         elif self.claims is not None:
-            line = f"{self.spoken} (all {len(self.parts)} claims are withheld)"
+            every = "its claim is" if len(self.parts) == 1 else f"all {len(self.parts)} claims are"
+            line = f"{self.spoken} ({every} withheld)"
         elif self.threshold is None or self.probability >= self.threshold:
             line = self.spoken
         else:

@@ -100,7 +100,9 @@ def render_report(report: ReportData) -> str:
 
 def _context(report: ReportData) -> dict[str, Any]:
     stages = [stage_of(m.label, m.answers, m.confidence) for m in report.measured]
-    before, after = (stages[0] if len(stages) > 1 else None), (stages[-1] if stages else None)
+    # Without answers of the model that training started from, the first stage is the trained one's, as the last is.
+    trained = len(stages) > 1 and report.measured[0].answers is not report.measured[-1].answers
+    before, after = (stages[0] if trained else None), (stages[-1] if stages else None)
     certificate = report.certification.certificate if report.certification else None
     has_answers = after is not None and after.n > 0
     threshold = certificate.threshold if certificate else None

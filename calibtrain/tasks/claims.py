@@ -12,7 +12,7 @@ from typing import Any
 from calibtrain.config_tasks import ClaimsTask
 from calibtrain.errors import UserError
 from calibtrain.records import Record
-from calibtrain.tasks.imported import described, load_function
+from calibtrain.tasks.imported import described, load_function, source_of
 from calibtrain.tasks.matching import normalize
 from calibtrain.tasks.sentences import sentences
 from calibtrain.tasks.task import Grade, Part, Reading, Task
@@ -29,6 +29,10 @@ class Claims(Task):
         self.clean: Callable[[str], str] = normalize if config.match == "normalized_match" else str.strip
         self.splitter = None if config.split == "sentences" else load_function(config.split, "task.split")
         self.grader = None if config.grader is None else load_function(config.grader, "task.grader")
+
+    def code(self) -> list[str]:
+        """Of the files of the functions."""
+        return [*map(source_of, (self.splitter, self.grader))]
 
     def gradable(self, record: Record) -> bool:
         """Whether there are facts to compare with, or a grader that needs none."""

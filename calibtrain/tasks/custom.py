@@ -13,7 +13,7 @@ import numpy as np
 
 from calibtrain.config_tasks import CustomTask
 from calibtrain.records import Record
-from calibtrain.tasks.imported import described, load_function
+from calibtrain.tasks.imported import described, load_function, source_of
 from calibtrain.tasks.task import Grade, Reading, Task
 from calibtrain.tasks.ungraded import Ungraded, one_line
 
@@ -31,6 +31,10 @@ class Custom(Task):
         self.ungraded = Ungraded(f"task.grader {config.grader}")
         self.unread = Ungraded(f"task.extractor {config.extractor}")
 
+    def code(self) -> list[str]:
+        """Of the files of the functions: another grader in the same place is another one."""
+        return [*map(source_of, (self.grader, self.extractor or None))]
+
     def gradable(self, record: Record) -> bool:
         """Whether the grader has what the config says that it needs."""
         return bool(record.accepted) or not self.config.needs_answers
@@ -46,7 +50,7 @@ class Custom(Task):
             self.unread.add(str(error), record)
         except Exception as error:  # whatever a function of the user's does
             self.unread.add(_raised(error), record)
-        return Reading("", 0, 0, found=False)
+        return Reading("", 0, 0, found=False, known=False)
 
     def grades(self, readings: Sequence[Reading], records: Sequence[Record]) -> list[Grade]:
         """The grader's, one after the other; None where it fails."""
@@ -59,6 +63,8 @@ class Custom(Task):
 
     def _grade(self, reading: Reading, record: Record) -> bool | None:
         if not self.gradable(record):
+            return None
+        if not reading.known:
             return None
         if not reading.found:
             return False

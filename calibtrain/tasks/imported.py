@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +37,13 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{key}: {path} is {type(found).__name__}, which cannot be called; name a function")
     return found  # type: ignore[no-any-return]
+
+
+def source_of(function: Callable[..., Any] | None) -> str:
+    """SHA-256 of the file that a function of the user's stands in; "" where it has none: what it imports is not read."""
+    module = sys.modules.get(getattr(function, "__module__", "") or "")
+    file = getattr(module, "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else ""
 
 
 def described(record: Record) -> Mapping[str, Any]:

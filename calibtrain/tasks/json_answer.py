@@ -44,12 +44,17 @@ class JsonAnswer(Task):
         self.config = config
         schema = read_schema(config.schema_file) if config.schema_file else config.schema
         self.schema = None if config.tool else schema
+        self.written = schema if config.schema_file else None
         self.place = f"task.schema_file: {config.schema_file}" if config.schema_file else "task.schema"
         self.check: Check = (lambda value: None) if schema is None else checker(schema, self.place)
         self.opening = "[" if isinstance(schema, dict) and schema.get("type") == "array" and not config.tool else "{"
         text = normalize if config.match == "normalized_match" else str.strip
         self.compare = Comparison(text, config.compare, config.unordered)
         _check_names(config, schema)
+
+    def identity(self) -> Any:
+        """With what the schema's file says."""
+        return [super().identity(), self.written]
 
     def asked(self, record: Record) -> Record:
         """The record, its answers checked; one that brings only a reply to learn is graded by that.

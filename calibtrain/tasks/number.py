@@ -21,8 +21,8 @@ class Number(FinalAnswer):
         self._rel, self._abs = Fraction(str(section.rel)), Fraction(str(section.abs))
 
     def narrow(self, text: str, place: Place) -> Span | None:
-        """The first number, in a box behind its last "=", where a whole reply is read the last one."""
-        skipped = text.rfind("=") + 1 if place == "boxed" else 0
+        """The first number behind the last "=", where a whole reply is read the last one."""
+        skipped = text.rfind("=") + 1 if place in ("boxed", "hashes", "answer_is") else 0
         spans = [*numbers_in(text[skipped:])]
         for start, stop in reversed(spans) if place == "last_number" else spans:
             if value_of(text[skipped + start : skipped + stop]) is not None:

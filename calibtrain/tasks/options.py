@@ -11,8 +11,8 @@ from calibtrain.records import Message, Record
 from calibtrain.tasks.matching import normalize
 from calibtrain.tasks.task import Reading, Task
 
-_LETTER = re.compile(r"[(\[]?([A-Z])(?:[)\].:,]|\s*$|\n)")
-_SAID_LETTER = re.compile(r"(?i:answer|option)(?i: is)?:?\s*[(\[]?([A-Z])(?:[)\].:,]|\s*$|\n)")
+_LETTER = re.compile(r"[*_]*[(\[]?([A-Za-z])(?:[)\].:,*_]|\s*$|\n)")
+_SAID_LETTER = re.compile(r"(?i:answer|option|choice)(?i:\s+is)?\s*:?[\s*_]*[(\[]?([A-Za-z])(?:[)\].:,*_]|\s*$|\n)")
 
 
 class OptionsTask(Task):
@@ -51,9 +51,10 @@ def said_option(text: str, options: Sequence[str]) -> str | None:
 
 
 def said_letter(text: str, letters: Sequence[str]) -> tuple[str, int] | None:
-    """The letter that a reply opens with or names ("B", "(B)", "B. France", "The answer is B"), and where it stands."""
-    found = _LETTER.match(text) or _SAID_LETTER.search(text)
-    return None if found is None or found[1] not in letters else (found[1], found.start(1))
+    """The letter that a reply names last ("The answer is B"), else opens with ("B", "(b)", "**B**"), and where it stands."""
+    named = [*_SAID_LETTER.finditer(text)]
+    found = named[-1] if named else _LETTER.match(text)
+    return None if found is None or found[1].upper() not in letters else (found[1].upper(), found.start(1))
 
 
 def with_line(record: Record, line: str) -> Record:

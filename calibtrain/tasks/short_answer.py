@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import Any
 
 from calibtrain.config_tasks import ShortAnswerTask
 from calibtrain.errors import UserError
@@ -33,6 +34,10 @@ class ShortAnswer(Task):
                     f"({error}); mend it, or set another task.match"
                 ) from error
         return record
+
+    def identity(self) -> Any:
+        """None as it is by default, as it was before there were other kinds."""
+        return None if self.config == ShortAnswerTask() else super().identity()
 
     def right(self, text: str, record: Record) -> bool:
         """Whether `text` matches one of the accepted answers; an empty one never does."""

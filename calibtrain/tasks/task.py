@@ -38,6 +38,7 @@ class Reading:
     parts: tuple[Part, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()  # what the likelihood reads, where not all of [start, stop); may overlap
     read_to: int = 0  # its likelihood reads to here, where the answer alone does not tell that it ends (the 12 of 125)
+    known: bool = True  # False: it could not be read, by a fault of the reader; then its grade is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,17 @@ class Task:
     """Whether an answer is still one without some of its parts, so that those in doubt can be withheld alone."""
     judged: bool = False
     """Whether grades are opinions that may be wrong: what they certify needs some that a person has audited."""
+
+    def identity(self) -> Any:
+        """What of the config its reading and grading depend on, as plain values; None for the default task. Answers,
+        calibrators and certificates hold for one identity alone.
+        """
+        section = getattr(self, "config", None)
+        return None if section is None else section.grades_by()
+
+    def code(self) -> list[str]:
+        """Hashes of the user's own functions, with others of which a calibration is void, though the answers stand."""
+        return []
 
     def ready(self, records: Sequence[Record]) -> None:
         """Raise UserError where answers to these records could not be graded now; asked before long work."""
@@ -106,7 +118,7 @@ class Task:
     def grades(self, readings: Sequence[Reading], records: Sequence[Record]) -> list[Grade]:
         """A grade for each answer, in order; many at once, for kinds whose grader is asked elsewhere."""
         return [
-            Grade((one.found and self.right(one.text, record)) if self.gradable(record) else None)
+            Grade((one.found and self.right(one.text, record)) if one.known and self.gradable(record) else None)
             for one, record in zip(readings, records, strict=True)
         ]
 

@@ -152,10 +152,12 @@ def test_a_grader_of_the_users_grades_all_the_way(out, tmp_path, monkeypatch):
     evaluate.run(config, model=out / "model", split="test", output=out / "answers" / "test.jsonl")
     assert "How far the judge" not in collect.run(out).read_text()
     assert load(out).answer("What is 77?").certified
-    before = read_calibration(out)
+    before = (out / "calibration.json").read_text()
     with_task(out, kind="custom", grader="graders_here:broken")
     with pytest.raises(UserError, match=r"graders_here:broken: \d+ of 10 answers have no grade: it returns str 'yes'"):
         calibrate.run(out)
     assert len((out / "answers" / "temperature.new.jsonl").read_text().splitlines()) == 10  # nothing is lost
-    assert read_calibration(out) == before
+    assert (out / "calibration.json").read_text() == before
+    with pytest.raises(UserError, match="task in config"):  # of another grader it says nothing
+        read_calibration(out)
     sys.modules.pop("graders_here", None)

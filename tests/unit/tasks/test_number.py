@@ -94,7 +94,7 @@ def test_the_final_answer_of_a_reply(reply, answer):
 
 
 def test_places_are_tried_in_their_order():
-    reply = "\\boxed{1} #### 2\nThe answer is 3. Result => 4; 5"
+    reply = "\\boxed{1} #### 2\nThe answer is 3.\nResult => 4; 5"
     for places, pattern, answer in (
         (("hashes", "boxed"), None, "2"),
         (("boxed",), None, "1"),

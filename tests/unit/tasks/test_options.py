@@ -170,7 +170,13 @@ def test_the_drawn_order_is_the_questions_whatever_the_order_in_the_data():
         ("A city in Asia", None),
         ("the answer is a city", None),
         ("", None),
-        ("b", None),
+        ("b", "B"),
+        ("**B**", "B"),
+        ("(b)", "B"),
+        ("Answer: **B**", "B"),
+        ("A: no. Answer: B", "B"),
+        ("Not option A, but option B.", "B"),
+        ("because of a city", None),
     ],
 )
 def test_a_letter_is_read_where_a_reply_names_one(reply, letter):
