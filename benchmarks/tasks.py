@@ -10,11 +10,9 @@ risk is broken over 200 re-splits of the graded answers (at most delta, 5 %). Wh
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +58,18 @@ def config_of(name: str, work: Path, rows: int, sizes: dict[str, int]) -> RunCon
 def run_one(name: str, work: Path, rows: int, sizes: dict[str, int], processes: int) -> dict[str, Any]:
     """One kind's row of the table."""
     config = config_of(name, work, rows, sizes)
-    output, seconds = config.output_dir, {}
+    output = config.output_dir
     if not (output / "model" / "config.json").is_file():
         from calibtrain.launchers.local import launch
 
         output.mkdir(parents=True, exist_ok=True)
         dump_config(config, output / "given.yaml")
-        began = time.monotonic()
         code = launch(str(output / "given.yaml"), [], num_processes=processes, output_dir=output)
         assert not code, f"{name}: training ended with exit code {code}"
-        seconds["training"] = time.monotonic() - began
     config = load_config(output / "config.yaml")
     answers = output / "answers" / "test.jsonl"
     if not answers.is_file():
-        began = time.monotonic()
         evaluate.run(config, model=output / "model", split="test", output=answers)
-        seconds["test answers"] = time.monotonic() - began
-    clock = output / "seconds.json"
-    seconds = {**(json.loads(clock.read_text()) if clock.is_file() else {}), **seconds}
-    clock.write_text(json.dumps(seconds))
     if not (output / "calibration.json").is_file():
         calibrate.run(output, target_risk=RISK)
     collect.run(output)
@@ -97,8 +88,6 @@ def run_one(name: str, work: Path, rows: int, sizes: dict[str, int], processes: 
         "violations": split["violation_rate"],
         "violations_low": split["violation_low"],
         "certified": split["certified"],
-        "seconds_training": seconds.get("training", float("nan")),
-        "seconds_test": seconds.get("test answers", float("nan")),
     }
 
 
