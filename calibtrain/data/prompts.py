@@ -73,6 +73,7 @@ class Prompts:
         """The user's template for one record. Raises UserError that names what it lacks."""
         import jinja2
 
+        self._check_shown(record)
         shown = [
             {"question": one.question, "answer": one.chosen or "", "context": list(one.context)}
             for one in (*self.examples, *shots)
@@ -91,6 +92,19 @@ class Prompts:
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             place = record.origin or record.question
             raise UserError(f"{place}: data.prompt_template: {error}") from error
+
+    def _check_shown(self, record: Record) -> None:
+        """Raise UserError for what a row brings and the template would leave out, which nobody would see."""
+        # A template that picks from the row's columns may well show them its own way.
+        brings = {"context": bool(record.context) and "fields" not in self.reads}
+        brings["messages"] = self.whole and len(record.prompt) > 1
+        for name, given in brings.items():
+            if given and name not in self.reads:
+                what = "passages" if name == "context" else "turns before the question"
+                raise UserError(
+                    f"{record.origin or record.question}: data.prompt_template: the row has {what} and the template "
+                    f"does not show them: write {{{{ {name} }}}} into it, or leave them out of data.source.columns"
+                )
 
     @cached_property
     def reads(self) -> frozenset[str]:

@@ -156,7 +156,7 @@ class Template:
         if self.prompts.source is None:
             return self.prompt_text(replace(PROBE, context=()))
         try:
-            return self.prompt_text(PROBE)
+            return self.prompt_text(PROBE if "context" in self.prompts.reads else replace(PROBE, context=()))
         except UserError:
             plain = [Message("user", PROBE.question)]
             return plain_text(plain) if self.kind == "jinja" else self._chat_text(plain)

@@ -47,6 +47,21 @@ def test_chat_with_all_parts():
     )
 
 
+def test_what_a_row_brings_is_never_left_out_in_silence():
+    passages = Record(QUESTION.prompt, context=("Lyon is French.",), origin="rows:3")
+    with pytest.raises(UserError, match=r"rows:3: .* the row has passages .* write \{\{ context \}\}"):
+        own("Q: {{ question }} A:").prompt_text(passages)
+    with pytest.raises(UserError, match="the row has passages"):
+        own("Q: {{ question }}", "chat").prompt_text(passages)
+    for turn in (Message("system", "Say a country."), Message("user", "Hello.")):
+        talk = Record((turn, *QUESTION.prompt), origin="rows:4")
+        with pytest.raises(UserError, match=r"rows:4: .* the row has turns before the question .* messages"):
+            own("Q: {{ question }} A:").prompt_text(talk)
+        assert turn.content in own("Q: {{ question }}", "chat").prompt_text(talk)
+        shown = own("{% for one in messages %}{{ one.content }} {% endfor %}{{ question }}").prompt_text(talk)
+        assert shown == f"{turn.content} Where is Lyon?"
+
+
 def test_a_template_of_the_users_own_makes_the_whole_prompt():
     source = (
         "{{ system }}\n{% for one in examples %}Q: {{ one.question }} A: {{ one.answer }}\n{% endfor %}"
