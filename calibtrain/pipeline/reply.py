@@ -90,6 +90,9 @@ class Reply:
             line = f"{plain(self.spoken, 2000)}  ({self.word}, {percent(self.probability)}{self.reservation})"
             if self.parts:
                 line = "\n".join([plain(self.spoken, 2000) if self.claims else line, *map(_told, self.parts)])
+            if self.prediction_set:
+                named = ", ".join(plain(option, 200) for option in self.prediction_set)
+                line += f"\nOne of these is right, but for a certified share of such questions: {named}"
         elif self.claims is not None:
             every = "its claim is" if len(self.parts) == 1 else f"all {len(self.parts)} claims are"
             line = f"{self.spoken} ({every} withheld)"

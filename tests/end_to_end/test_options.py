@@ -104,6 +104,8 @@ def test_what_was_calibrated_is_what_answers(finished):
         assert reply.probability == pytest.approx(float(probabilities[index]), abs=1e-4)
         inside = calibrated.prediction_sets.of(answer.options, answer.option_logprobs)
         assert reply.prediction_set == tuple(listed.get(one, one) for one in inside)
+        named = f"certified share of such questions: {', '.join(reply.prediction_set)}"
+        assert (named in reply.told()) == (not reply.abstained and bool(reply.prediction_set))
         assert answerer.prompt_tokens(question_of(question, options.get("options", ()))) == reply.prompt_tokens
     if kind == "choice":
         with pytest.raises(UserError, match="without options"):
