@@ -6,8 +6,9 @@ import pytest
 
 from calibtrain import demo
 from calibtrain.config import RunConfig
-from calibtrain.config_file import dump_config
+from calibtrain.config_file import dump_config, load_config
 from calibtrain.errors import UserError
+from tests.tiny import write_tiny_model
 
 
 class RawModelAskedError(Exception):
@@ -58,3 +59,16 @@ def test_another_run_does_not(begin, tmp_path):
     with pytest.raises(UserError, match=r"holds another run \(demo\)"):
         demo.run(RunConfig(name="mine", output_dir=tmp_path))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_demos_own_config_has_what_it_needs(monkeypatch, tmp_path):
+    def asked(*_):
+        raise RawModelAskedError
+
+    monkeypatch.setattr(demo, "ProcessPoolExecutor", asked)
+    write_tiny_model(tmp_path / "tiny")
+    own = [f"output_dir={tmp_path / 'out'}", f"model.source={tmp_path / 'tiny'}"]
+    with pytest.raises(RawModelAskedError):
+        demo.run(load_config("demo", own))
+    with pytest.raises(UserError, match=r"data\.splits\.test: 0"):
+        demo.run(load_config("demo", [*own, "data.splits.test=0"]))
