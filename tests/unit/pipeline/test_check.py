@@ -29,6 +29,7 @@ def folder(tmp_path_factory):
 
 def config(folder, **changes):
     sections = {
+        "output_dir": str(folder / "out"),  # the default may hold the demo
         "model": {"source": str(folder / "tiny"), "dtype": "fp32"},
         "data": {
             "source": {"kind": "file", "path": str(folder / "questions.jsonl")},
