@@ -1,6 +1,6 @@
 """Every kind of task, from training to certificate, on the embedded model: accuracy, calibration, order and guarantee.
 
-    python benchmarks/tasks.py --work /tmp/tasks --json benchmarks/results/tasks.json
+    python benchmarks/tasks.py --work WORK --json benchmarks/results/tasks.json
 
 For each config of examples/tasks its maker writes as many rows as --rows, half of which may train; SmolLM2-135M learns them
 by SFT, then answers the temperature, certification and test questions. `violation_rate` is how often the certificate at 20 %

@@ -24,6 +24,20 @@ TOKENS = {
 ENDS = {"llama3": "<|eot_id|>", "gemma3": "<end_of_turn>", "phi": "<|end|>"}
 """What ends an assistant's turn where that is not the EOS."""
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+TURNS = [
+    {"role": "user", "content": "Where is Lyon?"},
+    {"role": "assistant", "content": "France."},
+    {"role": "user", "content": "And Osaka?\nQuickly!"},
+    {"role": "assistant", "content": "In Japan,\n\nof course."},
+    {"role": "user", "content": "Perth?"},
+    {"role": "assistant", "content": "Australia"},
+]
+THOUGHT = [
+    {**turn, "content": f"<think>\nHm.\n</think>\n\n{turn['content']}"} if turn["role"] == "assistant" else turn
+    for turn in TURNS
+]
+
 
 @lru_cache
 def family_tokenizer(name: str):

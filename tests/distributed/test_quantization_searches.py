@@ -56,7 +56,7 @@ def test_two_ranks_find_what_one_finds(tmp_path):
         for process in context.processes:
             if process.is_alive():
                 process.kill()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     alone, half = searched(texts()), searched(texts()[:5])
     assert all(torch.equal(first[name], second[name]) for name in first)
     same = [torch.isclose(first[name], one, rtol=1e-3).float().mean() for name, one in alone.items()]

@@ -14,24 +14,11 @@ from calibtrain.data.layout import find_layout
 from calibtrain.data.rows import record_from_row
 from calibtrain.data.templates import Template
 from calibtrain.data.turns import IGNORED
-from tests.chat_families import TOKENS, family_tokenizer
+from tests.chat_families import SYSTEM, THOUGHT, TOKENS, TURNS, family_tokenizer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.peer
 
-SYSTEM = {"role": "system", "content": "Be brief."}
-TURNS = [
-    {"role": "user", "content": "Where is Lyon?"},
-    {"role": "assistant", "content": "France."},
-    {"role": "user", "content": "And Osaka?\nQuickly!"},
-    {"role": "assistant", "content": "In Japan,\n\nof course."},
-    {"role": "user", "content": "Perth?"},
-    {"role": "assistant", "content": "Australia"},
-]
-THOUGHT = [
-    {**turn, "content": f"<think>\nHm.\n</think>\n\n{turn['content']}"} if turn["role"] == "assistant" else turn
-    for turn in TURNS
-]
 CONVERSATIONS = [TURNS[:2], TURNS, [SYSTEM, *TURNS]]
 SHIPPED = {"llama3": "llama3", "qwen3": "qwen3", "gemma3": "gemma3", "phi": "phi3"}
 """Our family -> TRL's name of the original template and of the one that it trains with."""

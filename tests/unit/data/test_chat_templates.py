@@ -12,22 +12,9 @@ from calibtrain.data.rows import record_from_row
 from calibtrain.data.templates import Template
 from calibtrain.data.turns import IGNORED, learned_sequences
 from calibtrain.errors import UserError
-from tests.chat_families import ENDS, TOKENS, family_tokenizer
+from tests.chat_families import ENDS, SYSTEM, THOUGHT, TOKENS, TURNS, family_tokenizer
 from tests.tiny import tiny_tokenizer
 
-SYSTEM = {"role": "system", "content": "Be brief."}
-TURNS = [
-    {"role": "user", "content": "Where is Lyon?"},
-    {"role": "assistant", "content": "France."},
-    {"role": "user", "content": "And Osaka?\nQuickly!"},
-    {"role": "assistant", "content": "In Japan,\n\nof course."},
-    {"role": "user", "content": "Perth?"},
-    {"role": "assistant", "content": "Australia"},
-]
-THOUGHT = [
-    {**turn, "content": f"<think>\nHm.\n</think>\n\n{turn['content']}"} if turn["role"] == "assistant" else turn
-    for turn in TURNS
-]
 WEATHER = {
     "type": "function",
     "function": {"name": "weather", "description": "Now.", "parameters": {"type": "object", "properties": {}}},
