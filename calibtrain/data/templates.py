@@ -12,11 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from calibtrain.data.chat import PROBE_ANSWER, ChatFormat, RefusedError
 from calibtrain.data.decoding import token_texts
-from calibtrain.data.prompts import PROBE, Prompts, context_merged, prompts_of, with_less_context
+from calibtrain.data.prompts import PROBE, Prompts, prompts_of, with_less_context
 from calibtrain.data.rendering import (
     MARKS,
     PLAIN_ANSWER,
@@ -25,8 +25,6 @@ from calibtrain.data.rendering import (
     check_written,
     plain_text,
     refuse_tools,
-    rendered_turn,
-    system_merged,
 )
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from calibtrain.config import RunConfig
 
 _BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
-_PROBE_ANSWER = "This one"
 _NEXT_QUESTION = PLAIN_BETWEEN + PLAIN_QUESTION.partition("{}")[0].rstrip()
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 OPENING = 16
@@ -52,10 +49,6 @@ SPECIAL_BETWEEN = 16
 
 class InseparableError(UserError):
     """The tokenizer cannot tell an answer from its prompt."""
-
-
-class _Refused(UserError):
-    """The chat template itself raised."""
 
 
 class Template:
@@ -85,8 +78,7 @@ class Template:
             raise UserError("the tokenizer has no EOS token, so no answer could end; set its eos_token")
         self.kind = kind
         self.tokenizer = tokenizer
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self.merge_system = merge_system
+        self._chat = ChatFormat(tokenizer, chat_template_kwargs or {}, merge_system)
         self.task = task or SHORT_ANSWER
         self._own_stops = tuple(dict.fromkeys((*self.task.stop, *stop)))
         for text in self._own_stops:
@@ -97,7 +89,7 @@ class Template:
         """Token that ends every completion."""
         self._lead = PLAIN_ANSWER.format("")  # whitespace between the prompt and an answer
         if kind == "chat":
-            self._lead, self.end_id = self._chat_lead_and_end()
+            self._lead, self.end_id = self._chat.lead_and_end()
         self._probe_text = self._probe()
         self._probe_ids = self.shown_ids(self._probe_text)
         self._thinks = kind == "chat" and self._probe_text.rstrip().endswith(THINK_START)
@@ -113,8 +105,8 @@ class Template:
         messages = self.prompts.turns(record, shots)
         try:
             return self._written(messages, record.tools)
-        except _Refused as error:
-            raise UserError(f"{record.origin or record.question}: {error}{self._remedy(messages)}") from error
+        except RefusedError as error:
+            raise UserError(f"{record.origin or record.question}: {error}{self._chat.remedy(messages)}") from error
         except UserError as error:
             raise UserError(f"{record.origin or record.question}: {error}") from error
 
@@ -159,7 +151,7 @@ class Template:
             return self.prompt_text(PROBE if "context" in self.prompts.reads else replace(PROBE, context=()))
         except UserError:
             plain = [Message("user", PROBE.question)]
-            return plain_text(plain) if self.kind == "jinja" else self._chat_text(plain)
+            return plain_text(plain) if self.kind == "jinja" else self._chat.text(plain)
 
     def _opened(self, text: str, prompt: str) -> str:
         """An answer as it follows a prompt that is not a chat's: with one space, where neither has any."""
@@ -239,7 +231,7 @@ class Template:
         """Ids of a whole conversation, and which of them the chat template marks as the assistant's; None without marks."""
         if not self.marks:
             return None
-        found = self._applied(
+        found = self._chat.applied(
             self._conversation(record), record.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         mask = [bool(one) for one in found["assistant_masks"]]
@@ -300,7 +292,7 @@ class Template:
             return None
         shown, text = self.prompt_text(record) + self._lead, record.chosen.strip()
         try:
-            whole = self._chat_text([*self.prompts.turns(record), Message("assistant", text)], answered=True)
+            whole = self._chat.text([*self.prompts.turns(record), Message("assistant", text)], answered=True)
         except UserError:
             return None
         if whole.startswith(shown + text):
@@ -358,9 +350,9 @@ class Template:
             len(tokenizer),
         ]
         # What is not set leaves the hash of runs that were made before it could be.
-        if self.kind == "chat" and self.chat_template_kwargs:
-            parts.append(self.chat_template_kwargs)
-        if self.kind == "chat" and self.merge_system:
+        if self.kind == "chat" and self._chat.kwargs:
+            parts.append(self._chat.kwargs)
+        if self.kind == "chat" and self._chat.merge_system:
             parts.append("merge_system")
         if self.kind == "chat" and self._lead:
             parts.append(["lead", self._lead])
@@ -399,7 +391,7 @@ class Template:
 
     def _special_prefix(self) -> list[int]:
         """What the tokenizer itself puts before a text: mostly BOS or nothing. What it puts after is not wanted."""
-        bare, full = self._encode(_PROBE_ANSWER), list(self.tokenizer(_PROBE_ANSWER)["input_ids"])
+        bare, full = self._encode(PROBE_ANSWER), list(self.tokenizer(PROBE_ANSWER)["input_ids"])
         start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
         return full[:start]
 
@@ -407,64 +399,13 @@ class Template:
         if self.kind == "plain":
             refuse_tools(messages, tools)
             return plain_text(messages)
-        text = self._chat_text(messages, answered, tools)
+        text = self._chat.text(messages, answered, tools)
         check_written(text, messages)
         return text
-
-    def _chat_text(self, messages: Sequence[Message], answered: bool = False, tools: str = "") -> str:
-        return str(self._applied(messages, tools, tokenize=False, add_generation_prompt=not answered))
-
-    def _applied(self, messages: Sequence[Message], tools: str, **options: Any) -> Any:
-        """What the tokenizer makes of a conversation. Raises UserError where its chat template refuses it."""
-        messages = context_merged(messages)
-        if self.merge_system:
-            messages = system_merged(messages)
-        if tools and not self._takes_tools:
-            raise UserError("data.template: the chat template has no place for the definitions of tools")
-        options = {**options, **self.chat_template_kwargs, **({"tools": json.loads(tools)} if tools else {})}
-        try:
-            return self.tokenizer.apply_chat_template([rendered_turn(message) for message in messages], **options)
-        except Exception as error:  # jinja's own, or what a template raises about roles
-            raise _Refused(f"data.template: the chat template refuses the conversation: {error}") from error
-
-    @cached_property
-    def _takes_tools(self) -> bool:
-        """Whether the chat template writes the definitions of tools: some pass over them."""
-        turns = [rendered_turn(message) for message in PROBE.prompt]
-        function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
-        tools: Any = [{"type": "function", "function": function}]
-        text = self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **self.chat_template_kwargs)
-        return "probe" in str(text)
 
     @cached_property
     def _end_text(self) -> str:
         return self._decode([self.end_id])
-
-    def _remedy(self, messages: Sequence[Message]) -> str:
-        """What to do about a conversation that the chat template refuses, where that is known."""
-        roles = [message.role for message in messages]
-        if "system" in roles and not self.merge_system:
-            try:
-                self._chat_text(system_merged(messages))
-            except UserError:
-                pass
-            else:
-                return "; set data.merge_system: true to put the system text before the first question"
-        if any(one == other for one, other in pairwise(roles)):
-            return "; two turns of one role follow each other: join them into one, or use data.template: plain"
-        return "; mend the row, or use data.template: plain"
-
-    def _chat_lead_and_end(self) -> tuple[str, int]:
-        """Whitespace that the template writes before an assistant's turn (Mistral), and the special token after it.
-
-        That need not be the EOS (Llama 3).
-        """
-        text = self._chat_text([*PROBE.prompt, Message("assistant", _PROBE_ANSWER)], answered=True)
-        before, _, behind = text.rpartition(_PROBE_ANSWER)
-        lead = before.removeprefix(self._chat_text(PROBE.prompt))
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        end = next((token for token in self._encode(behind) if token in special), self.tokenizer.eos_token_id)
-        return "" if lead.strip() else lead, end
 
 
 def template_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
