@@ -31,7 +31,8 @@ from calibtrain.losses.rewards import ppo_c_proper_reward, ppo_c_reward
 from calibtrain.losses.silence import watch_of
 from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.ops import TokenStats
-from calibtrain.training.rollout_credit import Sample, credit
+from calibtrain.training.rollout_credit import credit
+from calibtrain.training.samples import Sample
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Confidences that can be stated."""

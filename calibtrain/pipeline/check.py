@@ -39,7 +39,7 @@ from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspee
 from calibtrain.training.losses import term_names
 from calibtrain.training.matrices import trained_layers
 from calibtrain.training.output_directory import check_output_dir, check_same_data
-from calibtrain.training.rollout_credit import check_rewards
+from calibtrain.training.rollout_rewards import check_rewards
 from calibtrain.training.spectra import spectra_layers
 from calibtrain.training.weight_penalty import penalised_layers
 

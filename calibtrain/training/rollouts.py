@@ -12,23 +12,21 @@ import torch
 from torch import Tensor
 
 from calibtrain.confidence.answering import Answerer
-from calibtrain.confidence.generation import Generation, generate, keep_none
-from calibtrain.confidence.stated import read_statement, statement_tokens
 from calibtrain.config import PolicyGradientConfig, RunConfig
 from calibtrain.data.collate import collate
-from calibtrain.data.encode import Encoded, fit_prompt
+from calibtrain.data.encode import Encoded
 from calibtrain.data.loader import step_indices
-from calibtrain.data.replies import read_reply
 from calibtrain.distributed import gather_lists, shard
 from calibtrain.errors import UserError
 from calibtrain.losses.silence import watch_of
 from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.models.loss_model import LogprobStep, LossModel
-from calibtrain.records import Record, unit_hash
-from calibtrain.tasks.matching import normalize
-from calibtrain.tasks.task import Reading
+from calibtrain.records import Record
 from calibtrain.training.deepspeed_config import BatchPlan
-from calibtrain.training.rollout_credit import Credit, Sample, check_rewards, credit
+from calibtrain.training.rollout_credit import Credit, credit
+from calibtrain.training.rollout_rewards import check_rewards
+from calibtrain.training.samples import Sample, loaded_sample
+from calibtrain.training.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +56,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         if not all(map(answerer.template.task.gradable, questions)):
             raise UserError(f"objective.name: {objective.name} grades what it samples: training questions need answers")
         self.config, self.answerer, self.questions, self.plan = config, answerer, list(questions), plan
+        self.sampling = Sampling(config, answerer, self.questions)
         self.reference = reference
         self.needs_reference = objective.needs.reference == "live"
         self.needs_values = objective.needs.module == "value head"
@@ -69,13 +68,6 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         self._alike = 0  # rounds in a row without any difference in reward
         self._groups: dict[int, list[int]] = {}  # question -> its samples
         self._credit: list[Credit] = []
-        room = config.data.max_length - config.evaluation.max_new_tokens
-        if room < 1:
-            raise UserError(
-                f"evaluation.max_new_tokens: {config.evaluation.max_new_tokens} leaves no room for a question in "
-                f"data.max_length: {config.data.max_length}"
-            )
-        self._prompts = [tuple(fit_prompt(one, answerer.template, room)[0]) for one in self.questions]
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -95,7 +87,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         model.eval()
         model.policy.scale = 1.0  # the policy that is trained, not the one that is asked for its confidence
         try:
-            mine = self._measured(self._sampled(shard(asked, self.answerer.world), step))
+            mine = self._measured(self.sampling(shard(asked, self.answerer.world), step))
         finally:
             model.train(was_training)
             model.policy.scale = scale
@@ -126,7 +118,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         """Take up the round of a checkpoint."""
         saved: list[dict[str, Any]] = state["samples"]
         if saved:
-            self._take([_loaded(one) for one in saved])
+            self._take([loaded_sample(one) for one in saved])
 
     def _take(self, samples: list[Sample]) -> None:
         """Make these the present round. A question that is asked twice in it keeps the answers of its last turn."""
@@ -147,60 +139,6 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
                 self.metrics["correct"],
                 self.metrics["tokens"],
             )
-
-    def _sampled(self, asked: Sequence[int], step: int) -> list[Sample]:
-        answerer, evaluation = self.answerer, self.config.evaluation
-        lockstep = answerer.lockstep
-        groups = generate(
-            answerer.module,
-            [self._prompts[i] for i in asked],
-            stop_ids=answerer.template.stop_ids,
-            goes_on=answerer.template.goes_on,
-            pad_id=answerer.template.pad_id,
-            max_new_tokens=evaluation.max_new_tokens,
-            batch_size=max(1, evaluation.batch_size // self.config.rollouts.group_size),
-            samples=self.config.rollouts.group_size,
-            seed=int(unit_hash("rollouts", self.config.seed, step, answerer.world.rank) * 2**53),
-            device=answerer.world.device,
-            all_done=answerer.all_done if lockstep else bool,
-            share_prefix=not lockstep,
-            keep=keep_none,
-        )
-        read = [self._sample(i, one) for i, group in zip(asked, groups, strict=True) for one in group]
-        records = [self.questions[sample.question] for sample, _ in read]
-        grades = answerer.template.task.grades([reading for _, reading in read], records)
-        answerer.settle()  # a reward that is missing is none
-        return [replace(one, correct=float(bool(grade.correct))) for (one, _), grade in zip(read, grades, strict=True)]
-
-    def _sample(self, index: int, generation: Generation) -> tuple[Sample, Reading]:
-        """A sample that is not graded yet, and what it is graded by."""
-        template, rollouts, record = self.answerer.template, self.config.rollouts, self.questions[index]
-        task, reply = template.task, read_reply(template, generation.tokens, record)
-        reading, (start, stop) = reply.reading, reply.span
-        confidence = math.exp(min(0.0, math.fsum(generation.logprobs[i] for i in reply.read)))
-        stated: tuple[bool, ...] = ()
-        whole = reply.text
-        if rollouts.confidence == "stated":
-            statement = read_statement(reply.text)
-            whole = statement.answer
-            reading = task.read(whole, record)
-            confidence = math.nan if statement.confidence is None else statement.confidence
-            stated = statement_tokens(generation.tokens, template.decode_answer)
-        said = task.key(reading.text, record)
-        sample = Sample(
-            question=index,
-            tokens=generation.tokens,
-            correct=math.nan,
-            confidence=confidence,
-            abstained=rollouts.reward == "ternary"
-            and any(
-                said == task.key(one, record) or normalize(whole) == normalize(one) for one in rollouts.abstentions
-            ),
-            answer_start=start,
-            answer_stop=None if stop == len(generation.tokens) else stop,
-            stated=stated,
-        )
-        return sample, reading
 
     def _measured(self, samples: list[Sample]) -> list[Sample]:
         """The samples with the log-probs and values that credit and later steps need, in as many passes on each rank."""
@@ -227,7 +165,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         return found
 
     def _encoded(self, sample: Sample) -> Encoded:
-        prompt = self._prompts[sample.question]
+        prompt = self.sampling.prompts[sample.question]
         # Who abstains claims nothing: there is no likelihood to score.
         correct = math.nan if sample.abstained else sample.correct
         length = len(sample.tokens)
@@ -236,9 +174,3 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         return Encoded(
             (*prompt, *sample.tokens), len(prompt), ANSWER, sample.question, correct=correct, answer_span=answer
         )
-
-
-def _loaded(saved: dict[str, Any]) -> Sample:
-    """A sample from JSON, which knows no tuples."""
-    fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in saved.items()}
-    return Sample(**fields)

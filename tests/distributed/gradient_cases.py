@@ -35,8 +35,8 @@ from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.checkpoint import Progress
 from calibtrain.training.deepspeed_config import batch_plan
 from calibtrain.training.engine import Engine, start_engine
-from calibtrain.training.rollout_credit import Sample
 from calibtrain.training.rollouts import Rollouts
+from calibtrain.training.samples import Sample
 from calibtrain.training.trainer import Trainer
 from calibtrain.training.unpaired_examples import UnpairedExamples
 from tests.distributed.jobs import SHARDED

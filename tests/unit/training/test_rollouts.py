@@ -23,8 +23,10 @@ from calibtrain.models.reward import ValueLossModel
 from calibtrain.records import Message, Record
 from calibtrain.tasks.task import Reading
 from calibtrain.training.deepspeed_config import BatchPlan
-from calibtrain.training.rollout_credit import Sample, check_rewards, credit
+from calibtrain.training.rollout_credit import credit
+from calibtrain.training.rollout_rewards import check_rewards
 from calibtrain.training.rollouts import Rollouts
+from calibtrain.training.samples import Sample
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
