@@ -12,7 +12,7 @@ import typer
 from calibtrain.cli_checks import existing as _existing
 from calibtrain.cli_checks import trained as _trained
 from calibtrain.cli_weights import quantize, spectra
-from calibtrain.errors import PREEMPTED, Preempted, UserError
+from calibtrain.errors import PREEMPTED, Preempted, UserError, told
 
 app = typer.Typer(
     help="Fine-tune language models on DeepSpeed so that their confidence means what it says.",
@@ -390,7 +390,7 @@ def main() -> None:
     except UserError as error:
         from rich.console import Console
 
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(told(str(error)), style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -127,7 +127,7 @@ class TrainingConfig(Section):
     """Records in one optimiser step over all ranks; gradient accumulation is derived."""
     epochs: Positive = 1.0
     """Passes over the training split; a fraction is allowed."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: Count | None = None
     """Optimiser steps, in the place of `epochs`, fewer or more."""
     learning_rate: Positive = 2e-5
     """Peak of the schedule."""
@@ -155,13 +155,13 @@ class TrainingConfig(Section):
     """Export the mean of the weights over this last share of the steps (arXiv 1803.05407); 0 exports the last ones."""
     log_every: Count = 5
     """Optimiser steps between two lines of metrics."""
-    evaluate_every: int | None = Field(default=None, ge=1)
+    evaluate_every: Count | None = None
     """Optimiser steps between two evaluations; null evaluates only after training."""
-    evaluate_loss_every: int | None = Field(default=None, ge=1)
+    evaluate_loss_every: Count | None = None
     """Optimiser steps between two measurements of the loss on data.splits.validation; null measures at the end alone."""
     evaluate_questions: Count = 128
     """Questions of the calibration split answered at each evaluation during training."""
-    checkpoint_every: int | None = Field(default=None, ge=1)
+    checkpoint_every: Count | None = None
     """Optimiser steps between two checkpoints; null writes none."""
     keep_checkpoints: Count = 2
     """Older checkpoints are deleted once a newer one is complete."""
@@ -256,7 +256,7 @@ class RunConfig(Section):
     """Shown in W&B and in the report."""
     output_dir: Path = Path("out")
     """Everything the run makes, and of no other run; relative to the working directory."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of data order, sampling and dropout."""
     model: ModelConfig = ModelConfig()
     """The model."""

@@ -13,7 +13,8 @@ Risk = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
-Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Section(BaseModel):

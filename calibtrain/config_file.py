@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from calibtrain.config import RunConfig
-from calibtrain.errors import UserError
+from calibtrain.errors import UserError, printable, short
 
 KeyPath = tuple[str | int, ...]
 
@@ -50,7 +51,7 @@ class _Document:
         """Where the value at `path`, or the section around it, was written."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.overridden:
-                return f"command line, {self.overridden[path[:length]]!r}"
+                return f"command line, {short(self.overridden[path[:length]])}"
             if path[:length] in self.lines:
                 return f"{self.name}:{self.lines[path[:length]]}"
         return self.name
@@ -64,6 +65,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     document = _read(_locate(path))
     for override in overrides:
         _override(document, override)
+    document.problems += _unwritable(document.values, (), document)
     if document.problems:
         raise _error(document.problems)
     try:
@@ -159,6 +161,14 @@ def _record_lines(node: yaml.Node, path: KeyPath, document: _Document) -> None:
             _record_lines(item, item_path, document)
 
 
+def _unwritable(values: Any, path: KeyPath, document: _Document) -> list[str]:
+    """A problem for every text with a character that no file and no tokenizer takes."""
+    if isinstance(values, str) and ("\0" in values or values != printable(values)):
+        return [f"{_dotted(path)} ({document.place(path)}): {short(values)} holds what is no character of a text"]
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    return [problem for key, value in items for problem in _unwritable(value, (*path, key), document)]
+
+
 def _make_absolute(values: Any, path: KeyPath, base: Path) -> None:
     for depth, key in enumerate(path[:-1]):
         if key == "*":
@@ -171,7 +181,8 @@ def _make_absolute(values: Any, path: KeyPath, base: Path) -> None:
         return  # `owner/name` is a hub name, or a directory below the working directory when there is one
     if path == ("data", "prompt_template") and any(mark in given for mark in ("{{", "{%", "\n")):
         return  # the template itself
-    values[path[-1]] = str((base / Path(given).expanduser()).resolve())
+    with contextlib.suppress(ValueError, RuntimeError):  # no name that a file can have, or the home of nobody
+        values[path[-1]] = str((base / Path(given).expanduser()).resolve())
 
 
 # --- overrides -------------------------------------------------------------------------------------------------------
@@ -311,18 +322,18 @@ def _message(error: ErrorDetails, path: KeyPath, owners: list[type[BaseModel]], 
         given = value.get(tag) if isinstance(value, Mapping) else None
         if given is None:
             return f"needs `{tag}`: one of {', '.join(tags)}"
-        return f"`{tag}: {given}` is none of {', '.join(tags)}{_nearest(str(given), tags)}"
+        return f"`{tag}: {printable(str(given))[:60]}` is none of {', '.join(tags)}{_nearest(str(given), tags)}"
     choices = _choices(annotation)
     if choices:
         rest = ", or a path" if annotation is not None and Path in get_args(annotation) else ""
         rest = ", or a list of names" if any(get_origin(a) is tuple for a in get_args(annotation)) else rest
-        return f"{value!r} is none of {', '.join(choices)}{rest}{_nearest(str(value), choices)}"
+        return f"{short(value)} is none of {', '.join(choices)}{rest}{_nearest(str(value), choices)}"
     if _models(annotation) and not isinstance(value, Mapping | list | tuple):
-        return f"is a section of its own keys, got {value!r}"
+        return f"is a section of its own keys, got {short(value)}"
     if kind == "tuple_type":
-        return f"is a list, got {value!r}"
+        return f"is a list, got {short(value)}"
     message = error["msg"].removeprefix("Input should be ")
-    return f"should be {message[0].lower()}{message[1:]}, got {value!r}" + (
+    return f"should be {message[0].lower()}{message[1:]}, got {short(value)}" + (
         "; put it in quotes" if kind == "string_type" else ""
     )
 

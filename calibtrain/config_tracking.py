@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from calibtrain.config_base import Section
+from calibtrain.config_base import Amount, Section
 
 
 class TrackingConfig(Section):
@@ -26,7 +26,7 @@ class TrackingConfig(Section):
     """`auto`: online with a W&B key, else offline."""
     log_answers: bool = False
     """Also send questions, answers, grades and names of groups to W&B; without it numbers alone leave the machine."""
-    spectra_every: Annotated[int, Field(ge=0)] = 0
+    spectra_every: Amount = 0
     """Optimiser steps between two readings of how far matrices have gone from where the run began; 0 reads none."""
     spectra_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["first-middle-last", "all-linear"] = (
         "first-middle-last"

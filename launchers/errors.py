@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from calibtrain.errors import PREEMPTED, Preempted, UserError
+from calibtrain.errors import PREEMPTED, Preempted, UserError, told
 
 END_GRACE_SECONDS = 15.0
 """A failing rank gets this long to close its trackers; a collective that hangs at exit does not keep it alive."""
@@ -37,7 +37,7 @@ def report_error(error: BaseException, output_dir: Path | None, rank: int) -> in
     Returns the exit code: 2 for a user's mistake, PREEMPTED for a run that stopped as it was asked to, else 1.
     """
     if isinstance(error, UserError | Preempted):
-        code, text = 2 if isinstance(error, UserError) else PREEMPTED, str(error)
+        code, text = 2 if isinstance(error, UserError) else PREEMPTED, told(str(error))
     else:
         code, text = 1, "".join(traceback.format_exception(error)).rstrip()
     first_words = None

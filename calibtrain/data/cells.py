@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from calibtrain.data.values import json_text, missing, plain, short, text_of
-from calibtrain.errors import UserError
+from calibtrain.data.values import json_text, missing, plain, text_of
+from calibtrain.errors import UserError, short
 
 SAID = ("completion", "chosen", "rejected")
 """Fields of which a JSON object is an answer's text, unless it is a message."""

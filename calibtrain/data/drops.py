@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from calibtrain.data.values import printable
-from calibtrain.errors import UserError
+from calibtrain.errors import UserError, printable
 
 EXAMPLES_KEPT = 3
 REASONS_SHOWN = 8

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibtrain.data.values import printable
-from calibtrain.errors import UserError
+from calibtrain.errors import UserError, printable
 
 if TYPE_CHECKING:
     import pyarrow

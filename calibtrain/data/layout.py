@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from calibtrain.data.values import printable
-from calibtrain.errors import UserError
+from calibtrain.errors import UserError, printable
 
 SHAPED = ("prompt", "completion", "chosen", "rejected", "messages", "question", "answers", "label", "options", "tools")
 """Fields whose name a column may have without being mapped."""

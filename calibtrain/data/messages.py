@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calibtrain.data.values import short
-from calibtrain.errors import UserError
+from calibtrain.errors import UserError, short
 from calibtrain.records import Message, ToolCall
 
 ROLES = {

@@ -38,8 +38,8 @@ from calibtrain.data.cells import (
 from calibtrain.data.layout import ALPACA, FIELDS, SHAPES, Layout
 from calibtrain.data.messages import hh_turns, hushed, tools_of, turns_of
 from calibtrain.data.strata import strata_of
-from calibtrain.data.values import missing, plain, printable, short, unreadable
-from calibtrain.errors import UserError
+from calibtrain.data.values import missing, plain, unreadable
+from calibtrain.errors import UserError, printable, short
 from calibtrain.records import Message, Record
 
 _PREFERENCE_NEEDS_BOTH = "`rejected` stands without `chosen`: a preference pair needs both"

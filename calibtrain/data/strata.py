@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calibtrain.data.values import missing, plain, short, text_of
-from calibtrain.errors import UserError
+from calibtrain.data.values import missing, plain, text_of
+from calibtrain.errors import UserError, short
 from calibtrain.records import Record
 
 logger = logging.getLogger(__name__)

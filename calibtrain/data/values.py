@@ -74,14 +74,3 @@ def unreadable(text: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"\\u{ord(text[error.start]):04x}"
     return None
-
-
-def printable(text: str) -> str:
-    """The text for a message: what cannot be written as UTF-8 is escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def short(value: Any) -> str:
-    """The value's repr, cut to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -15,6 +15,7 @@ So a loss that is already divided by its global count is multiplied by the world
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,16 +71,19 @@ def batch_plan(training: TrainingConfig, world_size: int) -> BatchPlan:
     ways = [f"training.global_batch_size={' or '.join(map(str, totals))}"]
     if total % world_size == 0:
         per_rank = total // world_size
-        divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
-        ways.append(f"training.micro_batch_size={min(divisors, key=lambda size: (abs(size - micro), size))}")
-    worlds = [size for size in range(1, total // micro + 1) if total % (micro * size) == 0]
-    if worlds:
-        ways.append(f"{min(worlds, key=lambda size: (abs(size - world_size), size))} process(es)")
+        ways.append(f"training.micro_batch_size={_nearest_divisor(per_rank, micro)}")
+    if total % micro == 0:
+        ways.append(f"{_nearest_divisor(total // micro, world_size)} process(es)")
     raise UserError(
         f"training.global_batch_size: {total} cannot be cut into micro-batches of {micro} "
         f"(training.micro_batch_size) on {world_size} process(es): it must be a multiple of {step}. "
         f"Nearest ways: {'; or '.join(ways)}."
     )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    low = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return min([*low, *(number // size for size in low)], key=lambda size: (abs(size - wanted), size))
 
 
 def deepspeed_dict(config: RunConfig, world_size: int, *, hidden_size: int | None = None) -> dict[str, Any]:

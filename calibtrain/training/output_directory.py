@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from calibtrain.config import RunConfig
-from calibtrain.errors import UserError
+from calibtrain.errors import UserError, short
 from calibtrain.training.checkpoint import changed_keys, complete_checkpoints, refused
 
 WAYS_OUT = "give another output_dir, or move or remove this one"
@@ -28,6 +29,7 @@ def check_output_dir(config: RunConfig) -> bool:
     checkpoint has left nothing to lose and is no obstacle.
     """
     output, resume = config.output_dir, config.training.resume
+    _check_can_be_written(output)
     checkpoints = complete_checkpoints(output / "checkpoints")
     finished = is_finished(output)
     if not finished and not checkpoints:
@@ -45,9 +47,22 @@ def check_output_dir(config: RunConfig) -> bool:
     )
 
 
+def _check_can_be_written(output: Path) -> None:
+    """Raise UserError now for what would end a run at its first file."""
+    try:
+        nearest = next(one for one in (output.absolute(), *output.absolute().parents) if one.exists())
+    except OSError as error:
+        raise UserError(f"output_dir: {short(str(output))} cannot be made: {error.strerror}") from None
+    if not nearest.is_dir():
+        raise UserError(f"output_dir: {output} cannot be made: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir: {output} cannot be written: no permission to write into {nearest}")
+
+
 def check_replaceable(config: RunConfig) -> bool:
     """Return whether output_dir holds a run, one of the same name, which may then be replaced; of another one UserError."""
     output = config.output_dir
+    _check_can_be_written(output)
     if not is_finished(output) and not complete_checkpoints(output / "checkpoints"):
         return False
     name = _config_of(output).get("name", "of unknown name")

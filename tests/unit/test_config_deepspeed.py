@@ -34,6 +34,11 @@ def test_batch_plan_suggests_numbers_that_work():
         batch_plan(TrainingConfig(**{"micro_batch_size": 4, "global_batch_size": 12, **training}), world)
 
 
+def test_suggestions_take_no_time_whatever_the_numbers():
+    with pytest.raises(UserError, match=r"or 1 process"):
+        batch_plan(TrainingConfig(micro_batch_size=1, global_batch_size=2**31 - 1), 7)
+
+
 STAGES = [(stage, dtype) for stage in range(4) for dtype in ("fp32", "bf16") if (stage, dtype) != (0, "bf16")]
 
 

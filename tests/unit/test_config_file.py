@@ -132,3 +132,20 @@ def test_every_field_is_described():
     sections = [m for m in vars(module).values() if isinstance(m, type) and issubclass(m, module.Section)]
     assert RunConfig in sections
     assert not [name for section in sections for name in bare(section)]
+
+
+@pytest.mark.parametrize(
+    "text", ['name: "a\\0b"', 'output_dir: "\\uD800"', 'data: {source: {kind: file, path: "\\0"}}']
+)
+def test_what_is_no_character_of_a_text_is_told_with_its_place(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"run\.yaml:1\): .* holds what is no character of a text"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_a_long_value_is_told_in_short(tmp_path):
+    (tmp_path / "run.yaml").write_text(f"objective: {'x' * 5000}\ntraining: {{zero_stage: {'y' * 5000}}}")
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "run.yaml", [f"model.dtype={'z' * 5000}"])
+    assert len(str(caught.value)) < 1200
+    assert all(f"'{letter * 56}..." in str(caught.value) for letter in "xyz")

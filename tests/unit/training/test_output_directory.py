@@ -1,6 +1,7 @@
 """An output_dir is one run's: gone on with when asked, never written over by another."""
 
 import json
+import os
 
 import pytest
 
@@ -86,3 +87,18 @@ def test_only_a_run_of_the_same_name_is_replaced(tmp_path):
     assert "another run (run)" in told(check_replaceable, config(tmp_path, name="demo"))
     (tmp_path / "config.yaml").write_text("[")
     assert "of unknown name" in told(check_replaceable, config(tmp_path))
+
+
+def test_what_cannot_be_written_is_told_before_anything_starts(tmp_path):
+    (tmp_path / "file").write_text("")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    for output, words in (
+        (tmp_path / "file" / "out", "is a file"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        *([(locked / "out", "no permission")] if os.geteuid() else []),  # root may write everywhere
+    ):
+        for look in (check_output_dir, check_replaceable):
+            with pytest.raises(UserError, match=words):
+                look(config(output))
+    assert not check_output_dir(config(tmp_path / "new" / "and" / "deep"))
