@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import weights_hash, write_json
 from calibtrain.pipeline.spectra_page import write_page
@@ -110,9 +111,21 @@ def at_step(output_dir: Path, step: int) -> Iterator[Compared]:
     start = _start_of(output_dir, config.model.source)
     with TemporaryDirectory(dir=output_dir, prefix="spectra-") as folder:
         whole = config.model.model_copy(update={"dtype": "fp32"})
-        restored_model(checkpoint_weights(kept[step]), whole).save_pretrained(folder)
+        found = {**_frozen(whole), **checkpoint_weights(kept[step])}
+        restored_model(found, whole).save_pretrained(folder)
         name = f"{output_dir}, step {step}"
         yield Compared(start, Path(folder), config.model.source, name, output_dir / f"spectra-step-{step}")
+
+
+def _frozen(config: ModelConfig) -> dict[str, Tensor]:
+    """What a run does not train, by name: checkpoints do not hold it."""
+    from calibtrain.models.loading import load_model
+    from calibtrain.models.policy import Policy
+
+    if config.lora is None and config.adapter is None:
+        return {}
+    policy = Policy(load_model(config))
+    return {name: weight.detach() for name, weight in policy.named_parameters() if not weight.requires_grad}
 
 
 def run(

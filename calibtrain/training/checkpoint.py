@@ -173,7 +173,8 @@ def load_checkpoint(
             f"training.resume: {path} is not seen whole by every process: output_dir must be on a disk that all machines "
             "share"
         )
-    engine.deepspeed.load_checkpoint(str(path), tag="engine")
+    frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
+    engine.deepspeed.load_checkpoint(str(path), tag="engine", load_module_strict=not frozen)
     tensors = load_file(path / f"rank{world.rank}.safetensors")
     state = json.loads((path / f"rank{world.rank}.json").read_text(encoding="utf-8"))
     if stream is not None:
@@ -251,7 +252,8 @@ def _write_engine(engine: Engine, partial: Path) -> Exception | None:
 
     writer.save = guarded
     try:
-        engine.deepspeed.save_checkpoint(str(partial), tag="engine", save_latest=False)
+        # What is frozen (LoRA's base) comes from model.source, also on resume.
+        engine.deepspeed.save_checkpoint(str(partial), tag="engine", save_latest=False, exclude_frozen_parameters=True)
     finally:
         writer.save = original
     return errors[0] if errors else None

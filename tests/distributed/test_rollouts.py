@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from calibtrain.pipeline.spectra import at_step
 from tests.distributed.jobs import metrics, trained, write_job
 from tests.distributed.ranks import run
 from tests.tiny import tiny_tokenizer
@@ -70,6 +71,22 @@ def weights(output):
 
 def logs(lines):
     return {line["step"]: line for line in lines if line["event"] == "log"}
+
+
+def test_checkpoints_of_adapters_do_not_hold_the_frozen_model(runs):
+    folder, _ = runs
+    for name, pattern in (("grpo1", "mp_rank_*_model_states.pt"), ("grpo3", "zero_pp_rank_*_model_states.pt")):
+        files = list((folder / name / "checkpoints" / "step-0000003" / "engine").glob(pattern))
+        for states in (torch.load(file, weights_only=False) for file in files):
+            assert any("lora_" in key for key in states["module"])
+            assert not any("base_layer" in key or "embed" in key for key in states["module"])
+            assert not states.get("frozen_param_fragments")
+        assert files
+    with at_step(folder / "grpo1", 3) as compared:  # whole again
+        tuned, start = (load_file(one / "model.safetensors") for one in (compared.tuned, compared.base))
+        moved = {name for name in start if not torch.equal(tuned[name], start[name].float())}
+        assert moved
+        assert all("proj" in name for name in moved)
 
 
 @pytest.mark.parametrize("name", JOBS)
