@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from calibtrain.models.arithmetic import settled
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.changing_examples import ChangingExamples
+from calibtrain.training.checkpoint_files import damage_of, newest_undamaged, note_files
 from calibtrain.training.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -129,14 +131,16 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> P
         found = complete_checkpoints(config.output_dir / "checkpoints")
         if not found:
             return None
-        path = found[-1]
+        path = newest_undamaged(found)
     else:
         path = Path(resume)
         if not (path / "run.json").is_file():
             inner = complete_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
             if not inner:
                 raise UserError(f"training.resume: {path} is not a whole checkpoint (it has no run.json)")
-            path = inner[-1]
+            path = newest_undamaged(inner)
+        elif damage := damage_of(path):
+            raise UserError(f"training.resume: {path} is damaged: {damage}")
     run = _read_run(path)
     if run["world_size"] != world.size:
         raise UserError(
@@ -174,7 +178,14 @@ def load_checkpoint(
             "share"
         )
     frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
-    engine.deepspeed.load_checkpoint(str(path), tag="engine", load_module_strict=not frozen)
+    try:
+        engine.deepspeed.load_checkpoint(str(path), tag="engine", load_module_strict=not frozen)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"training.resume: {path} cannot be loaded ({reason}); move it away, and training.resume=auto takes the one "
+            "before"
+        ) from error
     tensors = load_file(path / f"rank{world.rank}.safetensors")
     state = json.loads((path / f"rank{world.rank}.json").read_text(encoding="utf-8"))
     if stream is not None:
@@ -224,6 +235,7 @@ def _begin(partial: Path) -> None:
 
 
 def _complete(partial: Path, final: Path, keep: int) -> None:
+    note_files(partial)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _drop_others(final.parent, final, keep)

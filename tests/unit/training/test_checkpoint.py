@@ -10,6 +10,7 @@ from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled
 from calibtrain.training.checkpoint import _drop_others, complete_checkpoints, find_checkpoint
+from calibtrain.training.checkpoint_files import note_files
 
 TWO = World(0, 2, 0, torch.device("cpu"))
 
@@ -44,6 +45,25 @@ def test_auto_takes_the_newest_whole_one_or_none(tmp_path):
     assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step-0000002", "step-0000010"]
     for named in (newest, newest.parent, tmp_path):
         assert find_checkpoint(config(tmp_path, named), TWO, "abc") == newest
+
+
+def test_a_damaged_one_is_told_and_the_one_before_is_taken(tmp_path, caplog):
+    first, second, third = (write(tmp_path, step) for step in (2, 4, 6))
+    for path in (first, second, third):
+        (path / "engine").mkdir()
+        (path / "engine" / "shard.pt").write_bytes(b"x" * 100)
+        note_files(path)
+    assert find_checkpoint(config(tmp_path), TWO, "abc") == third
+    (third / "engine" / "shard.pt").write_bytes(b"x" * 60)
+    (second / "engine" / "shard.pt").unlink()
+    assert find_checkpoint(config(tmp_path), TWO, "abc") == first
+    assert "engine/shard.pt has 60 bytes and was written with 100" in caplog.text
+    assert "engine/shard.pt is not there" in caplog.text
+    with pytest.raises(UserError, match=r"step-0000006 is damaged: engine/shard.pt has 60"):
+        find_checkpoint(config(tmp_path, third), TWO, "abc")
+    (first / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"every checkpoint .* is damaged"):
+        find_checkpoint(config(tmp_path), TWO, "abc")
 
 
 def test_what_does_not_shape_the_trajectory_may_change(tmp_path):
