@@ -41,6 +41,12 @@ class Needs:
     """Whether each word of a sampled answer may have its own credit."""
     weighs: bool = False
     """Whether it counts each record by its weight."""
+    credit: Literal["none", "group", "others", "values"] = "none"
+    """What a sampled answer's reward is compared with: its group's mean, that of the others in it, or a state's value."""
+    kl_in_reward: bool = False
+    """Whether the KL from the starting model is paid for in the reward, not in the loss."""
+    whole_answers: bool = False
+    """Whether one probability ratio stands for a whole sampled answer."""
 
     @property
     def answers_itself(self) -> bool:

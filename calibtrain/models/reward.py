@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
-from calibtrain.losses.terms import Batch, LossTerm, sequence_token_counts
+from calibtrain.losses.terms import Batch, LossTerm
 from calibtrain.models.export import empty_model, restored_model
 from calibtrain.models.loading import load_settings
-from calibtrain.models.loss_model import LossModel, StepStatistics, TrainStep
+from calibtrain.models.loss_model import LossModel, StepStatistics, TrainStep, last_positions
 from calibtrain.models.policy import Policy
 from calibtrain.ops import TokenStats, at_least_float32
 
@@ -86,20 +86,6 @@ def scalar_head(policy: Policy, seed: int) -> ScalarHead:
     with torch.no_grad():
         head.weight.copy_(draws / (size + 1) ** 0.5)
     return head.to(weight.device, weight.dtype)
-
-
-def last_positions(batch: Batch) -> Tensor:
-    """Flat position of the last token of each sequence, (S,) int64: one behind the state that predicts it.
-
-    Rows must hold whole sequences: with a shared prompt the last token is not in the batch. A sequence without targets
-    gets position 0.
-    """
-    count = batch.roles.shape[0]
-    tokens = sequence_token_counts(torch.ones_like(batch.is_completion), batch.sequence_ids, count)
-    last = (tokens.cumsum(0) - 1).clamp(min=0)
-    if not batch.targets.numel():
-        return torch.zeros_like(tokens)
-    return torch.where(tokens > 0, batch.target_positions[last] + 1, 0)
 
 
 def padding_token(tokenizer: Any, end_id: int) -> str:

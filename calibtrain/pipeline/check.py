@@ -165,7 +165,7 @@ def _check_layers(config: RunConfig) -> None:
 def expected_steps(config: RunConfig, checked: Checked) -> int:
     """Optimiser steps of the run; exact where every record was encoded, else as if no further one were dropped."""
     n = checked.records - checked.drops.total
-    return planned_steps(config.training, n, checked.plan.global_batch_size)
+    return planned_steps(config.training, n, checked.plan.global_batch_size, config.passes)
 
 
 def count_tokens(config: RunConfig, checked: Checked) -> Tokens:
