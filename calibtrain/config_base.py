@@ -31,8 +31,9 @@ class Needs:
     data: Literal["records", "pairs", "unpaired", "rollouts", "relabelled"] = "records"
     """`records`: answers to learn; `pairs`: chosen and rejected ones; `unpaired`: answers that are desirable or not;
     `rollouts`: answers sampled and graded while training; `relabelled`: records labelled anew by the model's answers."""
-    module: Literal["plain", "reward head", "value head"] = "plain"
-    """Beside the language model: a reward of each sequence in place of its head, or a value of each token."""
+    module: Literal["plain", "reward head", "value head", "value model"] = "plain"
+    """Beside the language model: a reward of each sequence in place of its head; a value of each state, read from its own
+    hidden states, or by a model of its own."""
     reference: Literal["none", "log-probs", "live"] = "none"
     """The starting model: not at all, by the log-probs of the training data, measured once, or on new answers."""
     statements: Literal["none", "added", "alone"] = "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -131,6 +132,11 @@ class PPOConfig(PolicyGradientConfig):
 
     name: Literal["ppo"] = "ppo"
     NEEDS: ClassVar = Needs(data="rollouts", module="value head", credit="values", kl_in_reward=True)
+    value_model: Literal["shared", "own"] = "shared"
+    """What values are read from: `shared`, the policy's own hidden states, which their loss then moves as well; `own`, a
+    second model, of which as much is trained as of the policy (all, or adapters of its own), and its head."""
+    value_source: Path | None = None
+    """A model directory that the second model starts from, e.g. a reward model's; null: where the policy starts."""
     value_clip: Positive = 0.2
     """How far a value may move from the one at sampling before its loss stops to fall."""
     value_weight: Weight = 0.1
@@ -139,3 +145,15 @@ class PPOConfig(PolicyGradientConfig):
     """Discount of later rewards, per token."""
     lam: Fraction = 0.95
     """Decay of generalised advantage estimation (arXiv 1506.02438)."""
+
+    @property
+    def needs(self) -> Needs:
+        """As every on-policy objective, and a second model where that is asked for."""
+        needs = super().needs
+        return replace(needs, module="value model") if self.value_model == "own" else needs
+
+    @model_validator(mode="after")
+    def _source_is_of_the_second_model(self) -> PPOConfig:
+        if self.value_source is not None and self.value_model != "own":
+            raise ValueError("value_source is where a second model starts from: set value_model: own")
+        return self

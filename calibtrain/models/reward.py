@@ -28,7 +28,7 @@ class RewardLossModel(LossModel):
 
     def __init__(self, policy: Policy, objective: nn.Module, seed: int = 0) -> None:
         super().__init__(policy, objective)
-        self.score = scalar_head(policy, seed)
+        self.score = scalar_head(policy.causal_model, seed)
         model = policy.causal_model
         head = model.get_output_embeddings()
         if head.weight is not model.get_input_embeddings().weight:
@@ -55,7 +55,7 @@ class ValueLossModel(LossModel):
         self, policy: Policy, objective: nn.Module, penalties: Sequence[nn.Module] = (), seed: int = 0
     ) -> None:
         super().__init__(policy, objective, penalties)
-        self.score = scalar_head(policy, seed)
+        self.score = scalar_head(policy.causal_model, seed)
 
     def scored(self, hidden: Tensor, batch: Batch) -> Batch:
         """The batch with the value of every target token, (N,) float32."""
@@ -77,9 +77,12 @@ class ScalarHead(nn.Linear):
             return at_least_float32(hidden) @ at_least_float32(self.weight).t()
 
 
-def scalar_head(policy: Policy, seed: int) -> ScalarHead:
-    """Linear map of a hidden state to one number, drawn alike on every rank, with the spread of TRL's reward models."""
-    weight = policy.causal_model.get_input_embeddings().weight
+def scalar_head(model: Any, seed: int) -> ScalarHead:
+    """Linear map of a hidden state to one number, drawn alike on every rank, with the spread of TRL's reward models.
+
+    `model`: the Hugging Face model whose states it reads.
+    """
+    weight = model.get_input_embeddings().weight
     size = weight.shape[1]
     head = ScalarHead(size)
     draws = torch.randn(1, size, generator=torch.Generator().manual_seed(seed))

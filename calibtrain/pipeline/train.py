@@ -39,6 +39,7 @@ from calibtrain.models.reward import (
     check_classifier,
     export_reward_model,
 )
+from calibtrain.models.value import OwnValueLossModel, load_value_model
 from calibtrain.pipeline.check import Checked, advice, check
 from calibtrain.pipeline.prepare import (
     SAMPLES_PER_QUESTION,
@@ -214,6 +215,11 @@ def build_model(config: RunConfig, template: Template | None = None, device: tor
         return RewardLossModel(policy, objective, config.seed)
     if module == "value head":
         return ValueLossModel(policy, objective, penalties, config.seed)
+    if module == "value model":
+        value = load_value_model(config)
+        if config.training.zero_stage < 3:
+            value.to(device)
+        return OwnValueLossModel(policy, value, objective, penalties)
     return LossModel(policy, objective, penalties)
 
 
