@@ -40,7 +40,7 @@ LENGTH = {name: one[1].get("steps_per_round", 1) * one[1].get("epochs", 1) for n
 
 
 def job(folder, name):
-    """A run whose checkpoint at step 3 lies inside a round, or between two passes; half of the one-token answers are right."""
+    """A run whose checkpoint at step 3 is inside a round, or between two passes; half of all one-token answers are right."""
     objective, rollouts, training, model = JOBS[name]
     path = write_job(folder, name, penalties=[], training={"checkpoint_every": 3, "keep_checkpoints": 9, **training})
     config = yaml.safe_load(path.read_text())
