@@ -31,7 +31,7 @@ from calibtrain.losses.rewards import ppo_c_proper_reward, ppo_c_reward
 from calibtrain.losses.silence import watch_of
 from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.ops import TokenStats
-from calibtrain.training.rollout_credit import credit
+from calibtrain.training.rollout_credit import Credit, credit, groups_alike, paid
 from calibtrain.training.samples import Sample
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -52,6 +52,7 @@ class Toy:
     start: tuple[
         float, ...
     ] = ()  # logits of the answers, which then stay: what follows an answer is all that is learnt
+    cut: tuple[float | None, ...] = ()  # of an answer that is always cut: the value of the state it comes to
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ class Policy:
 class Question:
     """All groups that may be sampled, each with every answer that may be right, as samples and as one batch."""
 
-    def __init__(self, toy: Toy, policy: Policy, size: int) -> None:
-        self.toy, self.size = toy, size
+    def __init__(self, config: RunConfig, toy: Toy, policy: Policy, size: int) -> None:
+        self.config, self.toy, self.size = config, toy, size
         wrong = 1.0 - sum(toy.truth)
         outcomes = [*enumerate(toy.truth), *([(-1, wrong)] if wrong > 1e-9 else [])]
         groups = list(itertools.product(range(len(policy.actions)), repeat=size))
@@ -113,6 +114,10 @@ class Question:
         }
         self.samples = [kinds[action, right] for group, right, _ in cases for action in group]
         self.batch = self.batch_of(self.samples)
+        self.signal = torch.ones(len(cases), dtype=torch.float64)
+        if config.rollouts.dynamic_sampling:  # groups alike are thrown away
+            alike = groups_alike(paid(self.samples, self.owner.tolist(), config), self.owner)
+            self.signal = (~alike).double()
 
     def _sample(self, action: tuple[int, int | None], right: int) -> Sample:
         answer, statement = action
@@ -125,18 +130,22 @@ class Question:
             confidence=0.5 if statement is None else GRID[statement],  # of a likelihood no credit may depend on it
             abstained=abstained,
             stated=(False, True)[: len(tokens)],
+            finished=not self.toy.cut or self.toy.cut[answer] is None,
+            last_value=(self.toy.cut[answer] if self.toy.cut else None) or 0.0,
         )
 
-    @staticmethod
-    def batch_of(samples: Sequence[Sample]) -> Batch:
+    def batch_of(self, samples: Sequence[Sample]) -> Batch:
         """The samples as the trainer collates them."""
-        grades = [math.nan if one.abstained else one.correct for one in samples]
+        ends = self.config.truncated == "graded"
+        unscored = [one.abstained or not (one.finished or ends) for one in samples]
+        grades = [math.nan if none else one.correct for one, none in zip(samples, unscored, strict=True)]
         pairs = zip(samples, grades, strict=True)
         return collate([Encoded((7, *one.tokens), 1, ANSWER, 0, correct=grade) for one, grade in pairs], 0)
 
     def weights(self, logprobs: Tensor) -> Tensor:
-        """Probability of each case under a policy with these log-probs of its actions. (cases,)."""
-        return self.chance * logprobs.sum(1)[self.groups].sum(1).exp()
+        """Probability of each case that is learnt from, under a policy with these log-probs of its actions. (cases,)."""
+        chances = self.signal * self.chance * logprobs.sum(1)[self.groups].sum(1).exp()
+        return chances / chances.sum().clamp(min=1e-9) if self.config.rollouts.dynamic_sampling else chances
 
 
 def stats_of(logprob: Tensor) -> TokenStats:
@@ -147,21 +156,23 @@ def stats_of(logprob: Tensor) -> TokenStats:
 def find_end(config: RunConfig, toy: Toy, reward: Reward | None = None, *, steps: int = 500, rate: float = 0.1) -> End:
     """Ascend the exact expected gradient with Adam, its rate falling to 0."""
     policy = Policy(toy)
-    ppo = config.objective.name == "ppo"
-    question = Question(toy, policy, 1 if ppo else toy.group)
-    answers = Question(toy, policy, 1)  # what the score in the loss is a sum over
+    valued, rollouts = config.objective.needs.credit == "values", config.rollouts
+    question = Question(config, toy, policy, 1 if valued else toy.group)
+    answers = Question(config, toy, policy, 1)  # what the score in the loss is a sum over
+    critic = Critic(toy) if config.objective.needs.module == "value model" else None
     objective = build_loss(config.objective)
     penalties = [build_loss(one) for one in config.penalties_in_loss]
-    if config.rollouts.rewards_nothing:
+    if rollouts.rewards_nothing:
         watch_of(objective).leave("advantages")
-    optimizer = torch.optim.Adam(policy.parameters(), lr=rate)
+    learnt = [*policy.parameters(), *([] if critic is None else [critic.values])]
+    optimizer = torch.optim.Adam(learnt, lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
-    fixed = None if ppo else credit_of(config, question, policy, reward)
+    fixed = None if valued else credit_of(config, question, policy, reward)
     for step in range(steps):
         logprobs = policy.logprobs()
-        if step % config.rollouts.steps_per_round == 0:
+        if step % rollouts.steps_on_a_round == 0:
             old = logprobs.detach()
-            advantages = fixed if fixed is not None else ppo_credit(config, question, policy)
+            advantages = fixed if fixed is not None else ppo_credit(config, question, policy, critic)
         weights = question.weights(old)
         flat = question.groups.flatten()
         batch = replace(
@@ -169,11 +180,17 @@ def find_end(config: RunConfig, toy: Toy, reward: Reward | None = None, *, steps
             advantages=advantages * weights[question.owner].repeat_interleave(old.shape[1]),
             old_logprob=old[flat].flatten(),
         )
-        if ppo:  # its value head is taken to be right
+        if valued:  # its values are taken to be right, but for those of a model of their own
             batch = replace(batch, scores=batch.advantages, old_values=batch.advantages, returns=batch.advantages)
-        per_answer = old.shape[1] if getattr(objective, "norm", "token") == "token" and objective.name != "rloo" else 1
+        per_answer = (
+            old.shape[1]
+            if getattr(objective, "norm", "token") == "token" and not config.objective.needs.whole_answers
+            else 1
+        )
         terms = objective(stats_of(logprobs[flat].flatten()), batch)
         loss = terms["policy"].total / (question.size * per_answer)
+        if critic is not None:
+            loss = loss + critic.loss(objective, batch, weights[question.owner].repeat_interleave(old.shape[1]))
         for penalty in penalties:
             loss = loss + expected(penalty, answers, logprobs, old)
         optimizer.zero_grad()
@@ -181,6 +198,31 @@ def find_end(config: RunConfig, toy: Toy, reward: Reward | None = None, *, steps
         optimizer.step()
         schedule.step()
     return policy.end()
+
+
+class Critic:
+    """Values that are learnt beside the policy, by the objective's own loss: of the question, and of what was answered."""
+
+    def __init__(self, toy: Toy) -> None:
+        self.values = torch.zeros(1 + len(toy.truth), dtype=torch.float64).requires_grad_()
+
+    def sampled(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples with the present values of their states; kept for their loss, with the returns that they lead to."""
+        states = [[0, 1 + one.tokens[0]][: len(one.tokens)] for one in samples]
+        self.states = torch.tensor([state for row in states for state in row])
+        self.old = self.values.detach()[self.states]
+        found = self.values.detach().tolist()
+        return [replace(one, values=tuple(found[i] for i in row)) for one, row in zip(samples, states, strict=True)]
+
+    def loss(self, objective: nn.Module, batch: Batch, weights: Tensor) -> Tensor:
+        """What has the gradient of the value loss's mean over what is sampled."""
+        scores = self.values[self.states]
+        leaf = scores.detach().requires_grad_()
+        terms = objective(
+            stats_of(torch.zeros_like(leaf)), replace(batch, scores=leaf, old_values=self.old, returns=self.returns)
+        )
+        (each,) = torch.autograd.grad(terms["value"].total, leaf)
+        return (weights * each * scores).sum()
 
 
 def expected(penalty: nn.Module, answers: Question, logprobs: Tensor, old: Tensor) -> Tensor:
@@ -198,8 +240,7 @@ def expected(penalty: nn.Module, answers: Question, logprobs: Tensor, old: Tenso
 def credit_of(config: RunConfig, question: Question, policy: Policy, reward: Reward | None) -> Tensor:
     """Advantage of every token of every case; the config's, or leave-one-out of another reward. (N,) float64."""
     if reward is None:
-        found, _ = credit(question.samples, question.owner.tolist(), config)
-        return torch.tensor([value for one in found for value in one.advantages], dtype=torch.float64)
+        return flat_credit(credit(question.samples, question.owner.tolist(), config)[0])
     correct, stated = (
         torch.tensor([getattr(one, name) for one in question.samples], dtype=torch.float64)
         for name in ("correct", "confidence")
@@ -208,11 +249,20 @@ def credit_of(config: RunConfig, question: Question, policy: Policy, reward: Rew
     return found.repeat_interleave(policy.logprobs().shape[1])
 
 
-def ppo_credit(config: RunConfig, question: Question, policy: Policy) -> Tensor:
+def flat_credit(found: Sequence[Credit]) -> Tensor:
+    """Advantages of all tokens, 0 of those that are no part of a batch. (N,) float64."""
+    return torch.tensor([value * one.learned for one in found for value in one.advantages], dtype=torch.float64)
+
+
+def ppo_credit(config: RunConfig, question: Question, policy: Policy, critic: Critic | None) -> Tensor:
     """Advantages with the value of each state as it is under the policy: of the question, and of what was answered.
 
     They are divided by the spread over all cases alike, not by that over what is sampled: a positive factor.
     """
+    if critic is not None:
+        found, _ = credit(critic.sampled(question.samples), question.owner.tolist(), config)
+        critic.returns = torch.tensor([value for one in found for value in one.returns], dtype=torch.float64)
+        return flat_credit(found)
     logprobs = policy.logprobs().detach()
     weights = question.weights(logprobs)
     zero = [replace(one, values=(0.0,) * len(one.tokens)) for one in question.samples]
@@ -228,8 +278,7 @@ def ppo_credit(config: RunConfig, question: Question, policy: Policy) -> Tensor:
     given = [
         replace(one, values=(float(start), by_answer[one.tokens[0]])[: len(one.tokens)]) for one in question.samples
     ]
-    found, _ = credit(given, question.owner.tolist(), config)
-    return torch.tensor([value for one in found for value in one.advantages], dtype=torch.float64)
+    return flat_credit(credit(given, question.owner.tolist(), config)[0])
 
 
 def score_end(truth: Sequence[float], score: str, how: str, *, steps: int = 1000, rate: float = 0.1) -> End:

@@ -377,6 +377,16 @@ class RunConfig(Section):
         return self.objective.needs.data == "rollouts"
 
     @property
+    def truncated(self) -> str:
+        """`rollouts.truncated` with its default: where each state has a value, a cut answer ends with that of its last."""
+        return self.rollouts.truncated or ("bootstrapped" if self.objective.needs.credit == "values" else "graded")
+
+    @property
+    def passes(self) -> int:
+        """Optimiser steps that learn from each training record in one epoch: passes over a round of sampled answers."""
+        return self.rollouts.epochs if self.trains_on_rollouts else 1
+
+    @property
     def shares_prompts(self) -> bool:
         """Whether a prompt is passed once for all its answers, where the model's attention allows it."""
         return self.data.shared_prefix and self.objective.needs.shares_prompts

@@ -32,8 +32,9 @@ class Needs:
     data: Literal["records", "pairs", "unpaired", "rollouts", "relabelled"] = "records"
     """`records`: answers to learn; `pairs`: chosen and rejected ones; `unpaired`: answers that are desirable or not;
     `rollouts`: answers sampled and graded while training; `relabelled`: records labelled anew by the model's answers."""
-    module: Literal["plain", "reward head", "value head"] = "plain"
-    """Beside the language model: a reward of each sequence in place of its head, or a value of each token."""
+    module: Literal["plain", "reward head", "value head", "value model"] = "plain"
+    """Beside the language model: a reward of each sequence in place of its head; a value of each state, read from its own
+    hidden states, or by a model of its own."""
     reference: Literal["none", "log-probs", "live"] = "none"
     """The starting model: not at all, by the log-probs of the training data, measured once, or on new answers."""
     statements: Literal["none", "added", "alone"] = "none"
@@ -42,6 +43,12 @@ class Needs:
     """Whether each word of a sampled answer may have its own credit."""
     weighs: bool = False
     """Whether it counts each record by its weight."""
+    credit: Literal["none", "group", "others", "values"] = "none"
+    """What a sampled answer's reward is compared with: its group's mean, that of the others in it, or a state's value."""
+    kl_in_reward: bool = False
+    """Whether the KL from the starting model is paid for in the reward, not in the loss."""
+    whole_answers: bool = False
+    """Whether one probability ratio stands for a whole sampled answer."""
 
     @property
     def answers_itself(self) -> bool:

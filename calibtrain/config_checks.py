@@ -50,4 +50,28 @@ def unfit_for_objective(config: RunConfig) -> str | None:
             return f"rollouts.confidence: stated is scored by reward: brier or log, not {config.rollouts.reward}"
         if config.rollouts.confidence == "stated" and config.rollouts.decoupled and not needs.word_credit:
             return f"rollouts.decoupled needs credit for each word, which {name} has not: set it to false"
+        return _unfit_rounds(config)
+    return None
+
+
+def _unfit_rounds(config: RunConfig) -> str | None:
+    """What of a round of sampled answers an objective cannot learn from."""
+    name, needs, rollouts = config.objective.name, config.objective.needs, config.rollouts
+    valued = needs.credit == "values"
+    if rollouts.truncated == "bootstrapped" and not valued:
+        return (
+            f"rollouts.truncated: bootstrapped needs a value of each state, which {name} has not: left_out, or graded"
+        )
+    if rollouts.truncated == "masked" and valued:
+        return (
+            f"rollouts.truncated: masked counts in a group's baseline, and {name} has none: left_out, or bootstrapped"
+        )
+    if rollouts.dynamic_sampling and valued:
+        return (
+            f"rollouts.dynamic_sampling: {name} learns from groups alike as well, its baseline is a value: set it to 0"
+        )
+    if rollouts.dynamic_sampling and any(one.name == "answer_score" for one in config.penalties_in_loss):
+        return "rollouts.dynamic_sampling: a score in the loss learns from groups alike as well: set it to 0"
+    if rollouts.correction.startswith("token") and needs.whole_answers:
+        return f"rollouts.correction: {name} weighs whole answers: sequence_truncate or sequence_mask"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -16,7 +17,22 @@ class RolloutsConfig(Section):
     group_size: Annotated[int, Field(ge=2)] = 8
     """Answers sampled to each question, at temperature 1; they are one another's baseline."""
     steps_per_round: Count = 1
-    """Optimiser steps that share one round of sampling; above 1 the later ones are off-policy, and clipping acts."""
+    """Mini-batches of a round, an optimiser step each; above 1 the later ones are off-policy, and clipping acts."""
+    epochs: Count = 1
+    """Passes over a round, each in its own order; log-probs, values and credit stay those of the time of sampling."""
+    truncated: Literal["graded", "bootstrapped", "left_out", "masked"] | None = None
+    """Answers cut at max_new_tokens. `graded`: the cut is the end, as in evaluation, and what stands counts; `bootstrapped`
+    (ppo): they would have gone on, earn nothing, and end with the value of the state that they came to; `left_out`: nothing
+    is learnt from them, and they are nobody's baseline; `masked`: the same, but their rewards count in the baseline, as in
+    TRL's mask_truncated_completions. null: bootstrapped with values, else graded."""
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    """Up to so many times a round, groups whose answers all earn the same are thrown away and other questions asked in their
+    place (DAPO: Yu et al. 2025, arXiv 2503.14476); what is still missing then is made up of the first."""
+    correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
+    """Weighs each token, or whole answers, by how much likelier they are to the trainer than to whoever sampled: at most
+    correction_cap, or 0 beyond it, as TRL's vllm_importance_sampling_mode. Worth its pass where another engine samples."""
+    correction_cap: Annotated[float, Field(ge=1)] = 3.0
+    """The largest importance weight."""
     reward: Literal["accuracy", "brier", "log", "ternary"] = "brier"
     """`accuracy`: 1 if right; `brier`, `log`: a proper score of the confidence, and accuracy_weight if right; `ternary`: 1
     if right, 0 for an abstention, and a wrong answer costs so much that answering pays below abstention.target_risk."""
@@ -37,6 +53,11 @@ class RolloutsConfig(Section):
     """What an answer that states no confidence earns; below the worst proper score. null: one half below it."""
     abstentions: tuple[str, ...] = ("I don't know",)
     """What counts as abstaining, in `ternary`, compared as the task compares answers."""
+
+    @property
+    def steps_on_a_round(self) -> int:
+        """Optimiser steps that learn from one round of sampling."""
+        return self.steps_per_round * self.epochs
 
     @property
     def score_in_loss(self) -> Literal["brier", "log"] | None:
@@ -66,6 +87,9 @@ class PolicyGradientConfig(LossSection):
     beta: Weight = 0.0
     """Weight of the KL divergence from the starting model; above 0 it is kept, or LoRA's adapters are switched off."""
 
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """A blamed token's ratio counts up to this (Ye et al. 2020, arXiv 1912.09729); null: without end, as in PPO."""
+
     NEEDS: ClassVar = Needs(data="rollouts")
 
     @property
@@ -78,7 +102,7 @@ class GRPOConfig(PolicyGradientConfig):
     """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300)."""
 
     name: Literal["grpo"] = "grpo"
-    NEEDS: ClassVar = Needs(data="rollouts", word_credit=True)
+    NEEDS: ClassVar = Needs(data="rollouts", credit="group", word_credit=True)
     norm: Literal["sequence", "token", "constant"] = "sequence"
     """What a sum over tokens is divided by: `sequence` as published, `token` as DAPO, `constant` as Dr. GRPO."""
     length: int | None = Field(default=None, ge=1)
@@ -100,13 +124,19 @@ class RLOOConfig(PolicyGradientConfig):
     """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740); the KL is in the reward."""
 
     name: Literal["rloo"] = "rloo"
+    NEEDS: ClassVar = Needs(data="rollouts", credit="others", kl_in_reward=True, whole_answers=True)
 
 
 class PPOConfig(PolicyGradientConfig):
     """Proximal policy optimisation with a value head (Schulman et al. 2017, arXiv 1707.06347); the KL is in the reward."""
 
     name: Literal["ppo"] = "ppo"
-    NEEDS: ClassVar = Needs(data="rollouts", module="value head")
+    NEEDS: ClassVar = Needs(data="rollouts", module="value head", credit="values", kl_in_reward=True)
+    value_model: Literal["shared", "own"] = "shared"
+    """What values are read from: `shared`, the policy's own hidden states, which their loss then moves as well; `own`, a
+    second model, of which as much is trained as of the policy (all, or adapters of its own), and its head."""
+    value_source: Path | None = None
+    """A model directory that the second model starts from, e.g. a reward model's; null: where the policy starts."""
     value_clip: Positive = 0.2
     """How far a value may move from the one at sampling before its loss stops to fall."""
     value_weight: Weight = 0.1
@@ -115,3 +145,15 @@ class PPOConfig(PolicyGradientConfig):
     """Discount of later rewards, per token."""
     lam: Fraction = 0.95
     """Decay of generalised advantage estimation (arXiv 1506.02438)."""
+
+    @property
+    def needs(self) -> Needs:
+        """As every on-policy objective, and a second model where that is asked for."""
+        needs = super().needs
+        return replace(needs, module="value model") if self.value_model == "own" else needs
+
+    @model_validator(mode="after")
+    def _source_is_of_the_second_model(self) -> PPOConfig:
+        if self.value_source is not None and self.value_model != "own":
+            raise ValueError("value_source is where a second model starts from: set value_model: own")
+        return self

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from calibtrain.config import ModelConfig, RunConfig
@@ -85,6 +85,17 @@ def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> dict
     }
 
 
+def _sizes(config: RunConfig) -> ModelSize:
+    """Of the model, with a value model's parameters where there is one."""
+    size = model_size(config.model)
+    if config.objective.needs.module != "value model":
+        return size
+    from calibtrain.models.value import value_config
+
+    value = model_size(value_config(config))
+    return replace(size, parameters=size.parameters + value.parameters, trainable=size.trainable + value.trainable)
+
+
 def show(config: RunConfig, world_size: int) -> None:
     """Print everything that a run of `world_size` processes would use. Raises UserError as the run itself would."""
     from rich.console import Console
@@ -96,7 +107,7 @@ def show(config: RunConfig, world_size: int) -> None:
     size: ModelSize | None = None
     mistake: UserError | None = None
     try:
-        size = model_size(config.model)
+        size = _sizes(config)
     except UserError as error:
         mistake = error
     resolved = deepspeed_dict(config, world_size, hidden_size=size.hidden_size if size else None)

@@ -21,6 +21,7 @@ from calibtrain.losses import (
     dpo,
     focal,
     idk,
+    importance,
     ipo,
     kl,
     kto,
@@ -129,6 +130,7 @@ CATALOG: tuple[LossEntry, ...] = tuple(
         policy_gradient,
         kl,
         advantages,
+        importance,
         rewards,
         rotation,
     )

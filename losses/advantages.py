@@ -108,13 +108,21 @@ def last_tokens(mask: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tenso
 
 
 def generalized_advantages(
-    rewards: Tensor, values: Tensor, mask: Tensor, sequence_ids: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    sequence_ids: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    last_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """GAE (Schulman et al. 2015, arXiv 1506.02438, eq. 16): A_t = sum_l (gamma lam)^l delta_{t+l}, and returns A_t + V_t.
 
-    delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after a sequence's last token. `rewards`, `values` (N,) floating;
-    `mask` (N,) bool, the sampled tokens; `sequence_ids` (N,) int64 ascending. Returns two (N,) without gradient, 0 outside
-    the mask. Raises UserError for rewards that carry a gradient.
+    delta_t = r_t + gamma V_{t+1} - V_t. After a sequence's last token V is its `last_values` (S,): 0 where it has ended, as
+    without them everywhere, and that of the state it came to where it was cut (Pardo et al. 2018, arXiv 1712.00378).
+    `rewards`, `values` (N,) floating; `mask` (N,) bool, the sampled tokens; `sequence_ids` (N,) int64 ascending. Returns two
+    (N,) without gradient, 0 outside the mask. Raises UserError for rewards that carry a gradient.
     """
     _check_data(rewards)
     values = at_least_float32(values.detach())
@@ -129,6 +137,10 @@ def generalized_advantages(
     width = int(lengths.max())
     grid = values.new_zeros((2, lengths.shape[0], width + 1))
     grid[0, owner, offset], grid[1, owner, offset] = rewards[index].to(values), values[index]
+    if last_values is not None:
+        grid[1, torch.arange(lengths.shape[0], device=index.device), lengths] = last_values[: lengths.shape[0]].to(
+            values
+        )
     result = torch.zeros_like(grid[0])
     for t in range(width - 1, -1, -1):
         delta = grid[0, :, t] + gamma * grid[1, :, t + 1] - grid[1, :, t]

@@ -10,7 +10,8 @@ With d = log pi(y) - log pi_ref(y) and y drawn from pi:
 
 Theta or data: KL is that of each next-token distribution, given the tokens before it, and those are data to a term in the
 loss, as in GRPO as published: what a token does to the divergence of the tokens after it has no part in its gradient. In the
-reward (RLOO, PPO) it has. Likewise the tokens of an earlier policy are taken as they are.
+reward (RLOO, PPO) it has. The tokens of an earlier policy are another policy's samples: GRPOLoss weighs its k3+ of them by
+the ratio of the two, and then the mean and its gradient are right again; k2 and k3 it takes as published, as they are.
 """
 
 from __future__ import annotations

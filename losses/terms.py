@@ -52,6 +52,7 @@ class Batch:
         None  # (S,) float64: how much each sequence counts, where the loss weighs them; None: alike
     )
     is_answer: Tensor | None = None  # (N,) bool: completion tokens that are the answer, behind its reasoning; None: all
+    importance: Tensor | None = None  # (N,) weight of each token where another policy sampled it, data; None: 1
 
     @property
     def packed(self) -> bool:
@@ -92,7 +93,8 @@ LossTerms = Mapping[str, LossTerm]
 class Objective(Protocol):
     """What the trainer asks of an objective or a penalty, which are `torch.nn.Module`s.
 
-    Two more things it may have. `token_set` (K,) int64: tokens whose log-probs at all targets it also reads; it is then
+    Three more things it may have. `measures(stats, batch)`, with `measured`, its names: sums and counts that are logged,
+    not learnt. `token_set` (K,) int64: tokens whose log-probs at all targets it also reads; it is then
     called with a third argument, (N, K), made by `calibtrain.ops.token_set_logprobs`. `after_step()`: called on every
     rank after each optimiser step; collectives are allowed in it.
     """

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calibtrain.confidence.growing_cache import growing
 from calibtrain.models.loss_model import DecodeStep
+from calibtrain.records import unit_hash
 
 AllDone = Callable[[bool], bool]
 """Agreement between ranks on whether a batch is finished: ZeRO-3 needs as many forward passes on each."""
@@ -51,6 +52,7 @@ def generate(
     batch_size: int,
     samples: int = 0,
     seed: int = 0,
+    streams: Sequence[object] | None = None,
     device: torch.device | str = "cpu",
     all_done: AllDone = bool,
     share_prefix: bool = True,
@@ -66,11 +68,14 @@ def generate(
     for all its samples. Tokens in `not_first` begin no completion; log-probs stay the model's own. `goes_on` may keep a
     completion that came to a stop token from ending there. No prompt may be empty.
 
+    What is drawn for a prompt is a function of `seed`, of its stream (by default its place) and of the sample's number: but
+    for rounding, whatever else is in the batch, and whichever rank draws it.
+
     `keep` says which tokens' hidden states are kept, by default all: H numbers a token in the model's dtype (2 MB for 500
     tokens of a model 2048 wide in bf16). While a batch runs, those of all its tokens are on the CPU.
     """
     prefix, prefix_cache = _read_prefix(model, prompts, share_prefix, device)
-    generator = torch.Generator(device=device).manual_seed(seed) if samples else None
+    names = range(len(prompts)) if streams is None else streams
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     copies = max(1, samples)
     results: list[list[Generation]] = [[] for _ in prompts]
@@ -78,7 +83,8 @@ def generate(
         rows = order[start : start + batch_size]
         batch = _Batch(len(rows), len(prefix), prefix_cache, device)
         batch.extend([prompts[index][len(prefix) :] for index in rows], pad_id)
-        found = batch.run(model, frozenset(stop_ids), max_new_tokens, generator, all_done, copies, not_first, goes_on)
+        numbers = _numbers(seed, [names[index] for index in rows], samples, max_new_tokens, device)
+        found = batch.run(model, frozenset(stop_ids), max_new_tokens, numbers, all_done, copies, not_first, goes_on)
         for place, index in enumerate(rows):
             results[index] = [_kept(one, keep, index) for one in found[place * copies : (place + 1) * copies]]
         on_batch(min(start + batch_size, len(order)))
@@ -165,7 +171,7 @@ class _Batch:
         model: Callable[[DecodeStep], Any],
         stop_ids: frozenset[int],
         max_new_tokens: int,
-        generator: torch.Generator | None,
+        numbers: Tensor | None,
         all_done: AllDone,
         copies: int,
         not_first: Sequence[int],
@@ -191,7 +197,7 @@ class _Batch:
             allowed = logprobs
             if not step and not_first:
                 allowed = logprobs.index_fill(-1, torch.tensor(not_first, device=device), float("-inf"))
-            token = allowed.argmax(-1) if generator is None else _draw(allowed, rows, carried, generator)
+            token = allowed.argmax(-1) if numbers is None else _draw(allowed, numbers[carried, step])
             steps.add(carried, token, logprobs.gather(1, token[:, None])[:, 0], hidden)
             lengths[carried] += ~done
             stopped = torch.isin(token, stops) & ~done
@@ -213,13 +219,24 @@ class _Batch:
         return steps.completions(lengths.tolist(), ended.tolist())
 
 
-def _draw(logprobs: Tensor, rows: int, carried: Tensor, generator: torch.Generator) -> Tensor:
-    """One token (B,) of each distribution (B, V), by a uniform number for each of all `rows`: whoever is done, the others'
-    draws stay. Far cheaper than torch.multinomial, which draws V numbers for each.
+def _numbers(
+    seed: int, streams: Sequence[object], samples: int, steps: int, device: torch.device | str
+) -> Tensor | None:
+    """A uniform number for each step of each sample of each stream, (streams x samples, steps) float64; None without any."""
+    if not samples:
+        return None
+    seeds = [int(unit_hash("draws", seed, stream, k) * 2**53) for stream in streams for k in range(samples)]
+    rows = [torch.rand(steps, generator=torch.Generator().manual_seed(one), dtype=torch.float64) for one in seeds]
+    return torch.stack(rows).to(device)
+
+
+def _draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """One token (B,) of each distribution (B, V), by a uniform number (B,) for each.
+
+    Far cheaper than torch.multinomial, which draws V numbers for each.
     """
-    uniform = torch.rand(rows, generator=generator, device=logprobs.device, dtype=torch.float64)[carried, None]
     tokens = []
-    for some, numbers in zip(logprobs.split(DRAWN_AT_ONCE), uniform.split(DRAWN_AT_ONCE), strict=True):
+    for some, numbers in zip(logprobs.split(DRAWN_AT_ONCE), uniform[:, None].split(DRAWN_AT_ONCE), strict=True):
         cumulative = some.double().exp_().cumsum_(-1)
         tokens.append(torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)[:, 0])
     return torch.cat(tokens).clamp_(max=logprobs.shape[1] - 1)

@@ -47,14 +47,17 @@ def total_steps(n: int, epochs: float, global_batch_size: int) -> int:
     return max(1, math.ceil(round(n * epochs, 6) / global_batch_size))
 
 
-def planned_steps(training: TrainingConfig, n: int, global_batch_size: int) -> int:
-    """Optimiser steps of a run over n records: `max_steps` where it is given, else those of the epochs."""
-    return training.max_steps or total_steps(n, training.epochs, global_batch_size)
+def planned_steps(training: TrainingConfig, n: int, global_batch_size: int, passes: int = 1) -> int:
+    """Optimiser steps of a run over n records: `max_steps` where it is given, else those of the epochs.
+
+    `passes`: how many steps take each record while an epoch goes by once.
+    """
+    return training.max_steps or passes * total_steps(n, training.epochs, global_batch_size)
 
 
-def epoch_at(step: int, global_batch_size: int, n: int) -> float:
+def epoch_at(step: int, global_batch_size: int, n: int, passes: int = 1) -> float:
     """Epochs consumed after `step` optimiser steps."""
-    return step * global_batch_size / n
+    return step * global_batch_size / (n * passes)
 
 
 def rank_micro_batches(

@@ -43,9 +43,12 @@ class MicroBatchRecord:
     term_sums: Mapping[str, Tensor]  # () each
     term_counts: Mapping[str, Tensor]  # () each
     pair_ids: Tensor | None = None  # (S,) int64 in [0, S), -1 outside pairs; without it no preference accuracy
+    measures: LossTerms = field(default_factory=dict)  # what losses tell of themselves, detached
 
     @classmethod
-    def of(cls, stats: TokenStats, batch: Batch, terms: LossTerms) -> MicroBatchRecord:
+    def of(
+        cls, stats: TokenStats, batch: Batch, terms: LossTerms, measures: LossTerms | None = None
+    ) -> MicroBatchRecord:
         """What one forward pass gave, detached."""
         detached = TokenStats(*(value.detach() for value in stats))
         return cls(
@@ -57,6 +60,7 @@ class MicroBatchRecord:
             term_sums={name: term.total.detach() for name, term in terms.items()},
             term_counts={name: term.count for name, term in terms.items()},
             pair_ids=batch.pair_ids,
+            measures=measures or {},
         )
 
 

@@ -23,14 +23,17 @@ STEP_FIELDS = {
 class TrainingHook(Hook):
     """`train/loss/<term>` (mean over all ranks' items), `train/lr`, `train/grad_norm`, `train/tokens_per_second`, ...
 
-    `terms` are the names of all loss terms of the run, in any order; they fix the layout of the sums.
+    `terms` are the names of all loss terms of the run, in any order, and `measures` of what its losses tell beside them
+    (`train/policy/<measure>`, a mean as well); they fix the layout of the sums.
     """
 
     name = "training"
 
-    def __init__(self, terms: Sequence[str]) -> None:
+    def __init__(self, terms: Sequence[str], measures: Sequence[str] = ()) -> None:
         self._terms = sorted(terms)
+        self._measures = sorted(measures)
         self._loss: Tensor = torch.zeros(len(self._terms), 2, dtype=torch.float64)  # sum, count
+        self._measured: Tensor = torch.zeros(len(self._measures), 2, dtype=torch.float64)
         self._steps: Tensor = torch.zeros(4, dtype=torch.float64)  # tokens, seconds, steps, skipped; of this rank
         self._last: dict[str, float] = {}
         self._world_size = 1
@@ -49,6 +52,9 @@ class TrainingHook(Hook):
             for name in self._terms
         ]
         self._loss = self._loss.to(zero.device) + torch.stack(rows) if rows else self._loss
+        if self._measures:
+            told = [torch.stack([one.total.to(zero), one.count.to(zero)]) for _, one in sorted(record.measures.items())]
+            self._measured = self._measured.to(zero.device) + torch.stack(told)
 
     def on_step(self, record: StepRecord) -> None:
         """Remember the schedule's values and add up time and tokens."""
@@ -59,15 +65,16 @@ class TrainingHook(Hook):
         self._last = {key: float(value) for key, value in values.items() if value is not None}
 
     def sums(self) -> dict[str, Tensor]:
-        """`loss` (terms, 2) and `steps` (4,)."""
-        return {"loss": self._loss, "steps": self._steps}
+        """`loss` (terms, 2), `measured` (measures, 2) and `steps` (4,)."""
+        return {"loss": self._loss, "measured": self._measured, "steps": self._steps}
 
     def compute(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Means over items; a term without items in the interval has no key."""
         metrics = dict(self._last)
-        for name, (total, count) in zip(self._terms, sums["loss"].tolist(), strict=True):
-            if count > 0:
-                metrics[f"train/loss/{name}"] = total / count
+        for kind, names, found in (("loss", self._terms, "loss"), ("policy", self._measures, "measured")):
+            for name, (total, count) in zip(names, sums[found].tolist(), strict=True):
+                if count > 0:
+                    metrics[f"train/{kind}/{name}"] = total / count
         tokens, seconds, steps, skipped = sums["steps"].tolist()
         if steps > 0:
             metrics["train/skipped_share"] = skipped / steps
@@ -79,15 +86,24 @@ class TrainingHook(Hook):
     def reset(self) -> None:
         """Zero the sums; the schedule's values stay."""
         self._loss = torch.zeros_like(self._loss)
+        self._measured = torch.zeros_like(self._measured)
         self._steps = torch.zeros_like(self._steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Sums since the last log, so that the first log after a resume is the one of an unbroken run."""
-        return {"terms": self._terms, "loss": self._loss.cpu(), "steps": self._steps, "last": self._last}
+        return {
+            "terms": self._terms,
+            "loss": self._loss.cpu(),
+            "measured": self._measured.cpu(),
+            "steps": self._steps,
+            "last": self._last,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them; the loss terms must be those of the checkpoint."""
         if list(state["terms"]) != self._terms:
             raise ValueError(f"the checkpoint has loss terms {state['terms']}, this run has {self._terms}")
         self._loss, self._steps = state["loss"].clone(), state["steps"].clone()
+        if "measured" in state:  # earlier versions measured nothing
+            self._measured = state["measured"].clone()
         self._last = dict(state["last"])

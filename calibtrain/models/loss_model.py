@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calibtrain.losses.terms import Batch, LossTerm, Objective
+from calibtrain.losses.terms import Batch, LossTerm, Objective, sequence_token_counts
 from calibtrain.models.policy import Policy
 from calibtrain.ops import TokenStats
 
@@ -83,10 +83,15 @@ class SpreadStep:
 
 @dataclass(frozen=True, slots=True)
 class LogprobStep:
-    """Log-probs of a batch's targets (and values, with a scalar head), without a loss; `base`: with LoRA switched off."""
+    """Log-probs of a batch's targets (and values, with a scalar head), without a loss.
+
+    `base`: with LoRA switched off. `after`: behind the values also those of the states after each sequence's last token,
+    (N + S,); rows must hold whole sequences.
+    """
 
     batch: Batch
     base: bool = False
+    after: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,7 @@ class StepStatistics:
     terms: Mapping[str, LossTerm]  # detached
     batch: Batch
     stats: TokenStats  # detached
+    measures: Mapping[str, LossTerm] = field(default_factory=dict)  # of the terms, to be logged and not learnt
 
 
 class LossModel(nn.Module):
@@ -164,10 +170,15 @@ class LossModel(nn.Module):
             if (token_set := getattr(term, "token_set", None)) is not None:
                 more = (self.policy.token_set_logprobs(hidden, batch.targets, stats, token_set),)
             terms.update(term(stats, batch, *more))
-        return self._normalized(step, terms, stats, stats.logprob)
+        measures: dict[str, LossTerm] = {}
+        for term in self._terms():
+            if getattr(term, "measured", ()):
+                measures.update(term.measures(stats, batch))  # type: ignore[attr-defined]
+        loss, output = self._normalized(step, terms, stats, stats.logprob)
+        return loss, replace(output, measures=measures)
 
     def scored(self, hidden: Tensor, batch: Batch) -> Batch:
-        """The batch with the output of a scalar head, where a model has one; `hidden` (N, H)."""
+        """The batch with the output of a scalar head at `target_positions`, where a model has one; `hidden` (N, H)."""
         return batch
 
     def _normalized(
@@ -185,10 +196,27 @@ class LossModel(nn.Module):
 
     @torch.no_grad()
     def _logprobs(self, step: LogprobStep) -> tuple[Tensor, Tensor | None]:
+        batch, count = step.batch, step.batch.targets.shape[0]
+        if step.after:
+            batch = replace(batch, target_positions=torch.cat([batch.target_positions, last_positions(batch)]))
         with self.policy.model.disable_adapter() if step.base else nullcontext():
-            hidden = self.policy.hidden_at_targets(step.batch)
-            logprob = self.policy.token_stats(hidden, step.batch.targets).logprob
-        return logprob, self.scored(hidden, step.batch).scores
+            hidden = self.policy.hidden_at_targets(batch)
+            logprob = self.policy.token_stats(hidden[:count], batch.targets).logprob
+        return logprob, None if step.base else self.scored(hidden, batch).scores
 
     def _terms(self) -> list[Objective]:
         return [*([] if self.objective is None else [self.objective]), *self.penalties]  # type: ignore[list-item]
+
+
+def last_positions(batch: Batch) -> Tensor:
+    """Flat position of the last token of each sequence, (S,) int64: one behind the state that predicts it.
+
+    Rows must hold whole sequences: with a shared prompt the last token is not in the batch. A sequence without targets
+    gets position 0.
+    """
+    count = batch.roles.shape[0]
+    tokens = sequence_token_counts(torch.ones_like(batch.is_completion), batch.sequence_ids, count)
+    last = (tokens.cumsum(0) - 1).clamp(min=0)
+    if not batch.targets.numel():
+        return torch.zeros_like(tokens)
+    return torch.where(tokens > 0, batch.target_positions[last] + 1, 0)

@@ -41,6 +41,20 @@ class HeadReader(nn.Module):
         return read(hidden, head.weight, bias=getattr(head, "bias", None), **self.form)
 
 
+def unwrapped(model: Any) -> Any:
+    """The Hugging Face model, without a LoRA wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def states_at_targets(model: Any, batch: Batch) -> Tensor:
+    """Final hidden states of a model's backbone at `batch.target_positions`. (N, H) in the model's dtype."""
+    mask = attention_mask(batch, model)
+    # Without a mask of ours the model counts positions itself; padding on the right is behind every target.
+    blocked = {} if mask is None else {"attention_mask": mask, "position_ids": batch.position_ids}
+    output = unwrapped(model).base_model(input_ids=batch.input_ids, use_cache=False, **blocked)
+    return output.last_hidden_state.flatten(0, 1)[batch.target_positions]
+
+
 class Policy(nn.Module):
     """A causal language model whose logits are only ever computed at target positions.
 
@@ -58,7 +72,7 @@ class Policy(nn.Module):
     @property
     def causal_model(self) -> Any:
         """The Hugging Face model, without a LoRA wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return unwrapped(self.model)
 
     def backbone(self, **inputs: Any) -> Any:
         """The decoder's output, before the head."""
@@ -66,11 +80,7 @@ class Policy(nn.Module):
 
     def hidden_at_targets(self, batch: Batch) -> Tensor:
         """Hidden states that predict the batch's targets. (N, H) in the model's dtype."""
-        mask = attention_mask(batch, self.model)
-        # Without a mask of ours the model counts positions itself; padding on the right is behind every target.
-        blocked = {} if mask is None else {"attention_mask": mask, "position_ids": batch.position_ids}
-        output = self.backbone(input_ids=batch.input_ids, use_cache=False, **blocked)
-        return output.last_hidden_state.flatten(0, 1)[batch.target_positions]
+        return states_at_targets(self.model, batch)
 
     def token_stats(self, hidden: Tensor, targets: Tensor) -> TokenStats:
         """Statistics of `targets` (N,) from `hidden` (N, H)."""

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
-from calibtrain.losses.terms import Batch, LossTerm, sequence_token_counts
+from calibtrain.losses.terms import Batch, LossTerm
 from calibtrain.models.export import empty_model, restored_model
 from calibtrain.models.loading import load_settings
-from calibtrain.models.loss_model import LossModel, StepStatistics, TrainStep
+from calibtrain.models.loss_model import LossModel, StepStatistics, TrainStep, last_positions
 from calibtrain.models.policy import Policy
 from calibtrain.ops import TokenStats, at_least_float32
 
@@ -28,7 +28,7 @@ class RewardLossModel(LossModel):
 
     def __init__(self, policy: Policy, objective: nn.Module, seed: int = 0) -> None:
         super().__init__(policy, objective)
-        self.score = scalar_head(policy, seed)
+        self.score = scalar_head(policy.causal_model, seed)
         model = policy.causal_model
         head = model.get_output_embeddings()
         if head.weight is not model.get_input_embeddings().weight:
@@ -55,7 +55,7 @@ class ValueLossModel(LossModel):
         self, policy: Policy, objective: nn.Module, penalties: Sequence[nn.Module] = (), seed: int = 0
     ) -> None:
         super().__init__(policy, objective, penalties)
-        self.score = scalar_head(policy, seed)
+        self.score = scalar_head(policy.causal_model, seed)
 
     def scored(self, hidden: Tensor, batch: Batch) -> Batch:
         """The batch with the value of every target token, (N,) float32."""
@@ -77,29 +77,18 @@ class ScalarHead(nn.Linear):
             return at_least_float32(hidden) @ at_least_float32(self.weight).t()
 
 
-def scalar_head(policy: Policy, seed: int) -> ScalarHead:
-    """Linear map of a hidden state to one number, drawn alike on every rank, with the spread of TRL's reward models."""
-    weight = policy.causal_model.get_input_embeddings().weight
+def scalar_head(model: Any, seed: int) -> ScalarHead:
+    """Linear map of a hidden state to one number, drawn alike on every rank, with the spread of TRL's reward models.
+
+    `model`: the Hugging Face model whose states it reads.
+    """
+    weight = model.get_input_embeddings().weight
     size = weight.shape[1]
     head = ScalarHead(size)
     draws = torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         head.weight.copy_(draws / (size + 1) ** 0.5)
     return head.to(weight.device, weight.dtype)
-
-
-def last_positions(batch: Batch) -> Tensor:
-    """Flat position of the last token of each sequence, (S,) int64: one behind the state that predicts it.
-
-    Rows must hold whole sequences: with a shared prompt the last token is not in the batch. A sequence without targets
-    gets position 0.
-    """
-    count = batch.roles.shape[0]
-    tokens = sequence_token_counts(torch.ones_like(batch.is_completion), batch.sequence_ids, count)
-    last = (tokens.cumsum(0) - 1).clamp(min=0)
-    if not batch.targets.numel():
-        return torch.zeros_like(tokens)
-    return torch.where(tokens > 0, batch.target_positions[last] + 1, 0)
 
 
 def padding_token(tokenizer: Any, end_id: int) -> str:

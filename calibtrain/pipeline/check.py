@@ -25,6 +25,7 @@ from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.models.loading import add_lora, check_positions, check_weights, described_model, load_tokenizer
 from calibtrain.models.reward import padding_token
+from calibtrain.models.value import check_value_source
 from calibtrain.pipeline.prepare import (
     Prepared,
     check_rejected,
@@ -116,6 +117,8 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     _check_layers(config)
     if config.objective.needs.module == "reward head":
         padding_token(tokenizer, template.end_id)
+    if config.objective.needs.module == "value model":
+        check_value_source(config, tokenizer)
     if wanting := needs_rejected(config, prepared):
         check_rejected(config, prepared)
         if config.objective.needs.module == "reward head" and prepared.splits["validation"]:
@@ -165,7 +168,7 @@ def _check_layers(config: RunConfig) -> None:
 def expected_steps(config: RunConfig, checked: Checked) -> int:
     """Optimiser steps of the run; exact where every record was encoded, else as if no further one were dropped."""
     n = checked.records - checked.drops.total
-    return planned_steps(config.training, n, checked.plan.global_batch_size)
+    return planned_steps(config.training, n, checked.plan.global_batch_size, config.passes)
 
 
 def count_tokens(config: RunConfig, checked: Checked) -> Tokens:

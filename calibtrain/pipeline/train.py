@@ -39,6 +39,7 @@ from calibtrain.models.reward import (
     check_classifier,
     export_reward_model,
 )
+from calibtrain.models.value import OwnValueLossModel, load_value_model
 from calibtrain.pipeline.check import Checked, advice, check
 from calibtrain.pipeline.prepare import (
     SAMPLES_PER_QUESTION,
@@ -58,7 +59,7 @@ from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspee
 from calibtrain.training.engine import Engine, start_engine
 from calibtrain.training.held_out import HeldOut, encode_held_out
 from calibtrain.training.host_memory import release_freed_memory
-from calibtrain.training.losses import build_losses, check_learns, term_names
+from calibtrain.training.losses import build_losses, check_learns, measure_names, term_names
 from calibtrain.training.preemption import StopRequests
 from calibtrain.training.reference import with_reference_logprobs
 from calibtrain.training.refusal_examples import RefusalExamples
@@ -214,6 +215,11 @@ def build_model(config: RunConfig, template: Template | None = None, device: tor
         return RewardLossModel(policy, objective, config.seed)
     if module == "value head":
         return ValueLossModel(policy, objective, penalties, config.seed)
+    if module == "value model":
+        value = load_value_model(config)
+        if config.training.zero_stage < 3:
+            value.to(device)
+        return OwnValueLossModel(policy, value, objective, penalties)
     return LossModel(policy, objective, penalties)
 
 
@@ -298,7 +304,7 @@ def _trainer(
     examples = examples if changing is None else changing
     for line in prepared.drops.lines() if world.is_main else []:
         logger.warning("data: %s", line)
-    steps = planned_steps(config.training, len(examples), plan.global_batch_size)
+    steps = planned_steps(config.training, len(examples), plan.global_batch_size, config.passes)
     questions = prepared.splits["calibration"]
     stream = None
     if config.penalties_on_answers:
@@ -315,7 +321,7 @@ def _trainer(
         total_steps=steps,
         world=world,
         answerer=answerer,
-        hooks=HookList(default_hooks(config, world.rank, term_names(config))),
+        hooks=HookList(default_hooks(config, world.rank, term_names(config), measure_names(config))),
         output_dir=config.output_dir,
         data_hash=prepared.data_hash,
         stream=stream,

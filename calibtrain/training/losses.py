@@ -63,12 +63,19 @@ def build_losses(config: RunConfig, template: Template, model: Any) -> tuple[nn.
 
 def term_names(config: RunConfig) -> list[str]:
     """Names of all loss terms of a run, without its model: they do not depend on which tokens a set holds."""
+    return sorted({name for loss in _without_tokens(config) for name in _term_names(loss)})
 
+
+def measure_names(config: RunConfig) -> list[str]:
+    """Names of what a run's losses tell beside their terms."""
+    return sorted({name for loss in _without_tokens(config) for name in getattr(loss, "measured", ())})
+
+
+def _without_tokens(config: RunConfig) -> list[nn.Module]:
     def no_ids(section: Any, texts: Sequence[str]) -> Sequence[int]:
         return range(len(texts))
 
-    losses = [_built(section, no_ids) for section in (config.objective, *config.penalties_in_loss)]
-    return sorted({name for loss in losses for name in _term_names(loss)})
+    return [_built(section, no_ids) for section in (config.objective, *config.penalties_in_loss)]
 
 
 def check_learns(config: RunConfig, model: LossModel, examples: Sequence[tuple[Encoded, ...]]) -> None:

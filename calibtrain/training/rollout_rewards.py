@@ -74,18 +74,6 @@ def rewards_of(samples: Sequence[Sample], ids: Tensor, config: RunConfig) -> Ten
     return torch.stack([rewards, nothing])
 
 
-def share_alike(rewards: Tensor, ids: Tensor) -> float:
-    """Share of the groups in which every answer earns the same, (2, S) rewards: nothing is learnt from these."""
-    if not ids.numel():
-        return 0.0
-    groups = int(ids.max()) + 1
-    low, high = (
-        torch.stack([one.new_zeros(groups).scatter_reduce(0, ids, one, how, include_self=False) for one in rewards])
-        for how in ("amin", "amax")
-    )
-    return float((high == low).all(0).double().mean())
-
-
 def _worst(config: RunConfig) -> float:
     """The least that an answer in format can earn: sure, and wrong."""
     score = "log" if config.rollouts.reward == "log" else "brier"

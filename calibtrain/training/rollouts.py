@@ -15,7 +15,6 @@ from calibtrain.confidence.answering import Answerer
 from calibtrain.config import PolicyGradientConfig, RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
-from calibtrain.data.loader import step_indices
 from calibtrain.distributed import gather_lists, shard
 from calibtrain.errors import UserError
 from calibtrain.losses.silence import watch_of
@@ -23,8 +22,9 @@ from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.models.loss_model import LogprobStep, LossModel
 from calibtrain.records import Record
 from calibtrain.training.deepspeed_config import BatchPlan
-from calibtrain.training.rollout_credit import Credit, credit
+from calibtrain.training.rollout_credit import Credit, credit, groups_alike, paid
 from calibtrain.training.rollout_rewards import check_rewards
+from calibtrain.training.rounds import Rounds
 from calibtrain.training.samples import Sample, loaded_sample
 from calibtrain.training.sampling import Sampling
 
@@ -35,10 +35,10 @@ ROUNDS_ALIKE = 3
 
 
 class Rollouts(Sequence[tuple[Encoded, ...]]):
-    """Item i: the group of answers that the policy gave to question i in the present round, for the loop to train on.
+    """Item k: the answers to the k-th question of the present round, for the loop to train on; `indices` says which, when.
 
-    Which questions a round asks and what it draws are pure functions of (seed, step, ranks) and the weights; a round that
-    spans several steps is kept in checkpoints, so that a resume continues bit for bit. `reference` is a frozen copy of the
+    Which questions a round asks and what it draws are pure functions of (seed, step) and the weights; a round that spans
+    several steps is kept in checkpoints, so that a resume continues bit for bit. `reference` is a frozen copy of the
     starting model for the KL; None switches LoRA's adapters off instead.
     """
 
@@ -59,43 +59,50 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         self.sampling = Sampling(config, answerer, self.questions)
         self.reference = reference
         self.needs_reference = objective.needs.reference == "live"
-        self.needs_values = objective.needs.module == "value head"
-        self.off_policy = config.rollouts.steps_per_round > 1
+        self.needs_values = objective.needs.credit == "values"
+        rollouts = config.rollouts
+        self.rounds = Rounds(
+            len(self.questions), plan.global_batch_size, rollouts.steps_per_round, rollouts.epochs, config.seed
+        )
+        self.off_policy = self.rounds.length > 1
         if config.rollouts.rewards_nothing:
             watch_of(answerer.module.objective).leave("advantages")  # all 0, as they should be
         self.samples: list[Sample] = []
         self.metrics: dict[str, float] = {}
+        self._told: dict[str, float] = {}  # of the round's sampling, which its samples alone do not say
         self._alike = 0  # rounds in a row without any difference in reward
-        self._groups: dict[int, list[int]] = {}  # question -> its samples
         self._credit: list[Credit] = []
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def __getitem__(self, index: int) -> tuple[Encoded, ...]:  # type: ignore[override]
-        return tuple(self._encoded(self.samples[i]) for i in self._groups[index])
+        return tuple(self._encoded(self.samples[i]) for i in self._learned(index))
+
+    def indices(self, step: int) -> list[int]:
+        """The groups of the present round that a step learns from, over all ranks."""
+        return self.rounds.groups(step)
 
     def before_step(self, step: int) -> None:
         """Sample, grade and credit the answers of the coming steps where a round begins at `step` (from 0). Collective."""
-        span = self.config.rollouts.steps_per_round
-        if step % span:
+        if not self.rounds.begins(step):
             return
-        total = self.plan.global_batch_size
-        asked = [i for k in range(span) for i in step_indices(step + k, total, len(self), self.config.seed)]
         model = self.answerer.module
         was_training, scale = model.training, model.policy.scale
         model.eval()
         model.policy.scale = 1.0  # the policy that is trained, not the one that is asked for its confidence
         try:
-            mine = self._measured(self.sampling(shard(asked, self.answerer.world), step))
+            samples, told = self._sampled(step)
+            if self._measures:
+                samples = gather_lists(self._measured(shard(samples, self.answerer.world)))
         finally:
             model.train(was_training)
             model.policy.scale = scale
-        self._take(gather_lists(mine))
+        self._take(samples, told)
 
     def fill(self, batch: Batch, indices: Sequence[int]) -> Batch:
         """The collated batch of the questions at `indices` with what its objective reads of each token."""
-        chosen = [i for index in indices for i in self._groups[index]]
+        chosen = [i for index in indices for i in self._learned(index)]
         samples = [self.samples[i] for i in chosen]
 
         def flat(parts: Sequence[Sequence[float]]) -> Tensor:
@@ -108,42 +115,106 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             reference_logprob=flat([one.reference for one in samples]) if self.needs_reference else None,
             old_values=flat([one.values for one in samples]) if self.needs_values else None,
             returns=flat([self._credit[i].returns for i in chosen]) if self.needs_values else None,
+            importance=flat([self._credit[i].importance for i in chosen]) if self._corrects else None,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values of the present round; nothing where each step has its own, which the next one draws anew."""
-        return {"samples": [asdict(one) for one in self.samples] if self.off_policy else []}
+        if not self.off_policy:
+            return {"samples": []}
+        return {"samples": [asdict(one) for one in self.samples], "told": self._told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the round of a checkpoint."""
         saved: list[dict[str, Any]] = state["samples"]
         if saved:
-            self._take([loaded_sample(one) for one in saved])
+            self._take([loaded_sample(one) for one in saved], state.get("told", {}))
 
-    def _take(self, samples: list[Sample]) -> None:
-        """Make these the present round. A question that is asked twice in it keeps the answers of its last turn."""
+    @property
+    def _corrects(self) -> bool:
+        return self.config.rollouts.correction != "none"
+
+    @property
+    def _measures(self) -> bool:
+        """Whether credit or a later step needs more of the samples than their sampler gave."""
+        return self.needs_reference or self.needs_values or self.off_policy or self._corrects
+
+    def _learned(self, group: int) -> list[int]:
+        """The samples of a group that are part of batches."""
+        size = self.config.rollouts.group_size
+        return [i for i in range(group * size, (group + 1) * size) if self._credit[i].learned]
+
+    def _sampled(self, step: int) -> tuple[list[Sample], dict[str, float]]:
+        """Graded samples of every group of the round that begins at `step`, on every rank, and what to tell of it.
+
+        With dynamic sampling other questions are asked in the place of groups that are all alike; those with a difference
+        stand where the others stood. Collective.
+        """
+        size, limit = self.config.rollouts.group_size, self.config.rollouts.dynamic_sampling
+        asked = self.rounds.asked(step)
+        samples = self._ask(asked, step, 0)
+        found = [samples[start : start + size] for start in range(0, len(samples), size)]
+        if not limit:
+            return samples, {}
+        flat, wanting = self._alike_among(found), len(found)
+        empty = [place for place, alike in enumerate(flat) if alike]
+        every, drawn = [*found], 0
+        for attempt in range(1, limit + 1):
+            if not empty:
+                break
+            # As many to each rank, for all of them to make as many passes.
+            count = -(-len(empty) // self.answerer.world.size) * self.answerer.world.size
+            others = self.rounds.others(step, attempt, count, set(asked))
+            asked += others
+            samples, drawn = self._ask(others, step, attempt), attempt
+            more = [samples[start : start + size] for start in range(0, len(samples), size)]
+            every += more
+            good = [group for group, alike in zip(more, self._alike_among(more), strict=True) if not alike]
+            for place, group in zip(empty, good, strict=False):
+                found[place] = group
+            empty = empty[len(good) :]
+        told = {
+            "asked": float(len(every)),
+            "thrown_away": float(len(every) - wanting),
+            "without_signal": len(empty) / wanting,
+            "asked_anew": float(drawn),
+            "correct_of_all": sum(one.correct for group in every for one in group) / (len(every) * size),
+        }
+        return [one for group in found for one in group], told
+
+    def _ask(self, asked: Sequence[int], step: int, attempt: int) -> list[Sample]:
+        """Graded samples of these questions in their order, on every rank. Collective."""
+        world = self.answerer.world
+        mine = shard(list(enumerate(asked)), world)
+        streams = [f"{attempt}.{place}" for place, _ in mine]
+        return gather_lists(self.sampling([question for _, question in mine], step, streams))
+
+    def _alike_among(self, groups: Sequence[Sequence[Sample]]) -> list[bool]:
+        ids = [number for number, group in enumerate(groups) for _ in group]
+        rewards = paid([one for group in groups for one in group], ids, self.config)
+        return groups_alike(rewards, torch.tensor(ids, dtype=torch.int64)).tolist()
+
+    def _take(self, samples: list[Sample], told: dict[str, float]) -> None:
+        """Make these the present round."""
         size = self.config.rollouts.group_size
         groups = [i // size for i in range(len(samples))]
-        self.samples = samples
-        self._groups = {
-            samples[start].question: list(range(start, start + size)) for start in range(0, len(samples), size)
-        }
-        self._credit, self.metrics = credit(samples, groups, self.config)
+        self.samples, self._told = samples, told
+        self._credit, means = credit(samples, groups, self.config)
+        self.metrics = {**means, **told}
         self._alike = self._alike + 1 if self.metrics["alike"] == 1.0 else 0
         if self._alike == ROUNDS_ALIKE and self.answerer.world.is_main:
             logger.warning(
                 "rollouts: in %d rounds in a row every answer earned what the others of its group did (correct %.2f, tokens "
-                "%.1f), and nothing was learnt: look at what is graded as right, at evaluation.max_new_tokens and at "
-                "rollouts.group_size",
+                "%.1f, cut %.2f), and nothing was learnt: look at what is graded as right, at evaluation.max_new_tokens and "
+                "at rollouts.group_size",
                 ROUNDS_ALIKE,
                 self.metrics["correct"],
                 self.metrics["tokens"],
+                self.metrics["truncated"],
             )
 
     def _measured(self, samples: list[Sample]) -> list[Sample]:
         """The samples with the log-probs and values that credit and later steps need, in as many passes on each rank."""
-        if not (self.needs_reference or self.needs_values or self.off_policy):
-            return samples
         size = self.plan.micro_batch_size * self.config.rollouts.group_size
         found: list[Sample] = []
         for start in range(0, len(samples), size):
@@ -151,8 +222,8 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             batch = collate([self._encoded(one) for one in part], self.answerer.template.pad_id)
             batch = batch.to(self.answerer.world.device)
             lengths = [len(one.tokens) for one in part]
-            logprobs, values = self.answerer.module(LogprobStep(batch))
-            changes = {"logprobs": logprobs, "values": values if self.needs_values else None}
+            logprobs, values = self.answerer.module(LogprobStep(batch, after=self.needs_values))
+            changes = {"logprobs": logprobs, "values": None if values is None else values[: sum(lengths)]}
             if self.needs_reference:
                 model = self.answerer.module if self.reference is None else self.reference
                 changes["reference"] = model(LogprobStep(batch, base=self.reference is None))[0]
@@ -161,13 +232,19 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
                 for name, tensor in changes.items()
                 if tensor is not None
             }
-            found += [replace(one, **{name: row[i] for name, row in rows.items()}) for i, one in enumerate(part)]
+            part = [replace(one, **{name: row[i] for name, row in rows.items()}) for i, one in enumerate(part)]
+            if values is not None:
+                after = values[sum(lengths) :].tolist()
+                part = [replace(one, last_value=value) for one, value in zip(part, after, strict=True)]
+            found += part
         return found
 
     def _encoded(self, sample: Sample) -> Encoded:
         prompt = self.sampling.prompts[sample.question]
-        # Who abstains claims nothing: there is no likelihood to score.
-        correct = math.nan if sample.abstained else sample.correct
+        # Who abstains claims nothing: there is no likelihood to score. Nor is there of an answer that the cut broke off, but
+        # where the cut is the end: then what stands is the whole answer, and just so likely.
+        broken = not sample.finished and sample.answer_stop is None and self.config.truncated != "graded"
+        correct = math.nan if sample.abstained or broken else sample.correct
         length = len(sample.tokens)
         span = sample.answer_start, length if sample.answer_stop is None else sample.answer_stop
         answer = None if span == (0, length) else span

@@ -23,6 +23,7 @@ class Sample:
     logprobs: tuple[float, ...] = ()  # under the policy that sampled, where a later step or the KL needs them
     reference: tuple[float, ...] = ()  # under the starting model, where the KL needs them
     values: tuple[float, ...] = ()  # of PPO's value head
+    last_value: float = 0.0  # of the state after the last token, where values are known
 
 
 def loaded_sample(saved: dict[str, Any]) -> Sample:

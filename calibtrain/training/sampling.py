@@ -20,7 +20,7 @@ from calibtrain.training.samples import Sample
 
 
 class Sampling:
-    """Asks the policy the training questions; what a rank draws is a pure function of (seed, step, rank) and the weights."""
+    """Asks the policy the training questions; what it draws is a function of (seed, step, stream) and the weights alone."""
 
     def __init__(self, config: RunConfig, answerer: Answerer, questions: Sequence[Record]) -> None:
         self.config, self.answerer, self.questions = config, answerer, questions
@@ -32,16 +32,19 @@ class Sampling:
             )
         self.prompts = [tuple(fit_prompt(one, answerer.template, room)[0]) for one in self.questions]
 
-    def __call__(self, asked: Sequence[int], step: int) -> list[Sample]:
-        """A group of graded samples for each of this rank's questions at `asked`, in their order. Collective."""
-        groups = self._replies(asked, step)
+    def __call__(self, asked: Sequence[int], step: int, streams: Sequence[str]) -> list[Sample]:
+        """A group of graded samples for each of this rank's questions at `asked`, in their order. Collective.
+
+        `streams` name what is drawn for each of them, so that it does not depend on which rank asks it beside which others.
+        """
+        groups = self._replies(asked, step, streams)
         read = [self._sample(i, one) for i, group in zip(asked, groups, strict=True) for one in group]
         records = [self.questions[sample.question] for sample, _ in read]
         grades = self.answerer.template.task.grades([reading for _, reading in read], records)
         self.answerer.settle()  # a reward that is missing is none
         return [replace(one, correct=float(bool(grade.correct))) for (one, _), grade in zip(read, grades, strict=True)]
 
-    def _replies(self, asked: Sequence[int], step: int) -> list[list[Generation]]:
+    def _replies(self, asked: Sequence[int], step: int, streams: Sequence[str]) -> list[list[Generation]]:
         answerer, evaluation = self.answerer, self.config.evaluation
         lockstep = answerer.lockstep
         return generate(
@@ -53,7 +56,8 @@ class Sampling:
             max_new_tokens=evaluation.max_new_tokens,
             batch_size=max(1, evaluation.batch_size // self.config.rollouts.group_size),
             samples=self.config.rollouts.group_size,
-            seed=int(unit_hash("rollouts", self.config.seed, step, answerer.world.rank) * 2**53),
+            seed=int(unit_hash("rollouts", self.config.seed, step) * 2**53),
+            streams=streams,
             device=answerer.world.device,
             all_done=answerer.all_done if lockstep else bool,
             share_prefix=not lockstep,

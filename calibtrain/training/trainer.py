@@ -30,6 +30,7 @@ from calibtrain.training.engine import Engine
 from calibtrain.training.held_out import HeldOut
 from calibtrain.training.host_memory import RELEASE_EVERY, release_freed_memory
 from calibtrain.training.preemption import StopRequests
+from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.spectra import Spectra
 from calibtrain.training.weight_penalty import WeightPenalties
 
@@ -83,7 +84,8 @@ class Trainer:
             for micro_batch in window:
                 loss, output = self.engine.deepspeed(micro_batch)
                 self.engine.backward(loss, last=micro_batch is window[-1])
-                self.hooks.dispatch("on_micro_batch", MicroBatchRecord.of(output.stats, output.batch, output.terms))
+                record = MicroBatchRecord.of(output.stats, output.batch, output.terms, output.measures)
+                self.hooks.dispatch("on_micro_batch", record)
                 outputs.append(output)
             if self.weight_penalties is not None:
                 self.weight_penalties.arm(step)
@@ -99,7 +101,7 @@ class Trainer:
                 StepRecord(
                     step=progress.step,
                     total_steps=self.total_steps,
-                    epoch=epoch_at(progress.step, self.plan.global_batch_size, len(self.examples)),
+                    epoch=epoch_at(progress.step, self.plan.global_batch_size, len(self.examples), self.config.passes),
                     learning_rate=learning_rate,
                     grad_norm=grad_norm,
                     skipped=skipped,
@@ -195,7 +197,7 @@ class Trainer:
 
     def _window(self, step: int) -> list[TrainStep]:
         """Micro-batches of this rank in one optimiser step, with every term's count over all ranks and micro-batches."""
-        indices = step_indices(step, self.plan.global_batch_size, len(self.examples), self.config.seed)
+        indices = self._indices(step)
         lengths = [row_tokens(self.examples[index], self.packing_tokens, self.shared_prefix) for index in indices]
         mine = rank_micro_batches(
             indices,
@@ -209,6 +211,12 @@ class Trainer:
         # DeepSpeed averages gradients over ranks, so the global mean is the sum over ranks times their number.
         divisors = {name: (divisor(total) / self.world.size).float() for name, total in totals.items()}
         return [replace(one, divisors=divisors) for one in batches]
+
+    def _indices(self, step: int) -> list[int]:
+        """Which of the examples a step learns from, over all ranks."""
+        if isinstance(self.rollouts, Rollouts):  # a round is passed over in an order of its own
+            return self.rollouts.indices(step)
+        return step_indices(step, self.plan.global_batch_size, len(self.examples), self.config.seed)
 
     def _micro_batch(self, step: int, number: int, count: int, indices: Sequence[int]) -> TrainStep:
         sequences = [sequence for index in indices for sequence in self.examples[index]]

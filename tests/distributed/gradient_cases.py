@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from calibtrain.models.export import gathered_weights
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
+from calibtrain.models.reward import ValueLossModel
+from calibtrain.models.value import OwnValueLossModel, load_value_model
 from calibtrain.pipeline.prepare import learned_records
 from calibtrain.records import Message, Record
 from calibtrain.training import engine as engine_module
@@ -37,6 +40,7 @@ from calibtrain.training.deepspeed_config import batch_plan
 from calibtrain.training.engine import Engine, start_engine
 from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.samples import Sample
+from calibtrain.training.sampling import Sampling
 from calibtrain.training.trainer import Trainer
 from calibtrain.training.unpaired_examples import UnpairedExamples
 from tests.distributed.jobs import SHARDED
@@ -134,6 +138,33 @@ CASES = {
         "rollouts", data={"shared_prefix": False}, training={"zero_stage": 3}, zero=SHARDED, objective="grpo"
     ),
     "rollouts_wide_stage1": Case("rollouts", training={"zero_stage": 1, "micro_batch_size": 4}, objective="grpo"),
+    # PPO passes twice over a round of answers, some of them cut, so that the second step is off-policy.
+    "ppo_stage0": Case("ppo", training={"zero_stage": 0}, objective="ppo"),
+    "ppo_separate_rows_stage3": Case(
+        "ppo", data={"shared_prefix": False}, training={"zero_stage": 3}, zero=SHARDED, objective="ppo"
+    ),
+    "ppo_packed_stage2": Case(
+        "ppo", data={"shared_prefix": False, "packing_tokens": 192}, training={"zero_stage": 2}, objective="ppo"
+    ),
+    "ppo_wide_stage1": Case("ppo", training={"zero_stage": 1, "micro_batch_size": 4}, objective="ppo"),
+    "ppo_own_stage0": Case("ppo_own", training={"zero_stage": 0}, objective="ppo_own", checkpoint="untied"),
+    "ppo_own_packed_stage2": Case(
+        "ppo_own",
+        data={"shared_prefix": False, "packing_tokens": 192},
+        training={"zero_stage": 2},
+        objective="ppo_own",
+        checkpoint="untied",
+    ),
+    "ppo_own_stage3": Case(
+        "ppo_own", training={"zero_stage": 3}, zero=SHARDED, objective="ppo_own", checkpoint="untied"
+    ),
+    "ppo_own_lora_stage0": Case("ppo_own_lora", model=LORA, training={"zero_stage": 0}, objective="ppo_own"),
+    "ppo_own_lora_stage3": Case(
+        "ppo_own_lora", model=LORA, training={"zero_stage": 3}, zero=SHARDED, objective="ppo_own"
+    ),
+    # These answers are the policy's own: whichever rank asks a question, they are the same.
+    "sampled_stage0": Case("sampled", training={"zero_stage": 0}, objective="sampled"),
+    "sampled_stage3": Case("sampled", training={"zero_stage": 3}, zero=SHARDED, objective="sampled"),
     "reference_ops": Case("orpo", training={"zero_stage": 0}, ops="reference"),
     "torch_ops_stage3": Case("orpo", training={"zero_stage": 3}, zero=SHARDED, ops="torch"),
 }
@@ -164,12 +195,13 @@ class FixedAnswers(AnswerStream):
         self.correct = [i % 2 == 0 for i in self.asked]
 
 
-class FixedRollouts(Rollouts):
+class FixedSampling(Sampling):
     """The same samples in every round, whatever the policy would say."""
 
-    def before_step(self, step: int) -> None:
-        """Take them."""
-        self._take(fixed_samples(self.answerer.template))
+    def __call__(self, asked: Sequence[int], step: int, streams: Sequence[str]) -> list[Sample]:
+        """Two to each question."""
+        samples = fixed_samples(self.answerer.template)
+        return [one for i in asked for one in samples[2 * i : 2 * i + 2]]
 
 
 def fixed_samples(template: Template) -> list[Sample]:
@@ -180,10 +212,16 @@ def fixed_samples(template: Template) -> list[Sample]:
             tokens=tuple(template.completion_ids(f"It is {i + k}" + " perhaps" * (i % 3 + k))),
             correct=float((i + k) % 2 == 0 or i % 3 == 0),
             confidence=0.5,
+            finished=(i + k) % 4 != 1,
         )
         for i in range(RECORDS)
         for k in range(2)
     ]
+
+
+def trained_parameters(module: LossModel) -> list[tuple[str, torch.nn.Parameter]]:
+    """All of a module's, those of the policy by their names in it."""
+    return [(name.removeprefix("policy."), one) for name, one in module.named_parameters()]
 
 
 class Recording(Engine):
@@ -193,7 +231,7 @@ class Recording(Engine):
         """Record, then step."""
         found = {
             name: gradient.cpu().float().clone()
-            for name, parameter in self.module.policy.named_parameters()
+            for name, parameter in trained_parameters(self.module)
             if parameter.requires_grad and (gradient := safe_get_full_grad(parameter)) is not None
         }
         self.gradients.append(found)  # type: ignore[attr-defined]
@@ -231,13 +269,20 @@ def config_of(case: Case, model: Path) -> RunConfig:
         "max_steps": STEPS,
         **case.training,
     }
+    name = {"ppo_own": "ppo", "sampled": "grpo"}.get(case.objective, case.objective)
     losses: dict[str, Any] = {
-        "objective": {"name": case.objective, **({"nll_scope": "full"} if case.objective in ("orpo", "sft") else {})},
+        "objective": {"name": name, **({"nll_scope": "full"} if case.objective in ("orpo", "sft") else {})},
         "penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 1, "answers_per_step": ANSWERS}],
     }
     if case.objective == "grpo":
         rollouts = {"group_size": 2, "reward": "log", "accuracy_weight": 2.0, "score_weight": 0.5}
         losses = {"objective": {"name": "grpo"}, "rollouts": rollouts}
+    if case.objective == "sampled":
+        rollouts = {"group_size": 4, "reward": "log", "epochs": 2, "correction": "token_truncate"}
+        losses = {"objective": {"name": "grpo"}, "rollouts": rollouts}
+    if name == "ppo":
+        objective = {"name": "ppo", "value_model": "own" if case.objective == "ppo_own" else "shared"}
+        losses = {"objective": objective, "rollouts": {"group_size": 2, "reward": "accuracy", "epochs": 2}}
     return RunConfig.model_validate(
         {
             "model": {"source": str(model), "dtype": "fp32", **case.model},
@@ -253,11 +298,24 @@ def build(config: RunConfig) -> LossModel:
     """The module of a run; LoRA's adapters are made different from zero, so that both halves learn, and so are biases."""
     torch.manual_seed(1)
     model = load_model(config.model)
+    unlike_zero(model)
+    policy, losses = Policy(model), [build_loss(one) for one in (config.objective, *config.penalties_in_loss)]
+    module = config.objective.needs.module
+    if module == "value head":
+        return ValueLossModel(policy, losses[0], losses[1:], seed=5)
+    if module == "value model":
+        value = load_value_model(config)
+        unlike_zero(value)
+        return OwnValueLossModel(policy, value, losses[0], losses[1:])
+    return LossModel(policy, losses[0], losses[1:])
+
+
+def unlike_zero(model: torch.nn.Module) -> None:
+    """Draw what starts at zero, and would keep others from a gradient."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or name.endswith(".bias"):
                 parameter.normal_(std=0.1)
-    return LossModel(Policy(model), build_loss(config.objective), [build_loss(one) for one in config.penalties_in_loss])
 
 
 def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
@@ -283,7 +341,8 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
     trainer.fit(Progress())
     weights = gathered_weights(engine.module.policy, keep=world.is_main)
     engine.deepspeed.destroy()
-    return {"gradients": engine.gradients, "norms": engine.norms, "weights": weights}  # type: ignore[attr-defined]
+    said = [list(one.tokens) for one in trainer.rollouts.samples] if config.trains_on_rollouts else []
+    return {"gradients": engine.gradients, "norms": engine.norms, "weights": weights, "said": said}  # type: ignore[attr-defined]
 
 
 def make_trainer(config: RunConfig, engine: Engine, template: Template, world: World) -> Trainer:
@@ -293,7 +352,9 @@ def make_trainer(config: RunConfig, engine: Engine, template: Template, world: W
     examples: Any
     stream = changing = None
     if config.trains_on_rollouts:
-        examples = changing = FixedRollouts(config, answerer, records(), plan)
+        examples = changing = Rollouts(config, answerer, records(), plan)
+        if config.rollouts.group_size == 2:
+            changing.sampling = FixedSampling(config, answerer, records())
     else:
         examples = examples_of(config, template)
         stream = FixedAnswers(config.penalties_on_answers, answerer, records(), 0, config.data.max_length)

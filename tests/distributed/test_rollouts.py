@@ -3,6 +3,7 @@ round, and what is exported loads."""
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,21 +18,30 @@ from tests.tiny import tiny_tokenizer
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 BETA = 0.05
+GRADED = {"truncated": "graded"}  # an answer of one token is always cut
 JOBS = {  # objective, rollouts, training, model
-    "rloo0": ({"name": "rloo", "beta": BETA}, {"group_size": 4, "steps_per_round": 2}, {"zero_stage": 0}, {}),
-    "grpo1": ({"name": "grpo"}, {"group_size": 4, "reward": "log"}, {"zero_stage": 1}, {"lora": {"r": 2, "dropout": 0.2}}),
-    "ppo2": ({"name": "ppo", "beta": BETA}, {"group_size": 2, "steps_per_round": 2}, {"zero_stage": 2}, {}),
+    "rloo0": ({"name": "rloo", "beta": BETA},
+              {"group_size": 4, "steps_per_round": 2, "correction": "sequence_truncate"}, {"zero_stage": 0}, {}),
+    "grpo1": ({"name": "grpo"}, {"group_size": 4, "reward": "log", "epochs": 2}, {"zero_stage": 1},
+              {"lora": {"r": 2, "dropout": 0.2}}),
+    "ppo2": ({"name": "ppo", "beta": BETA, "value_model": "own"},
+             {"group_size": 2, "steps_per_round": 2, "epochs": 2, **GRADED}, {"zero_stage": 2}, {}),
     "grpo3": ({"name": "grpo", "norm": "token", "beta": BETA}, {"group_size": 4, "steps_per_round": 2}, {"zero_stage": 3},
               {"lora": {"r": 2}}),
-    "grpo3whole": ({"name": "grpo", "beta": BETA}, {"group_size": 2}, {"zero_stage": 3}, {"source": "untied"}),
-    "ppo3": ({"name": "ppo"}, {"group_size": 2, "reward": "brier", "accuracy_weight": 0.5}, {"zero_stage": 3}, {}),
+    "grpo3whole": ({"name": "grpo", "beta": BETA}, {"group_size": 2, "steps_per_round": 2, "dynamic_sampling": 3},
+                   {"zero_stage": 3}, {"source": "untied"}),
+    "ppo3": ({"name": "ppo", "value_model": "own"},
+             {"group_size": 2, "reward": "brier", "accuracy_weight": 0.5, "epochs": 2, **GRADED}, {"zero_stage": 3},
+             {"source": "untied"}),
     "kto3": ({"name": "kto"}, {}, {"zero_stage": 3}, {}),
     "reward3": ({"name": "reward_model"}, {}, {"zero_stage": 3}, {}),
 }  # fmt: skip
+LENGTH = {name: one[1].get("steps_per_round", 1) * one[1].get("epochs", 1) for name, one in JOBS.items()}
+"""Optimiser steps that learn from one round."""
 
 
 def job(folder, name):
-    """A run whose checkpoint at step 3 lies inside a round of two steps; half of all one-token answers are right."""
+    """A run whose checkpoint at step 3 is inside a round, or between two passes; half of all one-token answers are right."""
     objective, rollouts, training, model = JOBS[name]
     path = write_job(folder, name, penalties=[], training={"checkpoint_every": 3, "keep_checkpoints": 9, **training})
     config = yaml.safe_load(path.read_text())
@@ -108,10 +118,19 @@ def test_rollouts_are_logged_and_learned_from(runs, name):
     assert any(line["train/grad_norm"] > 1e-4 for line in lines.values())
     scored = name in ("grpo1", "grpo3", "ppo3")
     assert all((line.get("train/loss/answer_score", 0) > 0) == scored for line in lines.values())
-    if JOBS[name][1].get("steps_per_round") == 2:
-        first, second, third = (lines[step]["train/rollouts/reward"] for step in (1, 2, 3))
-        assert first == second
-        assert second != third
+    rewards = [lines[step]["train/rollouts/confidence"] for step in sorted(lines)]
+    rounds = [(step - 1) // LENGTH[name] for step in sorted(lines)]
+    same = [one == before for before, one in pairwise(rounds)]
+    assert [one == before for before, one in pairwise(rewards)] == same
+    assert all(line["train/policy/ratio"] == pytest.approx(1.0, abs=0.2) for line in lines.values())
+    moved = [abs(lines[step]["train/policy/ratio"] - 1.0) > 1e-6 for step in sorted(lines) if (step - 1) % LENGTH[name]]
+    assert all(moved)
+    if JOBS[name][0].get("value_model"):
+        assert all(line["train/rollouts/explained_variance"] < 1 for line in lines.values())
+        assert not any("value" in key or "score" in key for key in weights(runs[0] / name))
+    if JOBS[name][1].get("dynamic_sampling"):
+        assert all(line["train/rollouts/asked"] == 8 + line["train/rollouts/thrown_away"] for line in lines.values())
+        assert max(line["train/rollouts/thrown_away"] for line in lines.values()) > 0
 
 
 def test_reference_point_is_zero_at_the_start_and_is_logged(runs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from stationary_points import NEVER, THREE, TWO, Toy, find_end, ppo_c_rewards, run_config, score_end
+from stationary_points import NEVER, THREE, TWO, Toy, find_end, ppo_c_rewards, run_config, score_end, stats_of
 
+from calibtrain.data.collate import collate
+from calibtrain.data.encode import Encoded
 from calibtrain.losses.answer_score import answer_brier_score, answer_log_score
 from calibtrain.losses.kl import KL_ESTIMATORS
+from calibtrain.losses.policy_gradient import RLOOLoss
 from calibtrain.losses.reward_model import ppo_m_loss
+from calibtrain.losses.terms import ANSWER
+from calibtrain.training.rollout_credit import credit
+from calibtrain.training.samples import Sample
 
 ROOT = Path(__file__).parents[2]
 OBJECTIVES = {
@@ -27,11 +34,13 @@ OBJECTIVES = {
     "dr. grpo": {"name": "grpo", "norm": "constant", "length": 1},
     "rloo": {"name": "rloo"},
     "ppo": {"name": "ppo"},
+    "ppo, own values": {"name": "ppo", "value_model": "own"},
 }
 ROUNDS = [*((name, 1) for name in OBJECTIVES), *((name, 4) for name in ("grpo", "rloo", "ppo"))]
+"""Objectives, and how many steps learn from one round: passes over it and mini-batches are alike in the exact gradient."""
 STATED = [
     *((name, steps, False) for name, steps in ROUNDS),
-    *((name, 1, True) for name in OBJECTIVES if name not in ("rloo", "ppo")),
+    *((name, 1, True) for name in OBJECTIVES if not name.startswith(("rloo", "ppo"))),
 ]
 
 
@@ -67,13 +76,13 @@ def descend(leaves, loss, steps=400, rate=0.1):
 @pytest.mark.parametrize(("objective", "steps_per_round"), ROUNDS)
 def test_the_score_of_a_likelihood_ends_at_the_truth(objective, steps_per_round, reward):
     """Also on the samples of an earlier policy, taken as they are."""
-    found = end(objective, Toy(THREE), reward=reward, steps_per_round=steps_per_round)
+    found = end(objective, Toy(THREE), reward=reward, epochs=steps_per_round)
     assert found.answers == pytest.approx(THREE, abs=3e-3)
 
 
 @pytest.mark.parametrize(("objective", "steps_per_round"), ROUNDS)
 def test_accuracy_alone_ends_sure(objective, steps_per_round):
-    assert end(objective, Toy(TWO), reward="accuracy", steps_per_round=steps_per_round).answers[0] > 0.98
+    assert end(objective, Toy(TWO), reward="accuracy", epochs=steps_per_round).answers[0] > 0.98
 
 
 @pytest.mark.parametrize(
@@ -137,7 +146,7 @@ def test_whoever_draws_the_answers_the_score_is_least_at_the_truth(score):
 @pytest.mark.parametrize(("objective", "steps_per_round", "decoupled"), STATED)
 @pytest.mark.parametrize(("reward", "weight"), [("brier", 1.0), ("log", 7.0)])
 def test_a_stated_confidence_ends_at_the_truth(objective, steps_per_round, decoupled, reward, weight):
-    rollouts = {"reward": reward, "accuracy_weight": weight, "steps_per_round": steps_per_round}
+    rollouts = {"reward": reward, "accuracy_weight": weight, "epochs": steps_per_round}
     found = end(objective, Toy(TWO, stated=True), confidence="stated", decoupled=decoupled, **rollouts)
     assert found.answers[0] > 0.98
     if objective == "grpo, std of the group" and not decoupled:
@@ -184,6 +193,109 @@ def test_a_ternary_reward_answers_where_the_risk_allows_it(objective):
     toy = Toy((*TWO, 0.0), abstains=True)
     assert end(objective, toy, reward="ternary", target_risk=0.5).answers[0] > 0.98
     assert end(objective, toy, reward="ternary", target_risk=0.3).answers[2] > 0.98
+
+
+# Answers that are cut, groups without a signal, another sampler
+
+
+BROKEN = (0.5, 0.3, 0.0)
+"""The last one is cut, always; as it stands it is never right."""
+
+
+@pytest.mark.parametrize(
+    ("objective", "rule", "third"),
+    [
+        ("grpo", "left_out", 0.2),
+        ("grpo", "masked", 0.2),
+        ("rloo", "left_out", 0.2),
+        ("ppo", None, 0.2),
+        ("grpo", None, 0),
+    ],
+)
+@pytest.mark.parametrize("reward", ["brier", "log"])
+def test_a_cut_answer_is_not_scored_but_where_the_cut_is_its_end(objective, rule, third, reward):
+    """Left out it takes what the others leave, which end at the truth; graded it is wrong, and pushes them above it."""
+    found = end(objective, Toy(BROKEN, cut=(None, None, 0.0)), steps=300, reward=reward, truncated=rule).answers
+    if third:
+        assert found == pytest.approx((0.5, 0.3, third), abs=3e-3)
+    else:
+        assert found[2] < 0.17
+
+
+@pytest.mark.parametrize("objective", ["ppo", "ppo, own values"])
+def test_a_cut_answer_is_worth_what_it_comes_to(objective):
+    """The others are right .6 and .4 of the time; the cut one would have been .9 of the time, as it stands it is wrong."""
+    toy = Toy((*TWO, 0.0), cut=(None, None, 0.9))
+    assert end(objective, toy, reward="accuracy", steps=300).answers[2] > 0.98
+    assert end(objective, toy, reward="accuracy", truncated="graded", steps=300).answers[0] > 0.98
+    assert end(objective, toy, reward="accuracy", truncated="left_out", steps=300).answers[2] < 0.4
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_masked_answers_make_the_others_worth_more_and_left_out_ones_do_not(objective):
+    """Two answers, the second cut: masked it is wrong in the first one's baseline, left out there is nothing to learn."""
+    toy = Toy((0.6, 0.0), cut=(None, 0.0))
+    assert end(objective, toy, reward="accuracy", truncated="masked").answers[0] > 0.95
+    assert end(objective, toy, reward="accuracy", truncated="left_out").answers[0] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dapo", "rloo"])
+def test_throwing_groups_alike_away_moves_no_end(objective):
+    """They have no credit in either case: what is left counts for more, by one factor."""
+    assert end(objective, Toy(TWO), reward="accuracy", dynamic_sampling=1, epochs=2).answers[0] > 0.98
+    toy = Toy(TWO, stated=True)
+    found = end(objective, toy, confidence="stated", decoupled=False, dynamic_sampling=1, steps=200)
+    assert found.answers[0] > 0.98
+    assert found.stated[0] == pytest.approx(0.6, abs=0.02)
+
+
+MIDDLE = torch.tensor([0.0, 0.5, 0.0]).double()
+
+
+def sampled_elsewhere(correction):
+    """End of a policy of one number, logits (0, x, 2x), paid MIDDLE less the KL, whose samples another policy draws."""
+    place = torch.tensor([0.0, 1.0, 2.0]).double()
+    x = torch.zeros((), dtype=torch.float64).requires_grad_()
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    config = run_config(
+        {"name": "rloo", "beta": BETA},
+        {"reward": "accuracy", "group_size": 2, "correction": correction, "correction_cap": 99},
+    )
+    objective = RLOOLoss()
+
+    def loss():
+        logprob = (x * place).log_softmax(0)
+        now, flat = logprob.detach(), pairs.flatten()
+        drawn = (0.4 * x.detach() * place + torch.tensor([2.0, 0.0, 0.0])).log_softmax(0)  # another's log-probs
+        samples = [
+            Sample(0, (i,), MIDDLE[i].item(), 0.5, logprobs=(now[i].item(),), reference=(REFERENCE[i].log().item(),),
+                   sampled_logprobs=(drawn[i].item(),))
+            for i in flat.tolist()
+        ]  # fmt: skip
+        owner = torch.arange(len(pairs)).repeat_interleave(2)
+        found, _ = credit(samples, owner.tolist(), config)
+        chance = drawn.exp()[pairs].prod(1)[owner]
+        batch = collate([Encoded((7, *one.tokens), 1, ANSWER, 0) for one in samples], 0)
+        weights = None
+        if config.rollouts.correction != "none":
+            weights = torch.tensor([one.importance[0] for one in found], dtype=torch.float64)
+        advantages = torch.tensor([one.advantages[0] for one in found], dtype=torch.float64)
+        batch = replace(batch, advantages=advantages * chance, importance=weights)
+        return objective(stats_of(logprob[flat]), batch)["policy"].total
+
+    descend([x], loss, steps=150)
+    return x.item()
+
+
+def test_importance_weights_bring_another_samplers_end_back():
+    """Where parameters are shared, who samples decides what is learnt: weighted, it ends as on the policy's own samples."""
+    place = torch.tensor([0.0, 1.0, 2.0]).double()
+    grid = torch.linspace(-3, 3, 6001).double()
+    logprob = (grid[:, None] * place).log_softmax(1)
+    worth = (logprob.exp() * (MIDDLE - BETA * (logprob - REFERENCE.log()))).sum(1)
+    best = grid[worth.argmax()].item()
+    assert sampled_elsewhere("sequence_truncate") == pytest.approx(best, abs=0.01)
+    assert abs(sampled_elsewhere("none") - best) > 0.05
 
 
 # The KL

@@ -109,7 +109,7 @@ def test_export_loads_as_a_sequence_classifier(tmp_path, lora, pad_is_eos):
 
 
 def test_head_is_drawn_alike_on_every_rank():
-    policy = Policy(tiny_model())
+    policy = tiny_model()
     torch.manual_seed(1)
     first = scalar_head(policy, 7).weight
     torch.manual_seed(2)
@@ -155,7 +155,7 @@ def test_reference_is_the_model_without_its_adapters(tmp_path):
 
 def test_bf16_scores_are_made_and_kept_in_float32():
     """In bf16 about a thousand of 2,000 scores are different numbers; in float32 nearly all are."""
-    head = scalar_head(Policy(tiny_model().bfloat16()), seed=0)
+    head = scalar_head(tiny_model().bfloat16(), seed=0)
     hidden = torch.randn(2000, head.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = head(hidden)[:, 0]

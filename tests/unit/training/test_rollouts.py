@@ -320,7 +320,8 @@ def test_questions_without_answers_and_without_room_are_errors():
 @pytest.mark.parametrize("objective", ["grpo", "rloo", "ppo"])
 def test_a_policy_learns_what_is_rewarded(objective, monkeypatch):
     """Answers of even length count as right: half of them at first, nearly all after 60 steps of the trainer's loop."""
-    run = config(objective, rollouts={"group_size": 8, "reward": "accuracy"}, evaluation={"max_new_tokens": 4})
+    rewarded = {"group_size": 8, "reward": "accuracy", "truncated": "graded"}
+    run = config(objective, rollouts=rewarded, evaluation={"max_new_tokens": 4})
     monkeypatch.setattr("calibtrain.tasks.short_answer.grade", lambda text, accepted, method: len(text) % 2 == 0)
     rollouts, model = rollouts_of(run, ValueLossModel if objective == "ppo" else LossModel)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -343,7 +344,7 @@ def test_a_policy_learns_what_is_rewarded(objective, monkeypatch):
     ("objective", "rollouts", "likelihood"),
     [
         ("grpo", {"reward": "log"}, 0.6),
-        ("ppo", {"reward": "brier", "steps_per_round": 3}, 0.6),
+        ("ppo", {"reward": "brier", "epochs": 3, "truncated": "graded"}, 0.6),
         ("rloo", {"reward": "accuracy"}, 1.0),
     ],
 )
@@ -367,7 +368,7 @@ def test_a_whole_policy_ends_where_the_reward_says(objective, rollouts, likeliho
     for step in range(180):
         right.update({one.accepted[0]: "a" if draw.random() < 0.6 else "b" for one in QUESTIONS})
         rollouts.before_step(step)
-        batch = batch_of(rollouts)
+        batch = batch_of(rollouts, rollouts.indices(step))
         divisors = {name: count.float() for name, count in model.counts(batch).items()}
         loss, output = model(TrainStep(batch, divisors))
         optimizer.zero_grad()
@@ -380,7 +381,7 @@ def test_a_whole_policy_ends_where_the_reward_says(objective, rollouts, likeliho
 @pytest.mark.parametrize("objective", ["grpo", "rloo", "ppo"])
 def test_rewards_that_do_not_differ_are_told_of_once(objective, monkeypatch, caplog):
     """Within a group for grpo and rloo, between groups for ppo, whose baseline is its value head."""
-    run = config(objective, rollouts={"group_size": 2, "reward": "accuracy"})
+    run = config(objective, rollouts={"group_size": 2, "reward": "accuracy", "truncated": "graded"})
     right: list[str] = ["0"]
     monkeypatch.setattr("calibtrain.tasks.short_answer.grade", lambda text, accepted, method: accepted[0] in right)
     rollouts, _ = rollouts_of(run, ValueLossModel if objective == "ppo" else LossModel)
