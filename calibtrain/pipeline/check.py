@@ -39,6 +39,7 @@ from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspee
 from calibtrain.training.losses import term_names
 from calibtrain.training.matrices import trained_layers
 from calibtrain.training.output_directory import check_output_dir, check_same_data
+from calibtrain.training.reward_sources import check_sources
 from calibtrain.training.rollout_rewards import check_rewards
 from calibtrain.training.spectra import spectra_layers
 from calibtrain.training.weight_penalty import penalised_layers
@@ -112,6 +113,8 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     check_weights(config.model)
     tokenizer = load_tokenizer(config.model)
     template = template_of(config, tokenizer)
+    if config.trains_on_rollouts:
+        check_sources(config, train)
     check_positions(config.model, config.data.max_length)
     _check_layers(config)
     if config.objective.needs.module == "reward head":
@@ -218,6 +221,11 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
         found.append(
             f"rollouts.accuracy_weight: {rollouts.reward_of_right:g} rewards being sure beside the score of a likelihood, "
             "which then ends above the truth (docs/rewards.md); leave it out to end there"
+        )
+    if config.trains_on_rollouts and rollouts.reward == "ppo_c" and rollouts.ppo_c.form != "proper":
+        found.append(
+            f"rollouts.ppo_c.form: {rollouts.ppo_c.form}, as published, is linear in the confidence: training ends at "
+            "stating 0% or 100% (docs/rewards.md); `proper` ends at the truth"
         )
     if training.warmup_ratio == 1:
         found.append("training.warmup_ratio: 1: the learning rate reaches its peak at the last step")

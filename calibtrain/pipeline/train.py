@@ -21,6 +21,7 @@ from calibtrain.data.drops import write_dropped
 from calibtrain.data.encode import Encoded, encode_records, lazy_examples
 from calibtrain.data.lazy import Lazy
 from calibtrain.data.loader import planned_steps
+from calibtrain.data.reward_text import write_reward_template
 from calibtrain.data.templates import Template, template_of
 from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World, check_alike, gather_lists, on_main, shard, start_world, wait_for_main
@@ -180,6 +181,7 @@ def _export(config: RunConfig, engine: Engine, template: Template, target: Path,
         shutil.rmtree(partial, ignore_errors=True)
         if score:
             export_reward_model(weights, score["weight"], config.model, template.tokenizer, template.end_id, partial)
+            write_reward_template(config.data, partial)
         else:
             if config.model.lora is not None:  # before it is merged, which is done in place
                 shutil.rmtree(target.with_name("adapter"), ignore_errors=True)

@@ -19,6 +19,7 @@ from calibtrain.losses.advantages import (
     whiten,
 )
 from calibtrain.losses.terms import sequence_sums
+from calibtrain.training.reward_memory import NOTHING, Memory
 from calibtrain.training.rollout_rewards import rewards_of, share_alike
 from calibtrain.training.samples import Sample
 
@@ -32,19 +33,19 @@ class Credit:
 
 
 def credit(
-    samples: Sequence[Sample], groups: Sequence[int], config: RunConfig
+    samples: Sequence[Sample], groups: Sequence[int], config: RunConfig, memory: Memory = NOTHING
 ) -> tuple[list[Credit], dict[str, float]]:
     """Credit of every token of every sample of a round, over all ranks, and the round's means.
 
-    `groups` holds for each sample the number of the question that it answers. The same samples give the same credit on
-    every rank.
+    `groups` holds for each sample the number of the question that it answers, `memory` what rewards know of earlier rounds.
+    The same samples give the same credit on every rank.
     """
     objective = config.objective
     assert isinstance(objective, PolicyGradientConfig)
     ids = torch.tensor(groups, dtype=torch.int64)
     lengths = torch.tensor([len(one.tokens) for one in samples], dtype=torch.int64)
     owners = torch.repeat_interleave(torch.arange(len(samples)), lengths)
-    rewards = rewards_of(samples, ids, config)
+    rewards = rewards_of(samples, ids, config, memory)
     kl = _kl(samples, owners)
     means = _means(samples, rewards)
     scored = any(one.name == "answer_score" for one in config.penalties_in_loss)
@@ -63,7 +64,7 @@ def credit(
             tokens = whiten(tokens, torch.ones_like(tokens, dtype=torch.bool))
     elif isinstance(objective, GRPOConfig):
         first, second = (grpo_advantages(one, ids, scale=objective.scale_advantages) for one in rewards)
-        if config.rollouts.decoupled and config.rollouts.confidence == "stated":
+        if config.rollouts.splits_credit:
             # The score's own spread is no scale for it: dividing would change what an honest confidence earns.
             second = grpo_advantages(rewards[1], ids, scale="none")
             stated = torch.tensor([part for one in samples for part in one.stated], dtype=torch.bool)
@@ -105,9 +106,10 @@ def _ppo(
 def _means(samples: Sequence[Sample], rewards: Tensor) -> dict[str, float]:
     count = max(1, len(samples))
     stated = [one.confidence for one in samples if not math.isnan(one.confidence)]
+    grades = [one.correct for one in samples if not math.isnan(one.correct)]
     return {
         "reward": float(rewards.sum(0).mean()),
-        "correct": sum(one.correct for one in samples) / count,
+        "correct": sum(grades) / len(grades) if grades else math.nan,  # of the questions that have answers
         "confidence": sum(stated) / max(1, len(stated)),
         "confidence_missing": 1.0 - len(stated) / count,
         "abstained": sum(one.abstained for one in samples) / count,

@@ -23,6 +23,7 @@ from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.models.loss_model import LogprobStep, LossModel
 from calibtrain.records import Record
 from calibtrain.training.deepspeed_config import BatchPlan
+from calibtrain.training.reward_rounds import RewardRounds
 from calibtrain.training.rollout_credit import Credit, credit
 from calibtrain.training.rollout_rewards import check_rewards
 from calibtrain.training.samples import Sample, loaded_sample
@@ -53,10 +54,11 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         objective = config.objective
         assert isinstance(objective, PolicyGradientConfig)
         check_rewards(config)
-        if not all(map(answerer.template.task.gradable, questions)):
+        if config.rollouts.needs_grades and not all(map(answerer.template.task.gradable, questions)):
             raise UserError(f"objective.name: {objective.name} grades what it samples: training questions need answers")
         self.config, self.answerer, self.questions, self.plan = config, answerer, list(questions), plan
         self.sampling = Sampling(config, answerer, self.questions)
+        self.rewards = RewardRounds(config, answerer, self.questions)
         self.reference = reference
         self.needs_reference = objective.needs.reference == "live"
         self.needs_values = objective.needs.module == "value head"
@@ -87,10 +89,11 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         model.eval()
         model.policy.scale = 1.0  # the policy that is trained, not the one that is asked for its confidence
         try:
-            mine = self._measured(self.sampling(shard(asked, self.answerer.world), step))
+            mine = self._measured(self.rewards.measured(self.sampling(shard(asked, self.answerer.world), step)))
         finally:
             model.train(was_training)
             model.policy.scale = scale
+        self.rewards.begin()
         self._take(gather_lists(mine))
 
     def fill(self, batch: Batch, indices: Sequence[int]) -> Batch:
@@ -112,10 +115,13 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values of the present round; nothing where each step has its own, which the next one draws anew."""
-        return {"samples": [asdict(one) for one in self.samples] if self.off_policy else []}
+        kept = [asdict(one) for one in self.samples] if self.off_policy else []
+        memory = self.rewards.state_dict(within_round=bool(kept))
+        return {"samples": kept, **({"rewards": memory} if memory else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the round of a checkpoint."""
+        self.rewards.load_state_dict(state.get("rewards", {}))
         saved: list[dict[str, Any]] = state["samples"]
         if saved:
             self._take([loaded_sample(one) for one in saved])
@@ -128,7 +134,8 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         self._groups = {
             samples[start].question: list(range(start, start + size)) for start in range(0, len(samples), size)
         }
-        self._credit, self.metrics = credit(samples, groups, self.config)
+        self._credit, self.metrics = credit(samples, groups, self.config, self.rewards.memory)
+        self.metrics |= self.rewards.end(samples, torch.tensor(groups))
         self._alike = self._alike + 1 if self.metrics["alike"] == 1.0 else 0
         if self._alike == ROUNDS_ALIKE and self.answerer.world.is_main:
             logger.warning(

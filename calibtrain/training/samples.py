@@ -23,6 +23,7 @@ class Sample:
     logprobs: tuple[float, ...] = ()  # under the policy that sampled, where a later step or the KL needs them
     reference: tuple[float, ...] = ()  # under the starting model, where the KL needs them
     values: tuple[float, ...] = ()  # of PPO's value head
+    rewards: tuple[float, ...] = ()  # of each source that is asked, as it gave it; NaN: nothing
 
 
 def loaded_sample(saved: dict[str, Any]) -> Sample:
