@@ -50,6 +50,7 @@ from calibtrain.pipeline.prepare import (
     with_examples,
 )
 from calibtrain.pipeline.provenance import git_hash, versions
+from calibtrain.pipeline.reward_audit import measure_reward_models
 from calibtrain.records import Record
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
@@ -122,6 +123,8 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         progress = load_checkpoint(
             checkpoint, engine, trainer.stream, trainer.average, trainer.hooks, world, config, trainer.rollouts
         )
+    elif isinstance(trainer.rollouts, Rollouts):
+        measure_reward_models(trainer.rollouts, prepared.splits["calibration"], config.output_dir)
     record = RunRecord(config.resolved(), config.output_dir, trainer.total_steps, progress.step, world.rank, world.size)
     trainer.hooks.dispatch("on_start", record)
     error: str | None = None

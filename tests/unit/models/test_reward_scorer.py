@@ -42,7 +42,9 @@ OTHER_TEMPLATE = (
 )
 
 
-def write(path, kind="llama", *, pad_is_eos=False, chat=True, labels=1, tokenizer=True, dtype=torch.float32, **settings):
+def write(
+    path, kind="llama", *, pad_is_eos=False, chat=True, labels=1, tokenizer=True, dtype=torch.float32, **settings
+):
     """A random reward model in `path`."""
     own = tiny_tokenizer(pad_is_eos=pad_is_eos)
     if not chat:
@@ -74,14 +76,15 @@ def expected(path, texts, special=False):
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     with torch.no_grad():
         return [
-            model(**tokenizer(text, return_tensors="pt", add_special_tokens=special)).logits[0, 0].item() for text in texts
+            model(**tokenizer(text, return_tensors="pt", add_special_tokens=special)).logits[0, 0].item()
+            for text in texts
         ]
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 @pytest.mark.parametrize("chat_template", [None, OTHER_TEMPLATE])
 def test_scores_are_transformers_own_on_the_same_text(tmp_path, pad_is_eos, chat_template):
-    """A classifier whose padding is its end token reads another token in transformers itself, so that it is asked unpadded."""
+    """Where padding is the end token transformers itself reads the token before, and is asked without any padding."""
     path = write(tmp_path, pad_is_eos=pad_is_eos)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.chat_template = chat_template or tokenizer.chat_template
@@ -91,7 +94,10 @@ def test_scores_are_transformers_own_on_the_same_text(tmp_path, pad_is_eos, chat
         tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": one.replace(EOS, "")}], tokenize=False)
         for one in REPLIES
     ]
-    text, scorer = RewardText(reward_tokenizer(source(path), "key")), RewardScorer(source(path), "key", torch.float32, WORLD)
+    text, scorer = (
+        RewardText(reward_tokenizer(source(path), "key")),
+        RewardScorer(source(path), "key", torch.float32, WORLD),
+    )
     found = scorer([text(QUESTION, one, scorer.room)[0] for one in REPLIES])
     if pad_is_eos and texts[0].endswith(EOS):
         model = AutoModelForSequenceClassification.from_pretrained(path).eval()
@@ -109,7 +115,10 @@ def test_scores_are_transformers_own_on_the_same_text(tmp_path, pad_is_eos, chat
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_encoders_and_models_without_a_chat_template_read_the_plain_form(tmp_path, kind):
     path = write(tmp_path, kind, chat=False)
-    text, scorer = RewardText(reward_tokenizer(source(path), "key")), RewardScorer(source(path), "key", torch.float32, WORLD)
+    text, scorer = (
+        RewardText(reward_tokenizer(source(path), "key")),
+        RewardScorer(source(path), "key", torch.float32, WORLD),
+    )
     found = scorer([text(QUESTION, one, scorer.room)[0] for one in REPLIES])
     plain = [f"Question: {QUESTION.question}\nAnswer: {one.replace(EOS, '')}{EOS}" for one in REPLIES]
     assert found == pytest.approx(expected(path, plain), abs=2e-5)
@@ -119,9 +128,10 @@ def test_encoders_and_models_without_a_chat_template_read_the_plain_form(tmp_pat
 def test_a_score_does_not_depend_on_what_else_is_in_the_batch(tmp_path):
     path = write(tmp_path, pad_is_eos=True)
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(0, 90, (n,), generator=generator).tolist() + [1] for n in (3, 17, 9, 3, 30, 1, 22)]
+    rows = [[*torch.randint(0, 90, (n,), generator=generator).tolist(), 1] for n in (3, 17, 9, 3, 30, 1, 22)]
     scores = {
-        size: RewardScorer(source(path, batch_size=size), "key", torch.float32, WORLD)([*rows, rows[2]]) for size in (1, 3, 8)
+        size: RewardScorer(source(path, batch_size=size), "key", torch.float32, WORLD)([*rows, rows[2]])
+        for size in (1, 3, 8)
     }
     assert scores[3] == pytest.approx(scores[1], abs=2e-5)
     assert scores[8] == pytest.approx(scores[1], abs=2e-5)
@@ -176,7 +186,8 @@ def test_ours_are_read_as_they_were_trained(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "values", ["[1", "[]", '{"other": 1}', '{"template": "x"}', '{"template": "jinja", "prompt_template": "/etc/passwd"}']
+    "values",
+    ["[1", "[]", '{"other": 1}', '{"template": "x"}', '{"template": "jinja", "prompt_template": "/etc/passwd"}'],
 )
 def test_a_template_file_that_is_none_is_refused(tmp_path, values):
     (tmp_path / FILE).write_text(values)
@@ -191,8 +202,8 @@ def test_a_template_without_a_role_for_the_system_gets_its_text_before_the_quest
     system = replace(QUESTION, prompt=(Message("system", "Be brief."), *QUESTION.prompt))
     found = tokenizer.decode(RewardText(tokenizer)(system, "France", 999)[0])
     assert found.startswith("[user] Be brief.")
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(UserError, match="refuses"):
-        tokenizer.chat_template = "{{ raise_exception('never') }}"
         RewardText(tokenizer)(QUESTION, "France", 999)
 
 
@@ -204,10 +215,9 @@ def test_a_reply_cannot_write_special_tokens():
 
 def test_what_is_no_reward_model_is_refused(tmp_path):
     def refused(path, message, load=False):
+        key = "rollouts.reward_model"
         with pytest.raises(UserError, match=message) as caught:
-            reward_tokenizer(source(path), "rollouts.reward_model")
-            if load:
-                RewardScorer(source(path), "rollouts.reward_model", torch.float32, WORLD)
+            _ = RewardScorer(source(path), key, torch.float32, WORLD) if load else reward_tokenizer(source(path), key)
         assert "\n" not in str(caught.value)
         assert str(caught.value).startswith("rollouts.reward_model")
 
