@@ -34,7 +34,9 @@ HIGH, LOW = "{} (confidence: 90%)", "{} (confidence: 10%)"
 LEAST_PAIRS = 20
 """With fewer pairs no calibration error is told."""
 LIKES_HIGH = 0.75
-"""Share of answers, right ones and wrong ones alike, above which high confidence is preferred whatever the answer."""
+"""Share of answers, right ones and wrong ones alike, above which high confidence is preferred whatever the answer ..."""
+LIFT = 0.1
+"""... where it also gains more than so many standard deviations of the scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +92,9 @@ def measure_reward_models(rollouts: Rollouts, questions: Sequence[Record], outpu
     text = json.dumps({"models": found}, indent=2, ensure_ascii=False, allow_nan=False)
     (output_dir / FILE).write_text(text, encoding="utf-8")
     for one in found:
-        for line in one["findings"]:
-            logger.log(logging.WARNING if one["doubts"] else logging.INFO, "reward model %s: %s", one["path"], line)
+        for level, lines in ((logging.INFO, one["findings"]), (logging.WARNING, one["doubts"])):
+            for line in lines:
+                logger.log(level, "reward model %s: %s", one["path"], line)
 
 
 def read_audit(path: Path) -> list[dict[str, Any]]:
@@ -175,36 +178,35 @@ def _folded(parts: Sequence[Tensor], scales: Sequence[float]) -> CalibrationStat
     return state_of(confidence, correct > 0.5)
 
 
-def _findings(numbers: dict[str, Any]) -> dict[str, Any]:
-    """What the numbers say, in sentences, and whether they speak against the model."""
-    pairs, doubts = numbers["pairs"], False
+def _findings(numbers: dict[str, Any]) -> dict[str, list[str]]:
+    """What the numbers say, in sentences: `findings`, and `doubts`, which speak against using the model as it is."""
+    pairs = numbers["pairs"]
     if not pairs:
-        said = ["no held-out question has a right and a wrong answer, so that nothing is known of it"]
-        return {"findings": said, "doubts": True}
-    said = [
+        said = "no held-out question has a right and a wrong answer, so that nothing is known of it"
+        return {"findings": [], "doubts": [said]}
+    ranked = (
         f"ranks the right answer above the wrong one in {numbers['ranked_right']} of {pairs} held-out pairs "
         f"({numbers['ranked_low']:.0%} to {numbers['ranked_high']:.0%})"
-    ]
-    if numbers["ranked_low"] <= 0.5:
-        said[0] += ": not clearly better than chance"
-        doubts = True
+    )
+    poor = numbers["ranked_low"] <= 0.5
+    said, doubts = ([], [f"{ranked}: not clearly better than chance"]) if poor else ([ranked], [])
     if numbers["auroc"] is not None:
         said.append(
-            f"of {numbers['answers']} answers of the policy's its score tells right from wrong with an AUROC of "
-            f"{numbers['auroc']:.2f}"
+            f"tells right from wrong among {numbers['answers']} answers of the policy's with an AUROC of {numbers['auroc']:.2f}"
         )
     if numbers["ece_debiased"] is not None:
         said.append(
-            f"sigmoid({numbers['scale']:.3g} * margin) is off from the share ranked right by {numbers['ece_debiased']:.1%} "
-            f"beyond chance, and without the fitted scale by {numbers['unscaled_ece_debiased']:.1%}"
+            f"gives its margins as probabilities, sigmoid({numbers['scale']:.3g} * margin), that are off by "
+            f"{numbers['ece_debiased']:.1%} beyond chance; without that scale by {numbers['unscaled_ece_debiased']:.1%}"
         )
-    high = numbers["prefers_high_right"], numbers["prefers_high_wrong"]
-    if None not in high and min(high) > LIKES_HIGH:
-        doubts = True
-        said.append(
-            f"prefers high stated confidence whatever the answer: of right ones in {high[0]:.0%}, wrong in {high[1]:.0%}; "
-            "a policy that states its confidence to it learns to be sure (train it with "
-            "objective.confidence_statements: added, or take the statement out: reward: ppo_c)"
+    likes = [(numbers[f"prefers_high_{kind}"], numbers[f"lift_of_high_{kind}"]) for kind in ("right", "wrong")]
+    if all(share is not None and lift is not None and share > LIKES_HIGH and lift > LIFT for share, lift in likes):
+        (right, right_lift), (wrong, wrong_lift) = likes
+        doubts.append(
+            f"prefers a stated confidence of 90% to 10% whatever the answer: in {right:.0%} of right ones, by {right_lift:.2f} "
+            f"standard deviations of its scores, and in {wrong:.0%} of wrong ones, by {wrong_lift:.2f}. A policy that it "
+            "reads the statement of learns to be sure: train it with objective.confidence_statements: added, or let "
+            "rollouts.reward: ppo_c take the statement out"
         )
     return {"findings": said, "doubts": doubts}
 
