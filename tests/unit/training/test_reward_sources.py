@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from calibtrain.errors import UserError
-from calibtrain.pipeline.reward_audit import Answered, audited, pairs_of
-from calibtrain.records import Message, Record
 from calibtrain.training.reward_memory import NOTHING, WATCHED, Memory, Moments, slope_t
 from calibtrain.training.reward_rounds import score_auroc
 from calibtrain.training.reward_sources import check_sources, source_names
@@ -361,48 +359,3 @@ def test_a_judge_behind_an_address_rewards_whole_replies(tmp_path, monkeypatch):
         server.server_close()
     said = [rollouts.answerer.template.decode_answer(one.tokens) for one in rollouts.samples]
     assert [one.rewards for one in rollouts.samples] == [(float("a" in text),) for text in said]
-
-
-# Measured before use
-
-
-def record(number):
-    return Record(prompt=(Message("user", f"Question {number}?"),), accepted=("yes",), chosen="yes")
-
-
-def test_an_audit_tells_a_reward_model_that_knows_from_one_that_likes_big_words():
-    records = [record(i) for i in range(60)]
-    answers = [Answered(one, text, float(text == "yes")) for one in records for text in ("yes", "no")]
-    pairs = pairs_of(records, answers)
-    assert [(one.right, one.wrong) for one in pairs] == [("yes", "no")] * 60
-    draw = torch.Generator().manual_seed(1)
-
-    def knows(replies):
-        """Margins with a logistic noise: a Bradley-Terry model of scale 1 whose right answers are 1.5 better."""
-        noise = torch.rand(len(replies), generator=draw, dtype=torch.float64).logit()
-        return torch.tensor([1.5 * one.text.startswith("yes") for one in replies], dtype=torch.float64) + noise
-
-    numbers = audited(pairs, answers, knows)
-    assert numbers["ranked_low"] > 0.5
-    assert numbers["auroc"] > 0.6
-    assert numbers["scale"] > 0
-    assert abs(numbers["ece_debiased"]) < 0.1
-    assert not numbers["doubts"]
-
-    def likes(replies):
-        return torch.tensor([0.01 * len(one.text) + ("90%" in one.text) for one in replies], dtype=torch.float64)
-
-    numbers = audited(pairs, answers, likes)
-    assert numbers["prefers_high_right"] == numbers["prefers_high_wrong"] == 1.0
-    assert numbers["scale"] is None  # all pairs ranked right, by length
-    assert numbers["doubts"]
-    assert any("whatever the answer" in line for line in numbers["doubts"])
-    assert audited([], [], knows)["doubts"]
-    json.dumps(numbers, allow_nan=False)
-
-
-def test_pairs_of_the_data_come_before_the_policys_own():
-    given = replace(record(0), rejected="perhaps")
-    assert pairs_of([given], [Answered(given, "no (confidence: 70%)", 0.0)])[0].wrong == "perhaps"
-    assert pairs_of([record(1)], [Answered(record(1), "no (confidence: 70%)", 0.0)])[0].wrong == "no"
-    assert pairs_of([record(2)], []) == []
