@@ -48,8 +48,8 @@ class RolloutsConfig(Section):
     ppo_c: PPOCConfig = PPOCConfig()
     """With `reward: ppo_c`."""
     measure_reward_model: Annotated[int, Field(ge=0)] = 64
-    """Questions of data.splits.calibration by which a reward model is measured before training, in OUT/reward_model.json and
-    the report: on the data's pairs, else on the policy's own right and wrong answers."""
+    """Questions of data.splits.calibration and validation by which a reward model is measured before training, in
+    OUT/reward_model.json and the report: on the data's pairs, else on the policy's own right and wrong answers."""
 
     @model_validator(mode="before")
     @classmethod

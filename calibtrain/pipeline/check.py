@@ -15,6 +15,7 @@ import torch
 
 from calibtrain.abstention.certificate import minimum_answers
 from calibtrain.config import RunConfig
+from calibtrain.config_rewards import ModelSource
 from calibtrain.data.collate import collate, row_tokens
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import Encoded, encode_records
@@ -226,6 +227,12 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
         found.append(
             f"rollouts.ppo_c.form: {rollouts.ppo_c.form}, as published, is linear in the confidence: training ends at "
             "stating 0% or 100% (docs/rewards.md); `proper` ends at the truth"
+        )
+    held_out = len(splits["calibration"]) + len(splits["validation"])
+    if config.trains_on_rollouts and any(isinstance(one, ModelSource) for one in rollouts.paid_by) and not held_out:
+        found.append(
+            "data.splits: calibration and validation 0: nobody knows what the reward model is worth before it is used; 64 "
+            "questions with answers, or pairs, would tell"
         )
     if training.warmup_ratio == 1:
         found.append("training.warmup_ratio: 1: the learning rate reaches its peak at the last step")

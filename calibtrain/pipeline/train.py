@@ -124,7 +124,8 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
             checkpoint, engine, trainer.stream, trainer.average, trainer.hooks, world, config, trainer.rollouts
         )
     elif isinstance(trainer.rollouts, Rollouts):
-        measure_reward_models(trainer.rollouts, prepared.splits["calibration"], config.output_dir)
+        held_out_questions = [*prepared.splits["calibration"], *prepared.splits["validation"]]
+        measure_reward_models(trainer.rollouts, held_out_questions, config.output_dir)
     record = RunRecord(config.resolved(), config.output_dir, trainer.total_steps, progress.step, world.rank, world.size)
     trainer.hooks.dispatch("on_start", record)
     error: str | None = None
