@@ -25,20 +25,22 @@ from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
 from calibtrain.losses import build_loss
-from calibtrain.losses.advantages import rloo_advantages
 from calibtrain.losses.answer_score import answer_brier_score, answer_log_score
-from calibtrain.losses.rewards import ppo_c_proper_reward, ppo_c_reward
 from calibtrain.losses.silence import watch_of
 from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.ops import TokenStats
+from calibtrain.training.reward_memory import Memory
 from calibtrain.training.rollout_credit import Credit, credit, groups_alike, paid
 from calibtrain.training.samples import Sample
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Confidences that can be stated."""
 
-Reward = Callable[[Tensor, Tensor], Tensor]
-"""(correct (S,), stated (S,)) -> rewards (S,), in place of the config's."""
+Scores = Callable[[int, bool, float], Sequence[float]]
+"""(answer, whether it is right, what it states) -> what each source that is asked gives."""
+
+BEFORE = Memory(threshold=0.0)
+"""PPO-C's threshold, where half of all other questions are right: it hardly moves by this one."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Toy:
         float, ...
     ] = ()  # logits of the answers, which then stay: what follows an answer is all that is learnt
     cut: tuple[float | None, ...] = ()  # of an answer that is always cut: the value of the state it comes to
+    scores: Scores | None = None  # of the sources that are asked
 
 
 @dataclass(frozen=True)
@@ -123,15 +126,17 @@ class Question:
         answer, statement = action
         abstained = self.toy.abstains and answer == len(self.toy.truth) - 1
         tokens = (answer,) if statement is None else (answer, 100 + statement)
+        said = 0.5 if statement is None else GRID[statement]
         return Sample(
             question=0,
             tokens=tokens,
             correct=float(answer == right and not abstained),
-            confidence=0.5 if statement is None else GRID[statement],  # of a likelihood no credit may depend on it
+            confidence=said,  # of a likelihood no credit may depend on it
             abstained=abstained,
             stated=(False, True)[: len(tokens)],
             finished=not self.toy.cut or self.toy.cut[answer] is None,
             last_value=(self.toy.cut[answer] if self.toy.cut else None) or 0.0,
+            rewards=() if self.toy.scores is None else tuple(self.toy.scores(answer, answer == right, said)),
         )
 
     def batch_of(self, samples: Sequence[Sample]) -> Batch:
@@ -153,7 +158,7 @@ def stats_of(logprob: Tensor) -> TokenStats:
     return TokenStats(logprob, zeros, zeros, zeros, zeros > 0)
 
 
-def find_end(config: RunConfig, toy: Toy, reward: Reward | None = None, *, steps: int = 500, rate: float = 0.1) -> End:
+def find_end(config: RunConfig, toy: Toy, *, steps: int = 500, rate: float = 0.1) -> End:
     """Ascend the exact expected gradient with Adam, its rate falling to 0."""
     policy = Policy(toy)
     valued, rollouts = config.objective.needs.credit == "values", config.rollouts
@@ -167,7 +172,7 @@ def find_end(config: RunConfig, toy: Toy, reward: Reward | None = None, *, steps
     learnt = [*policy.parameters(), *([] if critic is None else [critic.values])]
     optimizer = torch.optim.Adam(learnt, lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
-    fixed = None if valued else credit_of(config, question, policy, reward)
+    fixed = None if valued else credit_of(config, question)
     for step in range(steps):
         logprobs = policy.logprobs()
         if step % rollouts.steps_on_a_round == 0:
@@ -237,16 +242,9 @@ def expected(penalty: nn.Module, answers: Question, logprobs: Tensor, old: Tenso
     return (answers.weights(old).repeat_interleave(old.shape[1]) * each * flat).sum()
 
 
-def credit_of(config: RunConfig, question: Question, policy: Policy, reward: Reward | None) -> Tensor:
-    """Advantage of every token of every case; the config's, or leave-one-out of another reward. (N,) float64."""
-    if reward is None:
-        return flat_credit(credit(question.samples, question.owner.tolist(), config)[0])
-    correct, stated = (
-        torch.tensor([getattr(one, name) for one in question.samples], dtype=torch.float64)
-        for name in ("correct", "confidence")
-    )
-    found = rloo_advantages(reward(correct, stated), question.owner)
-    return found.repeat_interleave(policy.logprobs().shape[1])
+def credit_of(config: RunConfig, question: Question) -> Tensor:
+    """Advantage of every token of every case. (N,) float64."""
+    return flat_credit(credit(question.samples, question.owner.tolist(), config, BEFORE)[0])
 
 
 def flat_credit(found: Sequence[Credit]) -> Tensor:
@@ -268,7 +266,7 @@ def ppo_credit(config: RunConfig, question: Question, policy: Policy, critic: Cr
     zero = [replace(one, values=(0.0,) * len(one.tokens)) for one in question.samples]
     plain = config.model_copy(update={"objective": config.objective.model_copy(update={"lam": 1.0, "gamma": 1.0})})
     returns = torch.tensor(
-        [one.returns[0] for one in credit(zero, question.owner.tolist(), plain)[0]], dtype=torch.float64
+        [one.returns[0] for one in credit(zero, question.owner.tolist(), plain, BEFORE)[0]], dtype=torch.float64
     )
     start = (weights * returns).sum()
     by_answer: dict[int, float] = {}
@@ -278,7 +276,7 @@ def ppo_credit(config: RunConfig, question: Question, policy: Policy, critic: Cr
     given = [
         replace(one, values=(float(start), by_answer[one.tokens[0]])[: len(one.tokens)]) for one in question.samples
     ]
-    return flat_credit(credit(given, question.owner.tolist(), config)[0])
+    return flat_credit(credit(given, question.owner.tolist(), config, BEFORE)[0])
 
 
 def score_end(truth: Sequence[float], score: str, how: str, *, steps: int = 1000, rate: float = 0.1) -> End:
@@ -339,22 +337,53 @@ def rows() -> list[dict[str, Any]]:
         add(f"reward: {reward}, confidence: stated", TWO, find_end(run_config("rloo", rollouts), Toy(TWO, stated=True)))
     ranked = run_config({"name": "grpo", "scale_advantages": "group"}, stated)
     add("the same with scale_advantages: group", TWO, find_end(ranked, Toy(TWO, stated=True)))
-    brier = run_config("rloo", {**stated, "reward": "brier"})
-    for name, reward in ppo_c_rewards().items():
-        add(f"{name}, confidence: stated", TWO, find_end(brier, Toy(TWO, stated=True), reward))
+    for form in ("threshold", "difference", "proper"):
+        rollouts = {**stated, **MODEL, "reward": "ppo_c", "ppo_c": {"form": form}}
+        toy = Toy(TWO, stated=True, scores=knowing)
+        add(f"reward: ppo_c, form: {form}", TWO, find_end(run_config("rloo", rollouts), toy))
+    for what, scores in (
+        ("reward: model", knowing),
+        ("reward: model that likes high confidence, confidence: stated", liking),
+        ("reward: model that PPO-M trained, confidence: stated", after_ppo_m),
+    ):
+        said = "stated" in what
+        config = run_config("rloo", {**rloo, **MODEL, "confidence": "stated" if said else "likelihood"})
+        add(what, TWO, find_end(config, Toy(TWO, stated=said, scores=scores)))
+    config = run_config("rloo", {**rloo, **MODEL, "reward": "log", "accuracy_weight": 0.5})
+    add("reward: log and a model, accuracy_weight: 0.5", TWO, find_end(config, Toy(TWO, scores=knowing)))
+    config = run_config("grpo", {**rloo, **MODEL, "reward": "brier", "confidence": "stated"})
+    add("reward: brier and a model, confidence: stated", TWO, find_end(config, Toy(TWO, stated=True, scores=knowing)))
+    for weight in (0.1, 1.0):
+        config = run_config("rloo", {**rloo, "sources": [{"kind": "grade"}, {**MODEL["sources"][0], "weight": weight}]})
+        found_end = find_end(config, Toy(TWO, scores=preferring_second))
+        add(f"sources: grade and {weight:g} times a model that likes the other", TWO, found_end)
     for risk in (0.3, 0.5):
         config = run_config("rloo", {**rloo, "reward": "ternary"}, abstention={"target_risk": risk})
         add(f"reward: ternary, target_risk: {risk:g}", (*TWO, 0.0), find_end(config, Toy((*TWO, 0.0), abstains=True)))
     return found
 
 
-def ppo_c_rewards() -> dict[str, Reward]:
-    """PPO-C on a reward model that gives 1 to a right answer and -1 to a wrong one; its threshold is 0."""
-    return {
-        "PPO-C, threshold": lambda c, q: ppo_c_reward(2.0 * c - 1.0, q, 0.0),
-        "PPO-C, difference": lambda c, q: ppo_c_reward(2.0 * c - 1.0, q, 0.0, mode="difference"),
-        "PPO-C, proper": lambda c, q: ppo_c_proper_reward(2.0 * c - 1.0, q, 0.0),
-    }
+MODEL: dict[str, Any] = {"sources": [{"kind": "model", "path": "a-toy", "normalize": False}]}
+
+
+def knowing(answer: int, right: bool, stated: float) -> Sequence[float]:
+    """A reward model that gives 1 to a right answer and -1 to a wrong one, whatever it states."""
+    return (1.0 if right else -1.0,)
+
+
+def liking(answer: int, right: bool, stated: float) -> Sequence[float]:
+    """The same, but half a unit more for stating 1 than for stating 0."""
+    return (knowing(answer, right, stated)[0] + 0.5 * stated,)
+
+
+def after_ppo_m(answer: int, right: bool, stated: float) -> Sequence[float]:
+    """PPO-M's, where the answer is the better one of its pairs .6 of the time: high beats low by log(.6 / .4)."""
+    return (math.log(TWO[answer] / (1.0 - TWO[answer])) * stated,)
+
+
+def preferring_second(answer: int, right: bool, stated: float) -> Sequence[float]:
+    """A reward model that likes the second answer, right or wrong."""
+    return (float(answer == 1),)
 
 
 def main() -> None:

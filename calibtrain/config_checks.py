@@ -46,9 +46,12 @@ def unfit_for_objective(config: RunConfig) -> str | None:
             return f"objective.name: {name} trains on its own answers: of penalties, answer_score fits, not {others[0]}"
         if in_loss and config.rollouts.confidence == "stated":
             return "penalties.answer_score, moves: all, scores a likelihood: set rollouts.confidence to it, or leave it out"
-        if config.rollouts.confidence == "stated" and config.rollouts.reward not in ("brier", "log"):
-            return f"rollouts.confidence: stated is scored by reward: brier or log, not {config.rollouts.reward}"
-        if config.rollouts.confidence == "stated" and config.rollouts.decoupled and not needs.word_credit:
+        if config.rollouts.confidence == "stated" and config.rollouts.reward in ("accuracy", "ternary"):
+            return (
+                "rollouts.confidence: stated is scored by reward: brier, log or ppo_c, or read by a reward model, not by "
+                f"{config.rollouts.reward}"
+            )
+        if config.rollouts.splits_credit and not needs.word_credit:
             return f"rollouts.decoupled needs credit for each word, which {name} has not: set it to false"
         return _unfit_rounds(config)
     return None

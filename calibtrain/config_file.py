@@ -29,12 +29,16 @@ INPUT_PATHS: tuple[KeyPath, ...] = (
     ("training", "deepspeed"),
     ("model", "source"),
     ("task", "schema_file"),
+    ("rollouts", "reward_model"),
+    ("rollouts", "sources", "*", "path"),
 )
 """Files that a config reads: relative to the YAML file that names them, on the command line to the working directory.
 "*" is every item of a list.
 
 What a run writes (output_dir) and continues from (training.resume) is relative to the working directory in both.
 """
+HUB_NAMES: tuple[KeyPath, ...] = (("model", "source"), ("rollouts", "reward_model"), ("path",))
+"""Of these, what may be a hub name; the last is an item's of rollouts.sources."""
 
 
 @dataclass
@@ -177,7 +181,7 @@ def _make_absolute(values: Any, path: KeyPath, base: Path) -> None:
             return
         values = values.get(key) if isinstance(values, dict) else None
     given = values.get(path[-1]) if isinstance(values, dict) else None
-    if not isinstance(given, str) or (path == ("model", "source") and not given.startswith((".", "~"))):
+    if not isinstance(given, str) or (path in HUB_NAMES and not given.startswith((".", "~"))):
         return  # `owner/name` is a hub name, or a directory below the working directory when there is one
     if path == ("data", "prompt_template") and any(mark in given for mark in ("{{", "{%", "\n")):
         return  # the template itself

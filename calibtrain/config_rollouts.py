@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from calibtrain.config_base import BelowOne, Count, Fraction, LossSection, Needs, Positive, Section, Weight
+from calibtrain.config_rewards import GradeSource, ModelSource, PPOCConfig, RewardSource
 
 
 class RolloutsConfig(Section):
@@ -33,15 +34,22 @@ class RolloutsConfig(Section):
     correction_cap, or 0 beyond it, as TRL's vllm_importance_sampling_mode. Worth its pass where another engine samples."""
     correction_cap: Annotated[float, Field(ge=1)] = 3.0
     """The largest importance weight."""
-    reward: Literal["accuracy", "brier", "log", "ternary"] = "brier"
-    """`accuracy`: 1 if right; `brier`, `log`: a proper score of the confidence, and accuracy_weight if right; `ternary`: 1
-    if right, 0 for an abstention, and a wrong answer costs so much that answering pays below abstention.target_risk."""
+    reward: Literal["accuracy", "model", "sources", "brier", "log", "ternary", "ppo_c"] = "brier"
+    """`accuracy`: 1 if right; `model`: what reward_model gives; `sources`: the sum of `sources`; `brier`, `log`: a proper
+    score of the confidence, and accuracy_weight times what the answer earns; `ternary`: 1 if right, 0 for an abstention, and
+    a wrong answer costs so much that answering pays below abstention.target_risk; `ppo_c`: see there."""
+    reward_model: str | None = None
+    """A reward model that an answer earns by, in place of its grade: short for one source of kind `model` of this path."""
+    sources: Annotated[tuple[RewardSource, ...], Field(min_length=1)] | None = None
+    """What an answer earns: the sum of these, each with its weight; null: its grade, 1 if right, or what reward_model gives.
+    One each of grade, model, format, length, function, judge, or several of a kind."""
     confidence: Literal["likelihood", "stated"] = "likelihood"
     """`likelihood`: the probability of the whole answer, a function of the weights, so that its score is a term of the
     loss, answer_score; `stated`: "Confidence: 80%" behind the answer, which is sampled, so that its score is a reward."""
     accuracy_weight: Weight | None = None
-    """Reward of being right, in `brier` and `log`. null: 0 with `likelihood`, whose score ends at the truth, and with any
-    weight here above it (docs/rewards.md); 1 with `stated`; so little that being wrong would pay is refused."""
+    """Of being right, or of what `sources` give, in `brier` and `log`. null: 0 with `likelihood`, whose score ends at the
+    truth, and with any weight here above it (docs/rewards.md); 1 with `stated`; so little that being wrong would pay is
+    refused."""
     score_weight: Weight = 1.0
     """Of the confidence's score. With `likelihood` a penalty answer_score, `moves: all`, may stand in its place."""
     decoupled: bool = True
@@ -53,6 +61,66 @@ class RolloutsConfig(Section):
     """What an answer that states no confidence earns; below the worst proper score. null: one half below it."""
     abstentions: tuple[str, ...] = ("I don't know",)
     """What counts as abstaining, in `ternary`, compared as the task compares answers."""
+    ppo_c: PPOCConfig = PPOCConfig()
+    """With `reward: ppo_c`."""
+    measure_reward_model: Annotated[int, Field(ge=0)] = 64
+    """Questions of data.splits.calibration and validation by which a reward model is measured before training, in
+    OUT/reward_model.json and the report: on the data's pairs, else on the policy's own right and wrong answers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sources_are_the_reward(cls, values: Any) -> Any:
+        """Who names a source and no reward means that source, not the default beside it."""
+        if isinstance(values, dict) and values.get("reward") is None:
+            for key, reward in _OF.items():
+                if values.get(key) is not None:
+                    return {**values, "reward": reward}
+        return values
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> RolloutsConfig:
+        named = [key for key in ("sources", "reward_model") if getattr(self, key) is not None]
+        if len(named) == 2:
+            raise ValueError("reward_model is short for one of the sources; name it there, and leave reward_model out")
+        if self.reward == "accuracy" and named:
+            raise ValueError(
+                f"reward: accuracy is the grade alone; leave out {named[0]}, or set reward: {_OF[named[0]]}"
+            )
+        for key, reward in _OF.items():
+            if self.reward == reward and key not in named:
+                raise ValueError(f"reward: {reward} needs {key}")
+        if self.reward == "ppo_c" and (not named or self.confidence != "stated"):
+            raise ValueError("reward: ppo_c shifts what reward_model or sources give by a confidence: stated; set both")
+        if named and self.rewards_nothing:
+            raise ValueError(f"{named[0]}: earns nothing beside a likelihood's score unless accuracy_weight is above 0")
+        if self.reward == "ternary":
+            grades = [one for one in self.paid_by if isinstance(one, GradeSource)]
+            if not grades or any(one.normalize or one.clip is not None for one in grades):
+                raise ValueError("reward: ternary prices the grade: it needs a source of kind grade, as it is")
+        return self
+
+    @property
+    def paid_by(self) -> tuple[RewardSource, ...]:
+        """The sources of what an answer earns."""
+        if self.sources is not None:
+            return self.sources
+        return (GradeSource(),) if self.reward_model is None else (ModelSource(path=self.reward_model),)
+
+    @property
+    def needs_grades(self) -> bool:
+        """Whether answers that nobody can grade are of no use."""
+        scored = self.reward in ("brier", "log", "ternary")
+        return scored or any(isinstance(one, GradeSource) for one in self.paid_by)
+
+    @property
+    def scores_statement(self) -> bool:
+        """Whether the confidence that an answer states has a score of its own."""
+        return self.confidence == "stated" and self.reward in ("brier", "log", "ppo_c")
+
+    @property
+    def splits_credit(self) -> bool:
+        """Whether a stated confidence's words get the credit of its score, the others that of what the answer earns."""
+        return self.decoupled and self.scores_statement
 
     @property
     def steps_on_a_round(self) -> int:
@@ -75,6 +143,10 @@ class RolloutsConfig(Section):
     def rewards_nothing(self) -> bool:
         """Whether sampling is not rewarded at all, and the score in the loss is what teaches."""
         return self.score_in_loss is not None and self.reward_of_right == 0.0
+
+
+_OF = {"sources": "sources", "reward_model": "model"}
+"""Key -> the reward that is it alone."""
 
 
 class PolicyGradientConfig(LossSection):

@@ -15,6 +15,7 @@ import torch
 
 from calibtrain.abstention.certificate import minimum_answers
 from calibtrain.config import RunConfig
+from calibtrain.config_rewards import ModelSource
 from calibtrain.data.collate import collate, row_tokens
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import Encoded, encode_records
@@ -40,6 +41,7 @@ from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspee
 from calibtrain.training.losses import term_names
 from calibtrain.training.matrices import trained_layers
 from calibtrain.training.output_directory import check_output_dir, check_same_data
+from calibtrain.training.reward_sources import check_sources
 from calibtrain.training.rollout_rewards import check_rewards
 from calibtrain.training.spectra import spectra_layers
 from calibtrain.training.weight_penalty import penalised_layers
@@ -113,6 +115,8 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     check_weights(config.model)
     tokenizer = load_tokenizer(config.model)
     template = template_of(config, tokenizer)
+    if config.trains_on_rollouts:
+        check_sources(config, train)
     check_positions(config.model, config.data.max_length)
     _check_layers(config)
     if config.objective.needs.module == "reward head":
@@ -221,6 +225,17 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
         found.append(
             f"rollouts.accuracy_weight: {rollouts.reward_of_right:g} rewards being sure beside the score of a likelihood, "
             "which then ends above the truth (docs/rewards.md); leave it out to end there"
+        )
+    if config.trains_on_rollouts and rollouts.reward == "ppo_c" and rollouts.ppo_c.form != "proper":
+        found.append(
+            f"rollouts.ppo_c.form: {rollouts.ppo_c.form}, as published, is linear in the confidence: training ends at "
+            "stating 0% or 100% (docs/rewards.md); `proper` ends at the truth"
+        )
+    held_out = len(splits["calibration"]) + len(splits["validation"])
+    if config.trains_on_rollouts and any(isinstance(one, ModelSource) for one in rollouts.paid_by) and not held_out:
+        found.append(
+            "data.splits: calibration and validation 0: nobody knows what the reward model is worth before it is used; 64 "
+            "questions with answers, or pairs, would tell"
         )
     if training.warmup_ratio == 1:
         found.append("training.warmup_ratio: 1: the learning rate reaches its peak at the last step")

@@ -26,6 +26,8 @@ from calibtrain.pipeline.quantize_page import Part, read_quantization
 from calibtrain.pipeline.quantize_source import DATA_FILE, FULL_ANSWERS
 from calibtrain.pipeline.report import CompositionRow, Measured, ReportData, write_report
 from calibtrain.pipeline.report_parts import parts_report
+from calibtrain.pipeline.reward_audit import FILE as AUDIT
+from calibtrain.pipeline.reward_audit import read_audit
 from calibtrain.pipeline.spectra_page import read_spectra, write_page
 from calibtrain.tasks.kinds import task_of
 
@@ -153,6 +155,7 @@ def report_data(output_dir: Path) -> ReportData:
         audit=calibrated.audit,
         temperature=calibrated.calibrator.temperature,
         training=read_metrics(metrics) if metrics.is_file() else [],
+        reward_models=read_audit(output_dir / AUDIT),
         spectra=spectra,
         spectra_problem=problem,
         quantized=quantized,

@@ -24,6 +24,7 @@ from calibtrain.pipeline.options import OptionsPart
 from calibtrain.pipeline.quantize_page import Part
 from calibtrain.pipeline.report_numbers import Stage, comparison, stage_of, threshold_table, words_table
 from calibtrain.pipeline.report_parts import PartsReport
+from calibtrain.pipeline.report_rewards import reward_figures
 from calibtrain.pipeline.scope import Scope, at_least, at_most
 from calibtrain.pipeline.spectra_page import report_part
 
@@ -73,6 +74,7 @@ class ReportData:
     audit: Mapping[str, Any] | None = None  # where a judge graded: what a person's audit says of it
     temperature: float | None = None
     training: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
+    reward_models: Sequence[Mapping[str, Any]] = ()  # of reward_model.json
     bootstrap_replicates: int = 400
     samples: bool = True  # show some questions with their answers
     spectra: Mapping[str, Any] | None = None  # content of spectra.json
@@ -112,6 +114,7 @@ def _context(report: ReportData) -> dict[str, Any]:
     return {
         "report": report,
         "parts": report.parts,
+        "rewards": reward_figures(report.training),
         "stages": stages,
         "before": before if before is not None and before.n else None,
         "after": after,

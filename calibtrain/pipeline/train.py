@@ -21,6 +21,7 @@ from calibtrain.data.drops import write_dropped
 from calibtrain.data.encode import Encoded, encode_records, lazy_examples
 from calibtrain.data.lazy import Lazy
 from calibtrain.data.loader import planned_steps
+from calibtrain.data.reward_text import write_reward_template
 from calibtrain.data.templates import Template, template_of
 from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World, check_alike, gather_lists, on_main, shard, start_world, wait_for_main
@@ -50,6 +51,7 @@ from calibtrain.pipeline.prepare import (
     with_examples,
 )
 from calibtrain.pipeline.provenance import git_hash, versions
+from calibtrain.pipeline.reward_audit import measure_reward_models
 from calibtrain.records import Record
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
@@ -122,6 +124,9 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         progress = load_checkpoint(
             checkpoint, engine, trainer.stream, trainer.average, trainer.hooks, world, config, trainer.rollouts
         )
+    elif isinstance(trainer.rollouts, Rollouts):
+        held_out_questions = [*prepared.splits["calibration"], *prepared.splits["validation"]]
+        measure_reward_models(trainer.rollouts, held_out_questions, config.output_dir)
     record = RunRecord(config.resolved(), config.output_dir, trainer.total_steps, progress.step, world.rank, world.size)
     trainer.hooks.dispatch("on_start", record)
     error: str | None = None
@@ -181,6 +186,7 @@ def _export(config: RunConfig, engine: Engine, template: Template, target: Path,
         shutil.rmtree(partial, ignore_errors=True)
         if score:
             export_reward_model(weights, score["weight"], config.model, template.tokenizer, template.end_id, partial)
+            write_reward_template(config.data, partial)
         else:
             if config.model.lora is not None:  # before it is merged, which is done in place
                 shutil.rmtree(target.with_name("adapter"), ignore_errors=True)

@@ -40,12 +40,14 @@ class Judge(Task):
 
     judged = True
 
-    def __init__(self, config: JudgeTask) -> None:
+    def __init__(self, config: JudgeTask, section: str = "task.judge") -> None:
+        """`section` is the config's that names the judge, for messages."""
         self.config = config
+        self.section = section
         self.several_lines = config.lines == "many"
-        self.prompt = prompt_of(config.judge.prompt)
-        self.verdicts = Verdicts(config.judge.verdict_pattern, config.judge.verdict_key)
-        self.ungraded = Ungraded(f"task.judge {config.judge.model}")
+        self.prompt = prompt_of(config.judge.prompt, f"{section}.prompt")
+        self.verdicts = Verdicts(config.judge.verdict_pattern, config.judge.verdict_key, section)
+        self.ungraded = Ungraded(f"{section} {config.judge.model}")
         self.unread, self.heard, self.shown = 0, 0, ""
         self._client: JudgeClient | None = None
 
@@ -55,7 +57,7 @@ class Judge(Task):
         if self._client is None:
             from calibtrain.tasks.judge_client import JudgeClient
 
-            self._client = JudgeClient(self.config.judge)
+            self._client = JudgeClient(self.config.judge, section=self.section)
         return self._client
 
     def ready(self, records: Sequence[Record]) -> None:
@@ -97,7 +99,7 @@ class Judge(Task):
         if unread > self.config.judge.unread_at_most * heard:
             raise UserError(
                 f"{self.ungraded.what}: {unread} of {heard} replies hold no verdict, more than "
-                f"task.judge.unread_at_most: {self.config.judge.unread_at_most:g}; one is {self.shown!r}"
+                f"{self.section}.unread_at_most: {self.config.judge.unread_at_most:g}; one is {self.shown!r}"
             )
 
     def _verdict(self, reply: str | None, problem: str, record: Record | None) -> bool | None:
@@ -113,14 +115,14 @@ class Judge(Task):
         return verdict
 
 
-def prompt_of(template: str | None) -> Callable[[str, Record], str]:
+def prompt_of(template: str | None, key: str = "task.judge.prompt") -> Callable[[str, Record], str]:
     """What a judge is asked of an answer to a record. Raises UserError for a template that cannot be used."""
     from jinja2 import StrictUndefined, TemplateError, meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     # Text for a model, not HTML: nothing is escaped. The values are other people's, the template is the user's.
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
-    source, key = PROMPT if template is None else template, "task.judge.prompt"
+    source = PROMPT if template is None else template
     try:
         compiled = environment.from_string(source)
         named = meta.find_undeclared_variables(environment.parse(source))

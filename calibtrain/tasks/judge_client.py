@@ -25,14 +25,14 @@ RETRIED = (429, 500, 502, 503, 504)
 class JudgeClient:
     """A judge behind an address, with its replies in the cache directory. UserError for what is no address."""
 
-    def __init__(self, config: JudgeConfig, *, first_wait: float = 0.5) -> None:
+    def __init__(self, config: JudgeConfig, *, first_wait: float = 0.5, section: str = "task.judge") -> None:
         self.config = config
         self.address = Address(
             config.url,
             timeout=config.timeout,
             first_wait=first_wait,
             key_variable=KEY_VARIABLE,
-            option="task.judge.url",
+            option=f"{section}.url",
             must="take chat messages, as OpenAI's /chat/completions does",
             retried=RETRIED,
         )

@@ -19,16 +19,16 @@ LONGEST = 20_000
 class Verdicts:
     """Reads replies by a pattern, by a key of a JSON object, or else by their last line. UserError for a bad pattern."""
 
-    def __init__(self, pattern: str | None = None, key: str | None = None) -> None:
+    def __init__(self, pattern: str | None = None, key: str | None = None, section: str = "task.judge") -> None:
         self.key = key
         if pattern is not None and key is not None:
-            raise UserError("task.judge: verdict_pattern and verdict_key exclude each other; give one")
+            raise UserError(f"{section}: verdict_pattern and verdict_key exclude each other; give one")
         try:
             self.pattern = None if pattern is None else re.compile(pattern)
         except re.error as error:
-            raise UserError(f"task.judge.verdict_pattern: not a regular expression ({error})") from None
+            raise UserError(f"{section}.verdict_pattern: not a regular expression ({error})") from None
         if self.pattern is not None and "verdict" not in self.pattern.groupindex:
-            raise UserError("task.judge.verdict_pattern: name the group that holds the verdict: (?P<verdict>...)")
+            raise UserError(f"{section}.verdict_pattern: name the group that holds the verdict: (?P<verdict>...)")
 
     def read(self, reply: str) -> bool | None:
         """True for right, False for wrong, None where the reply does not say one of them clearly. Never raises."""

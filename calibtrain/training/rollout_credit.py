@@ -26,6 +26,7 @@ from calibtrain.losses.advantages import (
 )
 from calibtrain.losses.importance import importance_weights, sampling_mismatch
 from calibtrain.losses.terms import sequence_sums
+from calibtrain.training.reward_memory import NOTHING, Memory
 from calibtrain.training.rollout_rewards import rewards_of
 from calibtrain.training.samples import Sample
 
@@ -52,15 +53,15 @@ class _Flat:
 
 
 def credit(
-    samples: Sequence[Sample], groups: Sequence[int], config: RunConfig
+    samples: Sequence[Sample], groups: Sequence[int], config: RunConfig, memory: Memory = NOTHING
 ) -> tuple[list[Credit], dict[str, float]]:
     """Credit of every token of every sample of a round, over all ranks, and the round's means.
 
-    `groups` holds for each sample the number of the question that it answers. The same samples give the same credit on
-    every rank.
+    `groups` holds for each sample the number of the question that it answers, `memory` what rewards know of earlier rounds.
+    The same samples give the same credit on every rank.
     """
     needs = config.objective.needs
-    rewards = paid(samples, groups, config)
+    rewards = paid(samples, groups, config, memory)
     flat = _flat(samples, groups, rewards, config)
     means = _means(samples, rewards)
     scored = any(one.name == "answer_score" for one in config.penalties_in_loss)
@@ -88,7 +89,7 @@ def credit(
     return [Credit(*part) for part in parts], means
 
 
-def paid(samples: Sequence[Sample], groups: Sequence[int], config: RunConfig) -> Tensor:
+def paid(samples: Sequence[Sample], groups: Sequence[int], config: RunConfig, memory: Memory = NOTHING) -> Tensor:
     """What each sample earns, (2, S) float64 as in `rewards_of`; NaN where it earns nothing, not even a 0.
 
     That is the end of an answer that did not come to one, unless the cut is the end, or counts for the others.
@@ -96,7 +97,7 @@ def paid(samples: Sequence[Sample], groups: Sequence[int], config: RunConfig) ->
     nothing = [not one.finished and config.truncated in ("bootstrapped", "left_out") for one in samples]
     # Nor is it a part of what the others' confidence is scored against.
     known = [replace(one, correct=math.nan) if none else one for one, none in zip(samples, nothing, strict=True)]
-    rewards = rewards_of(known, torch.tensor(groups, dtype=torch.int64), config)
+    rewards = rewards_of(known, torch.tensor(groups, dtype=torch.int64), config, memory)
     return torch.where(torch.tensor(nothing, dtype=torch.bool), torch.nan, rewards)
 
 
@@ -142,7 +143,7 @@ def _by_groups(samples: Sequence[Sample], rewards: Tensor, flat: _Flat, config: 
     priced = flat.kl is not None and needs.kl_in_reward
     if config.rollouts.rewards_nothing and not priced:
         return torch.zeros(len(flat.owners), dtype=torch.float64)
-    if needs.word_credit and config.rollouts.decoupled and config.rollouts.confidence == "stated":
+    if needs.word_credit and config.rollouts.splits_credit:
         # The score's own spread is no scale for it: dividing would change what an honest confidence earns.
         first, second = (
             grpo_advantages(one, flat.ids, scale=how) for one, how in zip(rewards, (scale, "none"), strict=True)
@@ -215,12 +216,18 @@ def _importance(samples: Sequence[Sample], flat: _Flat, config: RunConfig) -> tu
     return weights, told
 
 
+def mean_grade(samples: Sequence[Sample]) -> float:
+    """Share of right answers among those to questions that have answers; NaN without any."""
+    grades = [one.correct for one in samples if not math.isnan(one.correct)]
+    return sum(grades) / len(grades) if grades else math.nan
+
+
 def _means(samples: Sequence[Sample], rewards: Tensor) -> dict[str, float]:
     count = max(1, len(samples))
     stated = [one.confidence for one in samples if not math.isnan(one.confidence)]
     return {
         "reward": float(rewards.sum(0).nanmean().nan_to_num()),
-        "correct": sum(one.correct for one in samples) / count,
+        "correct": mean_grade(samples),
         "confidence": sum(stated) / max(1, len(stated)),
         "confidence_missing": 1.0 - len(stated) / count,
         "abstained": sum(one.abstained for one in samples) / count,

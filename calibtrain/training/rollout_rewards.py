@@ -1,34 +1,40 @@
-"""What sampled answers earn: from grades and confidences to a reward each."""
+"""What sampled answers earn: from what their sources give, and from their confidences, to a reward each."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from calibtrain.config import RunConfig
+from calibtrain.config import RolloutsConfig, RunConfig
+from calibtrain.config_rewards import GradeSource, LengthSource, RewardSource
 from calibtrain.errors import UserError
 from calibtrain.losses.rewards import (
     calibrated_reward,
     check_accuracy_weight,
     check_any_weight,
     confidence_target,
+    ppo_c_proper_reward,
+    ppo_c_reward,
     proper_score,
+    running_mean,
     ternary_reward,
     with_format_penalty,
     worst_score,
 )
+from calibtrain.training.reward_memory import NOTHING, WATCHED, Memory, Moments
 from calibtrain.training.samples import Sample
 
 
 def check_rewards(config: RunConfig) -> None:
     """Raise UserError, before any sampling, for rewards that would teach something else than they say."""
     rollouts, score = config.rollouts, config.rollouts.reward
-    if score not in ("brier", "log"):
-        return
-    check_any_weight(rollouts.reward_of_right, rollouts.score_weight)
-    if rollouts.confidence == "likelihood":
+    if score in ("brier", "log"):
+        check_any_weight(rollouts.reward_of_right, rollouts.score_weight)
+    if not rollouts.scores_statement:
         return  # no answer is given for its score's sake
     if not rollouts.decoupled:
         if getattr(config.objective, "scale_advantages", "none") == "group":
@@ -36,50 +42,171 @@ def check_rewards(config: RunConfig) -> None:
                 "objective.scale_advantages: group makes a rank of a stated confidence's score, which ends at certainty: "
                 "set it to none or batch, or rollouts.decoupled: true"
             )
-        check_accuracy_weight(rollouts.reward_of_right, rollouts.score_weight, score=score)
-    with_format_penalty(
-        torch.zeros(0), torch.zeros(0, dtype=torch.bool), penalty=_penalty(config), worst=_worst(config)
-    )
+        _check_budget(rollouts)
+    if score != "ppo_c" or rollouts.ppo_c.form == "proper":
+        nobody = torch.zeros(0)
+        with_format_penalty(nobody, nobody.bool(), penalty=_penalty(rollouts), worst=_worst(rollouts))
 
 
-def rewards_of(samples: Sequence[Sample], ids: Tensor, config: RunConfig) -> Tensor:
-    """What each sample earns for its answer, and for its confidence where that has its own credit. (2, S) float64."""
+def _check_budget(rollouts: RolloutsConfig) -> None:
+    """Where one reward serves answer and confidence: being right must be worth more than being surely wrong.
+
+    That an answer is right changes what the grade gives. What a format or a length gives does not depend on it; what a
+    reward model, a judge or a function gives may, by nobody knows how much, so that none of them counts here. A grade that
+    is clipped or normalised counts by the least that it can be worth. PPO-C's score is against the rewards themselves:
+    its budget is known where they are grades alone, and else watched while training (`RewardRounds`).
+    """
+    right = sum(one.least_of_right for one in rollouts.paid_by if isinstance(one, GradeSource))
+    graded = all(isinstance(one, GradeSource) for one in rollouts.paid_by)
+    if rollouts.reward == "ppo_c":
+        if graded and rollouts.ppo_c.form == "proper":
+            check_accuracy_weight(right, rollouts.ppo_c.weight, score="brier")
+        return
+    score = "log" if rollouts.reward == "log" else "brier"
+    try:
+        check_accuracy_weight(rollouts.reward_of_right * right, rollouts.score_weight, score=score)  # type: ignore[arg-type]
+    except UserError as error:
+        if graded and right == 1.0:
+            raise
+        raise UserError(
+            f"rollouts.sources: {error}; of the sources the grade alone is sure to pay for being right, by {right:g} here "
+            "times accuracy_weight"
+        ) from None
+
+
+def source_values(samples: Sequence[Sample], config: RunConfig) -> Tensor:
+    """What each source gives for each sample, as it is, (K, S) float64; NaN where it gives nothing."""
+    asked = iter(range(len(config.rollouts.paid_by)))
+    rows = []
+    for source in config.rollouts.paid_by:
+        if source.ASKED:
+            place = next(asked)
+            row = [one.rewards[place] for one in samples]
+        elif isinstance(source, LengthSource):
+            row = [
+                -min(1.0, max(0.0, (len(one.tokens) - source.free) / (source.full - source.free))) for one in samples
+            ]
+        else:
+            row = [one.correct for one in samples]
+        values = torch.tensor(row, dtype=torch.float64)
+        if config.rollouts.reward == "ternary" and isinstance(source, GradeSource):
+            abstained = torch.tensor([one.abstained for one in samples], dtype=torch.bool)
+            values = ternary_reward(values, abstained, config.abstention.target_risk)
+        rows.append(values)
+    return torch.stack(rows)
+
+
+def worth_of(samples: Sequence[Sample], ids: Tensor, config: RunConfig, memory: Memory = NOTHING) -> Tensor:
+    """What each answer earns by itself: the weighted sum of its sources, normalised and clipped as each says. (S,) float64.
+
+    Statistics are those of the rounds in `memory`; the first round is measured by its own. A source that gives nothing for
+    an answer gives it the mean of its group, so that it is neither praised nor blamed, and without any there the round's.
+    """
+    total = torch.zeros(len(samples), dtype=torch.float64)
+    for place, (source, values) in enumerate(zip(config.rollouts.paid_by, source_values(samples, config), strict=True)):
+        if source.normalize:
+            known = memory.moments[place] if memory.moments else Moments().with_values(values)
+            values = (values - known.mean) / known.deviation
+        if source.clip is not None:
+            values = values.clamp(-source.clip, source.clip)
+        total = total + source.weight * _filled(values, ids)
+    return total
+
+
+def rewards_of(samples: Sequence[Sample], ids: Tensor, config: RunConfig, memory: Memory = NOTHING) -> Tensor:
+    """What each sample earns for its answer, and for its confidence where that has its own credit. (2, S) float64.
+
+    `memory` is that of the rounds before.
+    """
     rollouts = config.rollouts
-    correct = torch.tensor([one.correct for one in samples], dtype=torch.float64)
-    confidence = torch.tensor([one.confidence for one in samples], dtype=torch.float64)
-    nothing = torch.zeros_like(correct)
-    if rollouts.reward == "accuracy":
-        return torch.stack([correct, nothing])
+    worth = worth_of(samples, ids, config, memory)
+    nothing = torch.zeros_like(worth)
     if rollouts.score_in_loss:
         # The confidence is a function of the weights. As a reward, a constant, its score would teach nothing of it.
-        return torch.stack([rollouts.reward_of_right * correct, nothing])
-    if rollouts.reward == "ternary":
-        abstained = torch.tensor([one.abstained for one in samples], dtype=torch.bool)
-        return torch.stack([ternary_reward(correct, abstained, config.abstention.target_risk), nothing])
-    missing = confidence.isnan()
-    stated = confidence.nan_to_num(0.5)
-    if rollouts.decoupled:
-        target = confidence_target(correct, ids, rollouts.target_mixing)
-        scores = rollouts.score_weight * proper_score(stated, target, score=rollouts.reward)
-        scores = with_format_penalty(scores, ~missing, penalty=_penalty(config), worst=_worst(config))
-        return torch.stack([rollouts.reward_of_right * correct, scores])
-    rewards = calibrated_reward(
-        correct,
-        stated,
-        score=rollouts.reward,
-        accuracy_weight=rollouts.reward_of_right,
-        score_weight=rollouts.score_weight,
-    )
-    rewards = with_format_penalty(rewards, ~missing, penalty=_penalty(config), worst=_worst(config))
-    return torch.stack([rewards, nothing])
+        return torch.stack([rollouts.reward_of_right * worth, nothing])
+    if not rollouts.scores_statement:
+        return torch.stack([worth, nothing])
+    confidence = torch.tensor([one.confidence for one in samples], dtype=torch.float64)
+    missing, stated = confidence.isnan(), confidence.nan_to_num(0.5)
+    if rollouts.reward == "ppo_c":
+        shift = _shift(worth, stated, rollouts, memory)
+        if rollouts.ppo_c.form == "proper":  # else, as published, silence counts as one half
+            shift = with_format_penalty(shift, ~missing, penalty=_penalty(rollouts), worst=_worst(rollouts))
+        return torch.stack([worth, shift] if rollouts.decoupled else [worth + shift, nothing])
+    correct = torch.tensor([one.correct for one in samples], dtype=torch.float64)
+    penalty, worst = _penalty(rollouts), _worst(rollouts)
+    if rollouts.paid_by == (GradeSource(),) and not rollouts.decoupled:
+        rewards = calibrated_reward(
+            correct,
+            stated,
+            score=rollouts.reward,  # type: ignore[arg-type]
+            accuracy_weight=rollouts.reward_of_right,
+            score_weight=rollouts.score_weight,
+        )
+        return torch.stack([with_format_penalty(rewards, ~missing, penalty=penalty, worst=worst), nothing])
+    target = confidence_target(correct, ids, rollouts.target_mixing) if rollouts.decoupled else correct
+    scores = rollouts.score_weight * proper_score(stated, target, score=rollouts.reward)  # type: ignore[arg-type]
+    scores = with_format_penalty(scores, ~missing, penalty=penalty, worst=worst)
+    answers = rollouts.reward_of_right * worth
+    return torch.stack([answers, scores] if rollouts.decoupled else [answers + scores, nothing])
 
 
-def _worst(config: RunConfig) -> float:
-    """The least that an answer in format can earn: sure, and wrong."""
-    score = "log" if config.rollouts.reward == "log" else "brier"
-    return config.rollouts.score_weight * worst_score(score)  # type: ignore[arg-type]
+def remembered(samples: Sequence[Sample], ids: Tensor, config: RunConfig, memory: Memory) -> Memory:
+    """The memory with this round of all ranks."""
+    rollouts = config.rollouts
+    values, worth = source_values(samples, config), worth_of(samples, ids, config, memory)
+    if any(one.normalize for one in rollouts.paid_by):
+        known = memory.moments or (Moments(),) * len(values)
+        kept = zip(rollouts.paid_by, known, values, strict=True)
+        memory = replace(memory, moments=tuple(old.with_values(v) if one.normalize else old for one, old, v in kept))
+    if rollouts.reward == "ppo_c":
+        before = float(worth.mean()) if memory.threshold is None else memory.threshold
+        memory = replace(memory, threshold=running_mean(before, worth, rate=rollouts.ppo_c.rate))
+    grades = [one.correct for one in samples if not math.isnan(one.correct)]
+    proxy = proxy_of(rollouts.paid_by, values)
+    if proxy is not None and grades:
+        memory = replace(
+            memory,
+            proxy=(*memory.proxy, proxy)[-WATCHED:],
+            correct=(*memory.correct, sum(grades) / len(grades))[-WATCHED:],
+        )
+    return replace(memory, warned=memory.warned or memory.over_optimised)
 
 
-def _penalty(config: RunConfig) -> float:
-    given = config.rollouts.format_penalty
-    return _worst(config) - 0.5 if given is None else given
+def proxy_of(sources: Sequence[RewardSource], values: Tensor) -> float | None:
+    """The round's mean of what stands in for being right, as it is given and weighted; None without any."""
+    means = [one.weight * float(row.nanmean()) for one, row in zip(sources, values, strict=True) if one.PROXY]
+    return sum(means) if means and not any(map(math.isnan, means)) else None
+
+
+def _shift(worth: Tensor, stated: Tensor, rollouts: RolloutsConfig, memory: Memory) -> Tensor:
+    """What PPO-C adds to each reward."""
+    settings = rollouts.ppo_c
+    threshold = float(worth.mean()) if memory.threshold is None else memory.threshold
+    if settings.form == "proper":
+        return ppo_c_proper_reward(worth, stated, threshold, weight=settings.weight, scale=settings.scale) - worth
+    return ppo_c_reward(worth, stated, threshold, weight=settings.weight, mode=settings.form) - worth
+
+
+def _filled(values: Tensor, ids: Tensor) -> Tensor:
+    """The values with their group's mean where they are NaN, else their round's, else 0."""
+    missing = values.isnan()
+    if not bool(missing.any()):
+        return values
+    groups = int(ids.max()) + 1
+    sums = values.new_zeros(groups).index_add(0, ids, values.nan_to_num(0.0))
+    counts = values.new_zeros(groups).index_add(0, ids, (~missing).to(values))
+    means = torch.where(counts > 0, sums / counts.clamp(min=1), values.nanmean().nan_to_num(0.0))
+    return torch.where(missing, means[ids], values)
+
+
+def _worst(rollouts: RolloutsConfig) -> float:
+    """The least that a stated confidence can earn by its score: sure, and wrong."""
+    if rollouts.reward == "ppo_c":
+        return -rollouts.ppo_c.weight
+    return rollouts.score_weight * worst_score("log" if rollouts.reward == "log" else "brier")
+
+
+def _penalty(rollouts: RolloutsConfig) -> float:
+    given = rollouts.format_penalty
+    return _worst(rollouts) - 0.5 if given is None else given

@@ -22,7 +22,8 @@ from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.models.loss_model import LogprobStep, LossModel
 from calibtrain.records import Record
 from calibtrain.training.deepspeed_config import BatchPlan
-from calibtrain.training.rollout_credit import Credit, credit, groups_alike, paid
+from calibtrain.training.reward_rounds import RewardRounds
+from calibtrain.training.rollout_credit import Credit, credit, groups_alike, mean_grade, paid
 from calibtrain.training.rollout_rewards import check_rewards
 from calibtrain.training.rounds import Rounds
 from calibtrain.training.samples import Sample, loaded_sample
@@ -53,10 +54,11 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         objective = config.objective
         assert isinstance(objective, PolicyGradientConfig)
         check_rewards(config)
-        if not all(map(answerer.template.task.gradable, questions)):
+        if config.rollouts.needs_grades and not all(map(answerer.template.task.gradable, questions)):
             raise UserError(f"objective.name: {objective.name} grades what it samples: training questions need answers")
         self.config, self.answerer, self.questions, self.plan = config, answerer, list(questions), plan
         self.sampling = Sampling(config, answerer, self.questions)
+        self.rewards = RewardRounds(config, answerer, self.questions)
         self.reference = reference
         self.needs_reference = objective.needs.reference == "live"
         self.needs_values = objective.needs.credit == "values"
@@ -92,6 +94,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         model.eval()
         model.policy.scale = 1.0  # the policy that is trained, not the one that is asked for its confidence
         try:
+            self.rewards.begin()
             samples, told = self._sampled(step)
             if self._measures:
                 samples = gather_lists(self._measured(shard(samples, self.answerer.world)))
@@ -120,12 +123,17 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values of the present round; nothing where each step has its own, which the next one draws anew."""
-        if not self.off_policy:
-            return {"samples": []}
-        return {"samples": [asdict(one) for one in self.samples], "told": self._told}
+        kept = (
+            {"samples": [asdict(one) for one in self.samples], "told": self._told}
+            if self.off_policy
+            else {"samples": []}
+        )
+        memory = self.rewards.state_dict(within_round=self.off_policy)
+        return {**kept, **({"rewards": memory} if memory else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the round of a checkpoint."""
+        self.rewards.load_state_dict(state.get("rewards", {}))
         saved: list[dict[str, Any]] = state["samples"]
         if saved:
             self._take([loaded_sample(one) for one in saved], state.get("told", {}))
@@ -178,7 +186,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             "thrown_away": float(len(every) - wanting),
             "without_signal": len(empty) / wanting,
             "asked_anew": float(drawn),
-            "correct_of_all": sum(one.correct for group in every for one in group) / (len(every) * size),
+            "correct_of_all": mean_grade([one for group in every for one in group]),
         }
         return [one for group in found for one in group], told
 
@@ -187,11 +195,11 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         world = self.answerer.world
         mine = shard(list(enumerate(asked)), world)
         streams = [f"{attempt}.{place}" for place, _ in mine]
-        return gather_lists(self.sampling([question for _, question in mine], step, streams))
+        return gather_lists(self.rewards.measured(self.sampling([question for _, question in mine], step, streams)))
 
     def _alike_among(self, groups: Sequence[Sequence[Sample]]) -> list[bool]:
         ids = [number for number, group in enumerate(groups) for _ in group]
-        rewards = paid([one for group in groups for one in group], ids, self.config)
+        rewards = paid([one for group in groups for one in group], ids, self.config, self.rewards.memory)
         return groups_alike(rewards, torch.tensor(ids, dtype=torch.int64)).tolist()
 
     def _take(self, samples: list[Sample], told: dict[str, float]) -> None:
@@ -199,8 +207,8 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         size = self.config.rollouts.group_size
         groups = [i // size for i in range(len(samples))]
         self.samples, self._told = samples, told
-        self._credit, means = credit(samples, groups, self.config)
-        self.metrics = {**means, **told}
+        self._credit, means = credit(samples, groups, self.config, self.rewards.memory)
+        self.metrics = {**means, **told, **self.rewards.end(samples, torch.tensor(groups))}
         self._alike = self._alike + 1 if self.metrics["alike"] == 1.0 else 0
         if self._alike == ROUNDS_ALIKE and self.answerer.world.is_main:
             logger.warning(

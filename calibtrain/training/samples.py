@@ -24,6 +24,7 @@ class Sample:
     reference: tuple[float, ...] = ()  # under the starting model, where the KL needs them
     values: tuple[float, ...] = ()  # of PPO's value head
     last_value: float = 0.0  # of the state after the last token, where values are known
+    rewards: tuple[float, ...] = ()  # of each source that is asked, as it gave it; NaN: nothing
 
 
 def loaded_sample(saved: dict[str, Any]) -> Sample:

@@ -42,7 +42,14 @@ class Sampling:
         records = [self.questions[sample.question] for sample, _ in read]
         grades = self.answerer.template.task.grades([reading for _, reading in read], records)
         self.answerer.settle()  # a reward that is missing is none
-        return [replace(one, correct=float(bool(grade.correct))) for (one, _), grade in zip(read, grades, strict=True)]
+        return [
+            # A verdict that cannot be read is no reward; of a question without answers nobody knows.
+            replace(one, correct=float(bool(grade.correct)) if self._gradable(record) else math.nan)
+            for (one, _), grade, record in zip(read, grades, records, strict=True)
+        ]
+
+    def _gradable(self, record: Record) -> bool:
+        return self.answerer.template.task.gradable(record)
 
     def _replies(self, asked: Sequence[int], step: int, streams: Sequence[str]) -> list[list[Generation]]:
         answerer, evaluation = self.answerer, self.config.evaluation

@@ -10,10 +10,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from calibtrain.confidence.stated import read_statement
+from calibtrain.config_file import load_config
+from calibtrain.data.templates import template_of
+from calibtrain.distributed import World
+from calibtrain.models.loading import load_tokenizer
+from calibtrain.models.reward_scorer import RewardScorer
+from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.spectra import at_step
+from calibtrain.training.reward_sources import model_text
 from tests.distributed.jobs import metrics, trained, write_job
 from tests.distributed.ranks import run
 from tests.tiny import tiny_tokenizer
+from tests.unit.models.test_reward_scorer import write as write_reward_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -33,6 +42,9 @@ JOBS = {  # objective, rollouts, training, model
     "ppo3": ({"name": "ppo", "value_model": "own"},
              {"group_size": 2, "reward": "brier", "accuracy_weight": 0.5, "epochs": 2, **GRADED}, {"zero_stage": 3},
              {"source": "untied"}),
+    "judged3": ({"name": "grpo"}, {"group_size": 4, "steps_per_round": 2, "reward": "ppo_c", "confidence": "stated",
+                "sources": [{"kind": "model", "path": "judge"}, {"kind": "grade", "normalize": True, "clip": 2.0}],
+                "decoupled": False}, {"zero_stage": 3}, {}),
     "kto3": ({"name": "kto"}, {}, {"zero_stage": 3}, {}),
     "reward3": ({"name": "reward_model"}, {}, {"zero_stage": 3}, {}),
 }  # fmt: skip
@@ -47,6 +59,8 @@ def job(folder, name):
     config = yaml.safe_load(path.read_text())
     config["model"].update(model | ({"source": str(folder / model["source"])} if "source" in model else {}))
     config["evaluation"]["max_new_tokens"] = 1
+    for source in rollouts.get("sources", ()):  # a reward model of its own, sharded as the policy is
+        source |= {"path": str(write_reward_model(folder / "judge"))} if "path" in source else {}
     config.update(objective=objective, rollouts={"reward": "accuracy", **rollouts})
     if name == "grpo3":
         config["penalties"] = [{"name": "answer_score", "moves": "all"}]
@@ -131,6 +145,28 @@ def test_rollouts_are_logged_and_learned_from(runs, name):
     if JOBS[name][1].get("dynamic_sampling"):
         assert all(line["train/rollouts/asked"] == 8 + line["train/rollouts/thrown_away"] for line in lines.values())
         assert max(line["train/rollouts/thrown_away"] for line in lines.values()) > 0
+
+
+def test_a_sharded_reward_model_scores_as_a_whole_one(runs):
+    """On two ranks, by the round in a checkpoint; and its running statistics go on from there."""
+    folder, whole = runs
+    lines = logs(whole["judged3"][0])
+    config = load_config(folder / "judged3.yaml")
+    train = prepare(config).splits["train"]
+    state = json.loads((folder / "judged3" / "checkpoints" / "step-0000003" / "rank0.json").read_text())["rollouts"]
+    template = template_of(config, load_tokenizer(config.model))
+    source = config.rollouts.paid_by[0]
+    text, alone = model_text(source, "key"), World(0, 1, 0, torch.device("cpu"))
+    said = [read_statement(template.decode_answer(one["tokens"])).answer for one in state["samples"]]
+    ids = [text(train[one["question"]], words, 99)[0] for one, words in zip(state["samples"], said, strict=True)]
+    wanted = RewardScorer(source, "key", torch.float32, alone)(ids)
+    assert [one["rewards"][0] for one in state["samples"]] == pytest.approx(wanted, abs=1e-4)
+    assert state["rewards"]["moments"][0]["count"] == len(wanted)  # of the round before
+    assert all(f"train/rollouts/source_{name}" in lines[1] for name in ("model", "grade"))
+    assert lines[3]["train/rollouts/ppo_c_threshold"] != lines[5]["train/rollouts/ppo_c_threshold"]
+    (measured,) = json.loads((folder / "judged3" / "reward_model.json").read_text())["models"]
+    assert measured["pairs"] > 0
+    assert measured["path"] == str(folder / "judge")
 
 
 def test_reference_point_is_zero_at_the_start_and_is_logged(runs):

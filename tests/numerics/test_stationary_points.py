@@ -13,7 +13,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from stationary_points import NEVER, THREE, TWO, Toy, find_end, ppo_c_rewards, run_config, score_end, stats_of
+from stationary_points import (
+    MODEL,
+    NEVER,
+    THREE,
+    TWO,
+    Toy,
+    after_ppo_m,
+    find_end,
+    knowing,
+    liking,
+    preferring_second,
+    run_config,
+    score_end,
+    stats_of,
+)
 
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
@@ -52,11 +66,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def end(objective, toy, *, paid=None, steps=130, penalties=(), target_risk=0.2, **rollouts):
+def end(objective, toy, *, steps=130, penalties=(), target_risk=0.2, **rollouts):
     config = run_config(
         OBJECTIVES[objective], rollouts, penalties=list(penalties), abstention={"target_risk": target_risk}
     )
-    return find_end(config, toy, paid, steps=steps, rate=0.15)
+    return find_end(config, toy, steps=steps, rate=0.15)
 
 
 def descend(leaves, loss, steps=400, rate=0.1):
@@ -165,13 +179,71 @@ def test_a_target_mixed_with_the_others_is_the_answers_own_where_they_agree():
     assert end("grpo", one, target_mixing=0.5, **rollouts).stated[0] == pytest.approx(0.8, abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("name", "stated"), [("PPO-C, threshold", 1.0), ("PPO-C, difference", 1.0), ("PPO-C, proper", 0.6)]
-)
-def test_ppo_c_ends_sure_as_published_and_at_the_truth_in_its_proper_form(name, stated):
-    found = end("rloo", Toy(TWO, stated=True), paid=ppo_c_rewards()[name], confidence="stated", decoupled=False)
+@pytest.mark.parametrize(("form", "stated"), [("threshold", 1.0), ("difference", 1.0), ("proper", 0.6)])
+@pytest.mark.parametrize(("objective", "decoupled"), [("rloo", False), ("ppo", False), ("grpo", True)])
+def test_ppo_c_ends_sure_as_published_and_at_the_truth_in_its_proper_form(objective, decoupled, form, stated):
+    rollouts = {**MODEL, "reward": "ppo_c", "confidence": "stated", "decoupled": decoupled, "ppo_c": {"form": form}}
+    found = end(objective, Toy(TWO, stated=True, scores=knowing), **rollouts)
     assert found.answers[0] > 0.98
     assert found.stated[0] == pytest.approx(stated, abs=0.02)
+
+
+def test_a_soft_target_of_ppo_c_ends_at_its_mean():
+    """.6 sigmoid(2 (1 - 0)) + .4 sigmoid(2 (-1 - 0)) = .58, on a grid of .2."""
+    ppo_c = {"form": "proper", "scale": 2.0}
+    found = end(
+        "rloo",
+        Toy(TWO, stated=True, scores=knowing),
+        **MODEL,
+        reward="ppo_c",
+        confidence="stated",
+        decoupled=False,
+        ppo_c=ppo_c,
+    )
+    assert found.stated[0] == pytest.approx(0.6, abs=0.02)
+
+
+# A reward model
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo", "ppo"])
+def test_a_reward_model_alone_ends_sure(objective):
+    """Also of what is stated to one that likes high confidence, or that PPO-M trained: each is followed to its end."""
+    assert end(objective, Toy(TWO, scores=knowing), **MODEL).answers[0] > 0.98
+    for scores in (liking, after_ppo_m):
+        found = end(objective, Toy(TWO, stated=True, scores=scores), **MODEL, confidence="stated")
+        assert found.answers[0] > 0.98
+        assert found.stated[0] > 0.98
+
+
+def test_a_score_beside_a_reward_model_ends_where_it_does_beside_the_grade():
+    """A model that gives 1 or -1 is worth twice what a grade is; a statement with its own credit is honest."""
+    graded = end("rloo", Toy(TWO), steps=400, reward="log", accuracy_weight=1.0)
+    found = end("rloo", Toy(TWO, scores=knowing), steps=400, **MODEL, reward="log", accuracy_weight=0.5)
+    assert found.answers == pytest.approx(graded.answers, abs=1e-6)
+    stated = end("grpo", Toy(TWO, stated=True, scores=knowing), **MODEL, reward="brier", confidence="stated")
+    assert stated.answers[0] > 0.98
+    assert stated.stated[0] == pytest.approx(0.6, abs=0.02)
+
+
+@pytest.mark.parametrize(("weight", "first"), [(0.1, True), (1.0, False)])
+def test_a_mixture_ends_at_what_earns_most_in_sum(weight, first):
+    """.2 more for the answer that is oftener right, against the weight of a model that likes the other one."""
+    sources = [{"kind": "grade"}, {**MODEL["sources"][0], "weight": weight}]
+    found = end("rloo", Toy(TWO, scores=preferring_second), sources=sources)
+    assert (found.answers[0] > 0.98) == first
+    assert (found.answers[1] > 0.98) != first
+    normal = [{"kind": "grade"}, {**MODEL["sources"][0], "weight": 0.02, "normalize": True, "clip": 1.0}]
+    assert end("rloo", Toy(TWO, scores=preferring_second), sources=normal).answers[0] > 0.98
+
+
+def test_a_proxy_beside_the_ternary_reward_moves_its_threshold():
+    """At a risk of .5 answering earns .6 - .4 = .2: a format's .3 for abstaining turns it."""
+    toy = Toy((*TWO, 0.0), abstains=True, scores=lambda answer, right, stated: (0.3 * (answer == 2),))
+    sources = [{"kind": "grade"}, MODEL["sources"][0]]
+    assert end("rloo", toy, reward="ternary", sources=sources, target_risk=0.5).answers[2] > 0.98
+    plain = Toy((*TWO, 0.0), abstains=True, scores=lambda answer, right, stated: (0.1 * (answer == 2),))
+    assert end("rloo", plain, reward="ternary", sources=sources, target_risk=0.5).answers[0] > 0.98
 
 
 @pytest.mark.parametrize("truth", [0.3, 0.6, 0.9])

@@ -1,0 +1,361 @@
+"""What answers earn: every source, their mixture, and what the next round knows of this one."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import math
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from calibtrain.errors import UserError
+from calibtrain.training.reward_memory import NOTHING, WATCHED, Memory, Moments, slope_t
+from calibtrain.training.reward_rounds import score_auroc
+from calibtrain.training.reward_sources import check_sources, source_names
+from calibtrain.training.rollout_credit import credit
+from calibtrain.training.rollout_rewards import check_rewards, remembered, rewards_of, worth_of
+from tests.unit.models.test_reward_scorer import expected, write
+from tests.unit.training.test_rollouts import QUESTIONS, batch_of, config, rollouts_of, samples
+
+IDS = torch.tensor([0, 0, 1, 1])
+
+
+def paid(*rewards, correct=(1, 0, 1, 0), confidence=(0.9, 0.6, 0.1, 0.5)):
+    """Four samples of two questions, each with what its asked sources gave."""
+    rows = samples(*((i // 2, 1 + i, c, q) for i, (c, q) in enumerate(zip(correct, confidence, strict=True))))
+    return [replace(one, rewards=given) for one, given in zip(rows, rewards or [()] * 4, strict=True)]
+
+
+def run(*sources, objective="rloo", **rollouts):
+    return config(objective, rollouts={"group_size": 2, "sources": [*sources], **rollouts})
+
+
+MODEL = {"kind": "model", "path": "x", "normalize": False}
+SCORES = [(3.0,), (-1.0,), (0.5,), (1.5,)]
+
+
+def test_a_worth_is_the_weighted_sum_of_its_sources():
+    mixed = run({**MODEL, "weight": 0.5}, {"kind": "grade", "weight": 2.0}, {"kind": "length", "free": 2, "full": 4})
+    assert worth_of(paid(*SCORES), IDS, mixed).tolist() == [3.5, -0.5, 2.25 - 0.5, 0.75 - 1.0]
+    rewards, nothing = rewards_of(paid(*SCORES), IDS, mixed)
+    assert rewards.tolist() == [3.5, -0.5, 1.75, -0.25]
+    assert not nothing.any()
+
+
+def test_old_keys_are_short_for_sources():
+    grade = run({"kind": "grade"})
+    assert grade.rollouts.reward == "sources"
+    plain = config("rloo", rollouts={"reward": "accuracy"})
+    assert rewards_of(paid(), IDS, grade).equal(rewards_of(paid(), IDS, plain))
+    model = config("rloo", rollouts={"reward_model": "x"})
+    assert model.rollouts.reward == "model"
+    assert model.rollouts.paid_by == run({**MODEL, "normalize": True}).rollouts.paid_by
+    assert not model.rollouts.needs_grades
+    assert plain.rollouts.needs_grades
+
+
+def test_values_are_normalised_by_the_rounds_before_and_clipped():
+    normal = run({**MODEL, "normalize": True, "clip": 1.2})
+    first = paid(*SCORES)
+    raw = torch.tensor([one[0] for one in SCORES], dtype=torch.float64)
+    own = (raw - raw.mean()) / raw.std(unbiased=False)
+    assert worth_of(first, IDS, normal).tolist() == pytest.approx(own.clamp(-1.2, 1.2).tolist())
+    memory = remembered(first, IDS, normal, NOTHING)
+    second = paid((9.0,), (1.0,), (math.nan,), (2.0,))
+    wanted = (torch.tensor([9.0, 1.0, 2.0, 2.0]).double() - raw.mean()) / raw.std(unbiased=False)
+    assert worth_of(second, IDS, normal, memory).tolist() == pytest.approx(wanted.clamp(-1.2, 1.2).tolist())
+    both = torch.cat([raw, torch.tensor([9.0, 1.0, 2.0]).double()])
+    (moments,) = remembered(second, IDS, normal, memory).moments
+    assert moments.count == 7
+    assert moments.mean == pytest.approx(both.mean().item())
+    assert moments.deviation == pytest.approx(both.std(unbiased=False).item())
+
+
+def test_what_has_no_reward_is_neither_praised_nor_blamed():
+    one = run(MODEL)
+    nan = math.nan
+    assert worth_of(paid((3.0,), (nan,), (nan,), (nan,)), IDS, one).tolist() == [3.0] * 4
+    assert worth_of(paid((nan,), (nan,), (nan,), (nan,)), IDS, one).tolist() == [0.0] * 4
+    found, means = credit(paid((3.0,), (nan,), (2.0,), (0.0,)), [0, 0, 1, 1], one)
+    assert [parts.advantages[0] for parts in found] == [0.0, 0.0, 2.0, -2.0]
+    assert means["reward"] == pytest.approx(8 / 4)
+
+
+def test_ppo_c_judges_a_round_by_the_threshold_of_those_before():
+    stated = {"reward": "ppo_c", "confidence": "stated", "decoupled": False}
+    given = paid(*SCORES)
+    for form, first in (
+        ("proper", 3.0 - 0.5 * (0.9 - 1) ** 2),
+        ("threshold", 3.0 + 0.5 * 3.0 * 0.4),
+        ("difference", 3.0 + 0.5 * 2.0 * 0.4),
+    ):
+        one = run(MODEL, **stated, ppo_c={"form": form})
+        assert rewards_of(given, IDS, one)[0, 0].item() == pytest.approx(first)  # the mean of its own round is 1
+        memory = remembered(given, IDS, one, NOTHING)
+        assert memory.threshold == 1.0
+        later = remembered(paid((5.0,), (5.0,), (5.0,), (5.0,)), IDS, one, memory)
+        assert later.threshold == pytest.approx(0.9 * 1.0 + 0.1 * 5.0)
+    high = run(MODEL, **stated, ppo_c={"scale": 2.0})
+    target = 1 / (1 + math.exp(-2.0 * 2.0))
+    assert rewards_of(given, IDS, high)[0, 0].item() == pytest.approx(3.0 - 0.5 * (0.9 - target) ** 2)
+    silent = [replace(given[0], confidence=math.nan), *given[1:]]
+    assert rewards_of(silent, IDS, run(MODEL, **stated))[0, 0].item() == pytest.approx(3.0 - 1.0)
+    published = run(MODEL, **stated, ppo_c={"form": "threshold"})
+    assert rewards_of(silent, IDS, published)[0, 0].item() == pytest.approx(3.0)
+    apart = run(MODEL, objective="grpo", reward="ppo_c", confidence="stated")
+    answers, shifts = rewards_of(given, IDS, apart)
+    assert answers.tolist() == [3.0, -1.0, 0.5, 1.5]
+    assert shifts.tolist() == pytest.approx([-0.5 * (q - t) ** 2 for q, t in ((0.9, 1), (0.6, 0), (0.1, 0), (0.5, 1))])
+
+
+def test_a_score_stands_beside_whatever_an_answer_earns():
+    one = run(MODEL, objective="grpo", reward="brier", confidence="stated", accuracy_weight=0.5)
+    answers, scores = rewards_of(paid(*SCORES), IDS, one)
+    assert answers.tolist() == [1.5, -0.5, 0.25, 0.75]
+    assert scores.tolist() == pytest.approx([-0.01, -0.36, -0.81, -0.25])
+    likely = run(MODEL, reward="log", accuracy_weight=0.5)
+    assert rewards_of(paid(*SCORES), IDS, likely)[0].tolist() == [1.5, -0.5, 0.25, 0.75]
+    priced = run(MODEL, {"kind": "grade", "weight": 2.0}, reward="ternary")
+    assert worth_of(paid(*SCORES), IDS, priced).tolist() == [5.0, -1.0 - 8.0, 2.5, 1.5 - 8.0]
+
+
+STATED = {"confidence": "stated", "decoupled": False}
+
+
+@pytest.mark.parametrize(
+    ("sources", "rollouts", "message"),
+    [
+        ([MODEL], {"reward": "brier", **STATED}, "the grade alone is sure to pay for being right, by 0 here"),
+        ([MODEL, {"kind": "grade", "weight": 0.5}], {"reward": "brier", **STATED}, "by 0.5 here"),
+        ([{"kind": "grade", "clip": 0.5}], {"reward": "brier", **STATED}, "by 0.5 here"),
+        ([{"kind": "grade", "weight": 0.4}], {"reward": "ppo_c", **STATED}, "wrong on purpose"),
+    ],
+)
+def test_mixtures_that_pay_for_being_wrong_are_errors(sources, rollouts, message):
+    with pytest.raises(UserError, match=message):
+        check_rewards(run(*sources, **rollouts))
+
+
+@pytest.mark.parametrize(
+    ("sources", "rollouts"),
+    [
+        ([MODEL, {"kind": "grade"}], {"reward": "brier", **STATED}),
+        ([{"kind": "grade", "normalize": True, "weight": 0.5}], {"reward": "brier", **STATED}),
+        ([MODEL], {"reward": "ppo_c", **STATED}),
+        ([MODEL], {"confidence": "stated"}),  # PPO-M
+    ],
+)
+def test_mixtures_that_do_not_are_none(sources, rollouts):
+    check_rewards(run(*sources, **rollouts))
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "message"),
+    [
+        ({"reward": "model"}, "needs reward_model"),
+        ({"reward": "sources"}, "needs sources"),
+        ({"sources": []}, "at least 1"),
+        ({"reward": "accuracy", "reward_model": "x"}, "leave out reward_model"),
+        ({"sources": [MODEL], "reward_model": "x"}, "short for one of the sources"),
+        ({"reward": "ppo_c", "reward_model": "x"}, "confidence: stated"),
+        ({"reward": "brier", "reward_model": "x"}, "unless accuracy_weight is above 0"),
+        ({"reward": "ternary", "reward_model": "x"}, "kind grade, as it is"),
+        ({"reward": "ternary", "sources": [{"kind": "grade", "clip": 1.0}]}, "kind grade, as it is"),
+        ({"sources": [{"kind": "format", "pattern": "("}]}, "no regular expression"),
+        ({"sources": [{"kind": "length", "free": 4, "full": 4}]}, "must be below full"),
+        ({"reward_model": "x", "ppo_c": {"form": "threshold", "scale": 2.0}}, "form: proper"),
+    ],
+)
+def test_rewards_that_do_not_fit_are_refused(rollouts, message):
+    with pytest.raises(ValueError, match=message):
+        config("rloo", rollouts=rollouts)
+
+
+def test_names_tell_sources_of_a_kind_apart():
+    assert source_names(run(MODEL, {"kind": "grade"}, MODEL).rollouts.paid_by) == ["model_1", "grade", "model_2"]
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0)).double() + 1e6
+    parts = Moments().with_values(values[:7]).with_values(torch.tensor([math.nan])).with_values(values[7:])
+    assert parts.mean == pytest.approx(values.mean().item(), rel=1e-12)
+    assert parts.deviation == pytest.approx(values.std(unbiased=False).item(), rel=1e-6)
+    assert Moments().with_values(torch.full((3,), 2.0)).deviation == 1.0
+
+
+def test_a_reward_that_rises_while_right_answers_fall_is_told_once(caplog):
+    """Only where both are clear over the rounds watched."""
+    assert slope_t([1.0, 2.0, 3.0, 4.0]) == math.inf
+    assert slope_t([2.0] * 5) == 0.0
+    rising, falling = (
+        tuple(float(i) + 0.1 * (-1) ** i for i in range(WATCHED)),
+        tuple(0.9 - 0.1 * i for i in range(WATCHED)),
+    )
+    assert Memory(proxy=rising, correct=falling).over_optimised
+    assert not Memory(proxy=rising, correct=(0.5, 0.4) * (WATCHED // 2)).over_optimised
+    assert not Memory(proxy=rising[1:], correct=falling[1:]).over_optimised
+    one = run(MODEL)
+    memory = NOTHING
+    for i in range(WATCHED):
+        grades = [1] * (4 - i // 2) + [0] * (i // 2)
+        memory = remembered(paid(*[(float(i),)] * 4, correct=grades[:4]), IDS, one, memory)
+    assert memory.warned
+    assert Memory.loaded(json.loads(json.dumps(memory.state_dict()))) == memory
+
+
+def test_auroc_counts_every_score_apart():
+    scores = torch.tensor([1e-9, 2e-9, 3e-9, 3e-9, math.nan])
+    grades = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0])
+    assert score_auroc(scores, grades) == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    assert math.isnan(score_auroc(scores, torch.ones(5)))
+
+
+# In the loop
+
+
+def by_length(questions, replies, records):
+    assert all(one["question"] == question for one, question in zip(records, questions, strict=True))
+    return [None if not text else float(len(text)) for text in replies]
+
+
+def fails(questions, replies, records):
+    raise RuntimeError("no\nway")
+
+
+def too_few(questions, replies, records):
+    return [1.0]
+
+
+def endless(questions, replies, records):
+    return [math.inf] * len(replies)
+
+
+HERE = "tests.unit.training.test_reward_sources"
+FORMAT = {"kind": "format", "pattern": "[aeiou]", "weight": 0.5}
+
+
+def test_a_reward_model_judges_rollouts_on_questions_without_answers(tmp_path):
+    """The whole reply is scored as text, by another tokenizer's template; the round's numbers say what it gave."""
+    path = write(tmp_path)
+    bare = [replace(one, accepted=()) for one in QUESTIONS]
+    rollouts, _ = rollouts_of(
+        run({"kind": "model", "path": str(path)}, FORMAT, {"kind": "function", "function": f"{HERE}:by_length"}),
+        questions=bare,
+    )
+    rollouts.before_step(0)
+    tokenizer = rollouts.rewards.sources[0].text.tokenizer
+    template = rollouts.answerer.template
+    said = [template.decode_answer(one.tokens) for one in rollouts.samples]
+    turns = [
+        [{"role": "user", "content": bare[one.question].question}, {"role": "assistant", "content": text}]
+        for one, text in zip(rollouts.samples, said, strict=True)
+    ]
+    wanted = expected(path, [tokenizer.apply_chat_template(one, tokenize=False) for one in turns])
+    assert [one.rewards[0] for one in rollouts.samples] == pytest.approx(wanted, abs=2e-5)
+    assert [one.rewards[1] for one in rollouts.samples] == [float(any(c in "aeiou" for c in one)) for one in said]
+    assert [one.rewards[2] for one in rollouts.samples if one.rewards[2] == one.rewards[2]] == [
+        len(one) for one in said if one
+    ]
+    assert all(math.isnan(one.correct) for one in rollouts.samples)
+    assert rollouts.metrics["source_model"] == pytest.approx(sum(wanted) / len(wanted), abs=1e-5)
+    assert "source_model_auroc" not in rollouts.metrics
+    assert batch_of(rollouts).advantages.abs().sum() > 0
+
+
+def test_a_stated_confidence_is_taken_out_where_it_has_a_score_of_its_own(tmp_path):
+    model = {"kind": "model", "path": str(write(tmp_path))}
+    for rollouts, answer in (
+        ({"reward": "ppo_c", **STATED}, "Paris"),
+        ({"confidence": "stated"}, "Paris (confidence: 80%)"),  # PPO-M's reward model reads it
+    ):
+        made, _ = rollouts_of(run(model, **rollouts))
+        assert made.rewards.reply(QUESTIONS[0], "Paris (confidence: 80%)").answer == answer
+
+
+@pytest.mark.parametrize("steps_per_round", [1, 3])
+def test_memory_survives_a_checkpoint_bit_for_bit(tmp_path, steps_per_round):
+    stated = {"reward": "ppo_c", **STATED, "steps_per_round": steps_per_round}
+    settings = run(
+        {"kind": "model", "path": str(write(tmp_path)), "clip": 2.0}, {"kind": "grade", "normalize": True}, **stated
+    )
+    (whole, _), (other, _) = rollouts_of(settings), rollouts_of(settings)
+    for step in range(2):
+        whole.before_step(step)
+    kept = json.loads(json.dumps(whole.state_dict()))
+    other.load_state_dict(kept)
+    if steps_per_round > 1:
+        assert batch_of(other).advantages.equal(batch_of(whole).advantages)
+        assert other.metrics == whole.metrics
+    for step in range(2, 4):
+        whole.before_step(step)
+        other.before_step(step)
+        assert batch_of(other).advantages.equal(batch_of(whole).advantages)
+    assert other.state_dict() == whole.state_dict()
+    assert whole.rewards.memory.moments[0].count > 0  # so that a fresh one would not give the same
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fails", "fails raises RuntimeError (no way)"),
+        ("too_few", "too_few returns 1 values for 8 replies"),
+        ("endless", "endless returns inf at r"),
+    ],
+)
+def test_a_function_that_fails_is_told_in_one_line(name, message):
+    rollouts, _ = rollouts_of(run({"kind": "function", "function": f"{HERE}:{name}"}))
+    with pytest.raises(UserError) as caught:
+        rollouts.before_step(0)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("rollouts.sources.0.function")
+    assert "\n" not in str(caught.value)
+
+
+def test_sources_that_cannot_be_asked_are_told_before_anything_is_loaded(tmp_path):
+    for one, message in (
+        ({"kind": "function", "function": f"{HERE}:missing"}, "has no function 'missing'"),
+        ({"kind": "model", "path": str(tmp_path / "none")}, r"rollouts\.sources\.0\.path: no such directory"),
+        (
+            {"kind": "judge", "judge": {"url": "nowhere", "model": "j"}},
+            r"rollouts\.sources\.0\.judge\.url: 'nowhere' is no address",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_sources(run(one), QUESTIONS)
+    with pytest.raises(UserError, match=r"rollouts\.reward_model: no such directory"):
+        check_sources(config("rloo", rollouts={"reward_model": str(tmp_path / "none")}), QUESTIONS)
+
+
+class JudgeHandler(http.server.BaseHTTPRequestHandler):
+    """Calls an answer right that holds an a."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+        answer = asked.partition("<answer")[2].partition(">")[2].partition("</answer")[0]
+        reply = {"choices": [{"message": {"content": "right" if "a" in answer else "wrong"}, "finish_reason": "stop"}]}
+        body = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_judge_behind_an_address_rewards_whole_replies(tmp_path, monkeypatch):
+    monkeypatch.setenv("CALIBTRAIN_CACHE", str(tmp_path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), JudgeHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        judge = {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "j"}
+        rollouts, _ = rollouts_of(run({"kind": "judge", "judge": judge}))
+        rollouts.before_step(0)
+    finally:
+        server.shutdown()
+        server.server_close()
+    said = [rollouts.answerer.template.decode_answer(one.tokens) for one in rollouts.samples]
+    assert [one.rewards for one in rollouts.samples] == [(float("a" in text),) for text in said]
