@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from calibtrain.config_base import BelowOne, Count, Fraction, LossSection, Needs, Positive, Section, Weight
+from calibtrain.config_rollout_engine import RolloutEngineConfig
 
 
 class RolloutsConfig(Section):
@@ -37,6 +38,8 @@ class RolloutsConfig(Section):
     """What an answer that states no confidence earns; below the worst proper score. null: one half below it."""
     abstentions: tuple[str, ...] = ("I don't know",)
     """What counts as abstaining, in `ternary`, compared as the task compares answers."""
+    engine: RolloutEngineConfig = RolloutEngineConfig()
+    """Who samples."""
 
     @property
     def score_in_loss(self) -> Literal["brier", "log"] | None:

@@ -19,6 +19,8 @@ DRAWN_AT_ONCE = 32
 """Distributions whose cumulative sums, float64, are in memory together."""
 STEPS_ON_DEVICE = 64
 """Steps whose hidden states wait on the device for their way to the CPU."""
+Uniforms = Callable[[int], Tensor]
+"""Number of a token -> one uniform number (B,) float64 for each completion of the batch, to draw that token by."""
 Keep = Callable[[int, Sequence[int]], tuple[int, int]]
 """(index of the prompt, tokens of a completion) -> tokens [start, stop) whose hidden states are kept."""
 
@@ -51,6 +53,7 @@ def generate(
     batch_size: int,
     samples: int = 0,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     all_done: AllDone = bool,
     share_prefix: bool = True,
@@ -64,7 +67,8 @@ def generate(
     `model` maps a DecodeStep to (hidden (B, H), logits (B, V), cache). The prompts' longest common prefix (few-shot
     examples, a system prompt) passes through the model once unless `share_prefix` is off; a prompt passes through it once
     for all its samples. Tokens in `not_first` begin no completion; log-probs stay the model's own. `goes_on` may keep a
-    completion that came to a stop token from ending there. No prompt may be empty.
+    completion that came to a stop token from ending there. No prompt may be empty. `seeds`, one for each prompt in the place
+    of `seed`, make what is drawn independent of how prompts are divided into batches and ranks.
 
     `keep` says which tokens' hidden states are kept, by default all: H numbers a token in the model's dtype (2 MB for 500
     tokens of a model 2048 wide in bf16). While a batch runs, those of all its tokens are on the CPU.
@@ -78,7 +82,10 @@ def generate(
         rows = order[start : start + batch_size]
         batch = _Batch(len(rows), len(prefix), prefix_cache, device)
         batch.extend([prompts[index][len(prefix) :] for index in rows], pad_id)
-        found = batch.run(model, frozenset(stop_ids), max_new_tokens, generator, all_done, copies, not_first, goes_on)
+        uniforms = None if generator is None else _uniforms(generator, len(rows) * copies, device)
+        if samples and seeds is not None:
+            uniforms = _own_uniforms([seeds[index] for index in rows], copies, max_new_tokens, device)
+        found = batch.run(model, frozenset(stop_ids), max_new_tokens, uniforms, all_done, copies, not_first, goes_on)
         for place, index in enumerate(rows):
             results[index] = [_kept(one, keep, index) for one in found[place * copies : (place + 1) * copies]]
         on_batch(min(start + batch_size, len(order)))
@@ -165,7 +172,7 @@ class _Batch:
         model: Callable[[DecodeStep], Any],
         stop_ids: frozenset[int],
         max_new_tokens: int,
-        generator: torch.Generator | None,
+        uniforms: Uniforms | None,
         all_done: AllDone,
         copies: int,
         not_first: Sequence[int],
@@ -191,7 +198,7 @@ class _Batch:
             allowed = logprobs
             if not step and not_first:
                 allowed = logprobs.index_fill(-1, torch.tensor(not_first, device=device), float("-inf"))
-            token = allowed.argmax(-1) if generator is None else _draw(allowed, rows, carried, generator)
+            token = allowed.argmax(-1) if uniforms is None else _draw(allowed, uniforms(step)[carried, None])
             steps.add(carried, token, logprobs.gather(1, token[:, None])[:, 0], hidden)
             lengths[carried] += ~done
             stopped = torch.isin(token, stops) & ~done
@@ -213,11 +220,24 @@ class _Batch:
         return steps.completions(lengths.tolist(), ended.tolist())
 
 
-def _draw(logprobs: Tensor, rows: int, carried: Tensor, generator: torch.Generator) -> Tensor:
-    """One token (B,) of each distribution (B, V), by a uniform number for each of all `rows`: whoever is done, the others'
-    draws stay. Far cheaper than torch.multinomial, which draws V numbers for each.
+def _uniforms(generator: torch.Generator, rows: int, device: torch.device | str) -> Uniforms:
+    """Numbers for all `rows` at each token: whoever is done, the others' draws stay."""
+    return lambda step: torch.rand(rows, generator=generator, device=device, dtype=torch.float64)
+
+
+def _own_uniforms(seeds: Sequence[int], copies: int, length: int, device: torch.device | str) -> Uniforms:
+    """Numbers of each prompt by its own seed, those of its copies together."""
+    drawn = [
+        torch.rand(copies, length, generator=torch.Generator().manual_seed(one), dtype=torch.float64) for one in seeds
+    ]
+    table = torch.cat(drawn).T.to(device)
+    return lambda step: table[step]
+
+
+def _draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """One token (B,) of each distribution (B, V), by a uniform number (B, 1) float64 for each. Far cheaper than
+    torch.multinomial, which draws V numbers for each.
     """
-    uniform = torch.rand(rows, generator=generator, device=logprobs.device, dtype=torch.float64)[carried, None]
     tokens = []
     for some, numbers in zip(logprobs.split(DRAWN_AT_ONCE), uniform.split(DRAWN_AT_ONCE), strict=True):
         cumulative = some.double().exp_().cumsum_(-1)

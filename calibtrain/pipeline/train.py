@@ -141,6 +141,8 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         error = f"{type(caught).__name__}: {caught}"
         raise
     finally:
+        if trainer.rollouts is not None:
+            trainer.rollouts.close()
         artifacts = [config.output_dir / name for name in ("config.yaml", "deepspeed.json")]
         trainer.hooks.dispatch(
             "on_end", EndRecord(progress.step, error, {"steps": progress.step}, artifacts, preempted)

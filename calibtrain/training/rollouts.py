@@ -15,7 +15,7 @@ from calibtrain.confidence.answering import Answerer
 from calibtrain.config import PolicyGradientConfig, RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
-from calibtrain.data.loader import step_indices
+from calibtrain.data.loader import planned_steps, step_indices
 from calibtrain.distributed import gather_lists, shard
 from calibtrain.errors import UserError
 from calibtrain.losses.silence import watch_of
@@ -57,6 +57,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             raise UserError(f"objective.name: {objective.name} grades what it samples: training questions need answers")
         self.config, self.answerer, self.questions, self.plan = config, answerer, list(questions), plan
         self.sampling = Sampling(config, answerer, self.questions)
+        self.total_steps = planned_steps(config.training, len(self.questions), plan.global_batch_size)
         self.reference = reference
         self.needs_reference = objective.needs.reference == "live"
         self.needs_values = objective.needs.module == "value head"
@@ -80,18 +81,29 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         span = self.config.rollouts.steps_per_round
         if step % span:
             return
-        total = self.plan.global_batch_size
-        asked = [i for k in range(span) for i in step_indices(step + k, total, len(self), self.config.seed)]
+        following = None
+        if self.config.rollouts.engine.overlap and step + span < self.total_steps:
+            following = shard(self._asked(step + span), self.answerer.world), step + span
         model = self.answerer.module
         was_training, scale = model.training, model.policy.scale
         model.eval()
         model.policy.scale = 1.0  # the policy that is trained, not the one that is asked for its confidence
         try:
-            mine = self._measured(self.sampling(shard(asked, self.answerer.world), step))
+            asked = shard(self._asked(step), self.answerer.world)
+            mine = self._measured(self.sampling(asked, step, following))
         finally:
             model.train(was_training)
             model.policy.scale = scale
         self._take(gather_lists(mine))
+
+    def _asked(self, step: int) -> list[int]:
+        """Questions of the round that begins at `step`, over all ranks."""
+        total, span = self.plan.global_batch_size, self.config.rollouts.steps_per_round
+        return [i for k in range(span) for i in step_indices(step + k, total, len(self), self.config.seed)]
+
+    def close(self) -> None:
+        """End what the sampling engine has started. Local."""
+        self.sampling.close()
 
     def fill(self, batch: Batch, indices: Sequence[int]) -> Batch:
         """The collated batch of the questions at `indices` with what its objective reads of each token."""
@@ -111,14 +123,19 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values of the present round; nothing where each step has its own, which the next one draws anew."""
-        return {"samples": [asdict(one) for one in self.samples] if self.off_policy else []}
+        """JSON values of the present round, and of the next one where it is drawn ahead; nothing of a round of one step,
+        whose successor draws anew.
+        """
+        samples = [asdict(one) for one in self.samples] if self.off_policy else []
+        ahead = self.sampling.state_dict()
+        return {"samples": samples, **({"ahead": ahead} if ahead else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the round of a checkpoint."""
         saved: list[dict[str, Any]] = state["samples"]
         if saved:
             self._take([loaded_sample(one) for one in saved])
+        self.sampling.load_state_dict(state.get("ahead", {}))
 
     def _take(self, samples: list[Sample]) -> None:
         """Make these the present round. A question that is asked twice in it keeps the answers of its last turn."""
@@ -129,6 +146,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             samples[start].question: list(range(start, start + size)) for start in range(0, len(samples), size)
         }
         self._credit, self.metrics = credit(samples, groups, self.config)
+        self.metrics |= self.sampling.metrics
         self._alike = self._alike + 1 if self.metrics["alike"] == 1.0 else 0
         if self._alike == ROUNDS_ALIKE and self.answerer.world.is_main:
             logger.warning(

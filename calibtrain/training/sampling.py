@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from calibtrain.confidence.answering import Answerer
-from calibtrain.confidence.generation import Generation, generate, keep_none
 from calibtrain.confidence.stated import read_statement, statement_tokens
 from calibtrain.config import RunConfig
 from calibtrain.data.encode import fit_prompt
 from calibtrain.data.replies import read_reply
+from calibtrain.distributed import gather_lists
+from calibtrain.engines import Completion, Draws, SamplingEngine
 from calibtrain.errors import UserError
 from calibtrain.records import Record, unit_hash
 from calibtrain.tasks.matching import normalize
 from calibtrain.tasks.task import Reading
+from calibtrain.training.own_sampling import OwnSampling
 from calibtrain.training.samples import Sample
+from calibtrain.training.served_sampling import ServedSampling
+from calibtrain.training.weight_proof import PROBES
 
 
 class Sampling:
-    """Asks the policy the training questions; what a rank draws is a pure function of (seed, step, rank) and the weights."""
+    """Asks the policy the training questions.
+
+    What is drawn is a pure function of (seed, step, place in the round) and the weights, however questions are divided into
+    ranks. Raises UserError where a question has no room, or the engine is not at hand.
+    """
 
     def __init__(self, config: RunConfig, answerer: Answerer, questions: Sequence[Record]) -> None:
         self.config, self.answerer, self.questions = config, answerer, questions
@@ -31,36 +40,82 @@ class Sampling:
                 f"data.max_length: {config.data.max_length}"
             )
         self.prompts = [tuple(fit_prompt(one, answerer.template, room)[0]) for one in self.questions]
+        self.engine = self._engine()
+        self._following: tuple[list[int], int] | None = None  # questions that are drawn ahead, and their step
 
-    def __call__(self, asked: Sequence[int], step: int) -> list[Sample]:
-        """A group of graded samples for each of this rank's questions at `asked`, in their order. Collective."""
-        groups = self._replies(asked, step)
+    def __call__(
+        self, asked: Sequence[int], step: int, following: tuple[Sequence[int], int] | None = None
+    ) -> list[Sample]:
+        """A group of graded samples for each of this rank's questions at `asked`, in their order. Collective.
+
+        following: this rank's questions of the coming round and its step, to draw while this one is trained on.
+        """
+        groups = self.engine.sample(self._draws(asked, step), step)
+        self._following = None
+        if following is not None:
+            self._following = (list(following[0]), following[1])
+            self.engine.push(step)
+            self.engine.start(self._draws(*self._following))
         read = [self._sample(i, one) for i, group in zip(asked, groups, strict=True) for one in group]
         records = [self.questions[sample.question] for sample, _ in read]
         grades = self.answerer.template.task.grades([reading for _, reading in read], records)
         self.answerer.settle()  # a reward that is missing is none
         return [replace(one, correct=float(bool(grade.correct))) for (one, _), grade in zip(read, grades, strict=True)]
 
-    def _replies(self, asked: Sequence[int], step: int) -> list[list[Generation]]:
-        answerer, evaluation = self.answerer, self.config.evaluation
-        lockstep = answerer.lockstep
-        return generate(
-            answerer.module,
-            [self.prompts[i] for i in asked],
-            stop_ids=answerer.template.stop_ids,
-            goes_on=answerer.template.goes_on,
-            pad_id=answerer.template.pad_id,
-            max_new_tokens=evaluation.max_new_tokens,
-            batch_size=max(1, evaluation.batch_size // self.config.rollouts.group_size),
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the engine, in the last round; empty where the training processes sample themselves."""
+        return self.engine.metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values of what is drawn ahead, which is waited for: a resume trains on the very same answers. Local."""
+        started = self.engine.started()
+        if started is None or self._following is None:
+            return {}
+        groups = [[asdict(one) for one in group] for group in started[1]]
+        return {"asked": self._following[0], "step": self._following[1], "version": started[0], "groups": groups}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what a checkpoint holds of answers drawn ahead. Collective."""
+        draws = self._draws(
+            state.get("asked", []), state.get("step", 0)
+        )  # of every rank, or their places are not known
+        if not state:
+            return
+        self._following = state["asked"], state["step"]
+        groups = [[Completion(**{**one, **_tuples(one)}) for one in group] for group in state["groups"]]
+        self.engine.restore(draws, state["version"], groups)
+
+    def close(self) -> None:
+        """End what the engine has started. Local."""
+        self.engine.close()
+
+    def _engine(self) -> SamplingEngine:
+        if self.config.rollouts.engine.kind == "own":
+            return OwnSampling(
+                self.answerer, max(1, self.config.evaluation.batch_size // self.config.rollouts.group_size)
+            )
+        encode, longest = self.answerer.template.tokenizer.encode, self.config.data.max_length - 1
+        texts = [
+            (*prompt, *encode(one.accepted[0] if one.accepted else "", add_special_tokens=False))[:longest]
+            for prompt, one in zip(self.prompts[:PROBES], self.questions, strict=False)
+        ]
+        return ServedSampling(self.config, self.answerer, texts, self.prompts[:PROBES])
+
+    def _draws(self, asked: Sequence[int], step: int) -> Draws:
+        """What this rank asks for. Collective: the place of a question in the round counts those of the ranks before."""
+        shares, template = gather_lists([len(asked)]), self.answerer.template
+        first, seed = sum(shares[: self.answerer.world.rank]), self.config.seed
+        return Draws(
+            prompts=[self.prompts[i] for i in asked],
+            seeds=[int(unit_hash("rollouts", seed, step, first + place) * 2**31) for place in range(len(asked))],
             samples=self.config.rollouts.group_size,
-            seed=int(unit_hash("rollouts", self.config.seed, step, answerer.world.rank) * 2**53),
-            device=answerer.world.device,
-            all_done=answerer.all_done if lockstep else bool,
-            share_prefix=not lockstep,
-            keep=keep_none,
+            stop_ids=template.stop_ids,
+            max_new_tokens=self.config.evaluation.max_new_tokens,
+            goes_on=template.goes_on,
         )
 
-    def _sample(self, index: int, generation: Generation) -> tuple[Sample, Reading]:
+    def _sample(self, index: int, generation: Completion) -> tuple[Sample, Reading]:
         """A sample that is not graded yet, and what it is graded by."""
         template, rollouts, record = self.answerer.template, self.config.rollouts, self.questions[index]
         task, reply = template.task, read_reply(template, generation.tokens, record)
@@ -91,3 +146,8 @@ class Sampling:
             stated=stated,
         )
         return sample, reading
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Of JSON values those that are lists, as tuples."""
+    return {name: tuple(value) for name, value in values.items() if isinstance(value, list)}

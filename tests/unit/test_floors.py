@@ -20,6 +20,7 @@ FLOORS = (
         "config_data",
         "config_losses",
         "config_preferences",
+        "config_rollout_engine",
         "config_rollouts",
         "config_tracking",
         "config_file",
