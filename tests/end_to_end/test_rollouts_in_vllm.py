@@ -123,7 +123,7 @@ def test_stale_weights_are_an_error_and_what_a_model_recommends_is_overruled(fol
     path = job(folder, "proof", address=address, wait=5)
     answerer, prompts = answerer_of(load_config(path))
     served = ServedSampling(load_config(path), answerer, prompts, prompts)
-    draws = Draws(prompts * 4, list(range(4 * len(prompts))), 8, answerer.template.stop_ids, 8)
+    draws = Draws(prompts * 4, [100 * i for i in range(4 * len(prompts))], 8, answerer.template.stop_ids, 8)
     first = served.sample(draws, 0)
     again = served.sample(draws, 0)
     assert [[one.tokens for one in group] for group in again] == [[one.tokens for one in group] for group in first]
