@@ -39,7 +39,7 @@ from calibtrain.models.reward import (
     check_classifier,
     export_reward_model,
 )
-from calibtrain.pipeline.check import Checked, advice, check
+from calibtrain.pipeline.check import Checked, advice, check, check_rollout_engine
 from calibtrain.pipeline.prepare import (
     SAMPLES_PER_QUESTION,
     Prepared,
@@ -94,6 +94,7 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         logger.info("%s holds this very run, and it is finished: nothing to train", config.output_dir)
         return target
     check_alike(_what_ranks_share(config, checked), world)
+    on_main(lambda: check_rollout_engine(config))
     for line in prepared.lines():
         logger.info("data: %s", line)
     for line in advice(config, checked) if world.is_main else []:

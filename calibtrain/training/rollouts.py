@@ -127,15 +127,15 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         whose successor draws anew.
         """
         samples = [asdict(one) for one in self.samples] if self.off_policy else []
-        ahead = self.sampling.state_dict()
-        return {"samples": samples, **({"ahead": ahead} if ahead else {})}
+        sampling = self.sampling.state_dict()
+        return {"samples": samples, **({"sampling": sampling} if sampling else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the round of a checkpoint."""
+        self.sampling.load_state_dict(state.get("sampling", {}))
         saved: list[dict[str, Any]] = state["samples"]
         if saved:
             self._take([loaded_sample(one) for one in saved])
-        self.sampling.load_state_dict(state.get("ahead", {}))
 
     def _take(self, samples: list[Sample]) -> None:
         """Make these the present round. A question that is asked twice in it keeps the answers of its last turn."""

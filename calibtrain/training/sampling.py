@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -22,6 +23,8 @@ from calibtrain.training.own_sampling import OwnSampling
 from calibtrain.training.samples import Sample
 from calibtrain.training.served_sampling import ServedSampling
 from calibtrain.training.weight_proof import PROBES
+
+logger = logging.getLogger(__name__)
 
 
 class Sampling:
@@ -69,18 +72,19 @@ class Sampling:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values of what is drawn ahead, which is waited for: a resume trains on the very same answers. Local."""
-        started = self.engine.started()
+        started, told = self.engine.started(), {"metrics": self.metrics} if self.metrics else {}
         if started is None or self._following is None:
-            return {}
+            return told
         groups = [[asdict(one) for one in group] for group in started[1]]
-        return {"asked": self._following[0], "step": self._following[1], "version": started[0], "groups": groups}
+        return told | {"asked": self._following[0], "step": self._following[1], "version": started[0], "groups": groups}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what a checkpoint holds of answers drawn ahead. Collective."""
         draws = self._draws(
             state.get("asked", []), state.get("step", 0)
         )  # of every rank, or their places are not known
-        if not state:
+        self.engine.metrics |= state.get("metrics", {})
+        if "asked" not in state:
             return
         self._following = state["asked"], state["step"]
         groups = [[Completion(**{**one, **_tuples(one)}) for one in group] for group in state["groups"]]
@@ -95,6 +99,8 @@ class Sampling:
             return OwnSampling(
                 self.answerer, max(1, self.config.evaluation.batch_size // self.config.rollouts.group_size)
             )
+        if self.config.rollouts.engine.overlap and self.answerer.world.is_main:
+            logger.info("rollouts: each round but the first is sampled by the weights of the round before (overlap)")
         encode, longest = self.answerer.template.tokenizer.encode, self.config.data.max_length - 1
         texts = [
             (*prompt, *encode(one.accepted[0] if one.accepted else "", add_special_tokens=False))[:longest]

@@ -26,7 +26,8 @@ from calibtrain.engines import Completion, Draws, LaunchedServer, VLLMServer
 from calibtrain.engines.address import shown
 from calibtrain.errors import EngineFailure, Unreachable, UserError
 from calibtrain.models.arithmetic import settled
-from calibtrain.models.export import export_model, gathered_weights
+from calibtrain.models.export import gathered_weights
+from calibtrain.training.handed_weights import write_weights
 from calibtrain.training.preemption import stop_was_asked
 from calibtrain.training.weight_proof import Told, WeightProof
 
@@ -37,7 +38,7 @@ T = TypeVar("T")
 LOOK_SECONDS = 1.0
 """Between two looks for a server that is away."""
 START = "start"
-"""What a launched server is started on; before it is asked anything, it has got newer weights."""
+"""A link to the newest weights: what a launched server is started on, and again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +177,12 @@ class ServedSampling:
             for old in self.directory.glob(f"weights-{self.name}-*"):
                 shutil.rmtree(old, ignore_errors=True)
             partial.mkdir(parents=True)
-            export_model(weights, self.config.model, self.template.tokenizer, partial, end_id=self.template.end_id)
+            write_weights(weights, self.config.model, self.template, self.answerer.module.policy.causal_model, partial)
             partial.rename(target)
-            if self.launched is not None and not self._has_answered:
-                shutil.rmtree(self.directory / START, ignore_errors=True)
-                shutil.copytree(target, self.directory / START)
+            link = self.directory / f"{START}.partial"
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.name)
+            link.replace(self.directory / START)
         except OSError as error:
             raise UserError(f"rollouts.engine.directory: {self.directory} cannot be written ({error})") from None
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.jobs import metrics, trained, write_job
 from tests.distributed.ranks import run
+from tests.policy_server import PolicyServer
 from tests.tiny import tiny_tokenizer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -24,6 +25,8 @@ JOBS = {  # objective, rollouts, training, model
               {"lora": {"r": 2}}),
     "grpo3whole": ({"name": "grpo", "beta": BETA}, {"group_size": 2}, {"zero_stage": 3}, {"source": "untied"}),
     "ppo3": ({"name": "ppo"}, {"group_size": 2, "reward": "brier", "accuracy_weight": 0.5}, {"zero_stage": 3}, {}),
+    "served3": ({"name": "grpo"}, {"group_size": 2, "steps_per_round": 2, "engine": {"kind": "vllm", "overlap": True}},
+                {"zero_stage": 3}, {}),
     "kto3": ({"name": "kto"}, {}, {"zero_stage": 3}, {}),
     "reward3": ({"name": "reward_model"}, {}, {"zero_stage": 3}, {}),
 }  # fmt: skip
@@ -47,21 +50,30 @@ def job(folder, name):
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rollouts")
     paths = [job(folder, name) for name in JOBS]
+    with PolicyServer(folder / "tiny") as server:
+        yield folder, ended(folder, paths, server)
+
+
+def ended(folder, paths, server):
+    """Metrics and weights of whole runs, whose last half was then made again from a checkpoint."""
+    served = yaml.safe_load((folder / "served3.yaml").read_text())
+    served["rollouts"]["engine"]["address"] = server.url
+    (folder / "served3.yaml").write_text(yaml.safe_dump(served))
     tokenizer = tiny_tokenizer()
     texts = [tokenizer.decode([token]).strip() for token in range(4, len(tokenizer), 2)]
     rows = [{"question": f"What is {i}?", "answers": [text for text in texts if text]} for i in range(200)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ended = run(trained(2, *paths), folder, 500)
-    assert ended.code == 0, ended.output[-6000:]
+    done = run(trained(2, *paths), folder, 500)
+    assert done.code == 0, done.output[-6000:]
     whole = {}
     for name in JOBS:
         output = folder / name
         whole[name] = (metrics(output), weights(output))
         shutil.rmtree(output / "model")
         shutil.rmtree(output / "checkpoints" / "step-0000006")
-    ended = run([*trained(2, *paths), "training.resume=auto"], folder, 500)
-    assert ended.code == 0, ended.output[-6000:]
-    return folder, whole
+    done = run([*trained(2, *paths), "training.resume=auto"], folder, 500)
+    assert done.code == 0, done.output[-6000:]
+    return whole
 
 
 def weights(output):
@@ -95,6 +107,12 @@ def test_rollouts_are_logged_and_learned_from(runs, name):
         first, second, third = (lines[step]["train/rollouts/reward"] for step in (1, 2, 3))
         assert first == second
         assert second != third
+
+
+def test_a_server_answers_by_the_weights_of_the_round_before(runs):
+    lines = logs(runs[1]["served3"][0])
+    assert [lines[step]["train/rollouts/staleness"] for step in range(1, 7)] == [0, 0, 2, 2, 2, 2]
+    assert all(line["train/rollouts/engine_gap"] < 1e-4 for line in lines.values())
 
 
 def test_reference_point_is_zero_at_the_start_and_is_logged(runs):
