@@ -1,0 +1,191 @@
+"""Answers a second of who samples rollouts: the training process itself, vLLM behind an address, and TRL's GRPOTrainer.
+
+    python benchmarks/rollout_engines.py --python .venv-engines/bin/python --json PATH
+
+All draw as many answers to the same questions in each round, in turn, on one machine; the first round warms up. vLLM is
+launched as `rollouts.engine.launch` launches it, and gets moved weights before each round: once with the time of handing them
+over and proving them, once without. TRL's GRPOTrainer generates by transformers, its default: TRL 1.16 takes vLLM up to 0.31
+and joins its weights over NCCL, so that it has no vLLM on a CPU. Without TRL installed its row says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibtrain.confidence.answering import Answerer
+from calibtrain.config import RunConfig
+from calibtrain.data.encode import fit_prompt
+from calibtrain.data.templates import template_of
+from calibtrain.distributed import World
+from calibtrain.engines import Completion, Draws
+from calibtrain.models.loading import load_model, load_tokenizer
+from calibtrain.models.loss_model import LossModel
+from calibtrain.models.policy import Policy
+from calibtrain.pipeline.prepare import prepare
+from calibtrain.training.own_sampling import OwnSampling
+from calibtrain.training.served_sampling import ServedSampling
+
+WORLD = World(0, 1, 0, torch.device("cpu"))
+Arm = Callable[[int], tuple[int, int]]
+"""Round -> answers and tokens that it drew."""
+
+
+def main() -> None:
+    options = parsed()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        config = run_config(options, Path(folder))
+        template = template_of(config, load_tokenizer(config.model))
+        model = LossModel(Policy(load_model(config.model))).eval()
+        answerer = Answerer(model, template, config.evaluation, WORLD)
+        records = prepare(config).splits["train"][: options.questions]
+        prompts = [tuple(fit_prompt(one, template, 256)[0]) for one in records]
+        texts = [
+            (*prompt, *template.tokenizer.encode(one.accepted[0])) for prompt, one in zip(prompts, records, strict=True)
+        ]
+        own = OwnSampling(answerer, max(1, options.batch // options.group))
+        served = ServedSampling(config, answerer, texts[:4], prompts[:4])
+
+        def draws(number: int) -> Draws:
+            seeds = [1000 * (number * len(prompts) + i) for i in range(len(prompts))]
+            return Draws(prompts, seeds, options.group, template.stop_ids, options.tokens, template.goes_on)
+
+        def handed_over(number: int) -> tuple[int, int]:
+            move(model, number)
+            return counted(served.sample(draws(number), number))
+
+        arms: dict[str, Arm] = {
+            "own": lambda number: counted(own.sample(draws(number), number)),
+            "vllm_with_push": handed_over,
+            "vllm": lambda number: counted(served.sample(draws(number + 10_000), number)),
+        }
+        trl, why_not = trl_arm(options, model, template, prompts)
+        arms |= {} if trl is None else {"trl_transformers": trl}
+        try:
+            report = measured(arms, options.rounds)
+        finally:
+            served.close()
+    report |= {"engine_gap": served.metrics.get("engine_gap"), "push_seconds": served.metrics.get("push_seconds")}
+    report |= {"trl": why_not, "settings": {key: str(value) for key, value in vars(options).items()}}
+    print(json.dumps(report, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def measured(arms: dict[str, Arm], rounds: int) -> dict[str, Any]:
+    """Answers and tokens a second of each arm in every round, and ratios to `own` within rounds."""
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    for number in range(rounds + 1):
+        order = list(arms) if number % 2 else list(arms)[::-1]
+        if "vllm_with_push" in order:  # the weights of the round come before what is drawn by them without a push
+            order.remove("vllm_with_push")
+            order.insert(order.index("vllm"), "vllm_with_push")
+        for name in order:
+            began = time.perf_counter()
+            answers, tokens = arms[name](number)
+            seconds = time.perf_counter() - began
+            if number:
+                rates[name].append((answers / seconds, tokens / seconds))
+    return {"arms": {name: summary(found, rates["own"]) for name, found in rates.items()}}
+
+
+def summary(found: list[tuple[float, float]], own: list[tuple[float, float]]) -> dict[str, Any]:
+    ratios = [mine[0] / its[0] for mine, its in zip(found, own, strict=True)]
+    return {
+        "answers_per_second": statistics.median(one[0] for one in found),
+        "tokens_per_second": statistics.median(one[1] for one in found),
+        "ratio_to_own": statistics.median(ratios),
+        "ratio_lowest": min(ratios),
+        "ratio_highest": max(ratios),
+        "rounds": [one[0] for one in found],
+    }
+
+
+def counted(groups: list[list[Completion]]) -> tuple[int, int]:
+    return sum(map(len, groups)), sum(len(one.tokens) for group in groups for one in group)
+
+
+@torch.no_grad()
+def move(model: torch.nn.Module, number: int) -> None:
+    """As a step of training would, a little."""
+    generator = torch.Generator().manual_seed(number)
+    for parameter in model.parameters():
+        parameter += 1e-5 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+def trl_arm(options: argparse.Namespace, model: LossModel, template: Any, prompts: Any) -> tuple[Arm | None, str]:
+    """GRPOTrainer's own generation of as many answers; None, and why, without TRL."""
+    if importlib.util.find_spec("trl") is None:
+        return None, "not measured: TRL is not installed (make peers)"
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    import trl
+    from datasets import Dataset
+
+    count = len(prompts) * options.group
+    arguments = trl.GRPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=count, num_generations=options.group,
+        max_completion_length=options.tokens, temperature=1.0, top_p=1.0, top_k=0, use_cpu=True, bf16=False, report_to=[],
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    texts = [template.tokenizer.decode(one) for one in prompts for _ in range(options.group)]
+    trainer = trl.GRPOTrainer(
+        model.policy.causal_model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": one} for one in texts]), processing_class=template.tokenizer,
+    )  # fmt: skip
+    ids = [list(one) for one in prompts for _ in range(options.group)]
+
+    def draw(number: int) -> tuple[int, int]:
+        torch.manual_seed(number)
+        completions, _ = trainer._generate_single_turn(ids, None, {}, options.group)
+        return len(completions), sum(map(len, completions))
+
+    return draw, f"TRL {trl.__version__}: GRPOTrainer by transformers; its vLLM modes need CUDA and vLLM up to 0.31"
+
+
+def run_config(options: argparse.Namespace, folder: Path) -> RunConfig:
+    environment = {
+        "OMP_NUM_THREADS": str(options.threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    limits = ["--enforce-eager", "--max-num-seqs", str(options.batch)]
+    engine = {"kind": "vllm", "launch": True, "python": options.python, "arguments": limits, "environment": environment}
+    return RunConfig.model_validate(
+        {
+            "output_dir": str(folder),
+            "model": {"source": options.model, "dtype": "fp32"},
+            "data": {"source": {"kind": "geography"}, "max_length": 256 + options.tokens},
+            "objective": {"name": "grpo"},
+            "rollouts": {"group_size": options.group, "engine": engine},
+            "evaluation": {"max_new_tokens": options.tokens},
+        }
+    )
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded:smollm2-135m-instruct", help="as model.source")
+    parser.add_argument("--python", default=".venv-engines/bin/python", help="interpreter that has vLLM")
+    parser.add_argument("--questions", type=int, default=16)
+    parser.add_argument("--group", type=int, default=8, help="answers to each question")
+    parser.add_argument("--tokens", type=int, default=32, help="longest answer")
+    parser.add_argument("--batch", type=int, default=128, help="answers at once")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
