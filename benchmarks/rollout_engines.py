@@ -3,9 +3,9 @@
     python benchmarks/rollout_engines.py --python .venv-engines/bin/python --json PATH
 
 All draw as many answers to the same questions in each round, in turn, on one machine; the first round warms up. vLLM is
-launched as `rollouts.engine.launch` launches it, and gets moved weights before each round: once with the time of handing them
-over and proving them, once without. TRL's GRPOTrainer generates by transformers, its default: TRL 1.16 takes vLLM up to 0.31
-and joins its weights over NCCL, so that it has no vLLM on a CPU. Without TRL installed its row says so.
+launched as `rollouts.engine.launch` launches it, and gets moved weights before each round: once with the time of handing
+them over and proving them, once without. TRL's GRPOTrainer generates by transformers, its default: TRL 1.16 takes vLLM up
+to 0.31 and hands weights over by NCCL, so that it has no vLLM on a CPU. Without TRL installed its row says so.
 """
 
 from __future__ import annotations
