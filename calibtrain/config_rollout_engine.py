@@ -20,7 +20,7 @@ class RolloutEngineConfig(Section):
     launch: bool = False
     """Start a server with the run and end it with the run; its log is OUT/engine/server.log."""
     python: Path | None = None
-    """Interpreter that has vLLM, for `launch`, e.g. .venv-engines/bin/python; null: that of the run."""
+    """Interpreter that has vLLM, for `launch`, e.g. .venv-engines/bin/python in the working directory; null: the run's."""
     arguments: tuple[str, ...] = ()
     """More options of `vllm serve`, for `launch`, e.g. [--gpu-memory-utilization, "0.9"]."""
     environment: dict[str, str] = Field(default_factory=dict)

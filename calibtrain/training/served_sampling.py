@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+STOP_SECONDS = 10.0
 LOOK_SECONDS = 1.0
 """Between two looks for a server that is away."""
 START = "start"
@@ -117,8 +118,11 @@ class ServedSampling:
         self._ahead.begin(self.server, self._salt(self.version))
 
     def started(self) -> tuple[int, list[list[Completion]]] | None:
-        """The version and the completions of what was started, once they are there; None without any. Local."""
-        if self._ahead is None:
+        """The version and the completions of what was started, once they are there; None without any. Local.
+
+        Who was asked to stop waits for them STOP_SECONDS alone: a checkpoint in time is worth more.
+        """
+        if self._ahead is None or not self._ahead.there(STOP_SECONDS if stop_was_asked() else None):
             return None
         groups, problem = self._outcome(self._ahead)
         return None if problem is not None else (self._ahead.version, groups)
@@ -287,6 +291,12 @@ class _Ahead:
 
         self._thread = Thread(target=draw, name="rollouts-ahead", daemon=True)
         self._thread.start()
+
+    def there(self, seconds: float | None) -> bool:
+        """Whether the draws are there, or have failed, after at most so many seconds; None: however long it takes."""
+        if self.outcome is None:
+            self._thread.join(seconds)
+        return self.outcome is not None or not self._thread.is_alive()
 
     def wait(self) -> list[list[Completion]]:
         """What was drawn; raises what it met."""
