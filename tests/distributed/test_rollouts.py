@@ -2,6 +2,7 @@
 round, and what is exported loads."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -113,6 +114,32 @@ def test_a_server_answers_by_the_weights_of_the_round_before(runs):
     lines = logs(runs[1]["served3"][0])
     assert [lines[step]["train/rollouts/staleness"] for step in range(1, 7)] == [0, 0, 2, 2, 2, 2]
     assert all(line["train/rollouts/engine_gap"] < 1e-4 for line in lines.values())
+
+
+def test_a_run_whose_server_is_lost_keeps_what_it_learnt(runs, tmp_path):
+    """Both ranks end, with one line, behind a checkpoint of the last step."""
+    folder, _ = runs
+    with PolicyServer(folder / "tiny") as server:
+        config = yaml.safe_load((folder / "served3.yaml").read_text())
+        config["rollouts"]["engine"] |= {"address": server.url, "wait": 0.5, "overlap": False}
+        config["training"] |= {"zero_stage": 1, "deepspeed": None, "checkpoint_every": None, "max_steps": 60}
+        config["output_dir"] = str(tmp_path / "lost")
+        (tmp_path / "lost.yaml").write_text(yaml.safe_dump(config))
+
+        def stop(pid):
+            log = tmp_path / "lost" / "metrics.jsonl"
+            if log.exists() and len(log.read_text().splitlines()) > 3:
+                server.before = lambda path: (503, {})
+            return False
+
+        done = run(trained(2, tmp_path / "lost.yaml"), tmp_path, 200, watch=stop)
+    assert done.code != 0
+    (kept,) = (tmp_path / "lost" / "checkpoints").glob("step-*")
+    steps = max(logs(metrics(tmp_path / "lost")))
+    assert kept.name == f"step-{steps:07d}"
+    words = re.search(r"EngineFailure: (.*waited 0.5 s .*)", done.output)[1]
+    assert f"training stopped after step {steps} of 60; checkpoint: {kept}" in words
+    assert "The same command with training.resume=auto goes on from there" in words
 
 
 def test_reference_point_is_zero_at_the_start_and_is_logged(runs):

@@ -13,6 +13,7 @@ import torch
 from calibtrain.config import RunConfig
 from calibtrain.engines import Draws
 from calibtrain.errors import EngineFailure, UserError
+from calibtrain.pipeline.check import check_rollout_engine
 from calibtrain.training import preemption
 from calibtrain.training.own_sampling import OwnSampling
 from calibtrain.training.served_sampling import ServedSampling
@@ -282,6 +283,31 @@ def test_our_own_drawing_does_not_depend_on_batches(source, tmp_path):
 def test_settings_that_do_not_fit_are_refused(source, tmp_path, engine, words):
     with pytest.raises(ValueError, match=words):
         config(source, tmp_path, **engine)
+
+
+def test_the_engine_is_looked_for_before_the_run(policy, source, tmp_path):
+    check_rollout_engine(config(source, tmp_path, address=policy.url))
+    policy.before = lambda path: (404, {}) if path == "/weight_info" else None
+    with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
+        check_rollout_engine(config(source, tmp_path, address=policy.url))
+    with pytest.raises(UserError, match=r"no server answers there .*vllm serve MODEL.*make engines"):
+        check_rollout_engine(config(source, tmp_path, address="http://127.0.0.1:9/v1"))
+    with pytest.raises(UserError, match="has no vLLM"):
+        check_rollout_engine(config(source, tmp_path, launch=True))
+
+
+def test_who_was_asked_to_stop_does_not_wait_long_for_draws(served, policy, monkeypatch):
+    served.push(0)
+    monkeypatch.setattr("calibtrain.training.served_sampling.stop_was_asked", lambda: True)
+    monkeypatch.setattr("calibtrain.training.served_sampling.STOP_SECONDS", 0.05)
+    policy.before = lambda path: time.sleep(0.4) if path == "/v1/completions" else None
+    served.start(served.draws)
+    assert served.started() is None
+    assert served.sample(served.draws, 1)
+    assert served.metrics["staleness"] == 1
+    served.start(served.draws)
+    time.sleep(1.0)
+    assert served.started() is not None
 
 
 def test_an_interpreter_without_vllm_is_told_how_to_get_it(source, tmp_path):
