@@ -29,7 +29,8 @@ class RolloutEngineConfig(Section):
     """Where a launched server listens. Another one lets processes of other machines ask it, and whoever reaches it can
     change its weights."""
     directory: Path | None = None
-    """Where weights are handed over, on a disk (or in memory, /dev/shm) that the server reads; null: OUT/engine."""
+    """Where weights are handed over, of this run alone, on a disk (or in memory, /dev/shm) that the server reads; null:
+    OUT/engine."""
     wait: Positive = 600.0
     """Seconds that the server may be away, or take to start, before the run ends behind a checkpoint."""
     tolerance: Positive | None = None

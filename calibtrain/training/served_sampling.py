@@ -80,7 +80,7 @@ class ServedSampling:
         """Hand the policy's present weights over and verify that the server answers by them. Collective."""
         if self.version == version:
             return
-        began = time.monotonic()
+        began, lost = time.monotonic(), None
         weights = gathered_weights(self.answerer.module.policy, keep=self.world.is_main)
         while True:
             told, problem = self._on_main(lambda: self._hand_over(weights, version))
@@ -88,14 +88,15 @@ class ServedSampling:
                 problem = self._unproven(told)
             if problem is None:
                 break
-            self._await(problem, began)
+            lost = lost or time.monotonic()
+            self._await(problem, lost)
         self.server.model, self.server.max_model_len = on_main(lambda: (self.server.model, self.server.max_model_len))
         self.version = version
         self.metrics["push_seconds"] = time.monotonic() - began
 
     def sample(self, draws: Draws, version: int) -> list[list[Completion]]:
         """The completions of each prompt; what `start` began is returned as it was drawn. Collective."""
-        began = time.monotonic()
+        began, lost = time.monotonic(), None
         while True:
             ahead, self._ahead = self._ahead, None
             if not all_agree(ahead is not None and ahead.draws == draws, self.world.device):
@@ -109,7 +110,8 @@ class ServedSampling:
                 self.metrics["staleness"] = float(version - drawn_by)
                 return groups
             self.version = None  # whoever answers there next has other weights
-            self._await(problem, began)
+            lost = lost or time.monotonic()
+            self._await(problem, lost)
 
     def start(self, draws: Draws) -> None:
         """Begin to draw by the weights that were pushed last, in threads of this process. Local."""
@@ -132,11 +134,13 @@ class ServedSampling:
         self._ahead = _Ahead(draws, version, outcome=(groups, None))
 
     def close(self) -> None:
-        """End the server that was launched. Local."""
+        """End the server that was launched, and clear away what was handed over. Local."""
         self._ahead = None
         if self.launched is not None:
             self.launched.end()
             self.launched = None
+        if self.world.is_main:
+            self._clear()
 
     def _launch(self, dtype: str) -> str:
         """Get a server ready to be started, and return its address."""
@@ -178,8 +182,7 @@ class ServedSampling:
         """A directory that vLLM loads, whole or not at all; that of the version before goes."""
         partial = target.with_name(target.name + ".partial")
         try:
-            for old in self.directory.glob(f"weights-{self.name}-*"):
-                shutil.rmtree(old, ignore_errors=True)
+            self._clear()
             partial.mkdir(parents=True)
             write_weights(weights, self.config.model, self.template, self.answerer.module.policy.causal_model, partial)
             partial.rename(target)
@@ -189,6 +192,12 @@ class ServedSampling:
             link.replace(self.directory / START)
         except OSError as error:
             raise UserError(f"rollouts.engine.directory: {self.directory} cannot be written ({error})") from None
+
+    def _clear(self) -> None:
+        """Delete the weights of earlier versions, and of a run that was killed before this one."""
+        (self.directory / START).unlink(missing_ok=True)
+        for old in self.directory.glob("weights-*"):
+            shutil.rmtree(old, ignore_errors=True)
 
     def _connect(self) -> None:
         """Find the server there, or start it. Raises Unreachable where it does not answer yet. On rank 0."""
@@ -230,8 +239,11 @@ class ServedSampling:
             return [], _problem(error)
         return [[replace(one, version=version) for one in group] for group in groups], None
 
-    def _await(self, problem: Problem, began: float) -> None:
-        """Wait for a lost server. Raises EngineFailure, on every rank, for any other problem, or when it was too long."""
+    def _await(self, problem: Problem, lost: float) -> None:
+        """Wait for a server that was lost at this time.
+
+        Raises EngineFailure, on every rank, for any other problem, or when it was too long.
+        """
 
         def wait() -> None:
             if self.launched is None or self._has_answered:  # else it is only starting
@@ -240,7 +252,7 @@ class ServedSampling:
                 time.sleep(LOOK_SECONDS)
                 if stop_was_asked():
                     raise UserError(f"{problem.text}; asked to stop (SIGTERM) while waiting for it")
-                if time.monotonic() - began > self.settings.wait:
+                if time.monotonic() - lost > self.settings.wait:
                     raise UserError(f"{problem.text}; waited {self.settings.wait:g} s (rollouts.engine.wait)")
                 try:
                     return self._connect()

@@ -81,6 +81,9 @@ def test_every_round_is_drawn_by_the_weights_of_its_step(served, policy):
     again = served.sample(served.draws, 4)
     assert served.sample(served.draws, 4) == again  # by its seeds, and without another push
     assert len(policy.loads) == 5
+    assert (served.directory / "start").resolve().name == policy.loads[-1]
+    served.close()
+    assert list(served.directory.iterdir()) == []
 
 
 def test_a_draw_is_the_models_own_distribution_whatever_it_recommends(served, policy):
