@@ -175,7 +175,8 @@ class ServedSampling:
     def _unproven(self, told: Told) -> Problem | None:
         """Why the server does not answer by the weights here, if so. Collective."""
         ours = self.proof.ours(told)
-        text, self.metrics["engine_gap"] = on_main(lambda: (self.proof.problem(told, ours), self.proof.gap))
+        text, found = on_main(lambda: (self.proof.problem(told, ours), self.proof.found))
+        self.metrics |= found
         return None if text is None else Problem(f"{self.server.url}: {text}", lost=False)
 
     def _write(self, weights: dict[str, Tensor], target: Path) -> None:

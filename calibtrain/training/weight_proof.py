@@ -50,8 +50,9 @@ class WeightProof:
         self.answerer, self.tolerance, self.exact = answerer, tolerance, exact
         self.texts, self.prompts = [tuple(one) for one in texts], [tuple(one) for one in prompts]
         self._before: tuple[Tensor, Tensor] | None = None  # theirs and ours, of the weights before
-        self.gap = 0.0
-        """Largest difference that was found last."""
+        self.found: dict[str, float] = {}
+        """engine_gap: the largest difference that was found last; policy_moved: by how much the trainer's log-probs of the
+        probes moved since the weights before, root mean square."""
 
     def ask(self, server: VLLMServer, salt: str, stop_ids: Sequence[int]) -> Told:
         """The server's side. Rank 0 asks."""
@@ -79,17 +80,20 @@ class WeightProof:
         count = len(self.texts)
         theirs, own = _flat(told.scores), _flat(ours[:count])
         drawn, own_drawn = _flat([one.logprobs for one in told.drawn]), _flat(ours[count:])
-        self.gap = float(torch.cat([theirs - own, drawn - own_drawn]).abs().max())
+        gap = float(torch.cat([theirs - own, drawn - own_drawn]).abs().max())
         before, self._before = self._before, (theirs, own)
-        if not self.gap <= self.tolerance:
+        self.found = {"engine_gap": gap}
+        if before is not None:
+            self.found["policy_moved"] = _rms(own - before[1])
+        if not gap <= self.tolerance:
             return (
-                f"its log-probs are up to {self.gap:.2g} nats from the trainer's after the weights were handed over (at "
+                f"its log-probs are up to {gap:.2g} nats from the trainer's after the weights were handed over (at "
                 f"most {self.tolerance:g}, rollouts.engine.tolerance): its weights are stale, or it serves another model, "
                 "in another dtype, or by logit processors of its own"
             )
         if before is None or not self.exact:
             return None
-        theirs_moved, own_moved = (_rms(now - then) for now, then in zip((theirs, own), before, strict=True))
+        theirs_moved, own_moved = _rms(theirs - before[0]), self.found["policy_moved"]
         if own_moved > NOTICED and theirs_moved < FOLLOWS * own_moved:
             return (
                 f"its weights are stale: the trainer's log-probs moved by {own_moved:.2g} nats since they were handed over "

@@ -114,6 +114,7 @@ def test_a_server_answers_by_the_weights_of_the_round_before(runs):
     lines = logs(runs[1]["served3"][0])
     assert [lines[step]["train/rollouts/staleness"] for step in range(1, 7)] == [0, 0, 2, 2, 2, 2]
     assert all(line["train/rollouts/engine_gap"] < 1e-4 for line in lines.values())
+    assert all(lines[step]["train/rollouts/policy_moved"] > 1e-3 for step in (3, 5))
 
 
 def test_a_run_whose_server_is_lost_keeps_what_it_learnt(runs, tmp_path):
