@@ -23,6 +23,7 @@ class Sample:
     logprobs: tuple[float, ...] = ()  # under the policy that sampled, where a later step or the KL needs them
     reference: tuple[float, ...] = ()  # under the starting model, where the KL needs them
     values: tuple[float, ...] = ()  # of PPO's value head
+    version: int | None = None  # optimiser steps behind the weights that drew it
 
 
 def loaded_sample(saved: dict[str, Any]) -> Sample:

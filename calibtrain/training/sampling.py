@@ -150,6 +150,7 @@ class Sampling:
             finished=generation.finished,
             sampled_logprobs=generation.logprobs,
             stated=stated,
+            version=generation.version,
         )
         return sample, reading
 
