@@ -153,10 +153,11 @@ def skipping(post):
 
 
 def test_a_server_that_stays_away_ends_the_run_behind_a_checkpoint(folder):
+    """And before that it draws each round while the one before is trained on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
         with vllm_server(folder / "wide") as url:
-            path, output = job(folder, "away", address=url, wait=8), folder / "away"
+            path, output = job(folder, "away", address=url, wait=8, overlap=True), folder / "away"
             port = re.search(r":(\d+)/", url)[1]
             killed = []
 
@@ -173,7 +174,14 @@ def test_a_server_that_stays_away_ends_the_run_behind_a_checkpoint(folder):
     assert killed
     assert ended.code != 0
     kept = max(int(one.name[5:]) for one in (output / "checkpoints").glob("step-*"))
-    assert kept == max(logged(output))
+    lines = logged(output)
+    assert kept == max(lines)
+    assert [lines[step]["train/rollouts/staleness"] for step in (1, 2, 3)] == [
+        0,
+        1,
+        1,
+    ]  # drawn while the last one trained
+    assert all(line["train/rollouts/engine_gap"] < 1e-2 for line in lines.values())
     assert re.search(rf"waited 8 s .*training stopped after step {kept} of {STEPS}; checkpoint: ", ended.output)
     assert "training.resume=auto goes on from there" in ended.output
     assert "Traceback" not in ended.output
