@@ -3,9 +3,10 @@
     python benchmarks/rollout_engines.py --python .venv-engines/bin/python --json PATH
 
 All draw as many answers to the same questions in each round, in turn, on one machine; the first round warms up. vLLM is
-launched as `rollouts.engine.launch` launches it, and gets moved weights before each round: once with the time of handing
-them over and proving them, once without. TRL's GRPOTrainer generates by transformers, its default: TRL 1.16 takes vLLM up
-to 0.31 and hands weights over by NCCL, so that it has no vLLM on a CPU. Without TRL installed its row says so.
+launched as `rollouts.engine.launch` launches it, and gets moved weights before each round; `vllm_with_push` counts the time
+of handing them over and proving them, `vllm` does not. TRL draws by GRPOTrainer (transformers, its default) and by the
+client by which it asks vLLM, of the same server: TRL 1.16 hands weights over by NCCL alone, so that on a CPU its trainer
+itself has no vLLM. Without TRL installed its rows say so.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _trl_rollouts import client_arm, trainer_arm
 
 from calibtrain.confidence.answering import Answerer
 from calibtrain.config import RunConfig
@@ -61,43 +63,51 @@ def main() -> None:
             seeds = [1000 * (number * len(prompts) + i) for i in range(len(prompts))]
             return Draws(prompts, seeds, options.group, template.stop_ids, options.tokens, template.goes_on)
 
-        def handed_over(number: int) -> tuple[int, int]:
+        def push(number: int) -> float:
             move(model, number)
-            return counted(served.sample(draws(number), number))
+            served.push(number)
+            return served.metrics["push_seconds"]
 
         arms: dict[str, Arm] = {
             "own": lambda number: counted(own.sample(draws(number), number)),
-            "vllm_with_push": handed_over,
-            "vllm": lambda number: counted(served.sample(draws(number + 10_000), number)),
+            "vllm": lambda number: counted(served.sample(draws(number), number)),
         }
-        trl, why_not = trl_arm(options, model, template, prompts)
-        arms |= {} if trl is None else {"trl_transformers": trl}
+        trl = importlib.util.find_spec("trl") is not None
         try:
-            report = measured(arms, options.rounds)
+            push(-1)  # the server starts
+            if trl:
+                arms["trl_transformers"] = trainer_arm(
+                    model.policy.causal_model, template.tokenizer, prompts, options.group, options.tokens
+                )
+                root = served.server.root.url
+                arms["trl_vllm"] = client_arm(root, str(served.server.model), prompts, options.group, options.tokens)
+            report = measured(arms, push, options.rounds)
         finally:
             served.close()
-    report |= {"engine_gap": served.metrics.get("engine_gap"), "push_seconds": served.metrics.get("push_seconds")}
-    report |= {"trl": why_not, "settings": {key: str(value) for key, value in vars(options).items()}}
+    report |= {"engine_gap": served.metrics["engine_gap"], "trl": "measured" if trl else "not installed (make peers)"}
+    report["settings"] = {key: str(value) for key, value in vars(options).items()}
     print(json.dumps(report, indent=2))
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def measured(arms: dict[str, Arm], rounds: int) -> dict[str, Any]:
+def measured(arms: dict[str, Arm], push: Callable[[int], float], rounds: int) -> dict[str, Any]:
     """Answers and tokens a second of each arm in every round, and ratios to `own` within rounds."""
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in [*arms, "vllm_with_push"]}
+    pushed = []
     for number in range(rounds + 1):
-        order = list(arms) if number % 2 else list(arms)[::-1]
-        if "vllm_with_push" in order:  # the weights of the round come before what is drawn by them without a push
-            order.remove("vllm_with_push")
-            order.insert(order.index("vllm"), "vllm_with_push")
-        for name in order:
+        seconds = push(number)
+        pushed += [seconds] * (number > 0)
+        for name in list(arms) if number % 2 else list(arms)[::-1]:
             began = time.perf_counter()
             answers, tokens = arms[name](number)
-            seconds = time.perf_counter() - began
+            took = time.perf_counter() - began
             if number:
-                rates[name].append((answers / seconds, tokens / seconds))
-    return {"arms": {name: summary(found, rates["own"]) for name, found in rates.items()}}
+                rates[name].append((answers / took, tokens / took))
+            if number and name == "vllm":
+                rates["vllm_with_push"].append((answers / (took + seconds), tokens / (took + seconds)))
+    found = {name: summary(one, rates["own"]) for name, one in rates.items()}
+    return {"arms": found, "push_seconds": statistics.median(pushed)}
 
 
 def summary(found: list[tuple[float, float]], own: list[tuple[float, float]]) -> dict[str, Any]:
@@ -122,35 +132,6 @@ def move(model: torch.nn.Module, number: int) -> None:
     generator = torch.Generator().manual_seed(number)
     for parameter in model.parameters():
         parameter += 1e-5 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-
-
-def trl_arm(options: argparse.Namespace, model: LossModel, template: Any, prompts: Any) -> tuple[Arm | None, str]:
-    """GRPOTrainer's own generation of as many answers; None, and why, without TRL."""
-    if importlib.util.find_spec("trl") is None:
-        return None, "not measured: TRL is not installed (make peers)"
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    import trl
-    from datasets import Dataset
-
-    count = len(prompts) * options.group
-    arguments = trl.GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=count, num_generations=options.group,
-        max_completion_length=options.tokens, temperature=1.0, top_p=1.0, top_k=0, use_cpu=True, bf16=False, report_to=[],
-        gradient_checkpointing=False,
-    )  # fmt: skip
-    texts = [template.tokenizer.decode(one) for one in prompts for _ in range(options.group)]
-    trainer = trl.GRPOTrainer(
-        model.policy.causal_model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": one} for one in texts]), processing_class=template.tokenizer,
-    )  # fmt: skip
-    ids = [list(one) for one in prompts for _ in range(options.group)]
-
-    def draw(number: int) -> tuple[int, int]:
-        torch.manual_seed(number)
-        completions, _ = trainer._generate_single_turn(ids, None, {}, options.group)
-        return len(completions), sum(map(len, completions))
-
-    return draw, f"TRL {trl.__version__}: GRPOTrainer by transformers; its vLLM modes need CUDA and vLLM up to 0.31"
 
 
 def run_config(options: argparse.Namespace, folder: Path) -> RunConfig:
