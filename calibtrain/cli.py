@@ -61,9 +61,10 @@ def train(
         return
     processes = num_processes or max(1, gpu_count())
     if processes > 1:
-        from calibtrain.pipeline.check import check
+        from calibtrain.pipeline.check import check, check_rollout_engine
 
         check(loaded, processes)  # a mistake is told once, before any process starts
+        check_rollout_engine(loaded)
         code = launch(config, overrides or [], num_processes=processes, output_dir=loaded.output_dir)
         if code:
             raise typer.Exit(code)

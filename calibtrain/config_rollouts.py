@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from calibtrain.config_base import BelowOne, Count, Fraction, LossSection, Needs, Positive, Section, Weight
 from calibtrain.config_rewards import GradeSource, ModelSource, PPOCConfig, RewardSource
+from calibtrain.config_rollout_engine import RolloutEngineConfig
 
 
 class RolloutsConfig(Section):
@@ -66,6 +67,9 @@ class RolloutsConfig(Section):
     measure_reward_model: Annotated[int, Field(ge=0)] = 64
     """Questions of data.splits.calibration and validation by which a reward model is measured before training, in
     OUT/reward_model.json and the report: on the data's pairs, else on the policy's own right and wrong answers."""
+
+    engine: RolloutEngineConfig = RolloutEngineConfig()
+    """Who samples."""
 
     @model_validator(mode="before")
     @classmethod

@@ -12,6 +12,14 @@ class UserError(Exception):
     """A mistake in a config, a file or a call; the message names the place and says how to mend it."""
 
 
+class Unreachable(UserError):
+    """A server that does not answer, or not yet: what was asked of it may be asked again once it does."""
+
+
+class EngineFailure(UserError):
+    """The engine that samples for a training run is lost; the same on every rank, so that what was learnt can be kept."""
+
+
 PREEMPTED = 75
 """Exit code of a run that stopped as it was asked to: EX_TEMPFAIL, try again."""
 

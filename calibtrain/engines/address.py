@@ -16,7 +16,7 @@ from http.client import HTTPException
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from calibtrain.errors import UserError
+from calibtrain.errors import Unreachable, UserError
 
 KEY_VARIABLE = "CALIBTRAIN_ENGINE_KEY"
 MAX_BYTES = 1 << 24
@@ -41,8 +41,9 @@ class Address:
     """An OpenAI-compatible base URL, such as http://127.0.0.1:8000/v1.
 
     The key, where the environment variable `key_variable` holds one, goes into the request's header and nowhere else.
-    option: what names the URL, `must`: what the server must take, both for messages; retried: status codes after which a
-    request is sent again. Raises UserError for what is no such URL; every call raises it for what the server does not do.
+    option: what names the URL, `must`: what the server must take, `absent`: what a path that is not there means, all for
+    messages; retried: status codes after which a request is sent again; attempts: how often it is sent. Raises UserError for
+    what is no such URL; every call raises it for what the server does not do, and Unreachable where it does not answer.
     """
 
     def __init__(
@@ -54,14 +55,16 @@ class Address:
         key_variable: str = KEY_VARIABLE,
         option: str = "--engine",
         must: str = "take prompts as token ids, stop_token_ids and return_token_ids, as vLLM does",
+        absent: str = "give the base URL of an OpenAI-compatible server, which ends in /v1",
         retried: tuple[int, ...] = BUSY,
+        attempts: int = ATTEMPTS,
     ) -> None:
         self.url = _checked(url, option, key_variable)
         self.timeout = timeout
         self.first_wait = first_wait
         self.key_variable = key_variable
-        self.must = must
-        self.retried = retried
+        self.must, self.absent = must, absent
+        self.retried, self.attempts = retried, attempts
         self._key = os.environ.get(key_variable, "").strip()
         if not self._key.isprintable() or not self._key.isascii():
             raise UserError(f"{key_variable}: not a key that fits into a header; it holds other than printable ASCII")
@@ -75,7 +78,7 @@ class Address:
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The JSON that answers `body`; a busy server, or a connection that breaks, is tried again."""
-        return self._call(path, json.dumps(body).encode(), attempts=ATTEMPTS)
+        return self._call(path, json.dumps(body).encode(), attempts=self.attempts)
 
     def _call(self, path: str, data: bytes | None, attempts: int) -> Any:
         for attempt in range(1, attempts + 1):
@@ -85,11 +88,12 @@ class Address:
             except urllib.error.HTTPError as error:
                 with error:
                     if error.code not in self.retried or attempt == attempts:
-                        raise UserError(self._refusal(path, error)) from None
+                        kind = Unreachable if error.code >= 500 or error.code in BUSY else UserError
+                        raise kind(self._refusal(path, error)) from None
                     wait = max(wait, _asked_wait(error.headers.get("Retry-After")))
             except (OSError, HTTPException, UnicodeError) as error:  # the last: a host that is no name
                 if attempt == attempts or _timed_out(error):
-                    raise UserError(self._unreachable(error)) from None
+                    raise Unreachable(self._unreachable(error)) from None
             time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
@@ -133,7 +137,7 @@ class Address:
             return f"{self.url}: the server wants a key; put it into the environment variable {self.key_variable}"
         said = self._said(error)
         if error.code in (404, 405) and "model" not in said:
-            return f"{self.url}{path}: not found; give the base URL of an OpenAI-compatible server, which ends in /v1"
+            return f"{self.url}{path}: not found; {self.absent}"
         if 300 <= error.code < 400:
             return f"{self.url}: the server sends on to another address; give that one"
         if error.code in BUSY:

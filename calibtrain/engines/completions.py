@@ -23,9 +23,7 @@ TOLD = 8
 GREEDY_SLACK = 1e-3
 LEAST_LOGPROB = -1000.0
 MAX_TOKEN = 1 << 31
-GREEDY: dict[str, Any] = {
-    "n": 1,
-    "temperature": 0.0,
+UNALTERED: dict[str, Any] = {
     # Said although they are the defaults: a generation_config.json beside the model sets others.
     "top_p": 1.0,
     "top_k": 0,
@@ -34,11 +32,12 @@ GREEDY: dict[str, Any] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "min_tokens": 0,
-    "logprobs": 1,
     "return_token_ids": True,
     "return_tokens_as_token_ids": True,
     "add_special_tokens": False,
 }
+"""The model's own distribution, and its tokens as ids."""
+GREEDY: dict[str, Any] = {**UNALTERED, "n": 1, "temperature": 0.0, "logprobs": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ class CompletionsServer:
     def __init__(self, url: str, model: str | None = None, *, timeout: float = 300.0) -> None:
         self.address = Address(url, timeout=timeout)
         self.url = self.address.url
-        card = _card(self.address.get("/models"), model, self.url)
+        card = card_of(self.address.get("/models"), model, self.url)
         self.model: str = card["id"]
         length = card.get("max_model_len")
         self.max_model_len = length if isinstance(length, int) and not isinstance(length, bool) else None
@@ -149,30 +148,52 @@ def read(
     reply: Any, prompt: Sequence[int], stop_ids: Collection[int], max_new_tokens: int, url: str, greedy: bool = True
 ) -> Sent:
     """The completion in a reply of /v1/completions, whose every part is checked. Raises UserError for what is amiss."""
+    (choice,) = choices_of(reply, 1, url)
+    completion = read_choice(reply, choice, prompt, stop_ids, max_new_tokens, url)
+    best = _best(choice["logprobs"], completion.logprobs, url)
+    if greedy and any(top > chosen + GREEDY_SLACK for top, chosen in zip(best, completion.logprobs, strict=True)):
+        raise UserError(
+            f"{url}: the answer is not greedy (a likelier token was not taken); serve without sampling, penalties or "
+            "logit processors of the server's own (vLLM: --generation-config vllm)"
+        )
+    said = [one if isinstance(one, str) else "" for one in (reply.get("model"), reply.get("system_fingerprint"))]
+    return Sent(completion, said[0], said[1], best[0])
+
+
+def choices_of(reply: Any, count: int, url: str) -> list[dict[str, Any]]:
+    """The `count` choices of a reply, in the order of their indices. Raises UserError for any other number."""
     choices = reply.get("choices") if isinstance(reply, dict) else None
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise UserError(f"{url}: a reply of /completions has not one choice; is this an OpenAI-compatible server?")
-    choice = choices[0]
+    found = [one for one in choices if isinstance(one, dict)] if isinstance(choices, list) else []
+    if len(found) == 1 == count:
+        return found
+    indices = [one.get("index") for one in found]
+    if len(found) != count or set(map(str, indices)) != set(map(str, range(count))):
+        wanted = "one choice" if count == 1 else f"the {count} choices that were asked for"
+        raise UserError(f"{url}: a reply of /completions has not {wanted}; is this an OpenAI-compatible server?")
+    return sorted(found, key=lambda one: int(one["index"]))
+
+
+def read_choice(
+    reply: dict[str, Any],
+    choice: dict[str, Any],
+    prompt: Sequence[int],
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    url: str,
+) -> Completion:
+    """One choice of a reply, whose every part is checked. Raises UserError for what is amiss."""
     _check_prompt(reply, choice, prompt, url)
     scores = choice.get("logprobs")
     scores = scores if isinstance(scores, dict) else {}
     tokens = _tokens(choice, scores, url)
     logprobs = _logprobs(scores, len(tokens), url)
     finished = _finished(choice, tokens, stop_ids, max_new_tokens, url)
-    best = _best(scores, logprobs, url)
-    if greedy and any(top > chosen + GREEDY_SLACK for top, chosen in zip(best, logprobs, strict=True)):
-        raise UserError(
-            f"{url}: the answer is not greedy (a likelier token was not taken); serve without sampling, penalties or "
-            "logit processors of the server's own (vLLM: --generation-config vllm)"
-        )
     text = choice.get("text")
-    completion = Completion(tokens, logprobs, finished, text if isinstance(text, str) else "")
-    said = [one if isinstance(one, str) else "" for one in (reply.get("model"), reply.get("system_fingerprint"))]
-    return Sent(completion, said[0], said[1], best[0])
+    return Completion(tokens, logprobs, finished, text if isinstance(text, str) else "")
 
 
-def _card(reply: Any, model: str | None, url: str) -> dict[str, Any]:
-    """What /v1/models says of the model."""
+def card_of(reply: Any, model: str | None, url: str) -> dict[str, Any]:
+    """What /v1/models says of the model; UserError where it lists none, several or another one."""
     listed = reply.get("data") if isinstance(reply, dict) else None
     cards = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     cards = [one for one in cards if isinstance(one.get("id"), str) and one["id"]]

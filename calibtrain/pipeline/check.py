@@ -23,7 +23,8 @@ from calibtrain.data.loader import planned_steps, rank_micro_batches, step_indic
 from calibtrain.data.templates import Template, template_of
 from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World
-from calibtrain.errors import UserError
+from calibtrain.engines import VLLMServer, interpreter
+from calibtrain.errors import Unreachable, UserError
 from calibtrain.models.loading import add_lora, check_positions, check_weights, described_model, load_tokenizer
 from calibtrain.models.reward import padding_token
 from calibtrain.models.value import check_value_source
@@ -167,6 +168,23 @@ def _check_layers(config: RunConfig) -> None:
         penalised_layers(layers, penalty)
     if config.tracking.spectra_every:
         spectra_layers(layers, config.tracking.spectra_modules)
+
+
+def check_rollout_engine(config: RunConfig) -> None:
+    """Raise UserError where the engine that is to sample rollouts is not at hand: no server answers, or there is no vLLM."""
+    engine = config.rollouts.engine
+    if not config.trains_on_rollouts or engine.kind == "own":
+        return
+    if engine.launch:
+        interpreter(engine.python)
+        return
+    try:
+        VLLMServer(str(engine.address)).connect()
+    except Unreachable as error:
+        raise UserError(
+            f"rollouts.engine.address: {error}: `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL`, where vLLM is installed (pip "
+            "install vllm; without a GPU `make engines`), or let the run start it: rollouts.engine.launch (docs/engines.md)"
+        ) from None
 
 
 def expected_steps(config: RunConfig, checked: Checked) -> int:

@@ -22,6 +22,7 @@ from calibtrain.distributed import World, gather_lists, shard
 from calibtrain.errors import UserError
 from calibtrain.losses.reward_model import fit_pair_scale, folded_pairs
 from calibtrain.records import Record
+from calibtrain.training.own_sampling import OwnSampling
 from calibtrain.training.reward_rounds import score_auroc
 from calibtrain.training.reward_sources import ModelReader, Reply
 from calibtrain.training.rollouts import Rollouts
@@ -225,7 +226,8 @@ def _answers(rollouts: Rollouts, questions: Sequence[Record]) -> list[Answered]:
     model.policy.scale = 1.0
     try:
         mine = shard(range(len(questions)), answerer.world)
-        sampled = Sampling(rollouts.config, answerer, questions)(mine, -1, [f"reward model {place}" for place in mine])
+        sampling = Sampling(rollouts.config, answerer, questions, engine=OwnSampling(answerer))
+        sampled = sampling(mine, -1, [f"reward model {place}" for place in mine])
     finally:
         model.train(was_training)
         model.policy.scale = scale

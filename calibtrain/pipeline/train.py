@@ -41,7 +41,7 @@ from calibtrain.models.reward import (
     export_reward_model,
 )
 from calibtrain.models.value import OwnValueLossModel, load_value_model
-from calibtrain.pipeline.check import Checked, advice, check
+from calibtrain.pipeline.check import Checked, advice, check, check_rollout_engine
 from calibtrain.pipeline.prepare import (
     SAMPLES_PER_QUESTION,
     Prepared,
@@ -97,6 +97,7 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         logger.info("%s holds this very run, and it is finished: nothing to train", config.output_dir)
         return target
     check_alike(_what_ranks_share(config, checked), world)
+    on_main(lambda: check_rollout_engine(config))
     for line in prepared.lines():
         logger.info("data: %s", line)
     for line in advice(config, checked) if world.is_main else []:
@@ -147,6 +148,8 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         error = f"{type(caught).__name__}: {caught}"
         raise
     finally:
+        if trainer.rollouts is not None:
+            trainer.rollouts.close()
         artifacts = [config.output_dir / name for name in ("config.yaml", "deepspeed.json")]
         trainer.hooks.dispatch(
             "on_end", EndRecord(progress.step, error, {"steps": progress.step}, artifacts, preempted)

@@ -1,7 +1,7 @@
 """Training examples that are made, labelled or compared anew while the model learns: the loop treats all of them alike.
 
 Each is the sequence of the examples, is told of the coming step (`before_step`, collective), completes a collated batch
-(`fill`), has the step's numbers in `metrics`, and what a resume needs in `state_dict`.
+(`fill`), has the step's numbers in `metrics`, what a resume needs in `state_dict`, and ends what it started in `close`.
 """
 
 from __future__ import annotations

@@ -34,12 +34,15 @@ from calibtrain.training.engine import Engine
 
 logger = logging.getLogger(__name__)
 
+ENGINE_KEYS = ("address", "launch", "python", "arguments", "environment", "host", "directory", "wait", "tolerance")
+"""Where and how the engine of rollouts runs, not who it is and when it samples."""
 FREE_TO_CHANGE = (
     "name",
     "output_dir",
     "tracking",
     "abstention",
     "model.gradient_checkpointing",
+    *(f"rollouts.engine.{key}" for key in ENGINE_KEYS),
     "data.strict",
     "data.examples",  # they are in the hash of the data
     "data.max_dropped",

@@ -20,6 +20,13 @@ from calibtrain.distributed import World
 
 logger = logging.getLogger(__name__)
 
+_asked_here = threading.Event()
+
+
+def stop_was_asked() -> bool:
+    """Whether this very process was asked to stop, for whoever waits long within a step."""
+    return _asked_here.is_set()
+
 
 class StopRequests:
     """While it is entered, SIGTERM is a request to this rank. A request to any rank stops all of them after one same step.
@@ -35,6 +42,7 @@ class StopRequests:
         self._before: Any = None
 
     def __enter__(self) -> StopRequests:
+        _asked_here.clear()
         if threading.current_thread() is threading.main_thread():  # Python lets no other one handle signals
             self._before = signal.signal(signal.SIGTERM, self._on_signal)
         return self
@@ -60,3 +68,4 @@ class StopRequests:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        _asked_here.set()

@@ -56,6 +56,9 @@ class RefusalExamples(Sequence[tuple[Encoded, ...]]):
         """Take up the labels of a checkpoint."""
         self._take(list(state["texts"]), list(state["known"]))
 
+    def close(self) -> None:
+        """Nothing was started."""
+
     def _take(self, texts: list[str], known: list[bool]) -> None:
         self._texts, self._known = texts, known
         made = refusal_examples(self.records, texts, known, self.answerer.template, self.max_length, self.config.kind)

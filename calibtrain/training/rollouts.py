@@ -15,6 +15,7 @@ from calibtrain.confidence.answering import Answerer
 from calibtrain.config import PolicyGradientConfig, RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
+from calibtrain.data.loader import planned_steps
 from calibtrain.distributed import gather_lists, shard
 from calibtrain.errors import UserError
 from calibtrain.losses.silence import watch_of
@@ -59,6 +60,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         self.config, self.answerer, self.questions, self.plan = config, answerer, list(questions), plan
         self.sampling = Sampling(config, answerer, self.questions)
         self.rewards = RewardRounds(config, answerer, self.questions)
+        self.total_steps = planned_steps(config.training, len(self.questions), plan.global_batch_size)
         self.reference = reference
         self.needs_reference = objective.needs.reference == "live"
         self.needs_values = objective.needs.credit == "values"
@@ -96,12 +98,17 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         try:
             self.rewards.begin()
             samples, told = self._sampled(step)
+            self._draw_ahead(step)
             if self._measures:
                 samples = gather_lists(self._measured(shard(samples, self.answerer.world)))
         finally:
             model.train(was_training)
             model.policy.scale = scale
         self._take(samples, told)
+
+    def close(self) -> None:
+        """End what the sampling engine has started. Local."""
+        self.sampling.close()
 
     def fill(self, batch: Batch, indices: Sequence[int]) -> Batch:
         """The collated batch of the questions at `indices` with what its objective reads of each token."""
@@ -122,17 +129,17 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values of the present round; nothing where each step has its own, which the next one draws anew."""
-        kept = (
-            {"samples": [asdict(one) for one in self.samples], "told": self._told}
-            if self.off_policy
-            else {"samples": []}
-        )
-        memory = self.rewards.state_dict(within_round=self.off_policy)
-        return {**kept, **({"rewards": memory} if memory else {})}
+        """JSON values of the present round, and of what is drawn ahead; of a round of one step nothing, the next draws anew."""
+        kept = [asdict(one) for one in self.samples] if self.off_policy else []
+        more = {
+            "rewards": self.rewards.state_dict(within_round=self.off_policy),
+            "sampling": self.sampling.state_dict(),
+        }
+        return {"samples": kept, "told": self._told} | {name: state for name, state in more.items() if state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the round of a checkpoint."""
+        self.sampling.load_state_dict(state.get("sampling", {}))
         self.rewards.load_state_dict(state.get("rewards", {}))
         saved: list[dict[str, Any]] = state["samples"]
         if saved:
@@ -192,10 +199,19 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
 
     def _ask(self, asked: Sequence[int], step: int, attempt: int) -> list[Sample]:
         """Graded samples of these questions in their order, on every rank. Collective."""
-        world = self.answerer.world
-        mine = shard(list(enumerate(asked)), world)
-        streams = [f"{attempt}.{place}" for place, _ in mine]
-        return gather_lists(self.rewards.measured(self.sampling([question for _, question in mine], step, streams)))
+        mine, streams = self._shared(asked, attempt)
+        return gather_lists(self.rewards.measured(self.sampling(mine, step, streams)))
+
+    def _shared(self, asked: Sequence[int], attempt: int) -> tuple[list[int], list[str]]:
+        """This rank's share of questions, and the names of what is drawn for them."""
+        mine = shard(list(enumerate(asked)), self.answerer.world)
+        return [question for _, question in mine], [f"{attempt}.{place}" for place, _ in mine]
+
+    def _draw_ahead(self, step: int) -> None:
+        """Begin to draw the next round's first answers, where that is asked for and there is one. Collective."""
+        following = step + self.rounds.length
+        if self.config.rollouts.engine.overlap and following < self.total_steps:
+            self.sampling.draw_ahead(*self._shared(self.rounds.asked(following), 0), following, version=step)
 
     def _alike_among(self, groups: Sequence[Sequence[Sample]]) -> list[bool]:
         ids = [number for number, group in enumerate(groups) for _ in group]
@@ -208,7 +224,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         groups = [i // size for i in range(len(samples))]
         self.samples, self._told = samples, told
         self._credit, means = credit(samples, groups, self.config, self.rewards.memory)
-        self.metrics = {**means, **told, **self.rewards.end(samples, torch.tensor(groups))}
+        self.metrics = means | told | self.rewards.end(samples, torch.tensor(groups)) | self.sampling.metrics
         self._alike = self._alike + 1 if self.metrics["alike"] == 1.0 else 0
         if self._alike == ROUNDS_ALIKE and self.answerer.world.is_main:
             logger.warning(

@@ -25,6 +25,7 @@ class Sample:
     values: tuple[float, ...] = ()  # of PPO's value head
     last_value: float = 0.0  # of the state after the last token, where values are known
     rewards: tuple[float, ...] = ()  # of each source that is asked, as it gave it; NaN: nothing
+    version: int | None = None  # optimiser steps behind the weights that drew it
 
 
 def loaded_sample(saved: dict[str, Any]) -> Sample:

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from calibtrain.confidence.answering import Answerer
-from calibtrain.confidence.generation import Generation, generate, keep_none
 from calibtrain.confidence.stated import read_statement, statement_tokens
 from calibtrain.config import RunConfig
 from calibtrain.data.encode import fit_prompt
 from calibtrain.data.replies import read_reply
+from calibtrain.engines import Completion, Draws, SamplingEngine
 from calibtrain.errors import UserError
 from calibtrain.records import Record, unit_hash
 from calibtrain.tasks.matching import normalize
 from calibtrain.tasks.task import Reading
+from calibtrain.training.own_sampling import OwnSampling
 from calibtrain.training.samples import Sample
+from calibtrain.training.served_sampling import ServedSampling
+from calibtrain.training.weight_proof import PROBES
+
+logger = logging.getLogger(__name__)
 
 
 class Sampling:
-    """Asks the policy the training questions; what it draws is a function of (seed, step, stream) and the weights alone."""
+    """Asks the policy the training questions; what it draws is a function of (seed, step, stream) and the weights alone.
 
-    def __init__(self, config: RunConfig, answerer: Answerer, questions: Sequence[Record]) -> None:
+    `engine`: who draws, in the place of the config's. Raises UserError where a question has no room, or the engine is not at
+    hand.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        answerer: Answerer,
+        questions: Sequence[Record],
+        engine: SamplingEngine | None = None,
+    ) -> None:
         self.config, self.answerer, self.questions = config, answerer, questions
         room = config.data.max_length - config.evaluation.max_new_tokens
         if room < 1:
@@ -31,13 +48,16 @@ class Sampling:
                 f"data.max_length: {config.data.max_length}"
             )
         self.prompts = [tuple(fit_prompt(one, answerer.template, room)[0]) for one in self.questions]
+        self.engine = self._engine() if engine is None else engine
+        self._following: tuple[list[int], list[str], int] | None = None  # what is drawn ahead: questions, streams, step
 
     def __call__(self, asked: Sequence[int], step: int, streams: Sequence[str]) -> list[Sample]:
         """A group of graded samples for each of this rank's questions at `asked`, in their order. Collective.
 
         `streams` name what is drawn for each of them, so that it does not depend on which rank asks it beside which others.
         """
-        groups = self._replies(asked, step, streams)
+        groups = self.engine.sample(self._draws(asked, streams, step), step)
+        self._following = None
         read = [self._sample(i, one) for i, group in zip(asked, groups, strict=True) for one in group]
         records = [self.questions[sample.question] for sample, _ in read]
         grades = self.answerer.template.task.grades([reading for _, reading in read], records)
@@ -48,30 +68,66 @@ class Sampling:
             for (one, _), grade, record in zip(read, grades, records, strict=True)
         ]
 
+    def draw_ahead(self, asked: Sequence[int], streams: Sequence[str], step: int, *, version: int) -> None:
+        """Begin to draw what `step` will ask for, by the weights of this version, while they are trained on. Collective."""
+        self._following = list(asked), list(streams), step
+        self.engine.push(version)
+        self.engine.start(self._draws(*self._following))
+
     def _gradable(self, record: Record) -> bool:
         return self.answerer.template.task.gradable(record)
 
-    def _replies(self, asked: Sequence[int], step: int, streams: Sequence[str]) -> list[list[Generation]]:
-        answerer, evaluation = self.answerer, self.config.evaluation
-        lockstep = answerer.lockstep
-        return generate(
-            answerer.module,
-            [self.prompts[i] for i in asked],
-            stop_ids=answerer.template.stop_ids,
-            goes_on=answerer.template.goes_on,
-            pad_id=answerer.template.pad_id,
-            max_new_tokens=evaluation.max_new_tokens,
-            batch_size=max(1, evaluation.batch_size // self.config.rollouts.group_size),
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the engine, in the last round; empty where the training processes sample themselves."""
+        return self.engine.metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values of what is drawn ahead, which is waited for: a resume trains on the very same answers. Local."""
+        started, told = self.engine.started(), {"metrics": self.metrics} if self.metrics else {}
+        if started is None or self._following is None:
+            return told
+        groups = [[asdict(one) for one in group] for group in started[1]]
+        asked, streams, step = self._following
+        return told | {"asked": asked, "streams": streams, "step": step, "version": started[0], "groups": groups}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what a checkpoint holds of answers drawn ahead."""
+        self.engine.metrics |= state.get("metrics", {})
+        if "asked" not in state:
+            return
+        self._following = state["asked"], state["streams"], state["step"]
+        groups = [[Completion(**{**one, **_tuples(one)}) for one in group] for group in state["groups"]]
+        self.engine.restore(self._draws(*self._following), state["version"], groups)
+
+    def close(self) -> None:
+        """End what the engine has started. Local."""
+        self.engine.close()
+
+    def _engine(self) -> SamplingEngine:
+        if self.config.rollouts.engine.kind == "own":
+            return OwnSampling(self.answerer)
+        if self.config.rollouts.engine.overlap and self.answerer.world.is_main:
+            logger.info("rollouts: each round but the first is sampled by the weights of the round before (overlap)")
+        encode, longest = self.answerer.template.tokenizer.encode, self.config.data.max_length - 1
+        texts = [
+            (*prompt, *encode(one.accepted[0] if one.accepted else "", add_special_tokens=False))[:longest]
+            for prompt, one in zip(self.prompts[:PROBES], self.questions, strict=False)
+        ]
+        return ServedSampling(self.config, self.answerer, texts, self.prompts[:PROBES])
+
+    def _draws(self, asked: Sequence[int], streams: Sequence[str], step: int) -> Draws:
+        template, seed = self.answerer.template, self.config.seed
+        return Draws(
+            prompts=[self.prompts[i] for i in asked],
+            seeds=[int(unit_hash("rollouts", seed, step, stream) * 2**31) for stream in streams],
             samples=self.config.rollouts.group_size,
-            seed=int(unit_hash("rollouts", self.config.seed, step) * 2**53),
-            streams=streams,
-            device=answerer.world.device,
-            all_done=answerer.all_done if lockstep else bool,
-            share_prefix=not lockstep,
-            keep=keep_none,
+            stop_ids=template.stop_ids,
+            max_new_tokens=self.config.evaluation.max_new_tokens,
+            goes_on=template.goes_on,
         )
 
-    def _sample(self, index: int, generation: Generation) -> tuple[Sample, Reading]:
+    def _sample(self, index: int, generation: Completion) -> tuple[Sample, Reading]:
         """A sample that is not graded yet, and what it is graded by."""
         template, rollouts, record = self.answerer.template, self.config.rollouts, self.questions[index]
         task, reply = template.task, read_reply(template, generation.tokens, record)
@@ -100,5 +156,11 @@ class Sampling:
             finished=generation.finished,
             sampled_logprobs=generation.logprobs,
             stated=stated,
+            version=generation.version,
         )
         return sample, reading
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Of JSON values those that are lists, as tuples."""
+    return {name: tuple(value) for name, value in values.items() if isinstance(value, list)}

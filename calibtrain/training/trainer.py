@@ -15,7 +15,7 @@ from calibtrain.data.collate import collate, row_tokens
 from calibtrain.data.encode import Encoded
 from calibtrain.data.loader import epoch_at, rank_micro_batches, step_indices
 from calibtrain.distributed import World, gather_lists
-from calibtrain.errors import Preempted, UserError
+from calibtrain.errors import EngineFailure, Preempted, UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.records import CheckpointRecord, EvaluationRecord, MicroBatchRecord, SpectraRecord, StepRecord
 from calibtrain.losses.terms import ANSWER, QUERY, Batch, divisor, global_counts
@@ -77,7 +77,7 @@ class Trainer:
             if self.stream is not None:
                 self.stream.before_step(step)
             if self.rollouts is not None:
-                self.rollouts.before_step(step)
+                self._prepare_examples(self.rollouts, progress)
             window = self._window(step)
             learning_rate = self.engine.set_learning_rate(step, self.total_steps, training)
             outputs = []
@@ -184,16 +184,26 @@ class Trainer:
             self.hooks.dispatch("on_checkpoint", CheckpointRecord(progress.step, path))
         return path
 
+    def _prepare_examples(self, examples: ChangingExamples, progress: Progress) -> None:
+        """Make the examples of the coming step; where their engine is lost, end with what was learnt. Collective."""
+        try:
+            examples.before_step(progress.step)
+        except EngineFailure as error:
+            if not progress.step:
+                raise
+            raise EngineFailure(f"{error}; training stopped after {self._kept(progress)}") from None
+
     def _end_early(self, progress: Progress) -> None:
         """Keep what the run has come to and raise Preempted. Collective."""
+        raise Preempted(progress.step, f"stopped as asked (SIGTERM) after {self._kept(progress)}")
+
+    def _kept(self, progress: Progress) -> str:
+        """Write a checkpoint, where there is none of this step; which step it is and how to go on, in words. Collective."""
         directory = self.output_dir / "checkpoints" / f"step-{progress.step:07d}"
         kept = directory.is_dir() if self._checkpoint_is_due(progress.step) else self._save(progress) is not None
         told = f"checkpoint: {directory}" if kept else "its checkpoint could not be written, the one before stays"
-        raise Preempted(
-            progress.step,
-            f"stopped as asked (SIGTERM) after step {progress.step} of {self.total_steps}; {told}. The same command with "
-            "training.resume=auto goes on from there",
-        )
+        again = "The same command with training.resume=auto goes on from there"
+        return f"step {progress.step} of {self.total_steps}; {told}. {again}"
 
     def _window(self, step: int) -> list[TrainStep]:
         """Micro-batches of this rank in one optimiser step, with every term's count over all ranks and micro-batches."""

@@ -68,6 +68,9 @@ class UnpairedExamples(Sequence[tuple[Encoded, ...]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to take up."""
 
+    def close(self) -> None:
+        """Nothing was started."""
+
     def _log_ratios(self, sequences: Sequence[Encoded]) -> list[float]:
         batch = collate(sequences, self.answerer.template.pad_id).to(self.answerer.world.device)
         logprob, _ = self.answerer.module(LogprobStep(batch))

@@ -2,6 +2,7 @@
 round, and what is exported loads."""
 
 import json
+import re
 import shutil
 from itertools import pairwise
 
@@ -21,6 +22,7 @@ from calibtrain.pipeline.spectra import at_step
 from calibtrain.training.reward_sources import model_text
 from tests.distributed.jobs import metrics, trained, write_job
 from tests.distributed.ranks import run
+from tests.policy_server import PolicyServer
 from tests.tiny import tiny_tokenizer
 from tests.unit.models.test_reward_scorer import write as write_reward_model
 
@@ -45,6 +47,8 @@ JOBS = {  # objective, rollouts, training, model
     "judged3": ({"name": "grpo"}, {"group_size": 4, "steps_per_round": 2, "reward": "ppo_c", "confidence": "stated",
                 "sources": [{"kind": "model", "path": "judge"}, {"kind": "grade", "normalize": True, "clip": 2.0}],
                 "decoupled": False}, {"zero_stage": 3}, {}),
+    "served3": ({"name": "grpo"}, {"group_size": 2, "steps_per_round": 2, "engine": {"kind": "vllm", "overlap": True}},
+                {"zero_stage": 3}, {}),
     "kto3": ({"name": "kto"}, {}, {"zero_stage": 3}, {}),
     "reward3": ({"name": "reward_model"}, {}, {"zero_stage": 3}, {}),
 }  # fmt: skip
@@ -72,21 +76,30 @@ def job(folder, name):
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rollouts")
     paths = [job(folder, name) for name in JOBS]
+    with PolicyServer(folder / "tiny") as server:
+        yield folder, ended(folder, paths, server)
+
+
+def ended(folder, paths, server):
+    """Metrics and weights of whole runs, whose last half was then made again from a checkpoint."""
+    served = yaml.safe_load((folder / "served3.yaml").read_text())
+    served["rollouts"]["engine"]["address"] = server.url
+    (folder / "served3.yaml").write_text(yaml.safe_dump(served))
     tokenizer = tiny_tokenizer()
     texts = [tokenizer.decode([token]).strip() for token in range(4, len(tokenizer), 2)]
     rows = [{"question": f"What is {i}?", "answers": [text for text in texts if text]} for i in range(200)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ended = run(trained(2, *paths), folder, 500)
-    assert ended.code == 0, ended.output[-6000:]
+    done = run(trained(2, *paths), folder, 500)
+    assert done.code == 0, done.output[-6000:]
     whole = {}
     for name in JOBS:
         output = folder / name
         whole[name] = (metrics(output), weights(output))
         shutil.rmtree(output / "model")
         shutil.rmtree(output / "checkpoints" / "step-0000006")
-    ended = run([*trained(2, *paths), "training.resume=auto"], folder, 500)
-    assert ended.code == 0, ended.output[-6000:]
-    return folder, whole
+    done = run([*trained(2, *paths), "training.resume=auto"], folder, 500)
+    assert done.code == 0, done.output[-6000:]
+    return whole
 
 
 def weights(output):
@@ -167,6 +180,39 @@ def test_a_sharded_reward_model_scores_as_a_whole_one(runs):
     (measured,) = json.loads((folder / "judged3" / "reward_model.json").read_text())["models"]
     assert measured["pairs"] > 0
     assert measured["path"] == str(folder / "judge")
+
+
+def test_a_server_answers_by_the_weights_of_the_round_before(runs):
+    lines = logs(runs[1]["served3"][0])
+    assert [lines[step]["train/rollouts/staleness"] for step in range(1, 7)] == [0, 0, 2, 2, 2, 2]
+    assert all(line["train/rollouts/engine_gap"] < 1e-4 for line in lines.values())
+    assert all(lines[step]["train/rollouts/policy_moved"] > 1e-3 for step in (3, 5))
+
+
+def test_a_run_whose_server_is_lost_keeps_what_it_learnt(runs, tmp_path):
+    """Both ranks end, with one line, behind a checkpoint of the last step."""
+    folder, _ = runs
+    with PolicyServer(folder / "tiny") as server:
+        config = yaml.safe_load((folder / "served3.yaml").read_text())
+        config["rollouts"]["engine"] |= {"address": server.url, "wait": 0.5, "overlap": False}
+        config["training"] |= {"zero_stage": 1, "deepspeed": None, "checkpoint_every": None, "max_steps": 60}
+        config["output_dir"] = str(tmp_path / "lost")
+        (tmp_path / "lost.yaml").write_text(yaml.safe_dump(config))
+
+        def stop(pid):
+            log = tmp_path / "lost" / "metrics.jsonl"
+            if log.exists() and len(log.read_text().splitlines()) > 3:
+                server.before = lambda path: (503, {})
+            return False
+
+        done = run(trained(2, tmp_path / "lost.yaml"), tmp_path, 200, watch=stop)
+    assert done.code != 0
+    (kept,) = (tmp_path / "lost" / "checkpoints").glob("step-*")
+    steps = max(logs(metrics(tmp_path / "lost")))
+    assert kept.name == f"step-{steps:07d}"
+    words = re.search(r"EngineFailure: (.*waited 0.5 s .*)", done.output)[1]
+    assert f"training stopped after step {steps} of 60; checkpoint: {kept}" in words
+    assert "The same command with training.resume=auto goes on from there" in words
 
 
 def test_reference_point_is_zero_at_the_start_and_is_logged(runs):

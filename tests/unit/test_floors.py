@@ -21,6 +21,7 @@ FLOORS = (
         "config_losses",
         "config_preferences",
         "config_rewards",
+        "config_rollout_engine",
         "config_rollouts",
         "config_tracking",
         "config_file",
