@@ -129,7 +129,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values of the present round, and of what is drawn ahead; of a round of one step nothing, the next draws anew."""
+        """JSON values of the present round, and of what is drawn ahead; nothing of a round of one step."""
         kept = [asdict(one) for one in self.samples] if self.off_policy else []
         more = {
             "rewards": self.rewards.state_dict(within_round=self.off_policy),

@@ -152,7 +152,7 @@ def test_a_cut_answer_ends_with_the_value_of_its_last_state():
 
 def cut_some(monkeypatch, even=True):
     """Answers of an odd first token count as finished."""
-    from calibtrain.training import sampling
+    from calibtrain.training import own_sampling as sampling
 
     plain = sampling.generate
 
@@ -253,7 +253,7 @@ def test_groups_alike_are_asked_anew(monkeypatch):
 
 def test_importance_weights_correct_for_another_sampler(monkeypatch):
     """A sampler that gives each token half a nat less than the trainer: weights of exp(.5), cut at their cap."""
-    from calibtrain.training import sampling
+    from calibtrain.training import own_sampling as sampling
 
     plain = sampling.generate
 
