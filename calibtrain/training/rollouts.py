@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calibtrain.confidence.answering import Answerer
-from calibtrain.config import PolicyGradientConfig, RunConfig
+from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
 from calibtrain.distributed import gather_lists, shard
@@ -51,7 +51,6 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         reference: LossModel | None = None,
     ) -> None:
         objective = config.objective
-        assert isinstance(objective, PolicyGradientConfig)
         check_rewards(config)
         if not all(map(answerer.template.task.gradable, questions)):
             raise UserError(f"objective.name: {objective.name} grades what it samples: training questions need answers")
