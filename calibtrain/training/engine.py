@@ -28,7 +28,7 @@ def optimizer_groups(model: LossModel, config: RunConfig) -> list[dict[str, Any]
         if parameter.requires_grad:
             scale = own / rate if own is not None and name.startswith("value.") else 1.0
             parts.setdefault(scale, []).append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {
             "params": [p for p in part if (p.ndim >= 2) == matrices],
             "weight_decay": decay * matrices,
