@@ -36,6 +36,7 @@ ROUNDS_ALIKE = 3
 
 class Rollouts(Sequence[tuple[Encoded, ...]]):
     """Item k: the answers to the k-th question of the present round, for the loop to train on; `indices` says which, when.
+    The length is that of the training questions, which epochs are counted in.
 
     Which questions a round asks and what it draws are pure functions of (seed, step) and the weights; a round that spans
     several steps is kept in checkpoints, so that a resume continues bit for bit. `reference` is a frozen copy of the
