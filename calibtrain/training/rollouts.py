@@ -162,9 +162,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         for attempt in range(1, limit + 1):
             if not empty:
                 break
-            # As many to each rank, for all of them to make as many passes.
-            count = -(-len(empty) // self.answerer.world.size) * self.answerer.world.size
-            others = self.rounds.others(step, attempt, count, set(asked))
+            others = self.rounds.others(step, attempt, len(empty), set(asked))
             asked += others
             samples, drawn = self._ask(others, step, attempt), attempt
             more = [samples[start : start + size] for start in range(0, len(samples), size)]
@@ -183,11 +181,16 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         return [one for group in found for one in group], told
 
     def _ask(self, asked: Sequence[int], step: int, attempt: int) -> list[Sample]:
-        """Graded samples of these questions in their order, on every rank. Collective."""
+        """Graded samples of these questions in their order, on every rank. Collective.
+
+        All ranks make as many passes: where the questions do not go round, the last one is asked again, and not looked at.
+        """
         world = self.answerer.world
-        mine = shard(list(enumerate(asked)), world)
+        places = list(enumerate(asked))
+        mine = shard(places + places[-1:] * (-len(places) % world.size), world)
         streams = [f"{attempt}.{place}" for place, _ in mine]
-        return gather_lists(self.sampling([question for _, question in mine], step, streams))
+        samples = gather_lists(self.sampling([question for _, question in mine], step, streams))
+        return samples[: len(asked) * self.config.rollouts.group_size]
 
     def _alike_among(self, groups: Sequence[Sequence[Sample]]) -> list[bool]:
         ids = [number for number, group in enumerate(groups) for _ in group]
