@@ -213,6 +213,9 @@ class PPOConfig(PolicyGradientConfig):
     second model, of which as much is trained as of the policy (all, or adapters of its own), and its head."""
     value_source: Path | None = None
     """A model directory that the second model starts from, e.g. a reward model's; null: where the policy starts."""
+    value_learning_rate: Positive | None = None
+    """Peak of the second model's learning rate, on the policy's schedule; null: training.learning_rate. AdamW makes steps as
+    long whatever value_weight says: that is the second model's part of the norm which max_grad_norm bounds, no more."""
     value_clip: Positive = 0.2
     """How far a value may move from the one at sampling before its loss stops to fall."""
     value_weight: Weight = 0.1
@@ -230,6 +233,7 @@ class PPOConfig(PolicyGradientConfig):
 
     @model_validator(mode="after")
     def _source_is_of_the_second_model(self) -> PPOConfig:
-        if self.value_source is not None and self.value_model != "own":
-            raise ValueError("value_source is where a second model starts from: set value_model: own")
+        for key in ("value_source", "value_learning_rate"):
+            if getattr(self, key) is not None and self.value_model != "own":
+                raise ValueError(f"{key} is of a second model: set value_model: own")
         return self

@@ -228,8 +228,9 @@ CATALOG = (
         "Schulman et al. 2015, arXiv 1506.02438",
         "sum_l (gamma lam)^l delta_{t+l} (eq. 16)",
         "none",
-        "float64 formula",
+        "OpenRLHF's formula in float64",
         "1e-12 (value)",
+        "A sequence that was cut ends with the value of the state it came to",
     ),
     LossEntry(
         "decoupled_advantages",

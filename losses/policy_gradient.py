@@ -360,7 +360,8 @@ CATALOG = (
         "TRL 1.16.0 GRPOTrainer; Liger-Kernel 0.8.5 LigerFusedLinearGRPOLoss",
         "1e-5 (value), 1e-4 (gradient)",
         "The count of sequences or tokens is that of all ranks and micro-batches for every normaliser, where TRL's is for "
-        "dapo alone; the KL is k3+ by default, because k3's gradient is that of another divergence",
+        "dapo alone; the KL is k3+ by default, because k3's gradient is that of another divergence, and an earlier policy's "
+        "samples are weighted by their ratio, as TRL's use_bias_correction_kl; sequences that are masked do not count",
     ),
     LossEntry(
         "rloo",
@@ -380,7 +381,7 @@ CATALOG = (
         "Schulman et al. 2017, arXiv 1707.06347",
         "-min(rho A, clip(rho) A) + w/2 max((V - R)^2, (clip(V) - R)^2) (eqs. 7 and 9)",
         "sampling, and a linear value head",
-        "float64 formula",
+        "OpenRLHF's formulas in float64",
         "1e-12 (value), 1e-12 (gradient)",
         "Global token means; a ratio beyond exp(20) goes on as a straight line",
     ),

@@ -6,7 +6,8 @@ checkpoints, and never in an export.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,15 +87,29 @@ def load_value_model(config: RunConfig) -> ValueModel:
     Raises UserError where it cannot be loaded.
     """
     settings = value_config(config)
-    model = load_model(settings)
+    found = None if settings is config.model else _source_head(settings)
+    with nullcontext() if found is None else _without_report():
+        model = load_model(settings)
     causal = unwrapped(model)
     score = scalar_head(causal, config.seed)
-    found = None if settings is config.model else _source_head(settings)
     if found is not None:
         with torch.no_grad():
             score.weight.copy_(found)
     causal.set_output_embeddings(nn.Identity())  # no logit is read of it, and none of its weights trained
     return ValueModel(model, score)
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from telling that a classifier's head is not the language model's: that is known, and meant."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _source_head(settings: ModelConfig) -> Tensor | None:

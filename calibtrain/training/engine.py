@@ -17,13 +17,27 @@ from calibtrain.training.gradient_passes import leave_out_passes, squared_norm
 
 
 def optimizer_groups(model: LossModel, config: RunConfig) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW: matrices, with weight decay, and vectors (norms, biases), without."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.training.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    """Parameter groups for AdamW: matrices, with weight decay, and vectors (norms, biases), without.
+
+    A value model of its own may have its own rate: `rate_scale` times the others'.
+    """
+    rate, decay = config.training.learning_rate, config.training.weight_decay
+    own = getattr(config.objective, "value_learning_rate", None)
+    parts: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = own / rate if own is not None and name.startswith("value.") else 1.0
+            parts.setdefault(scale, []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for p in part if (p.ndim >= 2) == matrices],
+            "weight_decay": decay * matrices,
+            "rate_scale": scale,
+        }
+        for scale, part in parts.items()
+        for matrices in (True, False)
     ]
-    return [{**group, "lr": config.training.learning_rate} for group in groups if group["params"]]
+    return [{**group, "lr": rate * group["rate_scale"]} for group in groups if group["params"]]
 
 
 def schedule_factor(step: int, total_steps: int, training: TrainingConfig) -> float:
@@ -51,10 +65,10 @@ class Engine:
         return self.deepspeed.module
 
     def set_learning_rate(self, step: int, total_steps: int, training: TrainingConfig) -> float:
-        """Set and return the rate of the coming step, a pure function of the step."""
+        """Set and return the policy's rate of the coming step, a pure function of the step."""
         rate = training.learning_rate * schedule_factor(step, total_steps, training)
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_scale", 1.0)
         return rate
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calibtrain.confidence.answering import Answerer
-from calibtrain.config import PolicyGradientConfig, RunConfig
+from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
 from calibtrain.data.loader import planned_steps
@@ -38,6 +38,7 @@ ROUNDS_ALIKE = 3
 
 class Rollouts(Sequence[tuple[Encoded, ...]]):
     """Item k: the answers to the k-th question of the present round, for the loop to train on; `indices` says which, when.
+    The length is that of the training questions, which epochs are counted in.
 
     Which questions a round asks and what it draws are pure functions of (seed, step) and the weights; a round that spans
     several steps is kept in checkpoints, so that a resume continues bit for bit. `reference` is a frozen copy of the
@@ -53,7 +54,6 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         reference: LossModel | None = None,
     ) -> None:
         objective = config.objective
-        assert isinstance(objective, PolicyGradientConfig)
         check_rewards(config)
         if config.rollouts.needs_grades and not all(map(answerer.template.task.gradable, questions)):
             raise UserError(f"objective.name: {objective.name} grades what it samples: training questions need answers")
@@ -177,9 +177,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         for attempt in range(1, limit + 1):
             if not empty:
                 break
-            # As many to each rank, for all of them to make as many passes.
-            count = -(-len(empty) // self.answerer.world.size) * self.answerer.world.size
-            others = self.rounds.others(step, attempt, count, set(asked))
+            others = self.rounds.others(step, attempt, len(empty), set(asked))
             asked += others
             samples, drawn = self._ask(others, step, attempt), attempt
             more = [samples[start : start + size] for start in range(0, len(samples), size)]
@@ -198,13 +196,18 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         return [one for group in found for one in group], told
 
     def _ask(self, asked: Sequence[int], step: int, attempt: int) -> list[Sample]:
-        """Graded samples of these questions in their order, on every rank. Collective."""
+        """Graded samples of these questions in their order, on every rank. Collective.
+
+        All ranks make as many passes: where the questions do not go round, the last one is asked again, and not looked at.
+        """
         mine, streams = self._shared(asked, attempt)
-        return gather_lists(self.rewards.measured(self.sampling(mine, step, streams)))
+        samples = gather_lists(self.rewards.measured(self.sampling(mine, step, streams)))
+        return samples[: len(asked) * self.config.rollouts.group_size]
 
     def _shared(self, asked: Sequence[int], attempt: int) -> tuple[list[int], list[str]]:
-        """This rank's share of questions, and the names of what is drawn for them."""
-        mine = shard(list(enumerate(asked)), self.answerer.world)
+        """This rank's share of questions, of as many as on any other, and the names of what is drawn for them."""
+        world, places = self.answerer.world, list(enumerate(asked))
+        mine = shard(places + places[-1:] * (-len(places) % world.size), world)
         return [question for _, question in mine], [f"{attempt}.{place}" for place, _ in mine]
 
     def _draw_ahead(self, step: int) -> None:

@@ -33,6 +33,7 @@ from calibtrain.models.reward import ValueLossModel
 from calibtrain.models.value import OwnValueLossModel, load_value_model
 from calibtrain.pipeline.prepare import learned_records
 from calibtrain.records import Message, Record
+from calibtrain.tasks import short_answer
 from calibtrain.training import engine as engine_module
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.checkpoint import Progress
@@ -165,6 +166,9 @@ CASES = {
     # These answers are the policy's own: whichever rank asks a question, they are the same.
     "sampled_stage0": Case("sampled", training={"zero_stage": 0}, objective="sampled"),
     "sampled_stage3": Case("sampled", training={"zero_stage": 3}, zero=SHARDED, objective="sampled"),
+    # And of these, groups alike are thrown away: as many others are asked, however many ranks there are.
+    "chosen_stage0": Case("chosen", training={"zero_stage": 0}, objective="chosen"),
+    "chosen_stage3": Case("chosen", training={"zero_stage": 3}, zero=SHARDED, objective="chosen"),
     "reference_ops": Case("orpo", training={"zero_stage": 0}, ops="reference"),
     "torch_ops_stage3": Case("orpo", training={"zero_stage": 3}, zero=SHARDED, ops="torch"),
 }
@@ -269,7 +273,7 @@ def config_of(case: Case, model: Path) -> RunConfig:
         "max_steps": STEPS,
         **case.training,
     }
-    name = {"ppo_own": "ppo", "sampled": "grpo"}.get(case.objective, case.objective)
+    name = {"ppo_own": "ppo", "sampled": "grpo", "chosen": "grpo"}.get(case.objective, case.objective)
     losses: dict[str, Any] = {
         "objective": {"name": name, **({"nll_scope": "full"} if case.objective in ("orpo", "sft") else {})},
         "penalties": [{"name": "answer_score", "moves": "all", "refresh_every": 1, "answers_per_step": ANSWERS}],
@@ -280,6 +284,11 @@ def config_of(case: Case, model: Path) -> RunConfig:
     if case.objective == "sampled":
         rollouts = {"group_size": 4, "reward": "log", "epochs": 2, "correction": "token_truncate"}
         losses = {"objective": {"name": "grpo"}, "rollouts": rollouts}
+    if case.objective == "chosen":
+        losses = {
+            "objective": {"name": "grpo"},
+            "rollouts": {"group_size": 3, "reward": "accuracy", "epochs": 2, "dynamic_sampling": 3},
+        }
     if name == "ppo":
         objective = {"name": "ppo", "value_model": "own" if case.objective == "ppo_own" else "shared"}
         losses = {"objective": objective, "rollouts": {"group_size": 2, "reward": "accuracy", "epochs": 2}}
@@ -342,6 +351,9 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
     weights = gathered_weights(engine.module.policy, keep=world.is_main)
     engine.deepspeed.destroy()
     said = [list(one.tokens) for one in trainer.rollouts.samples] if config.trains_on_rollouts else []
+    if config.rollouts.dynamic_sampling:
+        assert trainer.rollouts.metrics["thrown_away"] > 0
+        assert trainer.rollouts.metrics["without_signal"] < 1
     return {"gradients": engine.gradients, "norms": engine.norms, "weights": weights, "said": said}  # type: ignore[attr-defined]
 
 
@@ -379,7 +391,13 @@ def make_trainer(config: RunConfig, engine: Engine, template: Template, world: W
     )
 
 
+def third_right(text: str, accepted: Sequence[str], method: str) -> bool:
+    """A grade that a random model gets right a third of the time."""
+    return len(text) % 3 == 0
+
+
 if __name__ == "__main__":
+    short_answer.grade = third_right  # of what a policy samples by itself; fixed answers bring their grades
     folder, names = Path(sys.argv[1]), sys.argv[2].split(",")
     world = start_world()
     for name in names:

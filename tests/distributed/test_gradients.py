@@ -43,6 +43,7 @@ ON_ONE_RANK = (
     "ppo_own_stage0",
     "ppo_own_lora_stage0",
     "sampled_stage0",
+    "chosen_stage0",
 )
 REFERENCE = {
     "orpo": "stage0",
@@ -58,8 +59,9 @@ REFERENCE = {
     "ppo_own": "ppo_own_stage0",
     "ppo_own_lora": "ppo_own_lora_stage0",
     "sampled": "sampled_stage0",
+    "chosen": "chosen_stage0",
 }
-WRITTEN_OUT = tuple(family for family in REFERENCE if not family.startswith(("ppo", "sampled")))
+WRITTEN_OUT = tuple(family for family in REFERENCE if not family.startswith(("ppo", "sampled", "chosen")))
 """Families whose loss is written out below; what a round's credit is, tests/unit/training/test_rollout_rounds.py says."""
 BF16 = tuple(name for name in CASES if name.startswith("bf16"))
 RUNS = [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in CASES if name not in BF16)]

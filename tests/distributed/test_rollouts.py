@@ -41,7 +41,7 @@ JOBS = {  # objective, rollouts, training, model
               {"lora": {"r": 2}}),
     "grpo3whole": ({"name": "grpo", "beta": BETA}, {"group_size": 2, "steps_per_round": 2, "dynamic_sampling": 3},
                    {"zero_stage": 3}, {"source": "untied"}),
-    "ppo3": ({"name": "ppo", "value_model": "own"},
+    "ppo3": ({"name": "ppo", "value_model": "own", "value_learning_rate": 3e-3},
              {"group_size": 2, "reward": "brier", "accuracy_weight": 0.5, "epochs": 2, **GRADED}, {"zero_stage": 3},
              {"source": "untied"}),
     "judged3": ({"name": "grpo"}, {"group_size": 4, "steps_per_round": 2, "reward": "ppo_c", "confidence": "stated",

@@ -187,3 +187,31 @@ def test_sabotage_pays_under_one_heavy_reward_and_not_under_decoupled_credit():
     slope = tries.double() - 0.5  # of the choice's log-prob in its logit
     assert (together * slope).mean() < -0.05
     assert (apart * slope).mean() > 0.05
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.6), (1.0, 1.0)])
+def test_a_cut_sequence_ends_with_the_value_of_its_last_state(gamma, lam):
+    """As if it had gone on by one more token, which is worth that value and nothing else."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [3, 1, 4]
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    rewards, values = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    last = torch.tensor([0.7, 0.0, -1.3], dtype=torch.float64)
+    mask = torch.ones(8, dtype=torch.bool)
+    advantages, returns = generalized_advantages(rewards, values, mask, ids, gamma=gamma, lam=lam, last_values=last)
+    expected, start = [], 0
+    for length, after in zip(lengths, last.tolist(), strict=True):
+        r, v = rewards[start : start + length].tolist(), [*values[start : start + length].tolist(), after]
+        found = 0.0
+        row = []
+        for t in reversed(range(length)):
+            found = r[t] + gamma * v[t + 1] - v[t] + gamma * lam * found
+            row.append(found)
+        expected += row[::-1]
+        start += length
+    torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(returns, advantages + values)
+    ended = generalized_advantages(rewards, values, mask, ids, gamma=gamma, lam=lam)
+    for one, other in zip((advantages, returns), ended, strict=True):
+        torch.testing.assert_close(one[3], other[3])  # of the sequence that has ended
+        assert (one != other).sum() >= 2

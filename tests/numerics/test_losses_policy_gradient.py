@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibtrain.errors import UserError
-from calibtrain.losses import ANSWER, CHOSEN
+from calibtrain.losses import ANSWER, CHOSEN, policy_gradient
+from calibtrain.losses.kl import KL_ESTIMATORS
 from calibtrain.losses.policy_gradient import (
     GRPOLoss,
     PPOLoss,
@@ -82,6 +83,41 @@ def test_gradchecks():
     assert torch.autograd.gradcheck(lambda x: clipped_policy_loss(x, old, a), (lp,))
     v = torch.tensor([0.1, 1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: clipped_value_loss(x, old, a), (v,))
+
+
+def test_dual_clip_bounds_what_is_blamed():
+    lp, old, a = 2 * torch.randn(3, 300, dtype=torch.float64)
+    expected = []
+    for new, before, advantage in zip(lp.tolist(), old.tolist(), a.tolist(), strict=True):
+        loss = clipped(new, before, advantage)
+        expected.append(min(loss, -3.0 * advantage) if advantage < 0 else loss)
+    found = clipped_policy_loss(lp, old, a, dual_clip=3.0)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert (found < clipped_policy_loss(lp, old, a)).any()
+    x = torch.tensor([-0.1, -0.4, -3.0], dtype=torch.float64, requires_grad=True)
+    before, credit = torch.tensor([-0.15, -3.0, -0.5]).double(), torch.tensor([-1.0, -2.0, -1.0]).double()
+    assert torch.autograd.gradcheck(lambda x: clipped_policy_loss(x, before, credit, dual_clip=3.0), (x,))
+    with pytest.raises(UserError, match="dual_clip"):
+        GRPOLoss(clip_high=0.5, dual_clip=1.4)
+
+
+def test_an_earlier_policys_samples_give_the_kl_of_the_present_one():
+    """Over all tokens that the earlier one may draw: k3+ weighted by its ratio has the value and the gradient of the KL."""
+    generator = torch.Generator().manual_seed(4)
+    logits, old, reference = torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    logprob, old, reference = logits.log_softmax(0), old.log_softmax(0), reference.log_softmax(0)
+    exact = (logprob.exp() * (logprob - reference)).sum()
+    _, batch = rollout_batch(lengths=[12])
+    batch = replace(batch, old_logprob=old, reference_logprob=reference)
+    each = policy_gradient._kl(TokenStats(logprob, *[logprob.detach()] * 4), batch, "k3+")
+    mean = (old.exp() * each).sum()
+    assert mean.item() == pytest.approx(exact.item(), rel=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (mean, exact)))
+    unweighted = (old.exp() * KL_ESTIMATORS["k3+"](logprob, reference)).sum()
+    assert (
+        torch.autograd.grad(unweighted, logits, retain_graph=True)[0] - torch.autograd.grad(exact, logits)[0]
+    ).abs().max() > 0.01
 
 
 def test_clipped_value_loss_is_the_formula():

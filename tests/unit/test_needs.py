@@ -48,6 +48,17 @@ def test_needs_that_depend_on_keys():
         needs = config(name, beta=0.1).objective.needs
         assert (needs.reference, needs.module) == ("live", NEEDS[name][1])
     assert config("reward_model", confidence_statements="alone").objective.needs.statements == "alone"
+    assert config("ppo", value_model="own").objective.needs.module == "value model"
+
+
+def test_what_a_reward_is_compared_with_and_where_the_kl_stands():
+    found = {name: config(name).objective.needs for name in ("sft", "grpo", "rloo", "ppo")}
+    assert {name: (one.credit, one.kl_in_reward, one.whole_answers) for name, one in found.items()} == {
+        "sft": ("none", False, False),
+        "grpo": ("group", False, False),
+        "rloo": ("others", True, True),
+        "ppo": ("values", True, False),
+    }
 
 
 def test_prompts_are_shared_where_several_answers_follow_them():
@@ -65,7 +76,7 @@ def test_a_reference_is_asked_for_by_objectives_and_penalties_alike(name):
 
 
 def test_nothing_asks_for_the_name_of_an_objective():
-    asks = re.compile(r"objective\.name\s*(?:==|!=|in\b|not in\b)|isinstance\((?:self\.|config\.)+objective\b")
+    asks = re.compile(r"objective\.name\s*(?:==|!=|in\b|not in\b)|isinstance\((?:self\.|config\.)*objective\b")
     places = [
         f"{path.relative_to(ROOT)}:{number}"
         for folder in ("calibtrain", "losses", "launchers")

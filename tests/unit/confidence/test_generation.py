@@ -78,6 +78,22 @@ def test_samples_do_not_depend_on_whether_the_prefix_is_shared(model):
     assert_same(complete(model, samples=3, seed=4), complete(model, samples=3, seed=4, share_prefix=False))
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_what_is_drawn_depends_on_the_stream_alone(model, batch_size):
+    """Not on what else is asked beside it: two halves, as of two ranks, in another order, are the whole."""
+    names = ["a", "b", "c", "d", "e"]
+    whole = complete(model, samples=4, seed=3, streams=names)
+    assert len({one.tokens for group in whole for one in group}) > 5
+    half = {}
+    for part in ([4, 1], [3, 0, 2]):
+        prompts = [PROMPTS[i] for i in part]
+        found = complete(model, prompts, samples=4, seed=3, streams=[names[i] for i in part], batch_size=batch_size)
+        half |= dict(zip(part, found, strict=True))
+    assert_same([half[i] for i in range(5)], whole)
+    same = complete(model, [PROMPTS[0]] * 2, samples=4, seed=3, streams=["a", "b"])
+    assert same[0] != same[1]  # the same question twice
+
+
 def test_sampled_logprobs_are_those_of_a_teacher_forced_pass(model):
     for prompt, row in zip(PROMPTS, complete(model, samples=3, seed=4), strict=True):
         for one in row:

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibtrain.data.loader import epoch_at, epoch_order, rank_micro_batches, step_indices, total_steps
+from calibtrain.config import TrainingConfig
+from calibtrain.data.loader import (
+    epoch_at,
+    epoch_order,
+    planned_steps,
+    rank_micro_batches,
+    step_indices,
+    total_steps,
+)
 from calibtrain.errors import UserError
 
 
@@ -46,6 +54,14 @@ def test_total_steps(n, epochs, size, steps):
 
 def test_epoch_at():
     assert epoch_at(25, 8, 400) == 0.5
+    assert epoch_at(50, 8, 400, passes=2) == 0.5
+
+
+def test_passes_over_what_was_sampled_are_steps_of_the_same_epoch():
+    training = TrainingConfig(epochs=0.5)
+    assert planned_steps(training, 400, 8) == 25
+    assert planned_steps(training, 400, 8, passes=2) == 50
+    assert planned_steps(TrainingConfig(max_steps=7), 400, 8, passes=2) == 7
 
 
 @st.composite

@@ -1,6 +1,7 @@
 """The measuring hooks against sums done by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from calibtrain.hooks.calibration import CalibrationHook
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import MicroBatchRecord, StepRecord
 from calibtrain.hooks.training import TrainingHook
-from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
-from calibtrain.training.losses import term_names
+from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED, LossTerm
+from calibtrain.training.losses import measure_names, term_names
 
 
 def micro_batch(seed=0):
@@ -89,6 +90,34 @@ def test_training_hook_means_and_resume():
     assert metrics["train/tokens_per_second"] == 50
     assert metrics["train/lr"] == 1e-4
     assert "train/logit_scale" not in metrics
+
+
+def test_measures_are_means_over_what_they_count_and_survive_a_resume():
+    def term(total, count):
+        return LossTerm(torch.tensor(total), torch.tensor(count))
+
+    def hook():
+        return TrainingHook(["nll", "odds_ratio"], ["ratio", "clip_share"])
+
+    first = replace(micro_batch(), measures={"ratio": term(3.3, 3), "clip_share": term(1.0, 3)})
+    second = replace(micro_batch(), measures={"ratio": term(0.9, 1), "clip_share": term(1.0, 1)})
+    whole, part, resumed = hook(), hook(), hook()
+    for one, record in ((whole, first), (whole, second), (part, first)):
+        one.on_micro_batch(record)
+    resumed.load_state_dict(part.state_dict())
+    resumed.on_micro_batch(second)
+    for one in (whole, resumed):
+        metrics = HookList([one]).reduce_and_log(1, 1)
+        assert metrics["train/policy/ratio"] == pytest.approx(1.05)
+        assert metrics["train/policy/clip_share"] == pytest.approx(0.5)
+    earlier = {key: value for key, value in part.state_dict().items() if key != "measured"}
+    hook().load_state_dict(earlier)  # of a version that measured nothing
+
+
+def test_measure_names_are_those_of_the_objective():
+    assert measure_names(RunConfig(objective={"name": "sft"})) == []
+    found = measure_names(RunConfig(objective={"name": "ppo"}))
+    assert {"clip_share", "entropy", "ratio", "value_clip_share"} <= set(found)
 
 
 def test_term_names_leave_out_what_is_not_in_the_loss():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from calibtrain.models.policy import Policy
 from calibtrain.models.reward import RewardLossModel, export_reward_model
 from calibtrain.models.value import check_value_source, load_value_model
 from calibtrain.pipeline.train import build_model
+from calibtrain.training.engine import Engine, optimizer_groups
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 ENCODED = [Encoded((20, 21, 22, 23, 1), 2, ANSWER, 0), Encoded((20, 21, 30, 1), 2, ANSWER, 0)]
@@ -132,3 +135,17 @@ def test_sources_that_cannot_be_values_are_refused(folder, tmp_path):
         check_value_source(config(folder / "tied", value_source=str(tmp_path / "other")), tokenizer)
     with pytest.raises(ValueError, match="value_model: own"):
         RunConfig.model_validate({"objective": {"name": "ppo", "value_source": "out/model"}})
+
+
+def test_it_may_learn_at_a_rate_of_its_own(folder):
+    run = config(folder / "untied", value_learning_rate=3e-4)
+    model = build_model(run)
+    groups = optimizer_groups(model, run)
+    rates = {id(one): group["lr"] for group in groups for one in group["params"]}
+    assert len(rates) == sum(one.requires_grad for one in model.parameters())
+    assert all(rates[id(one)] == pytest.approx(3e-4) for one in model.value.parameters())
+    assert {rates[id(one)] for one in model.policy.parameters()} == {run.training.learning_rate}
+    started = Engine(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)), 0, False)
+    rate = started.set_learning_rate(50, 100, run.training)
+    factors = sorted({group["lr"] / rate for group in groups})
+    assert factors == pytest.approx([1.0, 3e-4 / run.training.learning_rate])

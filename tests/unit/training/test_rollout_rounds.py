@@ -13,10 +13,12 @@ from calibtrain.confidence.generation import Generation
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import mean_loss
 from calibtrain.models.loss_model import LogprobStep, LossModel, TrainStep
-from calibtrain.models.reward import ValueLossModel
+from calibtrain.models.reward import ValueLossModel, scalar_head
+from calibtrain.models.value import OwnValueLossModel, ValueModel
 from calibtrain.training.rollout_credit import credit, groups_alike
 from calibtrain.training.rounds import Rounds
 from calibtrain.training.samples import Sample
+from tests.tiny import tiny_model
 from tests.unit.training.test_rollouts import QUESTIONS, batch_of, config, rollouts_of
 
 # Which groups, when
@@ -104,6 +106,31 @@ def test_measures_are_those_of_the_formulas():
     }.items():
         torch.testing.assert_close(found[name].float(), expected, rtol=1e-4, atol=1e-5)
     assert found["clip_share"] > 0
+
+
+def own_values(policy, objective, penalties):
+    model = tiny_model(400, seed=1)
+    return OwnValueLossModel(policy, ValueModel(model, scalar_head(model, 3)), objective, penalties)
+
+
+def test_a_value_model_learns_beside_the_policy(monkeypatch):
+    """Two questions are always right, two always wrong: the values come to explain that, by a model of their own."""
+    rollouts = {"group_size": 4, "reward": "accuracy", "truncated": "graded", "epochs": 2}
+    run = config({"name": "ppo", "value_model": "own"}, rollouts=rollouts)
+    monkeypatch.setattr("calibtrain.tasks.short_answer.grade", lambda text, accepted, method: accepted[0] in "01")
+    rounds, model = rollouts_of(run, own_values)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    explained = []
+    for step in range(60):
+        rounds.before_step(step)
+        explained.append(rounds.metrics["explained_variance"])
+        batch = batch_of(rounds, rounds.indices(step))
+        loss, _ = model(TrainStep(batch, {name: count.float() for name, count in model.counts(batch).items()}))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert explained[0] < 0.1
+    assert explained[-1] > 0.8
 
 
 # Answers that were cut
