@@ -133,8 +133,8 @@ class PPOCConfig(Section):
     rate: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Of the last round in the threshold, the running mean of the rewards of all ranks; the first round is its own."""
     scale: Positive | None = None
-    """With `proper`: score against sigmoid(scale * (reward - threshold)), the probability of a Bradley-Terry model, such as
-    with the scale in OUT/reward_model.json; null: against 0 or 1."""
+    """With `proper`: score against sigmoid(scale * (reward - threshold)), the probability of a Bradley-Terry model; null:
+    against 0 or 1. OUT/reward_model.json has a fitted one, of a model's scores as they are: with normalize: false."""
 
     @model_validator(mode="after")
     def _scale_is_of_the_proper_form(self) -> PPOCConfig:

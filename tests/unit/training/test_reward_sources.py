@@ -297,6 +297,24 @@ def test_memory_survives_a_checkpoint_bit_for_bit(tmp_path, steps_per_round):
     assert whole.rewards.memory.moments[0].count > 0  # so that a fresh one would not give the same
 
 
+def test_what_goes_wrong_over_rounds_is_told_once(caplog):
+    """A proxy that rises while right answers fall; and a PPO-C whose weight is more than rewards differ by."""
+    rollouts, _ = rollouts_of(run({"kind": "function", "function": f"{HERE}:by_length"}))
+    for i in range(WATCHED + 4):
+        grades = [1] * (4 - i // 3) + [0] * (i // 3)
+        rollouts.rewards.begin()
+        found = rollouts.rewards.end(paid(*[(float(i),)] * 4, correct=grades[:4]), IDS)
+        assert found["proxy"] == i
+    assert caplog.text.count("learns to please what rewards it") == 1
+    stated = {"reward": "ppo_c", **STATED}
+    rollouts, _ = rollouts_of(run({"kind": "function", "function": f"{HERE}:by_length"}, **stated))
+    for _ in range(2):
+        found = rollouts.rewards.end(paid((0.1,), (0.2,), (0.3,), (0.4,)), IDS)
+    assert found["ppo_c_gap"] == pytest.approx(0.2)
+    assert found["ppo_c_above"] == 0.5
+    assert caplog.text.count("rollouts.ppo_c.weight: 0.5, but rewards above the threshold are only 0.2 more") == 1
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
