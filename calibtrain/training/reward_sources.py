@@ -165,10 +165,15 @@ class ModelReader:
                     place(one.record),
                     self.scorer.room,
                 )
-        return self.scorer(sequences)
+        scores = self.scorer(sequences)
+        if lost := sum(not math.isfinite(one) for one in scores):
+            self._problem = (
+                f"{self.key}: {lost} of {len(scores)} scores are not finite numbers: it overflows in model.dtype"
+            )
+        return scores
 
     def problem(self) -> str | None:
-        """A question that its chat template refuses; a score that is no number."""
+        """A question that its chat template refuses, or scores that are no numbers."""
         found, self._problem = self._problem, None
         return found
 

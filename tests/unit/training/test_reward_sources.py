@@ -332,6 +332,18 @@ def test_a_function_that_fails_is_told_in_one_line(name, message):
     assert "\n" not in str(caught.value)
 
 
+def test_scores_that_are_no_numbers_end_the_round(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = write(tmp_path)
+    weights = load_file(path / "model.safetensors")
+    weights["score.weight"][:] = math.nan
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    rollouts, _ = rollouts_of(run({"kind": "model", "path": str(path)}))
+    with pytest.raises(UserError, match=r"rollouts\.sources\.0\.path: 8 of 8 scores are not finite numbers"):
+        rollouts.before_step(0)
+
+
 def test_sources_that_cannot_be_asked_are_told_before_anything_is_loaded(tmp_path):
     for one, message in (
         ({"kind": "function", "function": f"{HERE}:missing"}, "has no function 'missing'"),
