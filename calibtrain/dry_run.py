@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from calibtrain.config import ModelConfig, RunConfig
+from calibtrain.config import RunConfig
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled, told
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
@@ -37,6 +37,7 @@ class ModelSize:
     trainable: int
     vocabulary: int
     hidden_size: int | None
+    rewards: int = 0  # parameters of reward models beside it
 
 
 def rank_table(plan: BatchPlan, *, host: str, devices: Sequence[str]) -> list[RankRow]:
@@ -47,19 +48,23 @@ def rank_table(plan: BatchPlan, *, host: str, devices: Sequence[str]) -> list[Ra
     ]
 
 
-def model_size(config: ModelConfig) -> ModelSize:
+def model_size(run: RunConfig) -> ModelSize:
     """Count the parameters on the meta device: nothing is allocated, tied weights count once.
 
-    Raises UserError when the model's config.json is not at hand, or its adapters fit no layer.
+    Raises UserError when a model's config.json is not at hand, or adapters fit no layer.
     """
     from calibtrain.models.loading import add_adapter, add_lora, described_model
+    from calibtrain.models.reward_scorer import reward_parameters
+    from calibtrain.training.reward_sources import models_of
 
+    config = run.model
     model = described_model(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     text = model.config.get_text_config()
     model = add_adapter(add_lora(model, config), config, find_bases=False)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return ModelSize(parameters, trainable, int(text.vocab_size), getattr(text, "hidden_size", None))
+    rewards = sum(reward_parameters(source, key) for key, source in models_of(run)) if run.trains_on_rollouts else 0
+    return ModelSize(parameters, trainable, int(text.vocab_size), getattr(text, "hidden_size", None), rewards)
 
 
 def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> dict[str, tuple[int, str]]:
@@ -71,6 +76,7 @@ def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> dict
     master = 4 if width == 2 or stage else 0  # ZeRO keeps its flat fp32 copy in fp32 training, too
     sequences = plan.micro_batch_size * config.sequences_per_record
     logits = sequences * config.data.max_length * size.vocabulary * 4
+    rewards = size.rewards * width // (world if stage == 3 else 1)
     return {
         "parameters": (
             size.parameters * width // (world if stage == 3 else 1),
@@ -81,6 +87,7 @@ def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> dict
             size.trainable * (master + 8) // (world if stage >= 1 else 1),
             "host memory" if training.offload_optimizer else "device",
         ),
+        **({"reward models": (rewards, "device")} if rewards else {}),
         "logits and their gradient, not held": (2 * logits, "saved"),
     }
 
@@ -96,7 +103,7 @@ def show(config: RunConfig, world_size: int) -> None:
     size: ModelSize | None = None
     mistake: UserError | None = None
     try:
-        size = model_size(config.model)
+        size = model_size(config)
     except UserError as error:
         mistake = error
     resolved = deepspeed_dict(config, world_size, hidden_size=size.hidden_size if size else None)

@@ -191,6 +191,12 @@ def source_key(run: RunConfig, index: int) -> str:
     return f"rollouts.sources.{index}." + {"model": "path"}.get(kind, kind)
 
 
+def models_of(run: RunConfig) -> list[tuple[str, ModelSource]]:
+    """(config key, source) of each reward model of the run."""
+    sources = enumerate(run.rollouts.paid_by)
+    return [(source_key(run, index), one) for index, one in sources if isinstance(one, ModelSource)]
+
+
 def source_names(sources: Sequence[RewardSource]) -> list[str]:
     """A name for each source's numbers: its kind, with its place among several of the kind."""
     kinds = [one.kind for one in sources]

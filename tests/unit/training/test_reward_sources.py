@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from calibtrain.errors import UserError
 from calibtrain.training.reward_memory import NOTHING, WATCHED, Memory, Moments, slope_t
@@ -333,8 +334,6 @@ def test_a_function_that_fails_is_told_in_one_line(name, message):
 
 
 def test_scores_that_are_no_numbers_end_the_round(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     path = write(tmp_path)
     weights = load_file(path / "model.safetensors")
     weights["score.weight"][:] = math.nan
