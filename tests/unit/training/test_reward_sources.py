@@ -168,6 +168,8 @@ def test_mixtures_that_do_not_are_none(sources, rollouts):
         ({"sources": [{"kind": "format", "pattern": "("}]}, "no regular expression"),
         ({"sources": [{"kind": "length", "free": 4, "full": 4}]}, "must be below full"),
         ({"reward_model": "x", "ppo_c": {"form": "threshold", "scale": 2.0}}, "form: proper"),
+        ({"reward_model": "x", "accuracy_weight": 1.0}, "weigh a source of kind grade"),
+        ({"reward_model": "x", "format_penalty": -3.0}, "take a source of kind format"),
     ],
 )
 def test_rewards_that_do_not_fit_are_refused(rollouts, message):
