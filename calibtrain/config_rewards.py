@@ -36,9 +36,9 @@ class GradeSource(SourceSection):
     @property
     def least_of_right(self) -> float:
         """The least by which a right answer can be worth more than a wrong one."""
-        # A standard deviation of grades is at most a half; where one of the two is clipped, the other is 1 off or more.
-        gap = 2.0 if self.normalize else 1.0
-        return self.weight * min(gap, gap if self.clip is None else self.clip)
+        # Normalised, the two lie 1 apart where all were alike so far, else further, on both sides of 0 and with a product of
+        # -1: where one is clipped as well, the other is at least 1 off.
+        return self.weight * min(1.0, 1.0 if self.clip is None else self.clip)
 
 
 class ModelSource(SourceSection):

@@ -144,7 +144,7 @@ def test_mixtures_that_pay_for_being_wrong_are_errors(sources, rollouts, message
     ("sources", "rollouts"),
     [
         ([MODEL, {"kind": "grade"}], {"reward": "brier", **STATED}),
-        ([{"kind": "grade", "normalize": True, "weight": 0.5}], {"reward": "brier", **STATED}),
+        ([{"kind": "grade", "normalize": True, "clip": 1.0}], {"reward": "brier", **STATED}),
         ([MODEL], {"reward": "ppo_c", **STATED}),
         ([MODEL], {"confidence": "stated"}),  # PPO-M
     ],
@@ -175,6 +175,19 @@ def test_mixtures_that_do_not_are_none(sources, rollouts):
 def test_rewards_that_do_not_fit_are_refused(rollouts, message):
     with pytest.raises(ValueError, match=message):
         config("rloo", rollouts=rollouts)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3, 1.0, 1.5])
+def test_a_grade_is_never_worth_less_than_it_says(clip):
+    """Whatever the share of right answers so far, 0 and 1 among them."""
+    settings = run({"kind": "grade", "normalize": True, "clip": clip})
+    gaps = []
+    for right in range(21):
+        memory = Memory(moments=(Moments().with_values(torch.tensor([1.0] * right + [0.0] * (20 - right))),))
+        worth = worth_of(paid(correct=(1, 0, 1, 0)), IDS, settings, memory)
+        gaps.append((worth[0] - worth[1]).item())
+    (grade,) = settings.rollouts.paid_by
+    assert min(gaps) >= grade.least_of_right - 1e-9
 
 
 def test_names_tell_sources_of_a_kind_apart():
