@@ -36,9 +36,9 @@ class GradeSource(SourceSection):
     @property
     def least_of_right(self) -> float:
         """The least by which a right answer can be worth more than a wrong one."""
-        # A standard deviation of grades is at most a half; where one of the two is clipped, the other is 1 off or more.
-        gap = 2.0 if self.normalize else 1.0
-        return self.weight * min(gap, gap if self.clip is None else self.clip)
+        # Normalised, the two lie 1 apart where all were alike so far, else further, on both sides of 0 and with a product of
+        # -1: where one is clipped as well, the other is at least 1 off.
+        return self.weight * min(1.0, 1.0 if self.clip is None else self.clip)
 
 
 class ModelSource(SourceSection):
@@ -133,8 +133,8 @@ class PPOCConfig(Section):
     rate: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Of the last round in the threshold, the running mean of the rewards of all ranks; the first round is its own."""
     scale: Positive | None = None
-    """With `proper`: score against sigmoid(scale * (reward - threshold)), the probability of a Bradley-Terry model, such as
-    with the scale in OUT/reward_model.json; null: against 0 or 1."""
+    """With `proper`: score against sigmoid(scale * (reward - threshold)), the probability of a Bradley-Terry model; null:
+    against 0 or 1. OUT/reward_model.json has a fitted one, of a model's scores as they are: with normalize: false."""
 
     @model_validator(mode="after")
     def _scale_is_of_the_proper_form(self) -> PPOCConfig:

@@ -97,6 +97,11 @@ class RolloutsConfig(Section):
             raise ValueError("reward: ppo_c shifts what reward_model or sources give by a confidence: stated; set both")
         if named and self.rewards_nothing:
             raise ValueError(f"{named[0]}: earns nothing beside a likelihood's score unless accuracy_weight is above 0")
+        if self.reward in ("model", "sources", "ppo_c") and self.accuracy_weight is not None:
+            raise ValueError("accuracy_weight goes with reward: brier or log; here weigh a source of kind grade")
+        proper = self.reward == "ppo_c" and self.ppo_c.form == "proper"
+        if self.reward in ("model", "sources", "ppo_c") and not proper and self.format_penalty is not None:
+            raise ValueError(f"format_penalty: {self.reward} here scores no statement; take a source of kind format")
         if self.reward == "ternary":
             grades = [one for one in self.paid_by if isinstance(one, GradeSource)]
             if not grades or any(one.normalize or one.clip is not None for one in grades):

@@ -37,6 +37,7 @@ class ModelSize:
     trainable: int
     vocabulary: int
     hidden_size: int | None
+    rewards: int = 0  # parameters of reward models beside it
 
 
 def rank_table(plan: BatchPlan, *, host: str, devices: Sequence[str]) -> list[RankRow]:
@@ -47,11 +48,26 @@ def rank_table(plan: BatchPlan, *, host: str, devices: Sequence[str]) -> list[Ra
     ]
 
 
-def model_size(config: ModelConfig) -> ModelSize:
+def model_size(config: RunConfig) -> ModelSize:
     """Count the parameters on the meta device: nothing is allocated, tied weights count once.
 
-    Raises UserError when the model's config.json is not at hand, or its adapters fit no layer.
+    A value model's are among them; reward models' stand beside. Raises UserError when a model's config.json is not at hand, or
+    adapters fit no layer.
     """
+    from calibtrain.models.reward_scorer import reward_parameters
+    from calibtrain.models.value import value_config
+    from calibtrain.training.reward_sources import models_of
+
+    size = _size_of(config.model)
+    if config.objective.needs.module == "value model":
+        value = _size_of(value_config(config))
+        size = replace(size, parameters=size.parameters + value.parameters, trainable=size.trainable + value.trainable)
+    if config.trains_on_rollouts:
+        size = replace(size, rewards=sum(reward_parameters(source, key) for key, source in models_of(config)))
+    return size
+
+
+def _size_of(config: ModelConfig) -> ModelSize:
     from calibtrain.models.loading import add_adapter, add_lora, described_model
 
     model = described_model(config)
@@ -71,6 +87,7 @@ def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> dict
     master = 4 if width == 2 or stage else 0  # ZeRO keeps its flat fp32 copy in fp32 training, too
     sequences = plan.micro_batch_size * config.sequences_per_record
     logits = sequences * config.data.max_length * size.vocabulary * 4
+    rewards = size.rewards * width // (world if stage == 3 else 1)
     return {
         "parameters": (
             size.parameters * width // (world if stage == 3 else 1),
@@ -81,19 +98,9 @@ def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> dict
             size.trainable * (master + 8) // (world if stage >= 1 else 1),
             "host memory" if training.offload_optimizer else "device",
         ),
+        **({"reward models": (rewards, "device")} if rewards else {}),
         "logits and their gradient, not held": (2 * logits, "saved"),
     }
-
-
-def _sizes(config: RunConfig) -> ModelSize:
-    """Of the model, with a value model's parameters where there is one."""
-    size = model_size(config.model)
-    if config.objective.needs.module != "value model":
-        return size
-    from calibtrain.models.value import value_config
-
-    value = model_size(value_config(config))
-    return replace(size, parameters=size.parameters + value.parameters, trainable=size.trainable + value.trainable)
 
 
 def show(config: RunConfig, world_size: int) -> None:
@@ -107,7 +114,7 @@ def show(config: RunConfig, world_size: int) -> None:
     size: ModelSize | None = None
     mistake: UserError | None = None
     try:
-        size = _sizes(config)
+        size = model_size(config)
     except UserError as error:
         mistake = error
     resolved = deepspeed_dict(config, world_size, hidden_size=size.hidden_size if size else None)

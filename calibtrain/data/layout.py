@@ -47,6 +47,7 @@ class Layout:
     fields: tuple[str, ...] = ()  # handed on as they are
     context: tuple[str, ...] = ()  # passages, a column or a list of them each
     tools_mapped: bool = False
+    bare: bool = False  # a question alone serves
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -60,11 +61,13 @@ def find_layout(
     place: str,
     cells: bool = False,
     labelled: bool = False,
+    bare: bool = False,
 ) -> Layout:
     """Layout of a data set with the columns `found`, in whatever row they stand.
 
-    `labelled`: answers are wanted with a label, or as pairs, or as graded questions to find wrong answers to. Raises
-    UserError unless `columns` maps known fields to columns that exist and some shape can be read.
+    `labelled`: answers are wanted with a label, or as pairs, or as graded questions to find wrong answers to. `bare`: a
+    question alone serves. Raises UserError unless `columns` maps known fields to columns that exist and some shape can be
+    read.
     """
     columns = {
         field: [named] if field == "context" and isinstance(named, str) else named for field, named in columns.items()
@@ -89,7 +92,9 @@ def find_layout(
             "e.g. {label: your_column}"
         )
     asks = held.keys() & {"prompt", "question"}
-    if not (held.keys() & {"messages", "chosen", "text"} or (asks and held.keys() & {"completion", "answers"})):
+    if not (
+        held.keys() & {"messages", "chosen", "text"} or (asks and (bare or held.keys() & {"completion", "answers"}))
+    ):
         raise UserError(
             f"{place}: the columns found are {listed}; accepted are {SHAPES}. Map yours with data.source.columns, e.g. "
             f"columns: {mapping_to_write(found, mapped)}"
@@ -97,7 +102,7 @@ def find_layout(
     if "options" in lists:
         held.pop("options", None)
     more = {name: lists.get(name, ()) for name in ("strata", "options", "fields", "context")}
-    return Layout(held, cells=cells, tools_mapped="tools" in mapped, **more)
+    return Layout(held, cells=cells, tools_mapped="tools" in mapped, bare=bare, **more)
 
 
 def mapping_to_write(found: Sequence[str], mapped: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ Recognised shapes (extra columns are left alone):
     instruction, input, output              Alpaca's, with system and history; also with chosen, rejected or answers
     text                                    to be learned as it stands
 `label` (true or false) is read where it is mapped, or an objective asks for it, and is left alone elsewhere.
+A question alone serves where the model answers it itself and nobody grades it (a reward model in `rollouts`).
 `answers` may stand beside any of them and makes the row gradable. `question` and `prompt` mean the same.
 
 A conversation teaches each of the assistant's turns, a graded or labelled one and a pair the last alone.
@@ -74,7 +75,7 @@ def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Recor
         chosen, rejected = None, chosen
     elif chosen is None and accepted:
         chosen = Message("assistant", accepted[0])
-    if chosen is None and rejected is None:
+    if chosen is None and rejected is None and not layout.bare:
         raise UserError(f"{place}: the row has no answer ({SHAPES})")
     if rejected is not None and rejected.tool_calls:
         raise UserError(f"{place}: the rejected answer calls a tool; pairs and labelled answers are of text")

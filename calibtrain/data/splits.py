@@ -51,6 +51,7 @@ def split_records(
     asked_mixture: MixtureSource | None = None,
     examples: int = 0,
     once: bool = False,
+    bare: bool = False,
 ) -> dict[str, list[Record]]:
     """Records of each split, in draw order, exactly as many as `sizes` asks for (train: all, where it asks for null).
 
@@ -63,7 +64,7 @@ def split_records(
 
     A validation split is cut out of the training split. `mixture` and `asked_mixture`: what `records` and `questions` are
     drawn from, if from several sources. `examples`: so many answered questions are taken out of train and have a split
-    of their own, by that name. `once`: train asks each question once.
+    of their own, by that name. `once`: train asks each question once. `bare`: it needs no answers.
     """
     drops = DropReport() if drops is None else drops
     evaluates = any(getattr(sizes, name) for name in EVALUATION_SPLITS)
@@ -75,7 +76,7 @@ def split_records(
     # An earlier turn of a conversation may be a question of another split.
     train = pools["train"] if questions is None else records
     pools["train"] = _not_held_out(train, pools, sizes, drops)
-    pools["train"] = _learnable(pools["train"], drops, undesirable)
+    pools["train"] = _learnable(pools["train"], drops, undesirable, bare)
     if once:
         pools["train"] = unique_records(pools["train"], drops)
     if mixture is not None:
@@ -129,11 +130,11 @@ def _not_held_out(
     return _kept(records, lambda record: held_out.isdisjoint(record.taught), "question held out for evaluation", drops)
 
 
-def _learnable(records: Sequence[Record], drops: DropReport, undesirable: bool) -> list[Record]:
+def _learnable(records: Sequence[Record], drops: DropReport, undesirable: bool, bare: bool) -> list[Record]:
     """Rows with an answer to learn, each once: of two that say the same the second is dropped."""
 
     def answers(record: Record) -> bool:
-        return record.chosen is not None or (undesirable and record.rejected is not None)
+        return bare or record.chosen is not None or (undesirable and record.rejected is not None)
 
     weighing = _kept(records, lambda record: record.weight > 0, "weight 0", drops)
     answered = _kept(weighing, answers, "no answer to learn", drops)

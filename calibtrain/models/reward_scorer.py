@@ -110,6 +110,16 @@ def reward_settings(source: ModelSource, key: str) -> Any:
     return settings
 
 
+def reward_parameters(source: ModelSource, key: str) -> int:
+    """How many parameters a reward model has, without reading its weights. Raises UserError as `reward_settings` does."""
+    from transformers import AutoModelForSequenceClassification
+
+    settings = reward_settings(source, key)
+    with torch.device("meta"):
+        model: Any = AutoModelForSequenceClassification.from_config(settings)
+    return sum(one.numel() for one in model.parameters())
+
+
 def reward_tokenizer(source: ModelSource, key: str) -> Any:
     """The reward model's own tokenizer. Raises UserError where it has none that fits its embeddings."""
     from transformers import AutoTokenizer

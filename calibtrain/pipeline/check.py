@@ -43,7 +43,7 @@ from calibtrain.training.losses import term_names
 from calibtrain.training.matrices import trained_layers
 from calibtrain.training.output_directory import check_output_dir, check_same_data
 from calibtrain.training.reward_sources import check_sources
-from calibtrain.training.rollout_rewards import check_rewards
+from calibtrain.training.rollout_rewards import check_graded, check_rewards
 from calibtrain.training.spectra import spectra_layers
 from calibtrain.training.weight_penalty import penalised_layers
 
@@ -117,6 +117,7 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     tokenizer = load_tokenizer(config.model)
     template = template_of(config, tokenizer)
     if config.trains_on_rollouts:
+        check_graded(config, template.task, train)
         check_sources(config, train)
     check_positions(config.model, config.data.max_length)
     _check_layers(config)

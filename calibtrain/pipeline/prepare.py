@@ -90,7 +90,8 @@ def prepare(config: RunConfig) -> Prepared:
     data, drops, task = config.data, DropReport(strict=config.data.strict), task_of(config.task)
     unpaired, once = config.trains_unpaired, config.objective.needs.answers_itself
     apart = data.questions is not None
-    records, read = _read_source(config, data.source, task, drops, labelled=unpaired, only_learned=apart)
+    bare = config.trains_on_rollouts and not config.rollouts.needs_grades
+    records, read = _read_source(config, data.source, task, drops, labelled=unpaired, bare=bare, only_learned=apart)
     questions, asked = None, None
     if data.questions is not None:
         questions, asked = _read_source(config, data.questions, task, drops)
@@ -114,6 +115,7 @@ def prepare(config: RunConfig) -> Prepared:
         examples=data.few_shot,
         # Where the model answers each question itself, what else its rows say is not learned from.
         once=once,
+        bare=bare,
     )
     check_options(config, task, splits)
     _check_weights(config, splits["train"])
@@ -226,6 +228,7 @@ def _read_source(
     task: Task,
     drops: DropReport,
     labelled: bool = False,
+    bare: bool = False,
     only_learned: bool = False,
 ) -> tuple[list[Record], int]:
     """The records of a source as the task asks them, and how many rows were read. UserError where too many cannot serve.
@@ -233,7 +236,7 @@ def _read_source(
     only_learned: no question is drawn from it, so that what the task cannot ask is learned as it stands.
     """
     known, as_they_stand = len(drops.unfit), 0
-    loaded = load_records(source, config.seed, labelled=labelled, drops=drops)
+    loaded = load_records(source, config.seed, labelled=labelled, bare=bare, drops=drops)
     records = []
     for record in loaded:
         try:

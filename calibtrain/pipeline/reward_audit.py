@@ -32,6 +32,12 @@ logger = logging.getLogger(__name__)
 
 FILE = "reward_model.json"
 HIGH, LOW = "{} (confidence: 90%)", "{} (confidence: 10%)"
+NUMBERS = ("ranked_low", "ranked_high", "scale", "ece_debiased", "auroc", "prefers_high_right", "prefers_high_wrong")
+SHOWN: dict[str, Any] = {
+    **{"path": str, "reads": str, "findings": list, "doubts": list, "pairs": int, "ranked_right": int},
+    **dict.fromkeys(NUMBERS, (int, float, type(None))),
+}
+"""What the report reads of each model, and of what kind it is."""
 LEAST_PAIRS = 20
 """With fewer pairs no calibration error is told."""
 LIKES_HIGH = 0.75
@@ -104,8 +110,8 @@ def read_audit(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         models = json.loads(path.read_text(encoding="utf-8"))["models"]
-        if not all(isinstance(one["findings"], list) and isinstance(one["path"], str) for one in models):
-            raise TypeError("findings")
+        if not all(isinstance(one[key], kind) for one in models for key, kind in SHOWN.items()):
+            raise TypeError("a number that is none")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a measurement of reward models ({type(error).__name__}: {error})") from None
     return list(models)

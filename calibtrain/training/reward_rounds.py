@@ -39,12 +39,12 @@ class RewardRounds:
         self.memory = self._next = NOTHING
         self._told_gap = False
 
-    def measured(self, samples: list[Sample], questions: Sequence[Record] | None = None) -> list[Sample]:
+    def measured(self, samples: list[Sample]) -> list[Sample]:
         """This rank's samples with what their sources give. Raises UserError on every rank where one fails. Collective."""
         if not self.sources:
             return samples
-        records = self.questions if questions is None else questions
-        replies = [self.reply(records[one.question], self._text(one)) for one in samples]
+        decode = self.answerer.template.decode_answer
+        replies = [self.reply(self.questions[one.question], decode(one.tokens)) for one in samples]
         given = self.asked(replies)
         return [replace(one, rewards=row) for one, row in zip(samples, given, strict=True)]
 
@@ -52,9 +52,6 @@ class RewardRounds:
         """What each asked source gives for each reply. Raises UserError as `measured` does. Collective."""
         columns = [source(replies) for source in self.sources]
         problems = [found for source in self.sources if (found := source.problem()) is not None]
-        bad = sum(math.isinf(value) for column in columns for value in column)
-        if bad:
-            problems.append(f"rollouts.sources: {bad} rewards are not finite numbers; look at the reward model's dtype")
         if problems := gather_lists(problems):
             raise UserError(problems[0])
         return list(zip(*columns, strict=True))
@@ -91,9 +88,6 @@ class RewardRounds:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the memory of a checkpoint."""
         self.memory = self._next = Memory.loaded(state)
-
-    def _text(self, sample: Sample) -> str:
-        return self.answerer.template.decode_answer(sample.tokens)
 
     def _numbers(self, samples: Sequence[Sample], ids: Tensor) -> dict[str, float]:
         sources, values = self.config.rollouts.paid_by, source_values(samples, self.config)

@@ -165,10 +165,15 @@ class ModelReader:
                     place(one.record),
                     self.scorer.room,
                 )
-        return self.scorer(sequences)
+        scores = self.scorer(sequences)
+        if lost := sum(not math.isfinite(one) for one in scores):
+            self._problem = (
+                f"{self.key}: {lost} of {len(scores)} scores are not finite numbers: it overflows in model.dtype"
+            )
+        return scores
 
     def problem(self) -> str | None:
-        """A question that its chat template refuses; a score that is no number."""
+        """A question that its chat template refuses, or scores that are no numbers."""
         found, self._problem = self._problem, None
         return found
 
@@ -184,6 +189,12 @@ def source_key(run: RunConfig, index: int) -> str:
         return "rollouts.reward_model"
     kind = run.rollouts.sources[index].kind
     return f"rollouts.sources.{index}." + {"model": "path"}.get(kind, kind)
+
+
+def models_of(run: RunConfig) -> list[tuple[str, ModelSource]]:
+    """(config key, source) of each reward model of the run."""
+    sources = enumerate(run.rollouts.paid_by)
+    return [(source_key(run, index), one) for index, one in sources if isinstance(one, ModelSource)]
 
 
 def source_names(sources: Sequence[RewardSource]) -> list[str]:

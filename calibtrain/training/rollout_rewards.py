@@ -25,6 +25,9 @@ from calibtrain.losses.rewards import (
     with_format_penalty,
     worst_score,
 )
+from calibtrain.records import Record
+from calibtrain.tasks.task import Task
+from calibtrain.tasks.ungraded import place
 from calibtrain.training.reward_memory import NOTHING, WATCHED, Memory, Moments
 from calibtrain.training.samples import Sample
 
@@ -46,6 +49,15 @@ def check_rewards(config: RunConfig) -> None:
     if score != "ppo_c" or rollouts.ppo_c.form == "proper":
         nobody = torch.zeros(0)
         with_format_penalty(nobody, nobody.bool(), penalty=_penalty(rollouts), worst=_worst(rollouts))
+
+
+def check_graded(config: RunConfig, task: Task, questions: Sequence[Record]) -> None:
+    """Raise UserError where answers are paid by their grade and a question has none to grade by."""
+    if config.rollouts.needs_grades and (bare := next((one for one in questions if not task.gradable(one)), None)):
+        raise UserError(
+            f"objective.name: {config.objective.name} grades what it samples: training questions need answers, which "
+            f"{place(bare)} has not; rollouts.reward: model takes a reward model in their place"
+        )
 
 
 def _check_budget(rollouts: RolloutsConfig) -> None:
@@ -80,8 +92,8 @@ def source_values(samples: Sequence[Sample], config: RunConfig) -> Tensor:
     rows = []
     for source in config.rollouts.paid_by:
         if source.ASKED:
-            place = next(asked)
-            row = [one.rewards[place] for one in samples]
+            column = next(asked)
+            row = [one.rewards[column] for one in samples]
         elif isinstance(source, LengthSource):
             row = [
                 -min(1.0, max(0.0, (len(one.tokens) - source.free) / (source.full - source.free))) for one in samples
@@ -103,9 +115,9 @@ def worth_of(samples: Sequence[Sample], ids: Tensor, config: RunConfig, memory: 
     an answer gives it the mean of its group, so that it is neither praised nor blamed, and without any there the round's.
     """
     total = torch.zeros(len(samples), dtype=torch.float64)
-    for place, (source, values) in enumerate(zip(config.rollouts.paid_by, source_values(samples, config), strict=True)):
+    for index, (source, values) in enumerate(zip(config.rollouts.paid_by, source_values(samples, config), strict=True)):
         if source.normalize:
-            known = memory.moments[place] if memory.moments else Moments().with_values(values)
+            known = memory.moments[index] if memory.moments else Moments().with_values(values)
             values = (values - known.mean) / known.deviation
         if source.clip is not None:
             values = values.clamp(-source.clip, source.clip)

@@ -17,7 +17,6 @@ from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
 from calibtrain.data.loader import planned_steps
 from calibtrain.distributed import gather_lists, shard
-from calibtrain.errors import UserError
 from calibtrain.losses.silence import watch_of
 from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.models.loss_model import LogprobStep, LossModel
@@ -25,7 +24,7 @@ from calibtrain.records import Record
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.reward_rounds import RewardRounds
 from calibtrain.training.rollout_credit import Credit, credit, groups_alike, mean_grade, paid
-from calibtrain.training.rollout_rewards import check_rewards
+from calibtrain.training.rollout_rewards import check_graded, check_rewards
 from calibtrain.training.rounds import Rounds
 from calibtrain.training.samples import Sample, loaded_sample
 from calibtrain.training.sampling import Sampling
@@ -55,8 +54,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
     ) -> None:
         objective = config.objective
         check_rewards(config)
-        if config.rollouts.needs_grades and not all(map(answerer.template.task.gradable, questions)):
-            raise UserError(f"objective.name: {objective.name} grades what it samples: training questions need answers")
+        check_graded(config, answerer.template.task, questions)
         self.config, self.answerer, self.questions, self.plan = config, answerer, list(questions), plan
         self.sampling = Sampling(config, answerer, self.questions)
         self.rewards = RewardRounds(config, answerer, self.questions)

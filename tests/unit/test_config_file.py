@@ -116,6 +116,20 @@ def test_input_paths_count_from_the_yaml_file_and_overrides_from_here(tmp_path, 
     assert config.output_dir == Path("out")
 
 
+def test_reward_models_count_from_the_yaml_file_unless_they_are_hub_names(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "objective: {name: rloo}\nrollouts:\n  sources:\n    - {kind: model, path: ./judge}\n"
+        "    - {kind: model, path: owner/name}\n    - {kind: grade}\n"
+    )
+    first, second, _ = load_config(file).rollouts.sources
+    assert first.path == str(tmp_path / "judge")
+    assert second.path == "owner/name"
+    file.write_text("objective: {name: rloo}\nrollouts: {reward_model: ./judge}\n")
+    assert load_config(file).rollouts.reward_model == str(tmp_path / "judge")
+    assert load_config(file, ["rollouts.reward_model=out/rm/model"]).rollouts.reward_model == "out/rm/model"
+
+
 def test_a_missing_file_names_the_shipped_configs():
     with pytest.raises(UserError, match=r"Did you mean the shipped config `demo`.*orpo"):
         load_config("no/such/demoo.yaml")

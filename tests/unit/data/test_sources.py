@@ -65,6 +65,21 @@ def test_a_row_without_an_answer_is_named(tmp_path, suffix, place):
         load_records(source(path))
 
 
+def test_a_question_alone_serves_where_the_model_answers_it_itself(tmp_path):
+    rows = [{"prompt": "Why?"}, {"prompt": TURNS[:1]}]
+    path = write(tmp_path / "bare.jsonl", rows)
+    assert {(one.question, one.chosen) for one in load_records(source(path), bare=True)} == {
+        ("Why?", None),
+        ("q", None),
+    }
+    with pytest.raises(UserError, match="the columns found are prompt"):
+        load_records(source(path))
+    mixed = write(tmp_path / "mixed.jsonl", [{"prompt": "Why?", "answers": ["So"]}, {"prompt": "How?"}])
+    assert {one.accepted for one in load_records(source(mixed), bare=True)} == {("So",), ()}
+    with pytest.raises(UserError, match="the row has no answer"):
+        load_records(source(mixed))
+
+
 def test_draw_order_depends_on_seed_and_questions_alone(tmp_path):
     rows = [{"question": f"q{i}", "answers": "a"} for i in range(50)]
     forward = load_records(source(write(tmp_path / "a.jsonl", rows)), seed=3)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -24,7 +25,7 @@ from calibtrain.data.reward_text import FILE, RewardText, read_reward_template, 
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
-from calibtrain.models.reward_scorer import RewardScorer, reward_file, reward_tokenizer
+from calibtrain.models.reward_scorer import RewardScorer, reward_file, reward_parameters, reward_tokenizer
 from calibtrain.records import Message, Record
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
@@ -150,6 +151,13 @@ def test_scores_of_a_bf16_model_are_fine_grained(tmp_path):
     assert any(one != torch.tensor(one).bfloat16().item() for one in found)
 
 
+def test_parameters_are_counted_without_the_weights(tmp_path):
+    path = write(tmp_path)
+    (path / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    counted = reward_parameters(source(path), "key")
+    assert counted == sum(one.numel() for one in load_file(tmp_path / "elsewhere.safetensors").values())
+
+
 def test_a_long_question_loses_its_beginning_and_a_reply_nothing(tmp_path):
     text = RewardText(reward_tokenizer(source(write(tmp_path)), "key"))
     long = replace(QUESTION, prompt=(Message("user", "word " * 200 + "Lyon?"),))
@@ -236,8 +244,6 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
     weightless = write(tmp_path / "weightless")
     (weightless / "model.safetensors").unlink()
     refused(weightless, "holds no weights")
-    from safetensors.torch import load_file, save_file
-
     headless = write(tmp_path / "headless")
     weights = load_file(headless / "model.safetensors")
     del weights["score.weight"]

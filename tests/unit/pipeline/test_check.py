@@ -13,6 +13,7 @@ from calibtrain.errors import UserError
 from calibtrain.pipeline import check as checks
 from calibtrain.pipeline.check import advice, check, count_tokens, evaluations, expected_steps, longest
 from tests.tiny import write_tiny_model
+from tests.unit.models.test_reward_scorer import write as write_reward_model
 
 ROWS = 60
 
@@ -264,3 +265,23 @@ def test_a_directory_that_is_no_finished_run_is_told(tmp_path):
     for command in (["calibrate"], ["probe"], ["confidence"], ["answer", "?"], ["serve"]):
         call = [command[0], str(tmp_path), *command[1:]]
         assert "training has not finished" in str(CliRunner().invoke(cli.app, call).exception)
+
+
+def test_rewards_that_cannot_be_given_are_told_before_any_model_is_loaded(folder):
+    """A reward model that is none, a grade that nobody can give; and what a reward model's user should know."""
+    splits = {"train": 20, "calibration": 0, "temperature": 0, "certification": 0, "test": 0}
+    small = {"data": {"splits": splits}, "objective": {"name": "rloo"}}
+    bare = [{"prompt": f"What is {i}?", "completion": f"{i}"} for i in range(ROWS)]
+    (folder / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
+    source = {"kind": "file", "path": str(folder / "bare.jsonl")}
+    with pytest.raises(UserError, match=r"training questions need answers, which .*bare\.jsonl"):
+        check(config(folder, **{**small, "data": {"source": source, "splits": splits}}), 1)
+    with pytest.raises(UserError, match=r"rollouts\.reward_model: .* is LlamaForCausalLM, no sequence classifier"):
+        check(config(folder, **small, rollouts={"reward_model": str(folder / "tiny")}), 1)
+    model = str(write_reward_model(folder / "rewarding"))
+    judged = {**small, "rollouts": {"reward_model": model}, "data": {"source": source, "splits": splits}}
+    assert "nobody knows what the reward model is worth" in told(folder, **judged)
+    published = {"reward": "ppo_c", "reward_model": model, "confidence": "stated", "decoupled": False}
+    found = told(folder, **small, rollouts={**published, "ppo_c": {"form": "threshold"}})
+    assert "training ends at stating 0% or 100%" in found
+    assert "ppo_c" not in told(folder, **small, rollouts=published)

@@ -88,7 +88,7 @@ def test_every_reward_model_of_a_run_is_measured_on_held_out_questions(tmp_path,
     assert read_audit(tmp_path / "none" / FILE) == []
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"models": [{}]}', '{"models": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"models": [{}]}', '{"models": 1}', '{"models": [{"path": 1}]}'])
 def test_a_file_that_is_no_measurement_is_refused(tmp_path, text):
     (tmp_path / FILE).write_text(text)
     with pytest.raises(UserError, match="not a measurement of reward models"):

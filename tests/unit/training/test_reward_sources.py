@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from calibtrain.errors import UserError
 from calibtrain.training.reward_memory import NOTHING, WATCHED, Memory, Moments, slope_t
@@ -143,7 +144,7 @@ def test_mixtures_that_pay_for_being_wrong_are_errors(sources, rollouts, message
     ("sources", "rollouts"),
     [
         ([MODEL, {"kind": "grade"}], {"reward": "brier", **STATED}),
-        ([{"kind": "grade", "normalize": True, "weight": 0.5}], {"reward": "brier", **STATED}),
+        ([{"kind": "grade", "normalize": True, "clip": 1.0}], {"reward": "brier", **STATED}),
         ([MODEL], {"reward": "ppo_c", **STATED}),
         ([MODEL], {"confidence": "stated"}),  # PPO-M
     ],
@@ -167,11 +168,26 @@ def test_mixtures_that_do_not_are_none(sources, rollouts):
         ({"sources": [{"kind": "format", "pattern": "("}]}, "no regular expression"),
         ({"sources": [{"kind": "length", "free": 4, "full": 4}]}, "must be below full"),
         ({"reward_model": "x", "ppo_c": {"form": "threshold", "scale": 2.0}}, "form: proper"),
+        ({"reward_model": "x", "accuracy_weight": 1.0}, "weigh a source of kind grade"),
+        ({"reward_model": "x", "format_penalty": -3.0}, "take a source of kind format"),
     ],
 )
 def test_rewards_that_do_not_fit_are_refused(rollouts, message):
     with pytest.raises(ValueError, match=message):
         config("rloo", rollouts=rollouts)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3, 1.0, 1.5])
+def test_a_grade_is_never_worth_less_than_it_says(clip):
+    """Whatever the share of right answers so far, 0 and 1 among them."""
+    settings = run({"kind": "grade", "normalize": True, "clip": clip})
+    gaps = []
+    for right in range(21):
+        memory = Memory(moments=(Moments().with_values(torch.tensor([1.0] * right + [0.0] * (20 - right))),))
+        worth = worth_of(paid(correct=(1, 0, 1, 0)), IDS, settings, memory)
+        gaps.append((worth[0] - worth[1]).item())
+    (grade,) = settings.rollouts.paid_by
+    assert min(gaps) >= grade.least_of_right - 1e-9
 
 
 def test_names_tell_sources_of_a_kind_apart():
@@ -297,6 +313,24 @@ def test_memory_survives_a_checkpoint_bit_for_bit(tmp_path, steps_per_round):
     assert whole.rewards.memory.moments[0].count > 0  # so that a fresh one would not give the same
 
 
+def test_what_goes_wrong_over_rounds_is_told_once(caplog):
+    """A proxy that rises while right answers fall; and a PPO-C whose weight is more than rewards differ by."""
+    rollouts, _ = rollouts_of(run({"kind": "function", "function": f"{HERE}:by_length"}))
+    for i in range(WATCHED + 4):
+        grades = [1] * (4 - i // 3) + [0] * (i // 3)
+        rollouts.rewards.begin()
+        found = rollouts.rewards.end(paid(*[(float(i),)] * 4, correct=grades[:4]), IDS)
+        assert found["proxy"] == i
+    assert caplog.text.count("learns to please what rewards it") == 1
+    stated = {"reward": "ppo_c", **STATED}
+    rollouts, _ = rollouts_of(run({"kind": "function", "function": f"{HERE}:by_length"}, **stated))
+    for _ in range(2):
+        found = rollouts.rewards.end(paid((0.1,), (0.2,), (0.3,), (0.4,)), IDS)
+    assert found["ppo_c_gap"] == pytest.approx(0.2)
+    assert found["ppo_c_above"] == 0.5
+    assert caplog.text.count("rollouts.ppo_c.weight: 0.5, but rewards above the threshold are only 0.2 more") == 1
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -312,6 +346,16 @@ def test_a_function_that_fails_is_told_in_one_line(name, message):
     assert message in str(caught.value)
     assert str(caught.value).startswith("rollouts.sources.0.function")
     assert "\n" not in str(caught.value)
+
+
+def test_scores_that_are_no_numbers_end_the_round(tmp_path):
+    path = write(tmp_path)
+    weights = load_file(path / "model.safetensors")
+    weights["score.weight"][:] = math.nan
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    rollouts, _ = rollouts_of(run({"kind": "model", "path": str(path)}))
+    with pytest.raises(UserError, match=r"rollouts\.sources\.0\.path: 8 of 8 scores are not finite numbers"):
+        rollouts.before_step(0)
 
 
 def test_sources_that_cannot_be_asked_are_told_before_anything_is_loaded(tmp_path):
