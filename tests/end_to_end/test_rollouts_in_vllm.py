@@ -184,7 +184,6 @@ def test_a_server_that_stays_away_ends_the_run_behind_a_checkpoint(folder):
     assert all(line["train/rollouts/engine_gap"] < 1e-2 for line in lines.values())
     assert re.search(rf"waited 8 s .*training stopped after step {kept} of {STEPS}; checkpoint: ", ended.output)
     assert "training.resume=auto goes on from there" in ended.output
-    assert "Traceback" not in ended.output
 
 
 def _cmdline(pid):
