@@ -80,9 +80,8 @@ class Sampling:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what a checkpoint holds of answers drawn ahead. Collective."""
-        draws = self._draws(
-            state.get("asked", []), state.get("step", 0)
-        )  # of every rank, or their places are not known
+        # Of every rank, or the places of the others' questions are not known.
+        draws = self._draws(state.get("asked", []), state.get("step", 0))
         self.engine.metrics |= state.get("metrics", {})
         if "asked" not in state:
             return
