@@ -65,7 +65,7 @@ class ServedSampling:
         dtype = settled(config).model.dtype
         exact = dtype == "fp32" or (config.model.lora is None and config.model.adapter is None)
         tolerance = self.settings.tolerance_in(dtype)
-        self.proof = WeightProof(answerer, texts, prompts, tolerance=tolerance, exact=exact)
+        self.proof = WeightProof(answerer, texts, prompts, dtype=dtype, tolerance=tolerance, exact=exact)
         self.directory = (self.settings.directory or config.output_dir / "engine").absolute()
         self.launched: LaunchedServer | None = None  # on rank 0
         # A name of its own: of two runs at one server each notices the other's weights.
