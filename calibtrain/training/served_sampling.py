@@ -96,13 +96,13 @@ class ServedSampling:
 
     def sample(self, draws: Draws, version: int) -> list[list[Completion]]:
         """The completions of each prompt; what `start` began is returned as it was drawn. Collective."""
-        began, lost = time.monotonic(), None
+        lost = None
         while True:
             ahead, self._ahead = self._ahead, None
             if not all_agree(ahead is not None and ahead.draws == draws, self.world.device):
                 ahead = None
                 self.push(version)
-            drawn_by = version if ahead is None else ahead.version
+            began, drawn_by = time.monotonic(), version if ahead is None else ahead.version
             groups, problem = self._drawn(draws, drawn_by) if ahead is None else self._outcome(ahead)
             problem = self._agreed(problem)
             if problem is None:
