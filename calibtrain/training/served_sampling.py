@@ -65,7 +65,7 @@ class ServedSampling:
         dtype = settled(config).model.dtype
         exact = dtype == "fp32" or (config.model.lora is None and config.model.adapter is None)
         tolerance = self.settings.tolerance_in(dtype)
-        self.proof = WeightProof(answerer, texts, prompts, tolerance=tolerance, exact=exact)
+        self.proof = WeightProof(answerer, texts, prompts, dtype=dtype, tolerance=tolerance, exact=exact)
         self.directory = (self.settings.directory or config.output_dir / "engine").absolute()
         self.launched: LaunchedServer | None = None  # on rank 0
         # A name of its own: of two runs at one server each notices the other's weights.
@@ -96,13 +96,13 @@ class ServedSampling:
 
     def sample(self, draws: Draws, version: int) -> list[list[Completion]]:
         """The completions of each prompt; what `start` began is returned as it was drawn. Collective."""
-        began, lost = time.monotonic(), None
+        lost = None
         while True:
             ahead, self._ahead = self._ahead, None
             if not all_agree(ahead is not None and ahead.draws == draws, self.world.device):
                 ahead = None
                 self.push(version)
-            drawn_by = version if ahead is None else ahead.version
+            began, drawn_by = time.monotonic(), version if ahead is None else ahead.version
             groups, problem = self._drawn(draws, drawn_by) if ahead is None else self._outcome(ahead)
             problem = self._agreed(problem)
             if problem is None:

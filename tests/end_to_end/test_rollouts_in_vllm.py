@@ -137,7 +137,7 @@ def test_stale_weights_are_an_error_and_what_a_model_recommends_is_overruled(fol
         for mine, its in zip(found, group, strict=True):
             assert mine == pytest.approx(its.logprobs, abs=1e-2)
     served.proof.prompts = prompts
-    for step, size in enumerate((1e-2, 1e-6), start=1):  # far beyond the tolerance, and far within
+    for step, size in enumerate((1e-2, 1e-5), start=1):  # far beyond the tolerance, and far within
         moved(answerer, size)
         served.push(2 * step)
         moved(answerer, size)
@@ -184,7 +184,6 @@ def test_a_server_that_stays_away_ends_the_run_behind_a_checkpoint(folder):
     assert all(line["train/rollouts/engine_gap"] < 1e-2 for line in lines.values())
     assert re.search(rf"waited 8 s .*training stopped after step {kept} of {STEPS}; checkpoint: ", ended.output)
     assert "training.resume=auto goes on from there" in ended.output
-    assert "Traceback" not in ended.output
 
 
 def _cmdline(pid):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -70,7 +71,7 @@ def test_it_is_started_on_loopback_and_ends_with_what_it_started(stub, tmp_path,
     server.start()
     child, words = told(tmp_path / "model")
     assert server.alive
-    pairs = dict(zip(words[::2], words[1::2], strict=True))
+    pairs = {name: value for name, value in itertools.pairwise(words) if name.startswith("--")}
     assert pairs["--host"] == "127.0.0.1"
     assert (pairs["--dtype"], pairs["--seed"]) == ("bfloat16", "7")
     assert server.url == f"http://127.0.0.1:{pairs['--port']}/v1"
