@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -66,11 +66,18 @@ class Policy(nn.Module):
 
     def hidden_at_targets(self, batch: Batch) -> Tensor:
         """Hidden states that predict the batch's targets. (N, H) in the model's dtype."""
+        return self.states_at_targets(batch)[0]
+
+    def states_at_targets(self, batch: Batch, layers: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """The same, and the states of `layers` there, (N, layers, H); layer 0 is the embeddings, k follows block k."""
         mask = attention_mask(batch, self.model)
         # Without a mask of ours the model counts positions itself; padding on the right is behind every target.
         blocked = {} if mask is None else {"attention_mask": mask, "position_ids": batch.position_ids}
-        output = self.backbone(input_ids=batch.input_ids, use_cache=False, **blocked)
-        return output.last_hidden_state.flatten(0, 1)[batch.target_positions]
+        more = {"output_hidden_states": True} if layers else {}
+        output = self.backbone(input_ids=batch.input_ids, use_cache=False, **blocked, **more)
+        hidden = output.last_hidden_state.flatten(0, 1)[batch.target_positions]
+        found = [output.hidden_states[layer].flatten(0, 1)[batch.target_positions] for layer in layers]
+        return hidden, torch.stack(found, dim=1) if found else hidden[:, None][:, :0]
 
     def token_stats(self, hidden: Tensor, targets: Tensor) -> TokenStats:
         """Statistics of `targets` (N,) from `hidden` (N, H)."""

@@ -250,7 +250,7 @@ class Answerer:
                 self._p_values(measurement.states, len(records)),
             )
         loaded = self._own()
-        answered = loaded.answer(records)
+        answered = loaded.answer(records, layers=self.scorer.layers)
         found = self.scorer.score(asker_of(loaded), records, answered)
         states = None if answered.asked is None else answered.asked.numpy()
         return answered.answers, found.values, found.cost, self._p_values(states, len(records))

@@ -99,9 +99,13 @@ class Loaded:
         self.model = LossModel(policy).eval()
 
     def answer(
-        self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None
+        self,
+        records: Sequence[Record],
+        shots: Sequence[Record] = (),
+        on_batch: Any = lambda questions_done: None,
+        layers: tuple[int, ...] = (),
     ) -> Answered:
-        """Graded answers to `records` with their hidden states."""
+        """Graded answers to `records` with their hidden states, and with what a confidence head reads of `layers`."""
         return answer_questions(
             self.model,
             self.template,
@@ -110,6 +114,7 @@ class Loaded:
             shots=shots,
             device=self.device,
             graded=self.graded,
+            layers=layers,
             on_batch=on_batch,
         )
 

@@ -17,13 +17,22 @@ from calibtrain.training.gradient_passes import leave_out_passes, squared_norm
 
 
 def optimizer_groups(model: LossModel, config: RunConfig) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW: matrices, with weight decay, and vectors (norms, biases), without."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Parameter groups for AdamW: matrices, with weight decay, and vectors (norms, biases), without.
+
+    A confidence head has a group of its own. `lr` is each one's peak.
+    """
+    training, head = config.training, model.confidence_head
+    own = [] if head is None else list(head.parameters())
+    apart = {id(parameter) for parameter in own}
+    trained = [one for one in model.parameters() if one.requires_grad and id(one) not in apart]
+    rate = training.learning_rate
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.training.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": training.weight_decay, "lr": rate},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "lr": rate},
     ]
-    return [{**group, "lr": config.training.learning_rate} for group in groups if group["params"]]
+    if config.confidence_head is not None:
+        groups.append({"params": own, "weight_decay": 0.0, "lr": config.confidence_head.learning_rate})
+    return [group for group in groups if group["params"]]
 
 
 def schedule_factor(step: int, total_steps: int, training: TrainingConfig) -> float:
@@ -44,6 +53,7 @@ class Engine:
     deepspeed: Any
     stage: int
     full_gradients: bool  # fp32 below ZeRO-1: gradients are whole on every rank and nothing else checks them
+    peaks: tuple[float, ...] = ()  # learning rate of each optimiser group; none: training.learning_rate of all
 
     @property
     def module(self) -> LossModel:
@@ -51,11 +61,12 @@ class Engine:
         return self.deepspeed.module
 
     def set_learning_rate(self, step: int, total_steps: int, training: TrainingConfig) -> float:
-        """Set and return the rate of the coming step, a pure function of the step."""
-        rate = training.learning_rate * schedule_factor(step, total_steps, training)
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
+        """Set the rates of the coming step, pure functions of the step; returns the model's."""
+        factor = schedule_factor(step, total_steps, training)
+        groups = self.deepspeed.optimizer.param_groups
+        for group, peak in zip(groups, self.peaks or (training.learning_rate,) * len(groups), strict=True):
+            group["lr"] = peak * factor
+        return training.learning_rate * factor
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Run backward on one micro-batch. The loss is globally normalised and scaled by the number of ranks."""
@@ -113,4 +124,4 @@ def start_engine(model: LossModel, config: RunConfig, world: World) -> Engine:
         reader = model.policy.reader
         for parameter in reader.parameters_read():
             deepspeed.zero.register_external_parameter(reader, parameter)
-    return Engine(engine, stage, full_gradients)
+    return Engine(engine, stage, full_gradients, tuple(group["lr"] for group in groups))

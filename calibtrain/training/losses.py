@@ -20,6 +20,7 @@ from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.losses import build_loss
 from calibtrain.losses.silence import reads
+from calibtrain.models.confidence_head import ConfidenceHead
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.new_token import add_token
 
@@ -68,7 +69,8 @@ def term_names(config: RunConfig) -> list[str]:
         return range(len(texts))
 
     losses = [_built(section, no_ids) for section in (config.objective, *config.penalties_in_loss)]
-    return sorted({name for loss in losses for name in _term_names(loss)})
+    names = {name for loss in losses for name in _term_names(loss)}
+    return sorted(names | (set() if config.confidence_head is None else {ConfidenceHead.name}))
 
 
 def check_learns(config: RunConfig, model: LossModel, examples: Sequence[tuple[Encoded, ...]]) -> None:

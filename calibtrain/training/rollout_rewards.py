@@ -28,7 +28,7 @@ def check_rewards(config: RunConfig) -> None:
     if score not in ("brier", "log"):
         return
     check_any_weight(rollouts.reward_of_right, rollouts.score_weight)
-    if rollouts.confidence == "likelihood":
+    if rollouts.confidence != "stated":
         return  # no answer is given for its score's sake
     if not rollouts.decoupled:
         if getattr(config.objective, "scale_advantages", "none") == "group":
