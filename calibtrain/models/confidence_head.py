@@ -66,14 +66,21 @@ class ConfidenceHead(nn.Module):
         """`confidence_head`: the graded answers. () int64."""
         return {self.name: own_answers(batch, graded=True).sum()}
 
-    def forward(self, stats: TokenStats, states: Tensor, batch: Batch) -> dict[str, LossTerm]:
-        """The score of a batch's graded answers; `states` (N, layers, H) predicted its targets."""
+    def forward(self, stats: TokenStats, states: Tensor, batch: Batch) -> Tensor:
+        """Log-odds (S,) of a batch's graded answers being right, with harmless numbers for all else.
+
+        `states` (N, layers, H) predicted its targets. A tensor, in which ZeRO-3 finds where backward needs the weights.
+        """
         graded = own_answers(batch, graded=True)
         if not self.trains_backbone:
             states, stats = states.detach(), TokenStats(*(one.detach() for one in stats))
         whole = answer_logprob(stats, batch, graded)
         read = readings_of(stats.logprob, stats.entropy, answer_tokens(batch), batch.sequence_ids, len(batch.roles))
-        logit = self.logit(whole, read, answer_states(states, batch))
+        return self.logit(whole, read, answer_states(states, batch))
+
+    def terms(self, logit: Tensor, batch: Batch) -> dict[str, LossTerm]:
+        """The score of what `forward` gave."""
+        graded = own_answers(batch, graded=True)
         scores = score_of(logit, torch.where(graded, batch.correct, 0.0), self.score)
         return {self.name: sum_term(scores, graded, self.term_weight)}
 

@@ -181,7 +181,7 @@ class LossModel(nn.Module):
                 more = (self.policy.token_set_logprobs(hidden, batch.targets, stats, token_set),)
             terms.update(term(stats, batch, *more))
         if head is not None:
-            terms.update(head(stats, states, batch))
+            terms.update(head.terms(head(stats, states, batch), batch))
         return self._normalized(step, terms, stats, stats.logprob)
 
     def scored(self, hidden: Tensor, batch: Batch) -> Batch:

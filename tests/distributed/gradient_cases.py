@@ -29,6 +29,7 @@ from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
 from calibtrain.pipeline.prepare import learned_records
+from calibtrain.pipeline.train import with_confidence_head
 from calibtrain.records import Message, Record
 from calibtrain.training import engine as engine_module
 from calibtrain.training.answer_stream import AnswerStream
@@ -56,6 +57,7 @@ class Case:
     objective: str = "orpo"
     checkpoint: str = "model"  # "untied": a head of its own; "biased": and biases in attention
     ops: str = ""  # CALIBTRAIN_OPS
+    head: dict[str, Any] | None = None  # keys of a confidence head
     own_passes: bool = True  # False: DeepSpeed's own passes over the gradients (training/gradient_passes.py)
 
 
@@ -133,6 +135,19 @@ CASES = {
     "rollouts_separate_rows_stage3": Case(
         "rollouts", data={"shared_prefix": False}, training={"zero_stage": 3}, zero=SHARDED, objective="grpo"
     ),
+    "head_stage0": Case("head", training={"zero_stage": 0}, head={}),
+    "head_packed_stage3": Case("head", data={"packing_tokens": 128}, training={"zero_stage": 3}, zero=SHARDED, head={}),
+    "rollouts_head_stage0": Case(
+        "rollouts_head", training={"zero_stage": 0}, objective="grpo", head={"trains_backbone": True}
+    ),
+    "rollouts_head_separate_rows_stage3": Case(
+        "rollouts_head",
+        data={"shared_prefix": False},
+        training={"zero_stage": 3},
+        zero=SHARDED,
+        objective="grpo",
+        head={"trains_backbone": True},
+    ),
     "rollouts_wide_stage1": Case("rollouts", training={"zero_stage": 1, "micro_batch_size": 4}, objective="grpo"),
     "reference_ops": Case("orpo", training={"zero_stage": 0}, ops="reference"),
     "torch_ops_stage3": Case("orpo", training={"zero_stage": 3}, zero=SHARDED, ops="torch"),
@@ -193,7 +208,7 @@ class Recording(Engine):
         """Record, then step."""
         found = {
             name: gradient.cpu().float().clone()
-            for name, parameter in self.module.policy.named_parameters()
+            for name, parameter in trained(self.module)
             if parameter.requires_grad and (gradient := safe_get_full_grad(parameter)) is not None
         }
         self.gradients.append(found)  # type: ignore[attr-defined]
@@ -201,6 +216,12 @@ class Recording(Engine):
         assert not skipped
         self.norms.append(norm)  # type: ignore[attr-defined]
         return skipped, norm
+
+
+def trained(module: LossModel) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters of the policy by their names in it, and a head's."""
+    head = [] if module.confidence_head is None else module.confidence_head.named_parameters(prefix="confidence_head")
+    return [*module.policy.named_parameters(), *head]
 
 
 def with_reference(one: Encoded) -> Encoded:
@@ -243,6 +264,9 @@ def config_of(case: Case, model: Path) -> RunConfig:
             "model": {"source": str(model), "dtype": "fp32", **case.model},
             "data": {"max_length": 96, **case.data},
             **losses,
+            "confidence_head": None
+            if case.head is None
+            else {"refresh_every": 1, "answers_per_step": ANSWERS, "learning_rate": 3e-3, **case.head},
             "training": training,
             "evaluation": {"batch_size": 4, "max_new_tokens": 3},
         }
@@ -257,7 +281,12 @@ def build(config: RunConfig) -> LossModel:
         for name, parameter in model.named_parameters():
             if "lora_B" in name or name.endswith(".bias"):
                 parameter.normal_(std=0.1)
-    return LossModel(Policy(model), build_loss(config.objective), [build_loss(one) for one in config.penalties_in_loss])
+    penalties = [build_loss(one) for one in config.penalties_in_loss]
+    module = with_confidence_head(LossModel(Policy(model), build_loss(config.objective), penalties), config)
+    with torch.no_grad():
+        for parameter in module.confidence_head.parameters() if module.confidence_head else ():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    return module
 
 
 def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
@@ -276,12 +305,14 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
         started = start_engine(build(config), config, world)
     finally:
         engine_module.deepspeed_dict, engine_module.leave_out_passes = plain, passes
-    engine = Recording(started.deepspeed, started.stage, started.full_gradients)
+    engine = Recording(started.deepspeed, started.stage, started.full_gradients, started.peaks)
     engine.gradients, engine.norms = [], []  # type: ignore[attr-defined]
     template = Template("plain", load_tokenizer(config.model))
     trainer = make_trainer(config, engine, template, world)
     trainer.fit(Progress())
     weights = gathered_weights(engine.module.policy, keep=world.is_main)
+    if engine.module.confidence_head is not None:
+        weights |= gathered_weights(engine.module.confidence_head, keep=world.is_main)
     engine.deepspeed.destroy()
     return {"gradients": engine.gradients, "norms": engine.norms, "weights": weights}  # type: ignore[attr-defined]
 

@@ -100,7 +100,7 @@ def test_gradients(score):
 
     def loss(logprob, entropy, states):
         stats = TokenStats(logprob, entropy, entropy, entropy, torch.zeros(n, dtype=torch.bool))
-        return made(stats, states, batch)["confidence_head"].total
+        return made.terms(made(stats, states, batch), batch)["confidence_head"].total
 
     leaves = [one.requires_grad_() for one in (logprob, entropy, states)]
     assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
