@@ -30,6 +30,7 @@ from calibtrain.losses.answer_score import answer_brier_score, answer_log_score
 from calibtrain.losses.rewards import ppo_c_proper_reward, ppo_c_reward
 from calibtrain.losses.silence import watch_of
 from calibtrain.losses.terms import ANSWER, Batch
+from calibtrain.models.confidence_head import ConfidenceHead, score_of
 from calibtrain.ops import TokenStats
 from calibtrain.training.rollout_credit import credit
 from calibtrain.training.samples import Sample
@@ -56,10 +57,13 @@ class Toy:
 
 @dataclass(frozen=True)
 class End:
-    """Where the gradient is zero: probability of each answer, and the mean confidence stated behind each."""
+    """Where the gradient is zero: probability of each answer, the mean confidence stated behind each, and what a confidence
+    head tells of each.
+    """
 
     answers: tuple[float, ...]
     stated: tuple[float, ...] = ()
+    told: tuple[float, ...] = ()
 
 
 class Policy:
@@ -151,10 +155,12 @@ def find_end(config: RunConfig, toy: Toy, reward: Reward | None = None, *, steps
     question = Question(toy, policy, 1 if ppo else toy.group)
     answers = Question(toy, policy, 1)  # what the score in the loss is a sum over
     objective = build_loss(config.objective)
+    head = None if config.confidence_head is None else Told(config, answers, len(toy.truth))
     penalties = [build_loss(one) for one in config.penalties_in_loss]
     if config.rollouts.rewards_nothing:
         watch_of(objective).leave("advantages")
-    optimizer = torch.optim.Adam(policy.parameters(), lr=rate)
+    learnt = [*policy.parameters(), *([] if head is None else head.module.parameters())]
+    optimizer = torch.optim.Adam(learnt, lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     fixed = None if ppo else credit_of(config, question, policy, reward)
     for step in range(steps):
@@ -176,11 +182,45 @@ def find_end(config: RunConfig, toy: Toy, reward: Reward | None = None, *, steps
         loss = terms["policy"].total / (question.size * per_answer)
         for penalty in penalties:
             loss = loss + expected(penalty, answers, logprobs, old)
+        if head is not None:
+            loss = loss + head.loss(logprobs, old)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return policy.end()
+    found = policy.end()
+    return found if head is None else replace(found, told=head.told(policy.logprobs().detach()))
+
+
+class Told:
+    """A confidence head that sees which answer was given: its hidden state is the answer, as a direction of its own."""
+
+    def __init__(self, config: RunConfig, answers: Question, size: int) -> None:
+        section = config.confidence_head
+        assert section is not None
+        self.score, self.weight = config.head_score
+        self.module = ConfidenceHead((0,), size, trains_backbone=section.trains_backbone).double()
+        self.answers = answers
+        self.states = torch.eye(size, dtype=torch.float64)[answers.batch.targets][:, None]
+
+    def logits(self, logprobs: Tensor) -> Tensor:
+        """Log-odds of each case's answer being right."""
+        flat = logprobs[self.answers.groups[:, 0]].flatten()
+        if not self.module.trains_backbone:
+            flat = flat.detach()
+        return self.module(stats_of(flat), self.states, self.answers.batch)
+
+    def loss(self, logprobs: Tensor, old: Tensor) -> Tensor:
+        """The mean score over the answers that the policy of log-probs `old` samples."""
+        scores = score_of(self.logits(logprobs), self.answers.batch.correct.double(), self.score)
+        return self.weight * (self.answers.weights(old) * scores).sum()
+
+    @torch.no_grad()
+    def told(self, logprobs: Tensor) -> tuple[float, ...]:
+        """What it tells of each answer."""
+        told = self.logits(logprobs).sigmoid()
+        given = self.answers.groups[:, 0]
+        return tuple(float(told[given == answer][0]) for answer in range(len(logprobs)))
 
 
 def expected(penalty: nn.Module, answers: Question, logprobs: Tensor, old: Tensor) -> Tensor:
@@ -271,6 +311,8 @@ def rows() -> list[dict[str, Any]]:
 
     def add(what: str, truth: Sequence[float], end: End) -> None:
         ends = " ".join(f"{one:.2f}" for one in end.answers)
+        if end.told:
+            ends += "; tells " + " ".join(f"{one:.2f}" for one in end.told)
         stated = f"{end.stated[0]:.2f}" if end.stated else ""
         found.append({"what": what, "truth": " ".join(f"{one:g}" for one in truth), "ends": ends, "stated": stated})
 
@@ -293,6 +335,10 @@ def rows() -> list[dict[str, Any]]:
     brier = run_config("rloo", {**stated, "reward": "brier"})
     for name, reward in ppo_c_rewards().items():
         add(f"{name}, confidence: stated", TWO, find_end(brier, Toy(TWO, stated=True), reward))
+    for truth in (TWO, THREE):
+        for reward in ("brier", "log"):
+            config = run_config("rloo", {**rloo, "reward": reward, "confidence": "head"}, confidence_head={})
+            add(f"reward: {reward}, confidence: head", truth, find_end(config, Toy(truth), steps=1500))
     for risk in (0.3, 0.5):
         config = run_config("rloo", {**rloo, "reward": "ternary"}, abstention={"target_risk": risk})
         add(f"reward: ternary, target_risk: {risk:g}", (*TWO, 0.0), find_end(config, Toy((*TWO, 0.0), abstains=True)))

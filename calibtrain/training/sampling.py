@@ -69,9 +69,9 @@ class Sampling:
         stated: tuple[bool, ...] = ()
         whole = reply.text
         if rollouts.confidence == "stated":
-            said = read_stated_reply(template, generation.tokens, record, finished=generation.finished)
-            whole, reading, (start, stop), stated = said.text, said.reading, said.span, said.stated
-            confidence = math.nan if said.confidence is None else said.confidence
+            found = read_stated_reply(template, generation.tokens, record, finished=generation.finished)
+            whole, reading, (start, stop), stated = found.text, found.reading, found.span, found.stated
+            confidence = math.nan if found.confidence is None else found.confidence
         said = task.key(reading.text, record)
         sample = Sample(
             question=index,

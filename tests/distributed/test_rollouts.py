@@ -133,23 +133,19 @@ def test_a_head_is_kept_beside_its_model(runs, name):
         assert kept["states"].abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["grpo1", "ppo3"])
-def test_a_head_is_certified_and_answers(runs, name):
+def test_a_head_is_certified_and_answers(runs):
     folder, _ = runs
-    output = folder / name
+    output = folder / "ppo3"
     found = source.run(output, "head", target_risk=0.9)
     assert found.calibrator.method == "platt"
-    replies = calibtrain.load(output, source="head", uncertified=True).answers(
-        [f"What is {i}?" for i in range(150, 156)]
-    )
-    assert {(one.source, one.forward_passes, one.tokens_read) for one in replies} == {("head", 0, 0)}
     config = load_config(output / "config.yaml")
     asked = prepare(config).splits["certification"]
     answerer = calibtrain.load(output, source="head", uncertified=True)
     answered = answerer.loaded.answer(asked, layers=answerer.scorer.layers)
     expected = answerer.calibrated.calibrator.apply(answerer.scorer.head.score(answered).values)
-    given = [one.probability for one in answerer.answers([one.question for one in asked])]
-    assert given == pytest.approx(expected.tolist(), abs=1e-4)
+    replies = answerer.answers([one.question for one in asked])
+    assert [one.probability for one in replies] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert {(one.source, one.forward_passes, one.tokens_read) for one in replies} == {("head", 0, 0)}
     moved = load_file(output / "model" / "model.safetensors")
     save_file({key: value + 1e-3 for key, value in moved.items()}, output / "model" / "model.safetensors")
     try:

@@ -8,7 +8,15 @@ import torch
 
 from calibtrain.calibration.scores import sigmoid
 from calibtrain.confidence.features import Fingerprint
-from calibtrain.confidence.head import FittedHead, HeadInputs, _offset, _states, fit_head, trained_head
+from calibtrain.confidence.head import (
+    LEAST_FOR_STATES,
+    FittedHead,
+    HeadInputs,
+    _offset,
+    _states,
+    fit_head,
+    trained_head,
+)
 from calibtrain.confidence.likelihood import answer_questions
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.collate import collate
@@ -231,26 +239,35 @@ def test_it_is_found_where_it_is_and_the_likelihood_stays_where_nothing_is():
     offset = np.log(np.exp(test[0].logprob) / -np.expm1(test[0].logprob))
     assert log_loss(solved.logit(test[0]), test[1]) < log_loss(offset, test[1]) - 0.1
     assert held_out.shape == (400,)
-    nothing, others = graded(told=0.0), graded(2000, told=0.0, seed=1)
-    solved, _ = fit_head(*nothing, (1, 2), OURS)
-    assert solved.strength is None
-    assert np.abs(solved.weights["states"]).max() == 0.0
-    order = np.argsort(others[0].logprob)
-    assert (np.diff(solved.logit(others[0])[order]) > 0).all()  # the likelihood's own order
+    others = graded(2000, told=0.0, seed=1)
+    offset = np.log(np.exp(others[0].logprob) / -np.expm1(others[0].logprob))
+    strengths = []
+    for seed in range(2, 6):  # where the likelihood is all there is
+        solved, _ = fit_head(*graded(300, told=0.0, seed=seed), (1, 2), OURS)
+        strengths.append(solved.strength)
+        assert log_loss(solved.logit(others[0]), others[1]) < log_loss(offset, others[1]) + 0.01
+        if solved.strength is None:
+            assert np.abs(solved.weights["states"]).max() == 0.0
+            order = np.argsort(others[0].logprob)
+            assert (np.diff(solved.logit(others[0])[order]) > 0).all()  # the likelihood's own order
+    assert None in strengths
     shuffled = np.random.default_rng(5).permutation(train[1])
-    assert fit_head(train[0], shuffled, (1, 2), OURS)[0].strength is None
+    told, _ = fit_head(train[0], shuffled, (1, 2), OURS)
+    assert np.abs(told.logit(test[0]) - told.logit(test[0]).mean()).mean() < 0.3  # grades that nothing tells
 
 
 def test_it_is_the_least_of_the_penalised_score():
     """Against torch on the standardised columns as the docstring says them, without any rotation of them."""
-    inputs, correct = graded(120)
+    inputs, correct = graded(LEAST_FOR_STATES)
     solved, _ = fit_head(inputs, correct, (1, 2), OURS)
     assert solved.strength is not None
+    few = HeadInputs(inputs.logprob[:-1], inputs.readings[:-1], inputs.states[:-1])
+    assert fit_head(few, correct[:-1], (1, 2), OURS)[0].strength is None  # too few
     raw = torch.from_numpy(np.concatenate([inputs.readings, _states(inputs)], axis=1))
     x = (raw - raw.mean(0)) / raw.std(0, correction=0)
     x[:, len(READINGS) :] /= (x.shape[1] - len(READINGS)) ** 0.5
     w = torch.zeros(2 + x.shape[1], dtype=torch.float64, requires_grad=True)
-    columns = torch.cat([torch.from_numpy(_offset(inputs.logprob))[:, None], torch.ones(120, 1).double(), x], 1)
+    columns = torch.cat([torch.from_numpy(_offset(inputs.logprob))[:, None], torch.ones(len(x), 1).double(), x], 1)
     optimizer = torch.optim.LBFGS(
         [w], max_iter=3000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
     )
