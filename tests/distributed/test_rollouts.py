@@ -8,8 +8,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import calibtrain
+from calibtrain import cli
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import source
@@ -146,6 +148,9 @@ def test_a_head_is_certified_and_answers(runs):
     replies = answerer.answers([one.question for one in asked])
     assert [one.probability for one in replies] == pytest.approx(expected.tolist(), abs=1e-4)
     assert {(one.source, one.forward_passes, one.tokens_read) for one in replies} == {("head", 0, 0)}
+    printed = CliRunner().invoke(cli.app, ["evaluate", str(output / "config.yaml"), "--model", str(output / "model")])
+    assert printed.exit_code == 0, printed.output
+    assert "by its confidence head" in printed.output
     moved = load_file(output / "model" / "model.safetensors")
     save_file({key: value + 1e-3 for key, value in moved.items()}, output / "model" / "model.safetensors")
     try:
