@@ -127,13 +127,16 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="output_dir of a finished run")
     parser.add_argument("--fresh", type=int, default=0, help="training questions answered beside the calibration split")
     parser.add_argument("--numbers", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument(
+        "--layers", type=int, nargs="+", help="hidden states that heads read; default: four, evenly spread"
+    )
     parser.add_argument("--work", type=Path, default=Path("confidence_head_work"))
     parser.add_argument("--json", type=Path, help="write machine, versions, rows and summary here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = load_config(arguments.run / "config.yaml")
     prepared, loaded = prepare(config), Loaded(config, arguments.run / "model")
-    layers = default_layers(depth_of(loaded.model), 4)
+    layers = tuple(arguments.layers or default_layers(depth_of(loaded.model), 4))
     own = {record.id for records in prepared.splits.values() for record in records}
     more = config.data.splits.train + arguments.fresh
     wider = (
