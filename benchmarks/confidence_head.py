@@ -6,6 +6,9 @@ The run's model answers its calibration split and, with --fresh, as many trainin
 heads are solved on the first N of these, mixed. `temperature` fits Platt's two numbers to head and likelihood alike,
 `certification` certifies both at the config's target risk, `test` is measured. Differences of AUROC come with paired
 bootstrap intervals. The answers' states lie in --work, so that the same command does not answer again.
+
+With --foreign the same heads, with the same Platt maps, also meet questions unlike those: other facts, and the test
+questions in other words and languages.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +34,12 @@ from calibtrain.calibration.scores import sigmoid
 from calibtrain.calibration.state import CalibrationState, state_of
 from calibtrain.confidence.features import Fingerprint, default_layers, depth_of
 from calibtrain.confidence.head import FittedHead, HeadInputs, fit_head
+from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.pipeline.calibration_file import weights_hash
 from calibtrain.pipeline.evaluate import Loaded
 from calibtrain.pipeline.prepare import prepare
-from calibtrain.records import Record
+from calibtrain.records import Message, Record
 
 Array = NDArray[np.float64]
 USES = ("temperature", "certification", "test")
@@ -106,6 +111,40 @@ def row(
     }
 
 
+def foreign(config: RunConfig, test: Sequence[Record]) -> dict[str, list[Record]]:
+    """Questions with accepted answers, by family."""
+    from forgetting import other_facts
+    from outside import CITY, LANGUAGES, WORDINGS
+
+    start, end = CITY.split("{}")
+
+    def reworded(forms: Sequence[str], records: Sequence[Record]) -> list[Record]:
+        names = [one.question.removeprefix(start).removesuffix(end) for one in records]
+        asked = [forms[i % len(forms)].format(name) for i, name in enumerate(names)]
+        return [replace(one, prompt=(Message("user", text),)) for one, text in zip(records, asked, strict=True)]
+
+    return {
+        **other_facts(),
+        "other words": reworded(WORDINGS, test[:400]),
+        "another language": reworded(LANGUAGES, test[400:700]),
+    }
+
+
+def foreign_row(name: str, family: str, score: Array, fitted: Calibrator, given: Answers) -> dict[str, Any]:
+    """How a source does on a family that it was not calibrated on."""
+    told = fitted.apply(score)
+    state = state_of(torch.from_numpy(told), torch.from_numpy(given.correct))
+    return {
+        "family": family,
+        "source": name,
+        "n": len(given.ids),
+        "accuracy": float(given.correct.mean()),
+        "confidence": float(told.mean()),
+        "auroc": auroc(state),
+        "brier": brier(state),
+    }
+
+
 def platt(score: Array, given: Answers) -> Calibrator:
     """Platt's map of a score in [0, 1]."""
     return fit_calibrator("platt", score, given.correct, ids=sample_ids(given.ids), template_hash="", weights_hash="")
@@ -131,6 +170,7 @@ def main() -> None:
         "--layers", type=int, nargs="+", help="hidden states that heads read; default: four, evenly spread"
     )
     parser.add_argument("--work", type=Path, default=Path("confidence_head_work"))
+    parser.add_argument("--foreign", action="store_true", help="ask questions unlike the run's as well")
     parser.add_argument("--json", type=Path, help="write machine, versions, rows and summary here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -150,6 +190,12 @@ def main() -> None:
     risk, delta = config.abstention.target_risk, config.abstention.delta
     likelihood = {use: np.exp(one.inputs.logprob) for use, one in given.items()}
     rows = [row("likelihood", 0, likelihood, given, risk, delta)]
+    others = foreign(config, prepared.splits["test"]) if arguments.foreign else {}
+    strangers = {name: answered(loaded, asked, layers, work / f"{name}.npz") for name, asked in others.items()}
+    plainly = platt(likelihood["temperature"], given["temperature"])
+    elsewhere = [
+        foreign_row("likelihood", name, np.exp(one.inputs.logprob), plainly, one) for name, one in strangers.items()
+    ]
     belongs_to = Fingerprint(weights_hash(arguments.run / "model"), loaded.template.hash)
     for number in [one for one in arguments.numbers if one < len(order)] + [len(order)]:
         some, start = pool.take(order[:number]), time.perf_counter()
@@ -158,16 +204,26 @@ def main() -> None:
         scores = {use: np.asarray(sigmoid(head.logit(one.inputs))) for use, one in given.items()}
         found = row("head", number, scores, given, risk, delta)
         low_high = difference(likelihood["test"], scores["test"], given["test"])
+        found |= {"left_to_likelihood": float(head.foreign(given["test"].inputs).mean())}
         found |= dict(zip(("auroc_gain", "low", "high"), low_high, strict=True))
         rows.append(found | {"seconds": time.perf_counter() - start})
+        fitted = platt(scores["temperature"], given["temperature"])
+        for family, one in strangers.items():
+            told = np.asarray(sigmoid(head.logit(one.inputs)))
+            found = foreign_row(f"head, {number}", family, told, fitted, one)
+            elsewhere.append(found | {"left_to_likelihood": float(head.foreign(one.inputs).mean())})
     names = list(rows[-1])
     rows = [{name: one.get(name, float("nan")) for name in names} for one in rows]
     print_table(f"{arguments.run.name}: {len(given['test'].ids)} test questions, target risk {risk:g}", rows)
+    elsewhere = [{"left_to_likelihood": float("nan"), **one} for one in elsewhere]
+    elsewhere.sort(key=lambda one: str(one["family"]))
+    if elsewhere:
+        print_table("Questions unlike the run's", elsewhere)
     if arguments.json:
         plain, best = rows[0], rows[-1]
         summary = {f"{key}_{name}": one[key] for name, one in (("plain", plain), ("head", best)) for key in
                    ("auroc", "coverage", "ece_debiased")}  # fmt: skip
-        write_json(arguments.json, rows, {**summary, "graded": best["graded"]})
+        write_json(arguments.json, [*rows, *elsewhere], {**summary, "graded": best["graded"]})
 
 
 if __name__ == "__main__":

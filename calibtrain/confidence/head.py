@@ -3,6 +3,10 @@
 It is `calibtrain.models.confidence_head` in numbers. Solving: a logistic regression whose slope on the likelihood's log-odds
 and whose bias are free, and whose other weights are held towards 0 by a penalty that cross-validation chooses. Infinite
 strength, which is Platt's map of the likelihood, stays unless another is better beyond chance: the head is not to be worse.
+
+Nor on questions unlike those that it was solved on, of which it knows nothing: half of these tell whether a question's last
+state is like theirs (calibtrain.confidence.outside, calibrated on the other half), and where it is not, Platt's map stands
+in its place.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from calibtrain.calibration.scores import grades_of, sigmoid
 from calibtrain.confidence.answered import Answered
 from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.outside import ALPHA, Outside, fit_outside
 from calibtrain.confidence.source import Array, Cost, SourceScores
 from calibtrain.errors import UserError
 from calibtrain.models.confidence_head import POSITIONS, READINGS, log_odds, normalized
@@ -36,7 +41,7 @@ LEAST_FOR_STATES = 256
 chosen on so few took .064 (.013) of AUROC at worst and gave nothing on average; of 256, none lost any."""
 BEYOND_CHANCE = 0.5
 """Standard errors of their paired difference by which the best must beat the likelihood in cross-validation."""
-FOLDER, STEM = "confidence_head", "head"
+FOLDER, STEM, OUTSIDE = "confidence_head", "head", "outside.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,7 @@ class FittedHead:
     """A head's numbers and where they are from. `weights` are float32: slope and bias (1,), readings (R,), states."""
 
     layers: tuple[int, ...]
-    weights: dict[str, NDArray[np.float32]]  # "states" is (layers, POSITIONS, H)
+    weights: dict[str, NDArray[np.float32]]  # "states" is (layers, POSITIONS, H); "plain" (2,) slope and bias alone
     how: str  # "solved" after the last step, or "trained" along the run
     n: int  # graded answers that it was solved on; 0 where it was trained
     strength: float | None  # None: infinite, the likelihood alone, or trained
@@ -72,12 +77,21 @@ class FittedHead:
         tuple[float | None, float, float], ...
     ]  # strength, cross-validated log loss, its error to the first's
     fingerprint: Fingerprint
+    outside: Outside | None = None  # tells questions unlike those that it was solved on
 
     @property
     def mark(self) -> str:
         """Of these very numbers, for a file's name."""
         digest = hashlib.sha256(b"".join(self.weights[name].tobytes() for name in sorted(self.weights)))
+        if self.outside is not None:
+            digest.update(self.outside.mean.tobytes() + self.outside.held_out.tobytes())
         return digest.hexdigest()[:16]
+
+    def foreign(self, inputs: HeadInputs) -> NDArray[np.bool_]:
+        """Which answers (N,) are to questions unlike those that it was solved on; ALPHA of like ones are told to be so."""
+        if self.outside is None:
+            return np.zeros(len(inputs), dtype=bool)
+        return np.asarray(self.outside.p_values(_asked(inputs, self.layers)) < ALPHA)
 
     def logit(self, inputs: HeadInputs) -> Array:
         """Log-odds of being right (N,) float64. UserError for states of another shape."""
@@ -86,11 +100,14 @@ class FittedHead:
             raise UserError(f"confidence head: reads states of shape {shape}, given {inputs.states.shape[1:]}")
         wide = {name: value.astype(np.float64) for name, value in self.weights.items()}
         linear = inputs.readings.astype(np.float64) @ wide["readings"] + _states(inputs) @ wide["states"].ravel()
-        return np.asarray(wide["slope"][0] * _offset(inputs.logprob) + wide["bias"][0] + linear)
+        offset = _offset(inputs.logprob)
+        told = wide["slope"][0] * offset + wide["bias"][0] + linear
+        return np.asarray(np.where(self.foreign(inputs), wide["plain"][0] * offset + wide["plain"][1], told))
 
     def score(self, answered: Answered) -> SourceScores:
         """Probability of being right of answers that came with their states; no forward pass."""
-        return SourceScores(sigmoid(self.logit(HeadInputs.of(answered))), Cost.none(len(answered.answers)), True)
+        inputs, cost = HeadInputs.of(answered), Cost.none(len(answered.answers))
+        return SourceScores(sigmoid(self.logit(inputs)), cost, True, by_likelihood=self.foreign(inputs))
 
     def save(self, output_dir: Path) -> None:
         """Write OUT/confidence_head/head.safetensors and head.json, each whole or not at all."""
@@ -101,7 +118,11 @@ class FittedHead:
         partial = folder / f"{STEM}.safetensors.partial"
         save_file({name: np.ascontiguousarray(value) for name, value in self.weights.items()}, partial)
         os.replace(partial, folder / f"{STEM}.safetensors")
-        facts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "weights"}
+        plain = {field.name for field in fields(self)} - {"weights", "outside"}
+        facts = {name: getattr(self, name) for name in sorted(plain)}
+        (folder / OUTSIDE).unlink(missing_ok=True)  # an earlier head's
+        if self.outside is not None:
+            replace(self.outside, fingerprint=self.fingerprint).save(folder / OUTSIDE)
         facts |= {"fingerprint": asdict(self.fingerprint), "positions": POSITIONS, "readings": READINGS}
         partial = folder / f"{STEM}.json.partial"
         partial.write_text(json.dumps(facts, indent=2), encoding="utf-8")
@@ -122,6 +143,8 @@ class FittedHead:
             layers, losses = tuple(facts.pop("layers")), tuple(tuple(one) for one in facts.pop("losses"))
             weights = load_file(folder / f"{STEM}.safetensors")
             head = cls(layers=layers, losses=losses, weights=weights, fingerprint=made_for, **facts)
+            if (folder / OUTSIDE).is_file():
+                head = replace(head, outside=Outside.load(folder / OUTSIDE, made_for))
             if weights["states"].shape[:2] != (len(layers), len(POSITIONS)) or len(weights["readings"]) != len(
                 READINGS
             ):
@@ -175,9 +198,13 @@ def fit_head(
     losses = np.logaddexp(0.0, held) - grades * held
     chosen, errors = _choose(losses)
     solved = _solve(offset, columns.z, grades, tried[chosen], None)
+    plain = _solve(offset, columns.z, grades, np.inf, None)[:2]
+    halves = np.array_split(np.random.default_rng(seed).permutation(len(grades)), 2)
+    asked = _asked(inputs, layers)
+    outside, _ = fit_outside(asked[halves[0]], asked[halves[1]], fingerprint)
     head = FittedHead(
         layers=tuple(layers),
-        weights=_folded(solved, columns, standard, inputs.states.shape[1:]),
+        weights=_folded(solved, columns, standard, inputs.states.shape[1:]) | {"plain": plain.astype(np.float32)},
         how="solved",
         n=len(grades),
         strength=_finite(tried[chosen]),
@@ -186,6 +213,7 @@ def fit_head(
             for strength, loss, error in zip(tried, losses.mean(1), errors, strict=True)
         ),
         fingerprint=fingerprint,
+        outside=outside,
     )
     return head, sigmoid(held[chosen])
 
@@ -195,6 +223,7 @@ def trained_head(weights: dict[str, torch.Tensor], layers: Sequence[int], finger
     arrays = {name: weights[name].detach().float().cpu().numpy() for name in ("slope", "bias", "readings")}
     states = weights["weight"].detach().float().cpu().numpy()
     arrays["states"] = states.reshape(len(layers), len(POSITIONS), -1)
+    arrays["plain"] = np.array([1.0, 0.0], dtype=np.float32)
     return FittedHead(tuple(layers), arrays, "trained", 0, None, (), fingerprint)
 
 
@@ -204,6 +233,11 @@ class _Columns:
 
     z: Array  # (N, R), R <= N
     directions: Array  # (R, D): z @ directions are the standardised columns
+
+
+def _asked(inputs: HeadInputs, layers: Sequence[int]) -> NDArray[np.float32]:
+    """The state of each question's last token in the last of the layers (N, H), which generation answers from."""
+    return np.asarray(inputs.states[:, int(np.argmax(layers)), 0], dtype=np.float32)
 
 
 def _offset(logprob: NDArray[np.float64]) -> Array:

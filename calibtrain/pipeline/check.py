@@ -298,4 +298,9 @@ def evaluations(config: RunConfig, steps: int, questions: int) -> list[str]:
         asked = min(penalty.questions_per_refresh, questions)
         where = "" if penalty.name == "confidence_head" else "penalties."
         lines.append(f"{asked} questions, {times} times and after the last step: {where}{penalty.name}")
+    if config.confidence_head is not None:
+        most = config.confidence_head.fit_questions
+        lines.append(
+            f"at most {most} questions that nothing was learnt from, at the end: confidence_head.fit_questions"
+        )
     return lines

@@ -17,7 +17,7 @@ from calibtrain.calibration.calibrators import fit_calibrator
 from calibtrain.calibration.intervals import sample_ids
 from calibtrain.confidence.ensemble import Ensemble, cross_scores, fit_ensemble
 from calibtrain.confidence.features import Fingerprint
-from calibtrain.confidence.head import FOLDER, STEM, FittedHead
+from calibtrain.confidence.head import FOLDER, OUTSIDE, STEM, FittedHead
 from calibtrain.confidence.probe import Probe
 from calibtrain.confidence.scorer import ENSEMBLE, EVERY, HEAD, PROBES, Scorer
 from calibtrain.confidence.source import SourceScores
@@ -115,7 +115,8 @@ def _parts(names: Sequence[str], name: str) -> list[str]:
     """Files of the run that the source's scores rest on: with another probe or ensemble its calibration says nothing."""
     fitted = {PROBES[0]: "probe", PROBES[1]: f"probe/{PROBES[1]}"}
     files = [f"{fitted[one]}/{file}" for one in names if one in fitted for file in ("probe.json", "probe.safetensors")]
-    files += [f"{FOLDER}/{STEM}.{ending}" for ending in ("json", "safetensors") if HEAD in names]
+    own = (f"{STEM}.json", f"{STEM}.safetensors", OUTSIDE)
+    files += [f"{FOLDER}/{file}" for file in own if HEAD in names]
     return [*files, *(["sources/ensemble/ensemble.json"] if name == ENSEMBLE else [])]
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import calibtrain
 from calibtrain import cli
+from calibtrain.confidence.head import HeadInputs
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import source
@@ -147,7 +148,12 @@ def test_a_head_is_certified_and_answers(runs):
     expected = answerer.calibrated.calibrator.apply(answerer.scorer.head.score(answered).values)
     replies = answerer.answers([one.question for one in asked])
     assert [one.probability for one in replies] == pytest.approx(expected.tolist(), abs=1e-4)
-    assert {(one.source, one.forward_passes, one.tokens_read) for one in replies} == {("head", 0, 0)}
+    assert {(one.forward_passes, one.tokens_read) for one in replies} == {(0, 0)}
+    foreign = answerer.scorer.head.foreign(HeadInputs.of(answered))
+    assert [one.source for one in replies] == ["likelihood" if one else "head" for one in foreign]
+    assert foreign.mean() < 0.3
+    (other,) = answerer.answers(["quux blarg " * 3])
+    assert other.source == "likelihood"
     printed = CliRunner().invoke(cli.app, ["evaluate", str(output / "config.yaml"), "--model", str(output / "model")])
     assert printed.exit_code == 0, printed.output
     assert "by its confidence head" in printed.output

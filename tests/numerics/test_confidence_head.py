@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -281,6 +283,7 @@ def test_it_is_the_least_of_the_penalised_score():
         return value
 
     optimizer.step(loss)
+    solved = replace(solved, outside=None)
     np.testing.assert_allclose(solved.logit(inputs), (columns @ w).detach().numpy(), atol=2e-3)
 
 
@@ -290,6 +293,14 @@ def test_kept_and_refused(tmp_path):
     solved.save(tmp_path)
     again = FittedHead.load(tmp_path, OURS)
     assert again.mark == solved.mark
+    far = HeadInputs(inputs.logprob, inputs.readings, inputs.states + 50.0)
+    assert again.foreign(far).all()
+    assert again.foreign(inputs).mean() < 0.1
+    plain = again.weights["plain"]
+    known = np.log(np.exp(inputs.logprob) / -np.expm1(inputs.logprob))
+    np.testing.assert_allclose(
+        again.logit(far), plain[0] * known + plain[1], rtol=1e-5
+    )  # Platt's map of the likelihood
     assert (again.layers, again.losses, again.strength, again.n) == (solved.layers, solved.losses, solved.strength, 120)
     np.testing.assert_array_equal(again.logit(inputs), solved.logit(inputs))
     for other, words in (
