@@ -145,9 +145,10 @@ class FittedHead:
             head = cls(layers=layers, losses=losses, weights=weights, fingerprint=made_for, **facts)
             if (folder / OUTSIDE).is_file():
                 head = replace(head, outside=Outside.load(folder / OUTSIDE, made_for))
-            if weights["states"].shape[:2] != (len(layers), len(POSITIONS)) or len(weights["readings"]) != len(
-                READINGS
-            ):
+            shapes = {name: value.shape for name, value in weights.items()}
+            states = shapes.pop("states")
+            plain = {"slope": (1,), "bias": (1,), "readings": (len(READINGS),), "plain": (2,)}
+            if shapes != plain or states[:2] != (len(layers), len(POSITIONS)):
                 raise ValueError("its arrays do not fit each other")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(
