@@ -28,6 +28,7 @@ from calibtrain.losses import build_loss
 from calibtrain.losses.answer_score import answer_brier_score, answer_log_score
 from calibtrain.losses.silence import watch_of
 from calibtrain.losses.terms import ANSWER, Batch
+from calibtrain.models.confidence_head import ConfidenceHead, score_of
 from calibtrain.ops import TokenStats
 from calibtrain.training.reward_memory import Memory
 from calibtrain.training.rollout_credit import Credit, credit, groups_alike, paid
@@ -60,10 +61,13 @@ class Toy:
 
 @dataclass(frozen=True)
 class End:
-    """Where the gradient is zero: probability of each answer, and the mean confidence stated behind each."""
+    """Where the gradient is zero: probability of each answer, the mean confidence stated behind each, and what a confidence
+    head tells of each.
+    """
 
     answers: tuple[float, ...]
     stated: tuple[float, ...] = ()
+    told: tuple[float, ...] = ()
 
 
 class Policy:
@@ -166,10 +170,12 @@ def find_end(config: RunConfig, toy: Toy, *, steps: int = 500, rate: float = 0.1
     answers = Question(config, toy, policy, 1)  # what the score in the loss is a sum over
     critic = Critic(toy) if config.objective.needs.module == "value model" else None
     objective = build_loss(config.objective)
+    head = None if config.confidence_head is None else Told(config, answers, len(toy.truth))
     penalties = [build_loss(one) for one in config.penalties_in_loss]
     if rollouts.rewards_nothing:
         watch_of(objective).leave("advantages")
     learnt = [*policy.parameters(), *([] if critic is None else [critic.values])]
+    learnt += [] if head is None else list(head.module.parameters())
     optimizer = torch.optim.Adam(learnt, lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     fixed = None if valued else credit_of(config, question)
@@ -198,11 +204,45 @@ def find_end(config: RunConfig, toy: Toy, *, steps: int = 500, rate: float = 0.1
             loss = loss + critic.loss(objective, batch, weights[question.owner].repeat_interleave(old.shape[1]))
         for penalty in penalties:
             loss = loss + expected(penalty, answers, logprobs, old)
+        if head is not None:
+            loss = loss + head.loss(logprobs, old)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return policy.end()
+    found = policy.end()
+    return found if head is None else replace(found, told=head.told(policy.logprobs().detach()))
+
+
+class Told:
+    """A confidence head that sees which answer was given: its hidden state is the answer, as a direction of its own."""
+
+    def __init__(self, config: RunConfig, answers: Question, size: int) -> None:
+        section = config.confidence_head
+        assert section is not None
+        self.score, self.weight = config.head_score
+        self.module = ConfidenceHead((0,), size, trains_backbone=section.trains_backbone).double()
+        self.answers = answers
+        self.states = torch.eye(size, dtype=torch.float64)[answers.batch.targets][:, None]
+
+    def logits(self, logprobs: Tensor) -> Tensor:
+        """Log-odds of each case's answer being right."""
+        flat = logprobs[self.answers.groups[:, 0]].flatten()
+        if not self.module.trains_backbone:
+            flat = flat.detach()
+        return self.module(stats_of(flat), self.states, self.answers.batch)
+
+    def loss(self, logprobs: Tensor, old: Tensor) -> Tensor:
+        """The mean score over the answers that the policy of log-probs `old` samples."""
+        scores = score_of(self.logits(logprobs), self.answers.batch.correct.double(), self.score)
+        return self.weight * (self.answers.weights(old) * scores).sum()
+
+    @torch.no_grad()
+    def told(self, logprobs: Tensor) -> tuple[float, ...]:
+        """What it tells of each answer."""
+        told = self.logits(logprobs).sigmoid()
+        given = self.answers.groups[:, 0]
+        return tuple(float(told[given == answer][0]) for answer in range(len(logprobs)))
 
 
 class Critic:
@@ -318,6 +358,8 @@ def rows() -> list[dict[str, Any]]:
 
     def add(what: str, truth: Sequence[float], end: End) -> None:
         ends = " ".join(f"{one:.2f}" for one in end.answers)
+        if end.told:
+            ends += "; tells " + " ".join(f"{one:.2f}" for one in end.told)
         stated = f"{end.stated[0]:.2f}" if end.stated else ""
         found.append({"what": what, "truth": " ".join(f"{one:g}" for one in truth), "ends": ends, "stated": stated})
 
@@ -357,6 +399,10 @@ def rows() -> list[dict[str, Any]]:
         config = run_config("rloo", {**rloo, "sources": [{"kind": "grade"}, {**MODEL["sources"][0], "weight": weight}]})
         found_end = find_end(config, Toy(TWO, scores=preferring_second))
         add(f"sources: grade and {weight:g} times a model that likes the other", TWO, found_end)
+    for truth in (TWO, THREE):
+        for reward in ("brier", "log"):
+            config = run_config("rloo", {**rloo, "reward": reward, "confidence": "head"}, confidence_head={})
+            add(f"reward: {reward}, confidence: head", truth, find_end(config, Toy(truth), steps=1500))
     for risk in (0.3, 0.5):
         config = run_config("rloo", {**rloo, "reward": "ternary"}, abstention={"target_risk": risk})
         add(f"reward: ternary, target_risk: {risk:g}", (*TWO, 0.0), find_end(config, Toy((*TWO, 0.0), abstains=True)))

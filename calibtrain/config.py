@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from calibtrain.config_base import BelowOne, Count, Fraction, Positive, Risk, Section, Weight
 from calibtrain.config_checks import unfit_answers, unfit_for_objective
 from calibtrain.config_data import DataConfig, FileSource, GeographySource, HubSource, MixtureSource, SplitSizes
+from calibtrain.config_head import ConfidenceHeadConfig
 from calibtrain.config_losses import (
     AnswerScoreConfig,
     NLLScope,
@@ -32,6 +33,7 @@ from calibtrain.config_tracking import TrackingConfig
 
 __all__ = [
     "AnswerScoreConfig",
+    "ConfidenceHeadConfig",
     "FileSource",
     "GRPOConfig",
     "GeographySource",
@@ -270,6 +272,8 @@ class RunConfig(Section):
     """Sampling and reward of the objectives grpo, rloo and ppo."""
     penalties: tuple[Penalty, ...] = ()
     """Added to the objective with their weights."""
+    confidence_head: ConfidenceHeadConfig | None = None
+    """Learns beside the model when its answers are right; null trains none."""
     weight_penalties: tuple[WeightPenaltyConfig, ...] = ()
     """Hold the weights near those that training started from."""
     training: TrainingConfig = TrainingConfig()
@@ -353,16 +357,26 @@ class RunConfig(Section):
     def penalties_in_loss(self) -> list[Penalty]:
         """The penalties whose gradient trains the weights, with the score of a likelihood that `rollouts` ask for."""
         found = [penalty for penalty in self.penalties if getattr(penalty, "moves", "all") == "all"]
-        if self.trains_on_rollouts and not found and (score := self.rollouts.score_in_loss):
+        likelihood = self.trains_on_rollouts and self.rollouts.confidence == "likelihood"
+        if likelihood and not found and (score := self.rollouts.score_in_loss):
             found.append(AnswerScoreConfig(moves="all", score=score, weight=self.rollouts.score_weight))
         return found
 
     @property
     def penalties_on_answers(self) -> list[OwnAnswersConfig]:
-        """The penalties for which the model answers questions of the calibration split while it trains."""
-        answering = [penalty for penalty in self.penalties if isinstance(penalty, OwnAnswersConfig)]
+        """The penalties, and the head, for which the model answers questions of the calibration split while it trains."""
+        sections = (*self.penalties, self.confidence_head)
+        answering = [section for section in sections if isinstance(section, OwnAnswersConfig)]
         # Rollouts are graded answers already: what is in the loss reads those.
         return [one for one in answering if not self.trains_on_rollouts or getattr(one, "moves", "all") == "scale"]
+
+    @property
+    def head_score(self) -> tuple[Literal["log", "brier"], float]:
+        """Proper score of the confidence head in the loss, and its weight. Only where there is a head."""
+        assert self.confidence_head is not None
+        if self.trains_on_rollouts and self.rollouts.confidence == "head" and (score := self.rollouts.score_in_loss):
+            return score, self.rollouts.score_weight
+        return self.confidence_head.score, self.confidence_head.weight
 
     @property
     def sequences_per_record(self) -> int:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from calibtrain.config_losses import OwnAnswersConfig
-
 if TYPE_CHECKING:
     from calibtrain.config import RunConfig
 
@@ -14,11 +12,31 @@ def unfit_answers(config: RunConfig) -> str | None:
     """What penalties on own answers cannot do without."""
     answering = config.penalties_on_answers
     if answering and config.data.splits.calibration == 0:
-        return f"penalties.{answering[0].name} needs questions: set data.splits.calibration to 128..512"
-    for key in OwnAnswersConfig.model_fields.keys() - {"name"}:
+        where = "" if answering[0].name == "confidence_head" else "penalties."
+        return f"{where}{answering[0].name} needs questions: set data.splits.calibration to 128..512"
+    for key in ("refresh_every", "questions_per_refresh", "answers_per_step"):
         values = {penalty.name: getattr(penalty, key) for penalty in answering}
         if len(set(values.values())) > 1:
             return f"penalties share one stream of answers, so {key} must be the same in each, got {values}"
+    return unfit_for_head(config)
+
+
+def unfit_for_head(config: RunConfig) -> str | None:
+    """What a confidence head cannot do without, and what cannot do without it."""
+    head, needs, rollouts = config.confidence_head, config.objective.needs, config.trains_on_rollouts
+    if head is None:
+        if rollouts and config.rollouts.confidence == "head":
+            return "rollouts.confidence: head needs the head: add a section confidence_head: {}"
+        return None
+    if needs.module == "reward head":
+        return f"objective.name: {config.objective.name} answers no questions: leave out confidence_head"
+    if rollouts and config.rollouts.confidence == "head" and config.rollouts.reward not in ("brier", "log"):
+        return f"rollouts.confidence: head is scored by reward: brier or log, not {config.rollouts.reward}"
+    if head.trains_backbone and not rollouts:
+        return (
+            "confidence_head.trains_backbone: the model would learn the grades of the calibration questions by heart "
+            "(docs/calibration-term.md): it fits grpo, rloo and ppo, whose questions are new at every step"
+        )
     return None
 
 

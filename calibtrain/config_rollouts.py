@@ -44,13 +44,14 @@ class RolloutsConfig(Section):
     sources: Annotated[tuple[RewardSource, ...], Field(min_length=1)] | None = None
     """What an answer earns: the sum of these, each with its weight; null: its grade, 1 if right, or what reward_model gives.
     One each of grade, model, format, length, function, judge, or several of a kind."""
-    confidence: Literal["likelihood", "stated"] = "likelihood"
+    confidence: Literal["likelihood", "stated", "head"] = "likelihood"
     """`likelihood`: the probability of the whole answer, a function of the weights, so that its score is a term of the
-    loss, answer_score; `stated`: "Confidence: 80%" behind the answer, which is sampled, so that its score is a reward."""
+    loss, answer_score; `stated`: "Confidence: 80%" behind the answer, which is sampled, so that its score is a reward;
+    `head`: what confidence_head tells, so that its score is a term of the loss, and no reward."""
     accuracy_weight: Weight | None = None
     """Of being right, or of what `sources` give, in `brier` and `log`. null: 0 with `likelihood`, whose score ends at the
-    truth, and with any weight here above it (docs/rewards.md); 1 with `stated`; so little that being wrong would pay is
-    refused."""
+    truth, and with any weight here above it (docs/rewards.md); 1 with `stated` and `head`; so little that being wrong would
+    pay is refused."""
     score_weight: Weight = 1.0
     """Of the confidence's score. With `likelihood` a penalty answer_score, `moves: all`, may stand in its place."""
     decoupled: bool = True
@@ -139,14 +140,14 @@ class RolloutsConfig(Section):
     @property
     def score_in_loss(self) -> Literal["brier", "log"] | None:
         """The score that enters the loss, not the reward: that of a confidence which is a function of the weights."""
-        return self.reward if self.reward in ("brier", "log") and self.confidence == "likelihood" else None  # type: ignore[return-value]
+        return self.reward if self.reward in ("brier", "log") and self.confidence != "stated" else None  # type: ignore[return-value]
 
     @property
     def reward_of_right(self) -> float:
         """`accuracy_weight` with its default."""
         if self.accuracy_weight is not None:
             return self.accuracy_weight
-        return 0.0 if self.score_in_loss else 1.0
+        return 0.0 if self.score_in_loss and self.confidence == "likelihood" else 1.0
 
     @property
     def rewards_nothing(self) -> bool:

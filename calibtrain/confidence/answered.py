@@ -43,12 +43,18 @@ class Answered:
     asked: Tensor | None = (
         None  # (N, H) float32 final states of the prompts' last tokens; None of an engine, or over ranks
     )
+    # What a confidence head reads, where its layers were asked for (calibtrain.models.confidence_head), float32:
+    states: Tensor | None = None  # (N, layers, POSITIONS, H)
+    readings: Tensor | None = None  # (N, READINGS)
 
     def select(self, rows: Tensor) -> Answered:
         """The answers at `rows` (K,) int64, in that order."""
         options = None if self.options is None else self.options.select(rows)
-        asked = None if self.asked is None else self.asked[rows]
-        return Answered([self.answers[row] for row in rows.tolist()], self.features.select(rows), options, asked)
+        asked, states, readings = (
+            one if one is None else one[rows] for one in (self.asked, self.states, self.readings)
+        )
+        answers = [self.answers[row] for row in rows.tolist()]
+        return Answered(answers, self.features.select(rows), options, asked, states, readings)
 
 
 def features_of_generations(generations: Sequence[Generation], correct: Sequence[bool | None]) -> AnswerFeatures:

@@ -37,9 +37,13 @@ class Answerer:
         records: Sequence[Record],
         *,
         shots: Sequence[Record] = (),
+        layers: tuple[int, ...] = (),
         on_batch: Callable[[int], None] = lambda questions_done: None,
     ) -> Answered:
-        """Answers of all ranks to `records`, in their order, on every rank. Collective."""
+        """Answers of all ranks to `records`, in their order, on every rank. Collective.
+
+        layers: those of a confidence head, whose inputs then come with the answers.
+        """
         mine = shard(records, self.world)
         asked = list(mine)
         if records and (not mine or (self.lockstep and len(mine) < -(-len(records) // self.world.size))):
@@ -58,6 +62,7 @@ class Answerer:
                 device=self.world.device,
                 all_done=self.all_done if self.lockstep else bool,
                 share_prefix=not self.lockstep,
+                layers=layers,
                 on_batch=on_batch,
             )
         finally:
@@ -101,7 +106,10 @@ def gather_answered(answered: Answered, world: World) -> Answered:
     if options is not None:
         owner = _gather_owners(options.owner, len(answered.answers), world)
         options = OptionFeatures(_gather_features(options.features, world), owner, options.mean)
-    return Answered(answers, _gather_features(answered.features, world), options)
+    states, readings = (
+        one if one is None else gather_rows(one, world.device) for one in (answered.states, answered.readings)
+    )
+    return Answered(answers, _gather_features(answered.features, world), options, None, states, readings)
 
 
 def _gather_features(features: AnswerFeatures, world: World) -> AnswerFeatures:

@@ -39,6 +39,9 @@ class Generation:
     finished: bool  # False: cut at max_new_tokens
     hidden_start: int = 0  # the first kept token; K = len(tokens) where nothing was said about which are kept
     asked: Tensor | None = None  # (H,) the prompt's last state, which predicted the first token; None without any
+    # Where layers were asked for:
+    entropies: tuple[float, ...] = ()  # of each token's distribution, in nats
+    states: Tensor | None = None  # (layers, POSITIONS of a confidence head, H) float32, of the kept tokens
 
 
 @torch.no_grad()
@@ -59,6 +62,7 @@ def generate(
     not_first: Sequence[int] = (),
     goes_on: Callable[[Sequence[int]], bool] | None = None,
     keep: Keep | None = None,
+    layers: tuple[int, ...] = (),
     on_batch: Callable[[int], None] = lambda prompts_done: None,
 ) -> list[list[Generation]]:
     """Complete every prompt: greedily (samples=0, one completion each) or with `samples` draws at temperature 1.
@@ -73,6 +77,8 @@ def generate(
 
     `keep` says which tokens' hidden states are kept, by default all: H numbers a token in the model's dtype (2 MB for 500
     tokens of a model 2048 wide in bf16). While a batch runs, those of all its tokens are on the CPU.
+
+    `layers`: completions come with what a confidence head reads of these layers, and each token's entropy.
     """
     prefix, prefix_cache = _read_prefix(model, prompts, share_prefix, device)
     names = range(len(prompts)) if streams is None else streams
@@ -83,6 +89,7 @@ def generate(
         rows = order[start : start + batch_size]
         batch = _Batch(len(rows), len(prefix), prefix_cache, device)
         batch.extend([prompts[index][len(prefix) :] for index in rows], pad_id)
+        batch.layers = tuple(layers)
         numbers = _numbers(seed, [names[index] for index in rows], samples, max_new_tokens, device)
         found = batch.run(model, frozenset(stop_ids), max_new_tokens, numbers, all_done, copies, not_first, goes_on)
         for place, index in enumerate(rows):
@@ -133,6 +140,8 @@ def choice_logprobs(
 
 class _Batch:
     """State of one batch behind a shared, cached prefix: what comes next is left-padded."""
+
+    layers: tuple[int, ...] = ()
 
     def __init__(self, rows: int, prefix_length: int, prefix_cache: Any, device: Any) -> None:
         self.mask = torch.ones(rows, prefix_length, dtype=torch.long, device=device)
@@ -187,10 +196,10 @@ class _Batch:
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
         steps = _Steps(rows)
         for step in range(max_new_tokens):
-            hidden, logits, self.cache = model(DecodeStep(self.inputs()))
+            hidden, logits, self.cache, *states = model(DecodeStep(self.inputs(), self.layers))
             if not step:
                 if copies > 1:
-                    hidden, logits = (one.repeat_interleave(copies, 0) for one in (hidden, logits))
+                    hidden, logits, *states = (one.repeat_interleave(copies, 0) for one in (hidden, logits, *states))
                     self.repeat(copies)
                 self.cache = growing(self.cache)
             logprobs = logits.log_softmax(-1)
@@ -198,7 +207,8 @@ class _Batch:
             if not step and not_first:
                 allowed = logprobs.index_fill(-1, torch.tensor(not_first, device=device), float("-inf"))
             token = allowed.argmax(-1) if numbers is None else _draw(allowed, numbers[carried, step])
-            steps.add(carried, token, logprobs.gather(1, token[:, None])[:, 0], hidden)
+            more = (torch.special.entr(logprobs.exp()).sum(-1), *states) if states else ()
+            steps.add(carried, token, logprobs.gather(1, token[:, None])[:, 0], hidden, *more)
             lengths[carried] += ~done
             stopped = torch.isin(token, stops) & ~done
             if goes_on is not None:
@@ -247,20 +257,20 @@ class _Steps:
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self._waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # which, token, log-prob, hidden state
-        self._blocks: list[list[Tensor]] = []  # (rows, steps), (rows, steps), (rows, steps, H)
+        self._waiting: list[tuple[Tensor, ...]] = []  # which, token, log-prob, hidden state; entropy, states of layers
+        self._blocks: list[list[Tensor]] = []  # (rows, steps), (rows, steps), (rows, steps, H), ...
         self._said: list[list[int]] = [[] for _ in range(rows)]
         self._read = 0  # waiting steps whose tokens are in _said
 
-    def add(self, carried: Tensor, token: Tensor, logprob: Tensor, hidden: Tensor) -> None:
+    def add(self, carried: Tensor, token: Tensor, logprob: Tensor, hidden: Tensor, *more: Tensor) -> None:
         """The next step: tensors whose first dimension are the completions at `carried` (B,)."""
-        self._waiting.append((carried, token, logprob, hidden))
+        self._waiting.append((carried, token, logprob, hidden, *more))
         if len(self._waiting) == STEPS_ON_DEVICE:
             self._flush()
 
     def said(self, completion: int) -> list[int]:
         """Tokens of one completion so far, each read from the device once."""
-        for carried, token, _, _ in self._waiting[self._read :]:
+        for carried, token, *_ in self._waiting[self._read :]:
             for row, one in zip(carried.tolist(), token.tolist(), strict=True):
                 self._said[row].append(one)
         self._read = len(self._waiting)
@@ -269,13 +279,15 @@ class _Steps:
     def completions(self, lengths: Sequence[int], ended: Sequence[bool]) -> list[Generation]:
         """The first lengths[i] tokens of each."""
         self._flush()
-        tokens, logprobs, states = (torch.cat(parts, dim=1) for parts in zip(*self._blocks, strict=True))
+        tokens, logprobs, hidden, *more = (torch.cat(parts, dim=1) for parts in zip(*self._blocks, strict=True))
         return [
             Generation(
                 tokens=tuple(tokens[row, :length].tolist()),
                 logprobs=tuple(logprobs[row, :length].tolist()),
-                hidden=states[row, :length],
+                hidden=hidden[row, :length],
                 finished=ended[row],
+                entropies=tuple(more[0][row, :length].tolist()) if more else (),
+                states=more[1][row, :length] if more else None,
             )
             for row, length in enumerate(lengths)
         ]
@@ -294,10 +306,15 @@ class _Steps:
 
 def _kept(one: Generation, keep: Keep | None, prompt: int) -> Generation:
     """The completion with the hidden states to keep; a copy, so that the batch's own can go."""
+    start, stop = (0, len(one.tokens)) if keep is None else keep(prompt, one.tokens)
+    states = None
+    if one.states is not None:
+        wide, last = one.states.float(), max(start, stop - 1)
+        states = torch.stack([wide[0], wide[start : last + 1].mean(0), wide[last]], dim=1)
     if keep is None:
-        return one
-    start, stop = keep(prompt, one.tokens)
-    return replace(one, hidden=one.hidden[start:stop].clone(), hidden_start=start, asked=one.hidden[0].clone())
+        return replace(one, states=states)
+    hidden = one.hidden[start:stop].clone()
+    return replace(one, hidden=hidden, hidden_start=start, asked=one.hidden[0].clone(), states=states)
 
 
 def _read_prefix(

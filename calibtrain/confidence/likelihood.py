@@ -19,6 +19,7 @@ from calibtrain.config import EvaluationConfig
 from calibtrain.data.replies import Reply, read_reply
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
+from calibtrain.models.confidence_head import readings_of
 from calibtrain.records import Record
 from calibtrain.tasks.task import Grade
 
@@ -37,17 +38,24 @@ def answer_questions(
     share_prefix: bool = True,
     not_first: Sequence[int] = (),
     graded: bool = True,
+    layers: tuple[int, ...] = (),
     on_batch: Callable[[int], None] = lambda questions_done: None,
 ) -> Answered:
     """Greedy answers of `model` (a LossModel or the engine around it) to `records`, graded where they can be.
 
-    not_first: tokens that no answer may begin with. graded: see `graded_answers`.
+    not_first: tokens that no answer may begin with. graded: see `graded_answers`. layers: those of a confidence head, whose
+    inputs then come with the answers.
 
     The confidence of an answer is the product of its tokens' probabilities with the end token's, so that "Guinea" is
     not credited with the probability of "Guinea-Bissau". Where the task has options, the likeliest of them is the answer
     and nothing is generated (`calibtrain.confidence.options`): `not_first` then says nothing.
     """
     if any(scored := [bool(template.task.options(record)) for record in records]):
+        if layers:
+            raise UserError(
+                "a confidence head reads answers that are generated, and these are chosen among options by their "
+                "likelihood: set task.answer_by: generation, or leave confidence_head out"
+            )
         if not all(scored):
             record = records[scored.index(False)]
             raise UserError(f"{record.origin or record.question}: has no options, where other questions have")
@@ -76,6 +84,7 @@ def answer_questions(
         share_prefix=share_prefix,
         not_first=not_first,
         keep=lambda index, tokens: read_reply(template, tokens, records[index]).span,
+        layers=layers,
         on_batch=on_batch,
     )
     return graded_answers(records, [samples[0] for samples in generations], template, settings, graded=graded)
@@ -122,7 +131,22 @@ def graded_answers(
         for record, reply, grade, span, whole in zip(records, replies, grades, spans, generations, strict=True)
     ]
     spanned = features_of_generations(spans, [one.correct for one in answers])
-    return Answered(answers, spanned, asked=_asked(generations))
+    states = [one.states for one in generations if one.states is not None]
+    if not states:
+        return Answered(answers, spanned, asked=_asked(generations))
+    return Answered(
+        answers,
+        spanned,
+        asked=_asked(generations),
+        states=torch.stack(states),
+        readings=_readings([[one.logprobs, one.entropies] for one in spans], spanned.sequence_ids),
+    )
+
+
+def _readings(tokens: Sequence[Sequence[Sequence[float]]], owner: Tensor) -> Tensor:
+    """READINGS of a confidence head, of each answer's log-probs and entropies."""
+    logprob, entropy = (torch.tensor([value for one in tokens for value in one[k]]) for k in (0, 1))
+    return readings_of(logprob, entropy, torch.ones_like(owner, dtype=torch.bool), owner, len(tokens))
 
 
 def _asked(generations: Sequence[Generation]) -> Tensor | None:
@@ -137,6 +161,7 @@ def tokens_of(generation: Generation, indices: Sequence[int]) -> Generation:
         generation,
         tokens=tuple(generation.tokens[i] for i in indices),
         logprobs=tuple(generation.logprobs[i] for i in indices),
+        entropies=tuple(generation.entropies[i] for i in indices) if generation.entropies else (),
         hidden=generation.hidden[[i - generation.hidden_start for i in indices]],
         hidden_start=0,
     )

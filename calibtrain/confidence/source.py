@@ -63,6 +63,7 @@ class SourceScores:
     cost: Cost
     probability: bool  # True: meant as the chance to be right; False: only the order means something
     failed: NDArray[np.bool_] | None = None  # (N,) where the model's reply could not be read; the value is then 0.5
+    by_likelihood: NDArray[np.bool_] | None = None  # (N,) where a confidence head left it to the likelihood
 
     def __post_init__(self) -> None:
         n = len(self.values)

@@ -29,8 +29,8 @@ FAMILIES: dict[tuple[str, ...], Family] = {
 }
 """Names of the sources -> the function that scores them all. A new family is one line here."""
 
-APART = {"stated_number", "stated_word", "second_pass", "second_pass_bare"}
-"""Of their families, those that are asked on their own: they share code, not work."""
+APART = {"stated_number", "stated_word", "second_pass", "second_pass_bare", "head"}
+"""Of their families, those that are asked on their own: they share code, not work. A confidence head costs nothing."""
 
 SOURCES = tuple(name for names in FAMILIES for name in names)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calibtrain.losses.terms import Batch, LossTerm, Objective, sequence_token_counts
+from calibtrain.models.confidence_head import ConfidenceHead
 from calibtrain.models.policy import Policy
 from calibtrain.ops import TokenStats
 
@@ -44,9 +45,13 @@ class TrainStep:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """One decoding step: `inputs` go to the backbone; the last position's hidden state and logits come back."""
+    """One decoding step: `inputs` go to the backbone; the last position's hidden state and logits come back.
+
+    With `layers` also that position's states there, numbered as in a HiddenStep.
+    """
 
     inputs: Mapping[str, Any]
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,10 @@ class StepStatistics:
 
 
 class LossModel(nn.Module):
-    """Policy, objective and penalties in one forward pass. Penalties read the batch's ANSWER sequences."""
+    """Policy, objective and penalties in one forward pass. Penalties read the batch's ANSWER sequences.
+
+    A confidence head is put into it afterwards: any LossModel may have one, also one with a value head.
+    """
 
     def __init__(
         self,
@@ -117,12 +125,15 @@ class LossModel(nn.Module):
         self.policy = policy
         self.objective = objective
         self.penalties = nn.ModuleList(penalties)
+        self.confidence_head: ConfidenceHead | None = None
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Counts of every loss term in one micro-batch, from the data alone."""
         counts: dict[str, Tensor] = {}
         for term in self._terms():
             counts.update(term.counts(batch))
+        if self.confidence_head is not None:
+            counts.update(self.confidence_head.counts(batch))
         return counts
 
     def forward(
@@ -130,10 +141,10 @@ class LossModel(nn.Module):
     ) -> Any:
         """Run one step; a single entry for all kinds, because ZeRO-3 gathers parameters only inside it.
 
-        A TrainStep gives (loss (), StepStatistics), a DecodeStep (hidden (B, H), logits (B, V), cache), a StatesStep
-        (hidden (B, count, H), cache), a ScoreStep log-probs (N, K), a LogprobStep log-probs (N,) and values (N,)
-        or None, a HiddenStep a tuple of (B, T, H), one for each layer, a SpreadStep the entropy (N,) in nats and the two
-        largest log-probs (N, 2), float32.
+        A TrainStep gives (loss (), StepStatistics), a DecodeStep (hidden (B, H), logits (B, V), cache) and, where it names
+        layers, their states (B, layers, H), a StatesStep (hidden (B, count, H), cache), a ScoreStep log-probs (N, K), a
+        LogprobStep log-probs (N,) and values (N,) or None, a HiddenStep a tuple of (B, T, H), one for each layer, a
+        SpreadStep the entropy (N,) in nats and the two largest log-probs (N, 2), float32.
         """
         if isinstance(step, TrainStep):
             return self._train(step)
@@ -143,9 +154,13 @@ class LossModel(nn.Module):
             states = self.policy.backbone(**step.inputs, use_cache=False, output_hidden_states=True).hidden_states
             return tuple(states[layer] for layer in step.layers)
         if isinstance(step, DecodeStep):
-            output = self.policy.backbone(**step.inputs)
+            more = {"output_hidden_states": True} if step.layers else {}
+            output = self.policy.backbone(**step.inputs, **more)
             hidden = output.last_hidden_state[:, -1]
-            return hidden, self.policy.logits(self.policy.scaled(hidden)), output.past_key_values
+            found = hidden, self.policy.logits(self.policy.scaled(hidden)), output.past_key_values
+            if not step.layers:
+                return found
+            return *found, torch.stack([output.hidden_states[layer][:, -1] for layer in step.layers], dim=1)
         if isinstance(step, StatesStep):
             output = self.policy.backbone(**step.inputs)
             return output.last_hidden_state[:, -step.count :], output.past_key_values
@@ -161,7 +176,8 @@ class LossModel(nn.Module):
                 term.after_step()
 
     def _train(self, step: TrainStep) -> tuple[Tensor, StepStatistics]:
-        hidden = self.policy.hidden_at_targets(step.batch)
+        head = self.confidence_head
+        hidden, states = self.policy.states_at_targets(step.batch, () if head is None else head.layers)
         batch = self.scored(hidden, step.batch)
         stats = self.policy.token_stats(hidden, batch.targets)
         terms: dict[str, LossTerm] = {}
@@ -170,6 +186,8 @@ class LossModel(nn.Module):
             if (token_set := getattr(term, "token_set", None)) is not None:
                 more = (self.policy.token_set_logprobs(hidden, batch.targets, stats, token_set),)
             terms.update(term(stats, batch, *more))
+        if head is not None:
+            terms.update(head.terms(head(stats, states, batch), batch))
         measures: dict[str, LossTerm] = {}
         for term in self._terms():
             if getattr(term, "measured", ()):

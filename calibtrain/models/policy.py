@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -46,13 +46,19 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def states_at_targets(model: Any, batch: Batch) -> Tensor:
-    """Final hidden states of a model's backbone at `batch.target_positions`. (N, H) in the model's dtype."""
+def states_at_targets(model: Any, batch: Batch, layers: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """Hidden states of a model's backbone at `batch.target_positions`, in its dtype.
+
+    Returns the final ones (N, H) and those of `layers` (N, layers, H); layer 0 is the embeddings, k follows block k.
+    """
     mask = attention_mask(batch, model)
     # Without a mask of ours the model counts positions itself; padding on the right is behind every target.
     blocked = {} if mask is None else {"attention_mask": mask, "position_ids": batch.position_ids}
-    output = unwrapped(model).base_model(input_ids=batch.input_ids, use_cache=False, **blocked)
-    return output.last_hidden_state.flatten(0, 1)[batch.target_positions]
+    more = {"output_hidden_states": True} if layers else {}
+    output = unwrapped(model).base_model(input_ids=batch.input_ids, use_cache=False, **blocked, **more)
+    hidden = output.last_hidden_state.flatten(0, 1)[batch.target_positions]
+    found = [output.hidden_states[layer].flatten(0, 1)[batch.target_positions] for layer in layers]
+    return hidden, torch.stack(found, dim=1) if found else hidden[:, None][:, :0]
 
 
 class Policy(nn.Module):
@@ -80,7 +86,11 @@ class Policy(nn.Module):
 
     def hidden_at_targets(self, batch: Batch) -> Tensor:
         """Hidden states that predict the batch's targets. (N, H) in the model's dtype."""
-        return states_at_targets(self.model, batch)
+        return self.states_at_targets(batch)[0]
+
+    def states_at_targets(self, batch: Batch, layers: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """The same, and the states of `layers` there, (N, layers, H); layer 0 is the embeddings, k follows block k."""
+        return states_at_targets(self.model, batch, layers)
 
     def token_stats(self, hidden: Tensor, targets: Tensor) -> TokenStats:
         """Statistics of `targets` (N,) from `hidden` (N, H)."""

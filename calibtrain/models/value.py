@@ -35,7 +35,7 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Values at `batch.target_positions`, (N,) in float32 or better."""
-        return self.score(states_at_targets(self.model, batch))[:, 0]
+        return self.score(states_at_targets(self.model, batch)[0])[:, 0]
 
 
 class OwnValueLossModel(LossModel):

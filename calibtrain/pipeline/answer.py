@@ -157,7 +157,7 @@ class Answerer:
         records = [self._record(question) for question in questions]
         if not records:
             return []
-        answers, scores, cost, outside = self._scored(records)
+        answers, scores, cost, outside, sources = self._scored(records)
         chances = self.calibrated.calibrator.apply(scores).tolist()
         # A reply that holds no answer is graded as wrong, however likely it was.
         probabilities = [chance if one.found else 0.0 for one, chance in zip(answers, chances, strict=True)]
@@ -180,7 +180,7 @@ class Answerer:
                 tokens=_tokens(answer),
                 finished=answer.finished,
                 prompt_tokens=len(self.loaded.template.prompt_ids(record)),
-                source=self.source,
+                source=source,
                 forward_passes=float(passes),
                 tokens_read=float(tokens),
                 prediction_set=self._set(answer, record),
@@ -190,7 +190,7 @@ class Answerer:
                 found=answer.found,
                 said=answer.reply,
             )
-            for question, record, answer, probability, passes, tokens, pieces, p_value in zip(
+            for question, record, answer, probability, passes, tokens, pieces, p_value, source in zip(
                 questions,
                 records,
                 answers,
@@ -199,6 +199,7 @@ class Answerer:
                 cost.tokens,
                 parts,
                 outside,
+                sources,
                 strict=True,
             )
         ]
@@ -238,8 +239,10 @@ class Answerer:
             for answer, chances in zip(answers, part_probabilities(calibrators, answers), strict=True)
         ]
 
-    def _scored(self, records: Sequence[Record]) -> tuple[list[Answer], Any, Cost, Sequence[float | None]]:
-        """Answers, what their calibrator reads, what that cost beside them, and the p-values of their questions."""
+    def _scored(
+        self, records: Sequence[Record]
+    ) -> tuple[list[Answer], Any, Cost, Sequence[float | None], Sequence[str]]:
+        """Answers, what their calibrator reads, what that cost beside them, their questions' p-values, and the sources."""
         if self.scorer is None:
             measurement = self.loaded.measure(records)
             scores = measurement.scores(self.loaded.config.calibration.domain)
@@ -248,12 +251,15 @@ class Answerer:
                 scores,
                 Cost.none(len(records)),
                 self._p_values(measurement.states, len(records)),
+                [self.source] * len(records),
             )
         loaded = self._own()
-        answered = loaded.answer(records)
+        answered = loaded.answer(records, layers=self.scorer.layers)
         found = self.scorer.score(asker_of(loaded), records, answered)
         states = None if answered.asked is None else answered.asked.numpy()
-        return answered.answers, found.values, found.cost, self._p_values(states, len(records))
+        left = found.by_likelihood if found.by_likelihood is not None else np.zeros(len(records), dtype=bool)
+        sources = [LIKELIHOOD if one else self.source for one in left.tolist()]
+        return answered.answers, found.values, found.cost, self._p_values(states, len(records)), sources
 
     def _p_values(self, states: NDArray[np.float32] | None, n: int) -> Sequence[float | None]:
         if self.outside is None or states is None:

@@ -150,6 +150,8 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
         )
         if config.trains_unpaired and len(train) <= READ_WHOLE:
             mismatched([one for (one,) in examples], config.data.max_length, tokenizer.bos_token_id)
+    if config.confidence_head is not None:
+        _check_head(config, template, prepared.splits["calibration"][:1] or train[:1])
     for split in ("validation", "calibration", "temperature", "certification", "test"):
         _ask(template, prepared.splits[split][:READ_WHOLE], prepared.shots)
     found = [dataclasses.replace(record, rejected=PENDING) for record in train] if wanting else train
@@ -157,6 +159,19 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     records = len(learned_records(config, found, left_out)) + left_out.total
     plan = batch_plan(config.training, world_size)
     return Checked(prepared, template, plan, examples, drops, learned, records, records_hash, finished)
+
+
+def _check_head(config: RunConfig, template: Template, some: Sequence[Record]) -> None:
+    """Raise UserError where a confidence head could not read what the model says, or names layers that it lacks."""
+    if any(template.task.options(record) for record in some):
+        raise UserError(
+            "confidence_head: reads answers that are generated, and these are chosen among options by their likelihood: set "
+            "task.answer_by: generation, or leave it out"
+        )
+    depth = int(described_model(config.model).config.get_text_config().num_hidden_layers)
+    layers = config.confidence_head.layers if config.confidence_head is not None else None
+    if layers is not None and (max(layers) > depth or len(set(layers)) < len(layers)):
+        raise UserError(f"confidence_head.layers: {list(layers)}: take each once, from 0 (embeddings) to {depth}")
 
 
 def _check_layers(config: RunConfig) -> None:
@@ -240,7 +255,8 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
             f"training.epochs: {training.epochs:g} of {n} records is less than one step of {total}: one is taken"
         )
     rollouts = config.rollouts
-    if config.trains_on_rollouts and rollouts.score_in_loss and rollouts.reward_of_right:
+    scored = rollouts.score_in_loss and rollouts.confidence == "likelihood"
+    if config.trains_on_rollouts and scored and rollouts.reward_of_right:
         found.append(
             f"rollouts.accuracy_weight: {rollouts.reward_of_right:g} rewards being sure beside the score of a likelihood, "
             "which then ends above the truth (docs/rewards.md); leave it out to end there"
@@ -317,5 +333,11 @@ def evaluations(config: RunConfig, steps: int, questions: int) -> list[str]:
     for penalty in config.penalties_on_answers[:1]:
         times = math.ceil(steps / penalty.refresh_every)
         asked = min(penalty.questions_per_refresh, questions)
-        lines.append(f"{asked} questions, {times} times and after the last step: penalties.{penalty.name}")
+        where = "" if penalty.name == "confidence_head" else "penalties."
+        lines.append(f"{asked} questions, {times} times and after the last step: {where}{penalty.name}")
+    if config.confidence_head is not None:
+        most = config.confidence_head.fit_questions
+        lines.append(
+            f"at most {most} questions that nothing was learnt from, at the end: confidence_head.fit_questions"
+        )
     return lines

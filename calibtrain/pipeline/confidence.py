@@ -20,9 +20,10 @@ from calibtrain.calibration.state import CalibrationState, state_of
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.answered import Answered
 from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.head import FittedHead, has_head
 from calibtrain.confidence.likelihood import answer_questions
 from calibtrain.confidence.probe import Probe
-from calibtrain.confidence.scorer import PROBES, probe_scores
+from calibtrain.confidence.scorer import HEAD, PROBES, probe_scores
 from calibtrain.confidence.source import Asker, Cost, SourceScores
 from calibtrain.confidence.sources import FAMILIES, SOURCES, families_of
 from calibtrain.config_file import load_config
@@ -79,11 +80,12 @@ def run(output_dir: Path, *, sources: Sequence[str] | None = None, questions: in
     if absent := [name for name in names if name in PROBES and name not in probes]:
         raise UserError(f"--sources: {', '.join(absent)} is not fitted; run `calibtrain probe {output_dir}` first")
     probes = {name: one for name, one in probes.items() if name in names}
+    head = FittedHead.load(output_dir, fingerprint) if HEAD in names else None
     folder = output_dir / "confidence"
     found: dict[str, Scored] = {}
     for use, split in SPLITS.items():
         records = prepared.splits[split][:questions]
-        found[use] = score_split(asker, records, folder / "work" / split, names, fingerprint)
+        found[use] = score_split(asker, records, folder / "work" / split, names, fingerprint, head)
         found[use] = with_probes(found[use], asker, records, probes, fingerprint)
     rows = []
     for name in names:
@@ -99,9 +101,17 @@ def run(output_dir: Path, *, sources: Sequence[str] | None = None, questions: in
 
 
 def score_split(
-    asker: Asker, records: Sequence[Record], folder: Path, names: Sequence[str], fingerprint: Fingerprint
+    asker: Asker,
+    records: Sequence[Record],
+    folder: Path,
+    names: Sequence[str],
+    fingerprint: Fingerprint,
+    head: FittedHead | None = None,
 ) -> Scored:
-    """Answers to `records` and their scores; what `folder` holds already of the same model and questions is not redone."""
+    """Answers to `records` and their scores; what `folder` holds already of the same model and questions is not redone.
+
+    head: scores the answers as well, under the name HEAD.
+    """
     asked = [*asdict(fingerprint).values(), asker.seed, asker.settings.model_dump(), [shot.id for shot in asker.shots]]
     key = hashlib.sha256(json.dumps([*asked, [record.id for record in records]]).encode()).hexdigest()[:16]
     folder = folder / key
@@ -109,13 +119,23 @@ def score_split(
     named = [name for name in names if name in SOURCES]
     families = families_of([*named, "likelihood"])
     answered: Answered | None = None
-    if not (path.is_file() and all(_file(folder, FREE, name).is_file() for name in FREE)):
+    own = None if head is None else _file(folder, (HEAD,), head.mark)
+    kept = [path, *(_file(folder, FREE, name) for name in FREE), *([] if own is None else [own])]
+    if not all(one.is_file() for one in kept):
         answered = answer_questions(
-            asker.module, asker.template, records, asker.settings, shots=asker.shots, device=asker.device
+            asker.module,
+            asker.template,
+            records,
+            asker.settings,
+            shots=asker.shots,
+            device=asker.device,
+            layers=() if head is None else head.layers,
         )
         asker.template.task.settle()  # before anything is kept: a grade that is missing would be missed for good
         for name, scores in families[FREE](asker, records, answered).items():
             _keep(_file(folder, FREE, name), scores)
+        if head is not None and own is not None:
+            _keep(own, head.score(answered))
         # Last, so that answers on disk always have the scores that only they can give.
         lines = [json.dumps({**asdict(answer), "strata": dict(answer.strata)}) for answer in answered.answers]
         _write(path, "\n".join(lines) + "\n")
@@ -129,6 +149,8 @@ def score_split(
             for name, scores in family(asker, records, answered).items():
                 _keep(_file(folder, members, name), scores)
         found.update({name: _kept(_file(folder, members, name)) for name in members})
+    if own is not None:
+        found[HEAD] = _kept(own)
     return Scored(answers, found)
 
 
@@ -166,8 +188,9 @@ def parse_sources(text: str | None) -> tuple[str, ...] | None:
 def _names(output_dir: Path, sources: Sequence[str] | None) -> list[str]:
     """Sources to score; by default all, and the probes where the run has them."""
     if sources is None:
-        return [*SOURCES, *(["probe", "p_ik"] if (output_dir / "probe" / "p_ik" / "probe.json").is_file() else [])]
-    families_of([name for name in sources if name not in PROBES])
+        probed = (output_dir / "probe" / "p_ik" / "probe.json").is_file()
+        return [*SOURCES, *(PROBES if probed else ()), *([HEAD] if has_head(output_dir) else [])]
+    families_of([name for name in sources if name not in (*PROBES, HEAD)])
     return list(sources)
 
 

@@ -20,7 +20,9 @@ from calibtrain.calibration.scores import TEMPERATURE_GRID, Scores, TokenScores,
 from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.answered import Answered, answer_table, token_logprob_table
+from calibtrain.confidence.features import Fingerprint
 from calibtrain.confidence.forced import Forced, forced_answers
+from calibtrain.confidence.head import FittedHead, has_head
 from calibtrain.confidence.likelihood import answer_questions
 from calibtrain.config import RunConfig
 from calibtrain.data.templates import Template, template_of
@@ -44,6 +46,9 @@ class Measurement:
     tokens: TokenScores | None = None  # kept for calibration.method: adaptive_temperature alone
     made_by: str | None = None  # mark of the model and template that gave all of them, where a file says so
     states: NDArray[np.float32] | None = None  # (answers, H): `Answered.asked`; not in a file
+    told: NDArray[np.float64] | None = (
+        None  # (answers,) what the run's confidence head tells, where asked; not in a file
+    )
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -97,11 +102,16 @@ class Loaded:
         policy = Policy(load_model(source)).to(self.device)
         check_head(policy)
         self.model = LossModel(policy).eval()
+        self.head: FittedHead | None = None  # whose scores `measure` gives as well
 
     def answer(
-        self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None
+        self,
+        records: Sequence[Record],
+        shots: Sequence[Record] = (),
+        on_batch: Any = lambda questions_done: None,
+        layers: tuple[int, ...] = (),
     ) -> Answered:
-        """Graded answers to `records` with their hidden states."""
+        """Graded answers to `records` with their hidden states, and with what a confidence head reads of `layers`."""
         return answer_questions(
             self.model,
             self.template,
@@ -110,6 +120,7 @@ class Loaded:
             shots=shots,
             device=self.device,
             graded=self.graded,
+            layers=layers,
             on_batch=on_batch,
         )
 
@@ -129,18 +140,19 @@ class Loaded:
                 "calibration.method: adaptive_temperature reads the tokens of generated answers, and these are chosen among "
                 "options: take temperature, vector_scaling or matrix_scaling"
             )
-        answered = self.answer(records, shots, on_batch)
+        answered = self.answer(records, shots, on_batch, () if self.head is None else self.head.layers)
+        told = None if self.head is None else self.head.score(answered).values
         features = answered.features
         asked = None if answered.asked is None else answered.asked.numpy()
         if not by_token:
             whole = answer_table(self.model, answered, TEMPERATURE_GRID, self.device)
-            return Measurement(answered.answers, whole.numpy(), states=asked)
+            return Measurement(answered.answers, whole.numpy(), states=asked, told=told)
         per_token = token_logprob_table(self.model, features, TEMPERATURE_GRID, self.device).numpy()
         owner = features.sequence_ids.numpy()
         table = np.zeros((len(answered.answers), len(TEMPERATURE_GRID)))
         np.add.at(table, owner, per_token)
         tokens = TokenScores(per_token, features.hidden.float().numpy(), owner)
-        return Measurement(answered.answers, table, tokens, states=asked)
+        return Measurement(answered.answers, table, tokens, states=asked, told=told)
 
 
 def run(
@@ -160,6 +172,8 @@ def run(
     if not records:
         raise UserError(f"data.splits.{split}: 0 questions; ask for some in the config")
     loaded = load(config, model)
+    if isinstance(loaded, Loaded):
+        loaded.head = _head_of(model, loaded.template)
     shots = () if model is not None else prepared.shots
     measurement = with_progress(loaded, records, shots, f"answering {split}", settle=False)
     if output is not None:
@@ -167,12 +181,25 @@ def run(
     loaded.template.task.settle()
     metrics = measured_metrics(measurement.confidence, measurement.correct)
     _print(metrics, f"{loaded.name}, {split}")
+    if measurement.told is not None:
+        _print(measured_metrics(measurement.told, measurement.correct), "by its confidence head")
     print_options(options_part(loaded.template.task.options_are, measurement.answers))
     if missing := sum(not one.found for one in measurement.answers):
         print(f"{missing} of {len(measurement.answers)} replies hold no answer, and are graded as wrong")
     if loaded.template.task.judged:
         _tell_of_the_judge(replace(measurement, made_by=loaded.mark()), model)
     return metrics
+
+
+def _head_of(model: Path | None, template: Template) -> FittedHead | None:
+    """The confidence head beside a model; None where there is none, or it is said to be another model's."""
+    if model is None or not has_head(model.parent):
+        return None
+    try:
+        return FittedHead.load(model.parent, Fingerprint(weights_hash(model), template.hash))
+    except UserError as error:
+        print(f"left out: {error}")
+        return None
 
 
 def run_forced(config: RunConfig, *, model: Path | None, split: str) -> Forced:

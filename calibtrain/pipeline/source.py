@@ -17,8 +17,9 @@ from calibtrain.calibration.calibrators import fit_calibrator
 from calibtrain.calibration.intervals import sample_ids
 from calibtrain.confidence.ensemble import Ensemble, cross_scores, fit_ensemble
 from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.head import FOLDER, OUTSIDE, STEM, FittedHead
 from calibtrain.confidence.probe import Probe
-from calibtrain.confidence.scorer import ENSEMBLE, EVERY, PROBES, Scorer
+from calibtrain.confidence.scorer import ENSEMBLE, EVERY, HEAD, PROBES, Scorer
 from calibtrain.confidence.source import SourceScores
 from calibtrain.confidence.sources import FAMILIES, SOURCES, cost_of
 from calibtrain.config_file import load_config
@@ -70,12 +71,13 @@ def run(
     fingerprint = Fingerprint(weights_hash(model), loaded.template.hash)
     fitted = probes_of_run.load_probes(output_dir, fingerprint)
     names = (name,) if name != ENSEMBLE else tuple(members or (*CHEAP, *fitted))
-    Scorer(name, fingerprint, fitted, None if name != ENSEMBLE else _placeholder(names, fingerprint))
+    head = FittedHead.load(output_dir, fingerprint) if HEAD in names else None
+    Scorer(name, fingerprint, fitted, None if name != ENSEMBLE else _placeholder(names, fingerprint), head)
     found = {}
     for split in SPLITS:
         asker, records = asker_of(loaded), prepared.splits[split]
         plain = [one for one in names if one in SOURCES]
-        scored = score_split(asker, records, output_dir / "confidence" / "work" / split, plain, fingerprint)
+        scored = score_split(asker, records, output_dir / "confidence" / "work" / split, plain, fingerprint, head)
         found[split] = with_probes(
             scored, asker, records, {one: fitted[one] for one in names if one in PROBES}, fingerprint
         )
@@ -113,6 +115,8 @@ def _parts(names: Sequence[str], name: str) -> list[str]:
     """Files of the run that the source's scores rest on: with another probe or ensemble its calibration says nothing."""
     fitted = {PROBES[0]: "probe", PROBES[1]: f"probe/{PROBES[1]}"}
     files = [f"{fitted[one]}/{file}" for one in names if one in fitted for file in ("probe.json", "probe.safetensors")]
+    own = (f"{STEM}.json", f"{STEM}.safetensors", OUTSIDE)
+    files += [f"{FOLDER}/{file}" for file in own if HEAD in names]
     return [*files, *(["sources/ensemble/ensemble.json"] if name == ENSEMBLE else [])]
 
 
@@ -127,9 +131,11 @@ def load_scorer(output_dir: Path, name: str, fingerprint: Fingerprint) -> Scorer
             raise UserError(
                 f"{folder}: no ensemble ({error}); run `calibtrain calibrate` with --source again"
             ) from error
-    needed = [one for one in ((name,) if made is None else made.sources) if one in PROBES]
+    members = (name,) if made is None else made.sources
+    needed = [one for one in members if one in PROBES]
     fitted: dict[str, Probe] = probes_of_run.load_probes(output_dir, fingerprint) if needed else {}
-    return Scorer(name, fingerprint, fitted, made)
+    head = FittedHead.load(output_dir, fingerprint) if HEAD in members else None
+    return Scorer(name, fingerprint, fitted, made, head)
 
 
 def check_calibrated(output_dir: Path, name: str) -> None:

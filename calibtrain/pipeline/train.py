@@ -8,12 +8,15 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from calibtrain.confidence.answering import Answerer
+from calibtrain.confidence.features import Fingerprint, default_layers, depth_of
+from calibtrain.confidence.head import FittedHead
 from calibtrain.confidence.likelihood import sample_answers
 from calibtrain.config import RunConfig
 from calibtrain.config_file import dump_config
@@ -30,6 +33,7 @@ from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
 from calibtrain.models.arithmetic import instruction_set, settled, told
+from calibtrain.models.confidence_head import ConfidenceHead
 from calibtrain.models.export import check_scale_folds, export_adapter, export_model, gathered_weights
 from calibtrain.models.loading import answering_config, load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
@@ -41,6 +45,7 @@ from calibtrain.models.reward import (
     export_reward_model,
 )
 from calibtrain.models.value import OwnValueLossModel, load_value_model
+from calibtrain.pipeline.calibration_file import weights_hash
 from calibtrain.pipeline.check import Checked, advice, check, check_rollout_engine
 from calibtrain.pipeline.prepare import (
     SAMPLES_PER_QUESTION,
@@ -59,6 +64,7 @@ from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.engine import Engine, start_engine
+from calibtrain.training.head_fit import HeadFit, unasked
 from calibtrain.training.held_out import HeldOut, encode_held_out
 from calibtrain.training.host_memory import release_freed_memory
 from calibtrain.training.losses import build_losses, check_learns, measure_names, term_names
@@ -74,6 +80,8 @@ from calibtrain.training.weight_penalty import build_weight_penalties
 
 logger = logging.getLogger(__name__)
 
+HEAD_LAYERS = 4
+"""Layers that a confidence head reads unless they are named."""
 KEPT_STEPS = 4
 """Of so many steps the encoded records stay in memory, where they are encoded as their turn comes."""
 
@@ -137,10 +145,10 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
             progress = trainer.fit(progress, stop)
         if last_weights is not None:
             _export(config, engine, template, last_weights, 1.0, world)
-        trainer.finish(progress.step)
+        head = trainer.finish(progress.step)
         if world.is_main and config.data.streams:  # rows are found to be unfit as their turn comes
             write_dropped(prepared.drops.unfit, config.output_dir / "dropped.jsonl")
-        _export(config, engine, template, target, engine.module.policy.scale, world)
+        _export(config, engine, template, target, engine.module.policy.scale, world, head)
     except Preempted as caught:
         progress, error, preempted = Progress(caught.step), str(caught), True
         raise
@@ -178,8 +186,19 @@ def _what_ranks_share(config: RunConfig, checked: Checked) -> dict[str, str]:
     }
 
 
-def _export(config: RunConfig, engine: Engine, template: Template, target: Path, scale: float, world: World) -> None:
-    """Write the model directory whole or not at all: what has its name is a finished run's. Collective."""
+def _export(
+    config: RunConfig,
+    engine: Engine,
+    template: Template,
+    target: Path,
+    scale: float,
+    world: World,
+    confidence: FittedHead | None = None,
+) -> None:
+    """Write the model directory whole or not at all: what has its name is a finished run's. Collective.
+
+    A confidence head is written beside it before, with the hash of the very weights.
+    """
     weights = gathered_weights(engine.module.policy, keep=world.is_main)
     head = engine.module.score if isinstance(engine.module, RewardLossModel) else None
     score = {} if head is None else gathered_weights(head, keep=world.is_main)
@@ -195,6 +214,8 @@ def _export(config: RunConfig, engine: Engine, template: Template, target: Path,
                 shutil.rmtree(target.with_name("adapter"), ignore_errors=True)
                 export_adapter(weights, config.model, target.with_name("adapter"))
             export_model(weights, config.model, template.tokenizer, partial, scale, template.end_id)
+        if confidence is not None:
+            replace(confidence, fingerprint=Fingerprint(weights_hash(partial), template.hash)).save(target.parent)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
 
@@ -223,13 +244,31 @@ def build_model(config: RunConfig, template: Template | None = None, device: tor
         check_classifier(policy.causal_model)
         return RewardLossModel(policy, objective, config.seed)
     if module == "value head":
-        return ValueLossModel(policy, objective, penalties, config.seed)
-    if module == "value model":
+        model: LossModel = ValueLossModel(policy, objective, penalties, config.seed)
+    elif module == "value model":
         value = load_value_model(config)
         if config.training.zero_stage < 3:
             value.to(device)
-        return OwnValueLossModel(policy, value, objective, penalties)
-    return LossModel(policy, objective, penalties)
+        model = OwnValueLossModel(policy, value, objective, penalties)
+    else:
+        model = LossModel(policy, objective, penalties)
+    return with_confidence_head(model, config)
+
+
+def with_confidence_head(model: LossModel, config: RunConfig) -> LossModel:
+    """The model with the confidence head that the config asks for, on the device and in the dtype of its weights."""
+    section = config.confidence_head
+    if section is not None:
+        weight = model.policy.causal_model.get_input_embeddings().weight
+        score, share = config.head_score
+        model.confidence_head = ConfidenceHead(
+            section.layers or default_layers(depth_of(model), HEAD_LAYERS),
+            weight.shape[1],
+            score=score,
+            weight=share,
+            trains_backbone=section.trains_backbone,
+        ).to(weight.device, weight.dtype)
+    return model
 
 
 def training_examples(
@@ -321,6 +360,12 @@ def _trainer(
     average = None
     if config.training.average_last:
         average = WeightAverage(engine.module.policy, config.training.average_last, steps)
+    head_fit = None
+    if config.confidence_head is not None:
+        fresh = [] if config.data.streams else unasked(train, steps, plan.global_batch_size, config.seed)
+        fresh = fresh if len(examples) == len(train) else []  # else a step's index is not that of a record
+        able = [one for one in (*questions, *fresh) if template.task.gradable(one)]
+        head_fit = HeadFit(engine, answerer, able[: config.confidence_head.fit_questions], config.seed, world)
     return Trainer(
         config=config,
         engine=engine,
@@ -341,6 +386,7 @@ def _trainer(
         evaluation_questions=questions,
         held_out=HeldOut(config, validation, template.pad_id, world, **layout) if validation else None,
         rollouts=changing,
+        head_fit=head_fit,
     )
 
 

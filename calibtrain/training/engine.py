@@ -19,25 +19,29 @@ from calibtrain.training.gradient_passes import leave_out_passes, squared_norm
 def optimizer_groups(model: LossModel, config: RunConfig) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: matrices, with weight decay, and vectors (norms, biases), without.
 
-    A value model of its own may have its own rate: `rate_scale` times the others'.
+    A value model of its own and a confidence head may have their own rates: `rate_scale` times the others'. A head's weights
+    do not decay.
     """
     rate, decay = config.training.learning_rate, config.training.weight_decay
-    own = getattr(config.objective, "value_learning_rate", None)
-    parts: dict[float, list[torch.nn.Parameter]] = {}
+    head = set() if model.confidence_head is None else set(model.confidence_head.parameters())
+    parts: dict[tuple[float, float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scale = own / rate if own is not None and name.startswith("value.") else 1.0
-            parts.setdefault(scale, []).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [p for p in part if (p.ndim >= 2) == matrices],
-            "weight_decay": decay * matrices,
-            "rate_scale": scale,
-        }
-        for scale, part in parts.items()
-        for matrices in (True, False)
+            own = _own_rate(name, parameter in head, config)
+            shrinks = parameter.ndim >= 2 and parameter not in head
+            parts.setdefault((1.0 if own is None else own / rate, decay * shrinks, parameter.ndim >= 2), []).append(
+                parameter
+            )
+    return [
+        {"params": part, "weight_decay": shrinking, "rate_scale": scale, "lr": rate * scale}
+        for (scale, shrinking, _), part in parts.items()
     ]
-    return [{**group, "lr": rate * group["rate_scale"]} for group in groups if group["params"]]
+
+
+def _own_rate(name: str, of_head: bool, config: RunConfig) -> float | None:
+    if of_head and config.confidence_head is not None:
+        return config.confidence_head.learning_rate
+    return getattr(config.objective, "value_learning_rate", None) if name.startswith("value.") else None
 
 
 def schedule_factor(step: int, total_steps: int, training: TrainingConfig) -> float:

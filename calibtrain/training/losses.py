@@ -20,6 +20,7 @@ from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.losses import build_loss
 from calibtrain.losses.silence import reads
+from calibtrain.models.confidence_head import ConfidenceHead
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.new_token import add_token
 
@@ -63,7 +64,8 @@ def build_losses(config: RunConfig, template: Template, model: Any) -> tuple[nn.
 
 def term_names(config: RunConfig) -> list[str]:
     """Names of all loss terms of a run, without its model: they do not depend on which tokens a set holds."""
-    return sorted({name for loss in _without_tokens(config) for name in _term_names(loss)})
+    names = {name for loss in _without_tokens(config) for name in _term_names(loss)}
+    return sorted(names | (set() if config.confidence_head is None else {ConfidenceHead.name}))
 
 
 def measure_names(config: RunConfig) -> list[str]:

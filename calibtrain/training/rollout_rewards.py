@@ -133,11 +133,10 @@ def rewards_of(samples: Sequence[Sample], ids: Tensor, config: RunConfig, memory
     rollouts = config.rollouts
     worth = worth_of(samples, ids, config, memory)
     nothing = torch.zeros_like(worth)
-    if rollouts.score_in_loss:
-        # The confidence is a function of the weights. As a reward, a constant, its score would teach nothing of it.
-        return torch.stack([rollouts.reward_of_right * worth, nothing])
     if not rollouts.scores_statement:
-        return torch.stack([worth, nothing])
+        # A likelihood's or a head's score is a loss: as a reward, a constant, it would teach nothing of a function of the weights.
+        share = rollouts.reward_of_right if rollouts.reward in ("brier", "log") else 1.0
+        return torch.stack([share * worth, nothing])
     confidence = torch.tensor([one.confidence for one in samples], dtype=torch.float64)
     missing, stated = confidence.isnan(), confidence.nan_to_num(0.5)
     if rollouts.reward == "ppo_c":

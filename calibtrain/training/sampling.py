@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from calibtrain.confidence.answering import Answerer
-from calibtrain.confidence.stated import read_statement, statement_tokens
+from calibtrain.confidence.stated import read_stated_reply
 from calibtrain.config import RunConfig
 from calibtrain.data.encode import fit_prompt
 from calibtrain.data.replies import read_reply
@@ -136,11 +136,9 @@ class Sampling:
         stated: tuple[bool, ...] = ()
         whole = reply.text
         if rollouts.confidence == "stated":
-            statement = read_statement(reply.text)
-            whole = statement.answer
-            reading = task.read(whole, record)
-            confidence = math.nan if statement.confidence is None else statement.confidence
-            stated = statement_tokens(generation.tokens, template.decode_answer)
+            found = read_stated_reply(template, generation.tokens, record, finished=generation.finished)
+            whole, reading, (start, stop), stated = found.text, found.reading, found.span, found.stated
+            confidence = math.nan if found.confidence is None else found.confidence
         said = task.key(reading.text, record)
         sample = Sample(
             question=index,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.answering import Answerer, answer_metrics
+from calibtrain.confidence.head import FittedHead
 from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate, row_tokens
 from calibtrain.data.encode import Encoded
@@ -27,6 +28,7 @@ from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint import Progress, save_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.engine import Engine
+from calibtrain.training.head_fit import HeadFit
 from calibtrain.training.held_out import HeldOut
 from calibtrain.training.host_memory import RELEASE_EVERY, release_freed_memory
 from calibtrain.training.preemption import StopRequests
@@ -61,6 +63,7 @@ class Trainer:
     evaluation_questions: Sequence[Record] = ()
     held_out: HeldOut | None = None
     rollouts: ChangingExamples | None = None  # then these are the examples
+    head_fit: HeadFit | None = None  # of a confidence head
 
     def fit(self, progress: Progress, stop: StopRequests | None = None) -> Progress:
         """Train from `progress` to the last step.
@@ -119,14 +122,22 @@ class Trainer:
                 self._end_early(progress)
         return progress
 
-    def finish(self, step: int) -> None:
-        """Put the averaged weights in place, solve for the logit scale that fits them, measure their loss. Collective."""
+    def finish(self, step: int) -> FittedHead | None:
+        """Put the averaged weights in place, solve for what fits them (logit scale, confidence head), measure their loss.
+
+        Returns the head, on rank 0, where there is one. Collective.
+        """
         if self.average is not None:
             self.average.apply()
         answers = None if self.stream is None else self.stream.round(step)
         if answers is not None:
             self._report_answers(step, answers)
+        head = None
+        if self.head_fit is not None:
+            head, metrics = self.head_fit.solve()
+            self.hooks.dispatch("on_evaluation", EvaluationRecord(step, "calibration", metrics, []))
         self.evaluate_loss(step)
+        return head
 
     def evaluate_loss(self, step: int) -> None:
         """Measure the loss on held-out records, if there are any, and tell the hooks. Collective."""

@@ -32,6 +32,7 @@ from calibtrain.models.policy import Policy
 from calibtrain.models.reward import ValueLossModel
 from calibtrain.models.value import OwnValueLossModel, load_value_model
 from calibtrain.pipeline.prepare import learned_records
+from calibtrain.pipeline.train import with_confidence_head
 from calibtrain.records import Message, Record
 from calibtrain.tasks import short_answer
 from calibtrain.training import engine as engine_module
@@ -61,6 +62,7 @@ class Case:
     objective: str = "orpo"
     checkpoint: str = "model"  # "untied": a head of its own; "biased": and biases in attention
     ops: str = ""  # CALIBTRAIN_OPS
+    head: dict[str, Any] | None = None  # keys of a confidence head
     own_passes: bool = True  # False: DeepSpeed's own passes over the gradients (training/gradient_passes.py)
 
 
@@ -137,6 +139,19 @@ CASES = {
     "rollouts_stage0": Case("rollouts", training={"zero_stage": 0}, objective="grpo"),
     "rollouts_separate_rows_stage3": Case(
         "rollouts", data={"shared_prefix": False}, training={"zero_stage": 3}, zero=SHARDED, objective="grpo"
+    ),
+    "head_stage0": Case("head", training={"zero_stage": 0}, head={}),
+    "head_packed_stage3": Case("head", data={"packing_tokens": 128}, training={"zero_stage": 3}, zero=SHARDED, head={}),
+    "rollouts_head_stage0": Case(
+        "rollouts_head", training={"zero_stage": 0}, objective="grpo", head={"trains_backbone": True}
+    ),
+    "rollouts_head_separate_rows_stage3": Case(
+        "rollouts_head",
+        data={"shared_prefix": False},
+        training={"zero_stage": 3},
+        zero=SHARDED,
+        objective="grpo",
+        head={"trains_backbone": True},
     ),
     "rollouts_wide_stage1": Case("rollouts", training={"zero_stage": 1, "micro_batch_size": 4}, objective="grpo"),
     # PPO passes twice over a round of answers, some of them cut, so that the second step is off-policy.
@@ -245,6 +260,12 @@ class Recording(Engine):
         return skipped, norm
 
 
+def trained(module: LossModel) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters of the policy by their names in it, and a head's."""
+    head = [] if module.confidence_head is None else module.confidence_head.named_parameters(prefix="confidence_head")
+    return [*module.policy.named_parameters(), *head]
+
+
 def with_reference(one: Encoded) -> Encoded:
     """The sequence with log-probs of a reference that is less likely to say it than a tiny model is."""
     return replace(one, reference_logprobs=tuple(-6.2 - 0.1 * (k % 5) for k in range(one.completion_length)))
@@ -297,6 +318,9 @@ def config_of(case: Case, model: Path) -> RunConfig:
             "model": {"source": str(model), "dtype": "fp32", **case.model},
             "data": {"max_length": 96, **case.data},
             **losses,
+            "confidence_head": None
+            if case.head is None
+            else {"refresh_every": 1, "answers_per_step": ANSWERS, "learning_rate": 3e-3, **case.head},
             "training": training,
             "evaluation": {"batch_size": 4, "max_new_tokens": 3},
         }
@@ -316,7 +340,11 @@ def build(config: RunConfig) -> LossModel:
         value = load_value_model(config)
         unlike_zero(value)
         return OwnValueLossModel(policy, value, losses[0], losses[1:])
-    return LossModel(policy, losses[0], losses[1:])
+    found = with_confidence_head(LossModel(policy, losses[0], losses[1:]), config)
+    with torch.no_grad():
+        for parameter in found.confidence_head.parameters() if found.confidence_head else ():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    return found
 
 
 def unlike_zero(model: torch.nn.Module) -> None:
@@ -349,6 +377,8 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
     trainer = make_trainer(config, engine, template, world)
     trainer.fit(Progress())
     weights = gathered_weights(engine.module.policy, keep=world.is_main)
+    if engine.module.confidence_head is not None:
+        weights |= gathered_weights(engine.module.confidence_head, keep=world.is_main)
     engine.deepspeed.destroy()
     said = [list(one.tokens) for one in trainer.rollouts.samples] if config.trains_on_rollouts else []
     if config.rollouts.dynamic_sampling:

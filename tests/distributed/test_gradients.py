@@ -22,6 +22,7 @@ from tests.distributed.gradient_cases import (
     examples_of,
     fixed_samples,
     records,
+    trained,
 )
 from tests.distributed.ranks import run, torchrun
 from tests.tiny import tiny_tokenizer, write_tiny_model
@@ -44,6 +45,8 @@ ON_ONE_RANK = (
     "ppo_own_lora_stage0",
     "sampled_stage0",
     "chosen_stage0",
+    "head_stage0",
+    "rollouts_head_stage0",
 )
 REFERENCE = {
     "orpo": "stage0",
@@ -60,6 +63,8 @@ REFERENCE = {
     "ppo_own_lora": "ppo_own_lora_stage0",
     "sampled": "sampled_stage0",
     "chosen": "chosen_stage0",
+    "head": "head_stage0",
+    "rollouts_head": "rollouts_head_stage0",
 }
 WRITTEN_OUT = tuple(family for family in REFERENCE if not family.startswith(("ppo", "sampled", "chosen")))
 """Families whose loss is written out below; what a round's credit is, tests/unit/training/test_rollout_rounds.py says."""
@@ -121,8 +126,11 @@ def test_gradient_is_that_of_the_global_mean(results, family):
     folder, found = results
     config = config_of(CASES[REFERENCE[family]], folder / CASES[REFERENCE[family]].checkpoint)
     module = build(config).double().eval()
-    dense_loss(module.policy.model, config, family).backward()
-    expected = {name: one.grad for name, one in module.policy.named_parameters() if one.grad is not None}
+    loss = dense_loss(module.policy.model, config, family.removesuffix("_head"))
+    if config.confidence_head is not None:
+        loss = loss + head_loss(module, config)
+    loss.backward()
+    expected = {name: one.grad for name, one in trained(module) if one.grad is not None}
     first = found[REFERENCE[family], 1]
     assert error(first["gradients"][0], expected) < 1e-5  # the model's norms compute in float32
     assert first["norms"][0] == pytest.approx(norm(expected), rel=1e-4)
@@ -194,6 +202,36 @@ def answer_score(model, config, template):
         logprob = logprobs(model, one)[one.completion_start - 1 :].sum()
         scores.append(-logprob if stream.correct[i] else -torch.log1p(-logprob.exp()))
     return torch.stack(scores).mean()
+
+
+def head_loss(module, config):
+    """The mean log score of what the head tells of each graded answer of the step."""
+    template, head = Template("plain", tiny_tokenizer()), module.confidence_head
+    asked, losses = records(), []
+    if config.trains_on_rollouts:
+        samples = fixed_samples(template)
+        chosen = [one for i in step_indices(0, 8, len(asked), config.seed) for one in samples[2 * i : 2 * i + 2]]
+        answers = [(template.prompt_ids(asked[one.question]), one.tokens, one.correct) for one in chosen]
+    else:
+        stream = FixedAnswers(config.penalties, None, asked, 0, config.data.max_length)
+        stream._ask(0)
+        answers = [
+            (template.prompt_ids(asked[i]), template.completion_ids(stream.texts[i]), stream.correct[i])
+            for i in range(ANSWERS)
+        ]
+    for prompt, tokens, correct in answers:
+        output = module.policy.model(input_ids=torch.tensor([[*prompt, *tokens]]), output_hidden_states=True)
+        before = slice(len(prompt) - 1, len(prompt) + len(tokens) - 1)
+        table = output.logits[0, before].double().log_softmax(-1)
+        logprob, entropy = table[range(len(tokens)), list(tokens)], -(table.exp() * table).sum(-1)
+        states = torch.stack([output.hidden_states[layer][0, before] for layer in head.layers])
+        picked = torch.stack([states[:, 0], states.mean(1), states[:, -1]], dim=1)
+        readings = [logprob.mean(), logprob.min(), logprob[0], entropy.mean(), entropy.max()]
+        given = [logprob.sum(), torch.stack([*readings, torch.tensor(math.log(len(tokens)))]), picked]
+        given = given if head.trains_backbone else [one.detach() for one in given]
+        told = head.logit(*(one[None] for one in given))[0]
+        losses.append(-logsigmoid(told if correct else -told))
+    return torch.stack(losses).mean()
 
 
 def logprobs(model, encoded):

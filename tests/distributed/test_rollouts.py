@@ -9,14 +9,21 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+import calibtrain
+from calibtrain import cli
+from calibtrain.confidence.head import HeadInputs
 from calibtrain.confidence.stated import read_statement
 from calibtrain.config_file import load_config
 from calibtrain.data.templates import template_of
 from calibtrain.distributed import World
+from calibtrain.errors import UserError
 from calibtrain.models.loading import load_tokenizer
 from calibtrain.models.reward_scorer import RewardScorer
+from calibtrain.pipeline import source
+from calibtrain.pipeline.calibration_file import weights_hash
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.spectra import at_step
 from calibtrain.training.reward_sources import model_text
@@ -33,7 +40,7 @@ GRADED = {"truncated": "graded"}  # an answer of one token is always cut
 JOBS = {  # objective, rollouts, training, model
     "rloo0": ({"name": "rloo", "beta": BETA},
               {"group_size": 4, "steps_per_round": 2, "correction": "sequence_truncate"}, {"zero_stage": 0}, {}),
-    "grpo1": ({"name": "grpo"}, {"group_size": 4, "reward": "log", "epochs": 2}, {"zero_stage": 1},
+    "grpo1": ({"name": "grpo"}, {"group_size": 4, "reward": "log", "confidence": "head", "epochs": 2}, {"zero_stage": 1},
               {"lora": {"r": 2, "dropout": 0.2}}),
     "ppo2": ({"name": "ppo", "beta": BETA, "value_model": "own"},
              {"group_size": 2, "steps_per_round": 2, "epochs": 2, **GRADED}, {"zero_stage": 2}, {}),
@@ -42,7 +49,7 @@ JOBS = {  # objective, rollouts, training, model
     "grpo3whole": ({"name": "grpo", "beta": BETA}, {"group_size": 2, "steps_per_round": 2, "dynamic_sampling": 3},
                    {"zero_stage": 3}, {"source": "untied"}),
     "ppo3": ({"name": "ppo", "value_model": "own", "value_learning_rate": 3e-3},
-             {"group_size": 2, "reward": "brier", "accuracy_weight": 0.5, "epochs": 2, **GRADED}, {"zero_stage": 3},
+             {"group_size": 4, "reward": "brier", "accuracy_weight": 0.5, "epochs": 2, **GRADED}, {"zero_stage": 3},
              {"source": "untied"}),
     "judged3": ({"name": "grpo"}, {"group_size": 4, "steps_per_round": 2, "reward": "ppo_c", "confidence": "stated",
                 "sources": [{"kind": "model", "path": "judge"}, {"kind": "grade", "normalize": True, "clip": 2.0}],
@@ -54,6 +61,11 @@ JOBS = {  # objective, rollouts, training, model
 }  # fmt: skip
 LENGTH = {name: one[1].get("steps_per_round", 1) * one[1].get("epochs", 1) for name, one in JOBS.items()}
 """Optimiser steps that learn from one round."""
+HEADS = {  # of the jobs that train one, and whether it is solved for at the end: so few questions are too few
+    "grpo1": ({}, True),
+    "ppo3": ({"trains_backbone": True, "layers": [0, 2]}, True),
+    "kto3": ({"refresh_every": 2, "fit_questions": 8}, False),
+}
 
 
 def job(folder, name):
@@ -63,9 +75,14 @@ def job(folder, name):
     config = yaml.safe_load(path.read_text())
     config["model"].update(model | ({"source": str(folder / model["source"])} if "source" in model else {}))
     config["evaluation"]["max_new_tokens"] = 1
-    for source in rollouts.get("sources", ()):  # a reward model of its own, sharded as the policy is
-        source |= {"path": str(write_reward_model(folder / "judge"))} if "path" in source else {}
+    for paid in rollouts.get("sources", ()):  # a reward model of its own, sharded as the policy is
+        paid |= {"path": str(write_reward_model(folder / "judge"))} if "path" in paid else {}
     config.update(objective=objective, rollouts={"reward": "accuracy", **rollouts})
+    if name in HEADS:
+        config["confidence_head"], solved = HEADS[name]
+        splits = {"calibration": 60, "temperature": 30, "certification": 30} if solved else {}
+        config["data"]["splits"].update(splits)
+        config["task"] = {"kind": "short_answer", "match": "exact_match"}  # greedy, a tiny model may always say ":"
     if name == "grpo3":
         config["penalties"] = [{"name": "answer_score", "moves": "all"}]
     path.write_text(yaml.safe_dump(config))
@@ -86,8 +103,9 @@ def ended(folder, paths, server):
     served["rollouts"]["engine"]["address"] = server.url
     (folder / "served3.yaml").write_text(yaml.safe_dump(served))
     tokenizer = tiny_tokenizer()
-    texts = [tokenizer.decode([token]).strip() for token in range(4, len(tokenizer), 2)]
-    rows = [{"question": f"What is {i}?", "answers": [text for text in texts if text]} for i in range(200)]
+    texts = [[tokenizer.decode([token]).strip() for token in range(k, len(tokenizer), 2)] for k in (4, 5)]
+    # Half of the tokens are right, and of questions as well, whatever a policy always says.
+    rows = [{"question": f"What is {i}?", "answers": [text for text in texts[i % 2] if text]} for i in range(800)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run(trained(2, *paths), folder, 500)
     assert done.code == 0, done.output[-6000:]
@@ -103,7 +121,8 @@ def ended(folder, paths, server):
 
 
 def weights(output):
-    return load_file(output / "model" / "model.safetensors")
+    head = output / "confidence_head" / "head.safetensors"
+    return load_file(output / "model" / "model.safetensors") | (load_file(head) if head.is_file() else {})
 
 
 def logs(lines):
@@ -143,7 +162,8 @@ def test_rollouts_are_logged_and_learned_from(runs, name):
     lines = logs(whole[name][0])
     assert all(0 < lines[step]["train/rollouts/correct"] < 1 for step in lines)
     assert any(line["train/grad_norm"] > 1e-4 for line in lines.values())
-    scored = name in ("grpo1", "grpo3", "ppo3")
+    assert all((line.get("train/loss/confidence_head", 0) > 0) == (name in HEADS) for line in lines.values())
+    scored = name in ("grpo3", "ppo3")
     assert all((line.get("train/loss/answer_score", 0) > 0) == scored for line in lines.values())
     rewards = [lines[step]["train/rollouts/confidence"] for step in sorted(lines)]
     rounds = [(step - 1) // LENGTH[name] for step in sorted(lines)]
@@ -213,6 +233,52 @@ def test_a_run_whose_server_is_lost_keeps_what_it_learnt(runs, tmp_path):
     words = re.search(r"EngineFailure: (.*waited 0.5 s .*)", done.output)[1]
     assert f"training stopped after step {steps} of 60; checkpoint: {kept}" in words
     assert "The same command with training.resume=auto goes on from there" in words
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_is_kept_beside_its_model(runs, name):
+    """It is the likelihood no more, belongs to the exported weights, and was trained, or solved for, as its run allows."""
+    folder, _ = runs
+    output, solved = folder / name, HEADS[name][1]
+    facts = json.loads((output / "confidence_head" / "head.json").read_text())
+    assert facts["fingerprint"]["weights_hash"] == weights_hash(output / "model")
+    assert facts["layers"] == HEADS[name][0].get("layers", [1, 2])
+    assert (facts["how"], facts["n"] > 0) == (("solved", True) if solved else ("trained", False))
+    kept = load_file(output / "confidence_head" / "head.safetensors")
+    assert kept["states"].shape == (2, 3, 32)
+    if not solved:
+        assert 0 < (kept["slope"] - 1).abs() < 0.1
+        assert kept["states"].abs().max() > 0
+
+
+def test_a_head_is_certified_and_answers(runs):
+    folder, _ = runs
+    output = folder / "ppo3"
+    found = source.run(output, "head", target_risk=0.9)
+    assert found.calibrator.method == "platt"
+    config = load_config(output / "config.yaml")
+    asked = prepare(config).splits["certification"]
+    answerer = calibtrain.load(output, source="head", uncertified=True)
+    answered = answerer.loaded.answer(asked, layers=answerer.scorer.layers)
+    expected = answerer.calibrated.calibrator.apply(answerer.scorer.head.score(answered).values)
+    replies = answerer.answers([one.question for one in asked])
+    assert [one.probability for one in replies] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert {(one.forward_passes, one.tokens_read) for one in replies} == {(0, 0)}
+    foreign = answerer.scorer.head.foreign(HeadInputs.of(answered))
+    assert [one.source for one in replies] == ["likelihood" if one else "head" for one in foreign]
+    assert foreign.mean() < 0.3
+    (other,) = answerer.answers(["quux blarg " * 3])
+    assert other.source == "likelihood"
+    printed = CliRunner().invoke(cli.app, ["evaluate", str(output / "config.yaml"), "--model", str(output / "model")])
+    assert printed.exit_code == 0, printed.output
+    assert "by its confidence head" in printed.output
+    moved = load_file(output / "model" / "model.safetensors")
+    save_file({key: value + 1e-3 for key, value in moved.items()}, output / "model" / "model.safetensors")
+    try:
+        with pytest.raises(UserError, match="not after quantisation or further training"):
+            source.run(output, "head")
+    finally:
+        save_file(moved, output / "model" / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_reference_point_is_zero_at_the_start_and_is_logged(runs):

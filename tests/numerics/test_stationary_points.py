@@ -154,6 +154,21 @@ def test_whoever_draws_the_answers_the_score_is_least_at_the_truth(score):
         torch.testing.assert_close(logits.softmax(0).detach(), truth, atol=2e-3, rtol=0)
 
 
+# A confidence head
+
+
+@pytest.mark.parametrize(
+    ("objective", "reward", "through"), [("rloo", "log", False), ("grpo", "brier", True), ("ppo", "log", True)]
+)
+def test_a_head_ends_at_the_truth_while_the_policy_ends_sure(objective, reward, through):
+    """The reward is for being right alone; the score's gradient, also where it reaches the policy, changes no answer."""
+    rollouts = {"reward": reward, "confidence": "head"}
+    config = run_config(OBJECTIVES[objective], rollouts, confidence_head={"trains_backbone": through})
+    found = find_end(config, Toy(TWO), steps=250, rate=0.15)
+    assert found.answers[0] > 0.98
+    assert found.told == pytest.approx(TWO, abs=0.02)
+
+
 # A stated confidence
 
 

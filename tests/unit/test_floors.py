@@ -18,6 +18,7 @@ FLOORS = (
         "config_base",
         "config_checks",
         "config_data",
+        "config_head",
         "config_losses",
         "config_preferences",
         "config_rewards",

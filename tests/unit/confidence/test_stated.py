@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +28,9 @@ from tests.tiny import tiny_tokenizer
         ("confidence: 80% France", "confidence: 80% France", None),
         ("overconfidence 80", "overconfidence 80", None),
         ("", "", None),
+        ("2 + 2\nThe answer is 4.\n\n**Confidence:** 90%", "2 + 2\nThe answer is 4", 0.9),
+        ("<answer>4</answer>\n<confidence>0.85</confidence>", "<answer>4</answer>", 0.85),
+        ("My confidence: 20% at first. So 4. Confidence: 70%", "My confidence: 20% at first. So 4", 0.7),
     ],
 )
 def test_statements(text, answer, confidence):
@@ -37,6 +42,28 @@ def test_statements(text, answer, confidence):
 def test_any_text_gives_a_probability_or_none(text):
     found = read_statement(text)
     assert found.confidence is None or 0.0 <= found.confidence <= 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["\n" * 200_000, "confidence" * 20_000, "confidence " + " " * 200_000, "((((" * 50_000]
+)
+def test_a_long_reply_takes_no_longer_than_its_length(text):
+    start = time.perf_counter()
+    assert read_statement(text + "x").confidence is None
+    assert time.perf_counter() - start < 2.0
+
+
+def test_a_token_that_ends_the_answer_is_no_part_of_the_statement():
+    pieces = ["It is ", "4.", "\nConf", "idence: ", "80%", ""]
+
+    def decode(ids):
+        return "".join(pieces[i] for i in ids).strip()
+
+    assert statement_tokens(range(6), decode) == (False, False, True, True, True, True)
+    pieces[1:3] = ["4.\n", "Conf"]
+    assert statement_tokens(range(6), decode) == (False, False, True, True, True, True)
+    pieces[:] = ["Confidence: ", "80%", ""]  # and no answer at all
+    assert statement_tokens(range(3), decode) == (True, True, True)
 
 
 def test_tokens_of_a_statement():

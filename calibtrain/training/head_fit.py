@@ -1,0 +1,84 @@
+"""The end of a confidence head's training: the final weights answer once more, and the head is solved for on that."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+
+from calibtrain.calibration.metrics import summary
+from calibtrain.calibration.state import state_of
+from calibtrain.confidence.answering import Answerer
+from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.head import FittedHead, HeadInputs, fit_head, trained_head
+from calibtrain.data.loader import step_indices
+from calibtrain.distributed import World, on_main, wait_for_main
+from calibtrain.errors import UserError
+from calibtrain.models.export import gathered_weights
+from calibtrain.records import Record
+from calibtrain.training.engine import Engine
+
+logger = logging.getLogger(__name__)
+NOT_YET = Fingerprint("", "")
+"""Of weights that are not exported yet."""
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """Which questions a run's head is solved on, by whom they are answered."""
+
+    engine: Engine
+    answerer: Answerer
+    questions: Sequence[Record]
+    seed: int
+    world: World
+
+    def solve(self) -> tuple[FittedHead | None, dict[str, float]]:
+        """The head, on rank 0 and without its fingerprint, and how well it tells right answers from wrong ones by
+        cross-validation. Where too few answers are right, or wrong, it is the one that was trained. Collective.
+        """
+        module = self.engine.module.confidence_head
+        assert module is not None
+        trained = _weights(self.engine, keep=self.world.is_main)
+        found: list[tuple[FittedHead, dict[str, float]]] = []
+        answered = self.answerer(self.questions, layers=module.layers) if self.questions else None
+
+        def solve() -> None:
+            if answered is not None:
+                correct = [bool(one.correct) for one in answered.answers]
+                inputs = HeadInputs.of(answered)
+                try:
+                    head, held_out = fit_head(inputs, correct, module.layers, NOT_YET, seed=self.seed)
+                    state = state_of(torch.from_numpy(held_out), torch.tensor(correct))
+                    found.append((head, {f"calib/calibration/head/{key}": x for key, x in summary(state).items()}))
+                    return
+                except UserError as error:
+                    logger.warning("%s: what was trained along the run is kept", error)
+            found.append((trained_head(trained, module.layers, NOT_YET), {}))
+
+        wait_for_main(solve)
+        return found[0][0] if found else None, on_main(lambda: found[0][1])
+
+
+def unasked(records: Sequence[Record], steps: int, batch: int, seed: int) -> list[Record]:
+    """Those of the training records that no step of a run takes, whatever else says the same left out."""
+    if steps * batch >= len(records):
+        return []
+    taken = {index for step in range(steps) for index in step_indices(step, batch, len(records), seed)}
+    known = {records[index].id for index in taken}
+    return [one for index, one in enumerate(records) if index not in taken and one.id not in known]
+
+
+def _weights(engine: Engine, *, keep: bool) -> dict[str, torch.Tensor]:
+    """The head's parameters, in float32 where the optimiser keeps them so. Collective."""
+    module = engine.module.confidence_head
+    assert module is not None
+    plain = gathered_weights(module, keep=True)
+    found = {}
+    for name, parameter in module.named_parameters():
+        master = safe_get_full_fp32_param(parameter) if engine.stage or engine.deepspeed.bfloat16_enabled() else None
+        found[name] = plain[name] if master is None else master.detach().cpu().view_as(plain[name])
+    return found if keep else {}
