@@ -130,10 +130,11 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         """JSON values of the present round, and of what is drawn ahead; nothing of a round of one step."""
         kept = [asdict(one) for one in self.samples] if self.off_policy else []
         more = {
+            "told": self._told if kept else {},
             "rewards": self.rewards.state_dict(within_round=self.off_policy),
             "sampling": self.sampling.state_dict(),
         }
-        return {"samples": kept, "told": self._told} | {name: state for name, state in more.items() if state}
+        return {"samples": kept} | {name: state for name, state in more.items() if state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the round of a checkpoint."""
