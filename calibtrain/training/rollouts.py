@@ -81,16 +81,15 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         span = self.config.rollouts.steps_per_round
         if step % span:
             return
-        following = None
-        if self.config.rollouts.engine.overlap and step + span < self.total_steps:
-            following = shard(self._asked(step + span), self.answerer.world), step + span
         model = self.answerer.module
         was_training, scale = model.training, model.policy.scale
         model.eval()
         model.policy.scale = 1.0  # the policy that is trained, not the one that is asked for its confidence
         try:
-            asked = shard(self._asked(step), self.answerer.world)
-            mine = self._measured(self.sampling(asked, step, following))
+            mine = self.sampling(shard(self._asked(step), self.answerer.world), step)
+            if self.config.rollouts.engine.overlap and step + span < self.total_steps:
+                self.sampling.draw_ahead(shard(self._asked(step + span), self.answerer.world), step + span, step)
+            mine = self._measured(mine)
         finally:
             model.train(was_training)
             model.policy.scale = scale

@@ -46,24 +46,23 @@ class Sampling:
         self.engine = self._engine()
         self._following: tuple[list[int], int] | None = None  # questions that are drawn ahead, and their step
 
-    def __call__(
-        self, asked: Sequence[int], step: int, following: tuple[Sequence[int], int] | None = None
-    ) -> list[Sample]:
-        """A group of graded samples for each of this rank's questions at `asked`, in their order. Collective.
-
-        following: this rank's questions of the coming round and its step, to draw while this one is trained on.
-        """
+    def __call__(self, asked: Sequence[int], step: int) -> list[Sample]:
+        """A group of graded samples for each of this rank's questions at `asked`, in their order. Collective."""
         groups = self.engine.sample(self._draws(asked, step), step)
         self._following = None
-        if following is not None:
-            self._following = (list(following[0]), following[1])
-            self.engine.push(step)
-            self.engine.start(self._draws(*self._following))
         read = [self._sample(i, one) for i, group in zip(asked, groups, strict=True) for one in group]
         records = [self.questions[sample.question] for sample, _ in read]
         grades = self.answerer.template.task.grades([reading for _, reading in read], records)
         self.answerer.settle()  # a reward that is missing is none
         return [replace(one, correct=float(bool(grade.correct))) for (one, _), grade in zip(read, grades, strict=True)]
+
+    def draw_ahead(self, asked: Sequence[int], following: int, step: int) -> None:
+        """Begin to draw this rank's share of the round at step `following`, by the weights of `step`, while others train on
+        what was drawn. As the last thing of a round's sampling. Collective.
+        """
+        self._following = list(asked), following
+        self.engine.push(step)
+        self.engine.start(self._draws(asked, following))
 
     @property
     def metrics(self) -> dict[str, float]:
