@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from calibtrain.engines import Draws
+
 Arm = Callable[[int], tuple[int, int]]
 
 
-def trainer_arm(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], group: int, tokens: int) -> Arm:
-    """GRPOTrainer's own generation, by transformers, which is its default."""
+def trainer_arm(model: Any, tokenizer: Any, draws: Draws) -> Arm:
+    """GRPOTrainer's own generation of the answers of `draws`, by transformers, which is its default."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import trl
     from datasets import Dataset
 
     arguments = trl.GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(prompts) * group, num_generations=group,
-        max_completion_length=tokens, temperature=1.0, top_p=1.0, top_k=0, use_cpu=True, bf16=False, report_to=[],
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=len(draws.prompts) * draws.samples,
+        num_generations=draws.samples,
+        max_completion_length=draws.max_new_tokens,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        generation_kwargs={"eos_token_id": sorted(draws.stop_ids)},
+        use_cpu=True,
+        bf16=False,
         gradient_checkpointing=False,
-    )  # fmt: skip
-    ids = [list(one) for one in prompts for _ in range(group)]
+        report_to=[],
+    )
+    ids = [list(one) for one in draws.prompts for _ in range(draws.samples)]
     trainer = trl.GRPOTrainer(
         model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=arguments,
         train_dataset=Dataset.from_list([{"prompt": tokenizer.decode(one)} for one in ids]), processing_class=tokenizer,
@@ -31,13 +42,13 @@ def trainer_arm(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], gr
 
     def draw(number: int) -> tuple[int, int]:
         torch.manual_seed(number)
-        completions, _ = trainer._generate_single_turn(ids, None, {}, group)
+        completions, _ = trainer._generate_single_turn(ids, None, {}, draws.samples)
         return len(completions), sum(map(len, completions))
 
     return draw
 
 
-def client_arm(base_url: str, name: str, prompts: Sequence[Sequence[int]], group: int, tokens: int) -> Arm:
+def client_arm(base_url: str, name: str, draws: Draws) -> Arm:
     """`generate` of the client by which GRPOTrainer asks a vLLM server, here the one that our run has launched.
 
     Its constructor wants vLLM itself, for handing weights over by NCCL, which a CPU has not; what it asks with needs none.
@@ -51,7 +62,10 @@ def client_arm(base_url: str, name: str, prompts: Sequence[Sequence[int]], group
 
     def draw(number: int) -> tuple[int, int]:
         found = client.generate(
-            [list(one) for one in prompts], n=group, max_tokens=tokens, generation_kwargs={"seed": number}
+            [list(one) for one in draws.prompts],
+            n=draws.samples,
+            max_tokens=draws.max_new_tokens,
+            generation_kwargs={"seed": max(0, number), "stop_token_ids": sorted(draws.stop_ids)},
         )
         return len(found["completion_ids"]), sum(map(len, found["completion_ids"]))
 

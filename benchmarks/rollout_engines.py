@@ -76,11 +76,9 @@ def main() -> None:
         try:
             push(-1)  # the server starts
             if trl:
-                arms["trl_transformers"] = trainer_arm(
-                    model.policy.causal_model, template.tokenizer, prompts, options.group, options.tokens
-                )
-                root = served.server.root.url
-                arms["trl_vllm"] = client_arm(root, str(served.server.model), prompts, options.group, options.tokens)
+                asked = draws(0)
+                arms["trl_transformers"] = trainer_arm(model.policy.causal_model, template.tokenizer, asked)
+                arms["trl_vllm"] = client_arm(served.server.root.url, str(served.server.model), asked)
             report = measured(arms, push, options.rounds)
         finally:
             served.close()
