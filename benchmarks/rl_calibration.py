@@ -236,7 +236,7 @@ def work(job: Job) -> None:
     found: dict[str, Any] = {"arm": job.name, "seed": job.seed, "mark": job.mark, "code": git_hash(), "steps": steps}
     found |= {"seconds": seconds, "cpu_seconds": used}
     found["answers_a_second"] = steps * config.training.global_batch_size * config.sequences_per_record / seconds
-    found["curve"] = [rollout_means(line) for line in logged if line["event"] == "log"]
+    found["curve"] = [rollout_means(line) for line in logged if "train/rollouts/reward" in line]
     measuring = time.perf_counter()
     if one.answers:
         found |= measured(job, model)
