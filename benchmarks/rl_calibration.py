@@ -53,9 +53,9 @@ RL = [
 ]
 STATED = ["evaluation.max_new_tokens=24"]  # "(confidence: 70%)" comes behind the answer
 PPO = ["objective={name: ppo}", "rollouts.reward=model", *RL]
-PAIRS = ["training.micro_batch_size=8", "training.global_batch_size=8", SIZES.format(train=1600)]
-STEPS = 120
-"""Of each arm with rollouts; DPO and the reward models read the same number of training questions once or less."""
+PAIRS = ["training.micro_batch_size=8", "training.global_batch_size=8", SIZES.format(train=800)]
+STEPS = 60
+"""Of each arm with rollouts; DPO and the reward models read 800 pairs once."""
 KL_QUESTIONS = 500
 """Test questions with a sampled answer each, for the divergence from the model that an arm began with."""
 RISK, DELTA = 0.2, 0.05
@@ -235,7 +235,8 @@ def work(job: Job) -> None:
     steps = max(line["step"] for line in logged)
     found: dict[str, Any] = {"arm": job.name, "seed": job.seed, "mark": job.mark, "code": git_hash(), "steps": steps}
     found |= {"seconds": seconds, "cpu_seconds": used}
-    found["answers_a_second"] = steps * config.training.global_batch_size * config.sequences_per_record / seconds
+    answers = steps * config.training.global_batch_size * config.sequences_per_record
+    found["answers_a_second"] = answers / stepping(logged)
     found["curve"] = [rollout_means(line) for line in logged if "train/rollouts/reward" in line]
     measuring = time.perf_counter()
     if one.answers:
@@ -246,6 +247,15 @@ def work(job: Job) -> None:
     if not job.keep_models and not any(job.name in ARMS[name].needs for name in ARMS):
         shutil.rmtree(output / "model")
     os.replace(partial, job.directory / f"{job.name}.json")
+
+
+def stepping(logged: Sequence[dict[str, Any]]) -> float:
+    """Seconds in the steps themselves, sampling included: without loading, exporting and a start's compilation."""
+    lines = [line for line in logged if "train/seconds_per_step" in line]
+    ends = [0, *(line["step"] for line in lines)]
+    return sum(
+        line["train/seconds_per_step"] * (line["step"] - before) for line, before in zip(lines, ends, strict=False)
+    )
 
 
 def rollout_means(line: dict[str, Any]) -> dict[str, float]:
