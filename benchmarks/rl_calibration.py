@@ -52,7 +52,6 @@ RL = [
     SIZES.format(train="null"),
 ]
 STATED = ["evaluation.max_new_tokens=24"]  # "(confidence: 70%)" comes behind the answer
-PPO = ["objective={name: ppo}", "rollouts.reward=model", *RL]
 PAIRS = ["training.micro_batch_size=8", "training.global_batch_size=8", SIZES.format(train=800)]
 STEPS = 60
 """Of each arm with rollouts; DPO and the reward models read 800 pairs once."""
@@ -85,6 +84,20 @@ def arm(config: str, *changes: str | Sequence[str], **facts: Any) -> Arm:
     return Arm(config, tuple(flat), **facts)
 
 
+def on_reward_model(path: str, *changes: str, **facts: Any) -> Arm:
+    """PPO, which earns what the reward model at `path` gives."""
+    paid = ["objective={name: ppo}", f"rollouts={{reward: model, reward_model: {path}}}"]
+    return arm("grpo_geography", RL, paid, *changes, **facts)
+
+
+SAID = ("rollouts.confidence=stated", "rollouts.decoupled=false")
+
+
+def shifted(form: str) -> tuple[str, str]:
+    """PPO-C in one of its forms."""
+    return "rollouts.reward=ppo_c", f"rollouts.ppo_c.form={form}"
+
+
 ARMS: dict[str, Arm] = {
     "sft": arm("sft", SFT, after=None, steps=False),
     "sft_stated": arm("sft", SFT, STATED, after=None, steps=False, stated=True),
@@ -94,6 +107,14 @@ ARMS: dict[str, Arm] = {
     "rl_stated": arm("grpo_rlcr", RL, after="sft_stated", stated=True),
     "dpo": arm("dpo", PAIRS, "penalties=[]", steps=False),
     "dpo_scored": arm("dpo", PAIRS, steps=False),
+    # The reward models read plain answers: wrong ones of a model that states a confidence would be told by the statement.
+    "reward_model": arm("reward_model", PAIRS, answers=False, steps=False),
+    "reward_model_m": arm("reward_model", PAIRS, "objective.confidence_statements=added", answers=False, steps=False),
+    "ppo_reward_model": on_reward_model("{reward_model}"),
+    "ppo_reward_model_scored": on_reward_model("{reward_model}", "penalties=[{name: answer_score, moves: all}]"),
+    "ppo_m": on_reward_model("{reward_model_m}", *SAID, after="sft_stated", stated=True),
+    "ppo_c": on_reward_model("{reward_model}", *SAID, *shifted("threshold"), after="sft_stated", stated=True),
+    "ppo_c_proper": on_reward_model("{reward_model}", *SAID, *shifted("proper"), after="sft_stated", stated=True),
 }
 CHOSEN = ("sft", "rl_accuracy", "rl_log", "rl_stated", "dpo", "dpo_scored")
 """Arms of the study; the others are asked for by name."""
