@@ -286,10 +286,10 @@ def rollout_means(line: dict[str, Any]) -> dict[str, float]:
 
 def stated_data(job: Job) -> list[str]:
     """The rows that teach to state a confidence, of training questions alone, so that nothing is held out of them."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "stated"))
-    import make
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    import stated_confidence
 
-    path = make.write(SFT_ROWS, job.directory / "stated.jsonl", job.seed)
+    path = stated_confidence.write(SFT_ROWS, job.directory / "stated.jsonl", job.seed)
     empty = "{train: null, calibration: 0, temperature: 0, certification: 0, test: 0}"
     return [f"data.source={{kind: file, path: {path}}}", f"data.splits={empty}"]
 

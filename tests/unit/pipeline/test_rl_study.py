@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.stated import read_statement
 from calibtrain.config_file import load_config
+from calibtrain.pipeline.prepare import prepare
 from calibtrain.records import Message, Record
 from calibtrain.tasks.short_answer import SHORT_ANSWER
 
@@ -105,3 +108,16 @@ def test_summary_compares_the_arms_of_one_seed(study):
     assert result["ece_calibrated_rl"] == 0.01
     assert result["accuracy_delta"] == pytest.approx(0.1)  # of seed 1 alone
     assert "ece_dpo" not in result
+
+
+def test_statements_that_teach_the_format_say_nothing_and_leave_the_evaluation_questions_alone(study, tmp_path):
+    study.stated_data(job(study, "sft_stated", tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "seed-0" / "stated.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) == study.SFT_ROWS
+    stated = [read_statement(row["completion"]) for row in rows]
+    levels = Counter(one.confidence for one in stated)
+    assert sorted(levels) == [level / 10 for level in range(11)]
+    assert max(levels.values()) < 1.5 * min(levels.values())
+    splits = prepare(load_config("sft", [study.SIZES.format(train=study.SFT_ROWS)])).splits
+    assert [row["prompt"] for row in rows] == [record.question for record in splits["train"]]
+    assert [one.answer for one in stated] == [record.chosen for record in splits["train"]]

@@ -1,6 +1,6 @@
 """Answers that state a confidence which knows nothing: they teach the format that configs/grpo_rlcr.yaml begins with.
 
-    python examples/stated/make.py --rows 2400 --output out/stated.jsonl
+    python examples/stated_confidence.py --rows 1600 --output out/stated.jsonl
 
 Each right answer to a training question of the geography is followed by "(confidence: 70%)". The number is drawn evenly from
 0 % to 100 % in tens, whatever the question: every number stays in reach of the reinforcement learning, and none is honest by
@@ -32,7 +32,7 @@ def write(rows: int, path: Path, seed: int = 0) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=2400)
+    parser.add_argument("--rows", type=int, default=1600)
     parser.add_argument("--output", type=Path, default=Path("out/stated.jsonl"))
     parser.add_argument(
         "--seed", type=int, default=0, help="that of the runs that follow: it says which questions train"
