@@ -410,7 +410,7 @@ def divergence(loaded: Any, begin: Any, records: Sequence[Any], seed: int) -> fl
     return float((sums[0] - sums[1]).mean())
 
 
-SHARED = ("steps", "seconds", "cpu_seconds", "measuring", "answers_a_second", "n", "accuracy", "kl", "stated_missing")
+SHARED = ("seconds", "cpu_seconds", "measuring", "answers_a_second", "n", "accuracy", "kl", "stated_missing")
 KINDS = ("confidence", "ece", "auroc", "aurc", "brier", "certified")
 MEASURES = (*SHARED, *(f"{who}_{kind}" for who in ("likelihood", "stated") for kind in KINDS))
 
