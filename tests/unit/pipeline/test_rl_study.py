@@ -22,13 +22,16 @@ from calibtrain.tasks.short_answer import SHORT_ANSWER
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture(scope="module")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+try:
+    import _rl_measures as measures
+    import rl_calibration
+finally:
+    sys.path.pop(0)
+
+
+@pytest.fixture
 def study():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import rl_calibration
-    finally:
-        sys.path.pop(0)
     return rl_calibration
 
 
@@ -90,7 +93,7 @@ def test_a_statement_is_read_apart_from_the_answer_and_its_likelihood(study):
         Record((Message("user", name),), accepted=(right,)) for name, right in (("q", "New Guinea"), ("p", "Chile"))
     ]
     loaded = SimpleNamespace(template=SimpleNamespace(task=SHORT_ANSWER))
-    first, second = study.stated_answers(loaded, answers, records)
+    first, second = measures.stated_answers(loaded, answers, records)
     assert (first["correct"], first["stated"], first["missing"]) == (True, 0.7, False)
     assert first["likelihood"] == pytest.approx(math.exp(-0.3))
     assert (second["correct"], second["stated"], second["missing"]) == (False, 0.5, True)
