@@ -38,6 +38,7 @@ SHOWN: dict[str, Any] = {
     **dict.fromkeys(NUMBERS, (int, float, type(None))),
 }
 """What the report reads of each model, and of what kind it is."""
+FOLDS = 10
 LEAST_PAIRS = 20
 """With fewer pairs no calibration error is told."""
 LIKES_HIGH = 0.75
@@ -158,22 +159,23 @@ def audited(pairs: Sequence[Pair], answers: Sequence[Answered], scores_of: Any) 
 
 
 def _pair_numbers(scores: Tensor) -> dict[str, Any]:
-    """Of (P, 2) scores of right and wrong answers: share ranked right, fitted scale, calibration error with the scale of
-    the other half of the pairs.
+    """Of (P, 2) scores of right and wrong answers: share ranked right, fitted scale, calibration error of its probability.
+
+    Each tenth of the pairs has the scale that fits the others.
     """
     gap = scores[:, 0] - scores[:, 1]
     right = int((gap > 0).sum())
     low, high = wilson(right, len(gap))
     found: dict[str, Any] = {"ranked_right": right, "ranked_low": low, "ranked_high": high}
     found |= {"scale": _scale(gap), "ece_debiased": None, "ece": None, "unscaled_ece_debiased": None}
-    halves = gap[::2], gap[1::2]
-    scales = [_scale(one) for one in reversed(halves)]
     if len(gap) < LEAST_PAIRS:
         return found
-    found["unscaled_ece_debiased"] = _plain(ece_debiased(_folded(halves, [1.0, 1.0])))
-    known = [one for one in scales if one is not None]
-    if len(known) == len(halves):
-        fitted = _folded(halves, known)
+    fold = torch.arange(len(gap)) % FOLDS
+    parts = [gap[fold == one] for one in range(FOLDS)]
+    found["unscaled_ece_debiased"] = _plain(ece_debiased(_folded(parts, [1.0] * FOLDS)))
+    scales = [one for one in (_scale(gap[fold != part]) for part in range(FOLDS)) if one is not None]
+    if len(scales) == FOLDS:
+        fitted = _folded(parts, scales)
         found |= {"ece": _plain(ece(fitted)), "ece_debiased": _plain(ece_debiased(fitted))}
     return found
 

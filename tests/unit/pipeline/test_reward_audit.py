@@ -53,6 +53,21 @@ def test_an_audit_tells_a_reward_model_that_knows_from_one_that_likes_big_words(
     json.dumps(numbers, allow_nan=False)
 
 
+def test_the_fitted_scale_makes_margins_probabilities():
+    """Margins of which sigmoid(3 d) are ranked right."""
+    draw = torch.Generator().manual_seed(0)
+    size = torch.randn(2000, generator=draw, dtype=torch.float64).abs()
+    ranked = torch.rand(2000, generator=draw, dtype=torch.float64) < torch.sigmoid(3.0 * size)
+    margin = torch.where(ranked, size, -size)
+    scores = torch.stack([margin, torch.zeros_like(margin)], 1).flatten()
+    pairs = pairs_of([replace(record(i), rejected="no") for i in range(2000)], [])
+    numbers = audited(pairs, [], lambda replies: torch.cat([scores, torch.zeros(8000, dtype=torch.float64)]))
+    assert numbers["scale"] == pytest.approx(3.0, rel=0.1)
+    assert abs(numbers["ece_debiased"]) < 0.01
+    assert numbers["unscaled_ece_debiased"] > 0.1
+    assert numbers["ranked_right"] == int(ranked.sum())
+
+
 def test_pairs_of_the_data_come_before_the_policys_own():
     given = replace(record(0), rejected="perhaps")
     assert pairs_of([given], [Answered(given, "no (confidence: 70%)", 0.0)])[0].wrong == "perhaps"
