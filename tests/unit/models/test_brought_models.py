@@ -186,7 +186,9 @@ def test_only_one_place_says_how_a_finished_run_is_loaded():
     sources = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in root.rglob("*.py")}
     assert [name for name, text in sources.items() if "ModelConfig(source" in text] == []
     made = {name for name, text in sources.items() if " Template(" in text or "=Template(" in text}
-    assert made <= {"data/templates.py", "hooks/callback.py"}, "take template_of, which knows all of data's keys"
+    assert made <= {"data/templates.py", "data/reward_text.py", "hooks/callback.py"}, (
+        "take template_of, which knows all of data's keys"
+    )
 
 
 def test_the_head_is_checked_where_the_model_will_live(tmp_path, monkeypatch):

@@ -80,9 +80,10 @@ def test_the_head_has_a_rate_of_its_own_and_stands_beside_a_value_head(kind):
     model = with_confidence_head(kind(Policy(tiny_model(layers=4)), None), run)
     assert model.confidence_head.layers == (1, 2, 3, 4)
     groups = optimizer_groups(model, run)
-    assert [group["lr"] for group in groups] == [1e-5, 1e-5, 3e-3]
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
-    assert {id(one) for one in groups[2]["params"]} == {id(one) for one in model.confidence_head.parameters()}
+    assert [group["lr"] for group in groups] == [1e-5, 1e-5, 3e-3, 3e-3]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.0]
+    of_head = {id(one) for group in groups[2:] for one in group["params"]}
+    assert of_head == {id(one) for one in model.confidence_head.parameters()}
     together = [one for group in groups for one in group["params"]]
     assert len(together) == len({id(one) for one in together}) == len([*model.parameters()])
     assert isinstance(model.confidence_head, ConfidenceHead)

@@ -33,20 +33,21 @@ def sampling(tmp_path_factory):
 @pytest.mark.parametrize("shares", [[4, 2], [2, 2, 2], [1, 5]])
 def test_ranks_draw_what_one_process_would(sampling, monkeypatch, shares):
     asked = [5, 0, 3, 3, 1, 2]
-    whole = sampling(asked, 7)
+    streams = [f"0.{place}" for place in range(len(asked))]
+    whole = sampling(asked, 7, streams)
     assert whole[8:12] != whole[12:16]  # a question that is asked twice in a round has answers of its own in each place
-    monkeypatch.setattr("calibtrain.training.sampling.gather_lists", lambda mine: shares)
     world, found = sampling.answerer.world, []
     for rank, count in enumerate(shares):
         first = sum(shares[:rank])
         answerer = replace(sampling.answerer, world=replace(world, rank=rank, size=1))
         monkeypatch.setattr(sampling, "answerer", answerer)
-        found += sampling(asked[first : first + count], 7)
+        found += sampling(asked[first : first + count], 7, streams[first : first + count])
     assert [one.tokens for one in found] == [one.tokens for one in whole]
     assert {one.version for one in found} == {7}
 
 
 def test_steps_and_seeds_draw_anew(sampling):
-    first = [one.tokens for one in sampling([0, 1], 7)]
-    assert [one.tokens for one in sampling([0, 1], 7)] == first
-    assert [one.tokens for one in sampling([0, 1], 8)] != first
+    first = [one.tokens for one in sampling([0, 1], 7, "ab")]
+    assert [one.tokens for one in sampling([0, 1], 7, "ab")] == first
+    assert [one.tokens for one in sampling([0, 1], 8, "ab")] != first
+    assert [one.tokens for one in sampling([0, 1], 7, "ba")] != first

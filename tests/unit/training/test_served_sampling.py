@@ -264,8 +264,8 @@ def test_our_own_drawing_does_not_depend_on_batches(source, tmp_path):
     run = config(source, tmp_path, address="http://127.0.0.1:9/v1")
     answerer, prompts = answerer_of(run)
     draws = Draws(prompts, [5, 6, 7, 8], 3, answerer.template.stop_ids, 6)
-    whole = OwnSampling(answerer, 4).sample(draws, 7)
-    alone = OwnSampling(answerer, 1)
+    whole = OwnSampling(answerer).sample(draws, 7)
+    alone = OwnSampling(answerer)
     for place, prompt in enumerate(prompts):
         (group,) = alone.sample(replace(draws, prompts=[prompt], seeds=[draws.seeds[place]]), 7)
         assert [one.tokens for one in group] == [one.tokens for one in whole[place]]

@@ -107,7 +107,9 @@ def test_a_statement_behind_a_reasoning_is_read_and_stands_where_it_was_said():
         seen.add((one.confidence if begin else None, one.correct))
     assert len(seen) >= 6
     credits = dict(zip(range(len(rollouts.samples)), rollouts._credit, strict=True))
-    for group in rollouts._groups.values():
+    size = rollouts.config.rollouts.group_size
+    for start in range(0, len(rollouts.samples), size):
+        group = range(start, start + size)
         grades = [rollouts.samples[i].correct for i in group]
         for i in group:
             expected = rollouts.samples[i].correct - sum(grades) / len(grades)
