@@ -116,7 +116,10 @@ ARMS: dict[str, Arm] = {
     "ppo_c": on_reward_model("{reward_model}", *SAID, *shifted("threshold"), after="sft_stated", stated=True),
     "ppo_c_proper": on_reward_model("{reward_model}", *SAID, *shifted("proper"), after="sft_stated", stated=True),
 }
-CHOSEN = ("sft", "rl_accuracy", "rl_log", "rl_stated", "dpo", "dpo_scored")
+CHOSEN = (
+    "sft", "rl_accuracy", "rl_log", "rl_stated", "dpo", "dpo_scored",
+    "ppo_reward_model", "ppo_reward_model_scored", "ppo_m", "ppo_c", "ppo_c_proper",
+)  # fmt: skip
 """Arms of the study; the others are asked for by name."""
 
 

@@ -134,7 +134,7 @@ def rewards_of(samples: Sequence[Sample], ids: Tensor, config: RunConfig, memory
     worth = worth_of(samples, ids, config, memory)
     nothing = torch.zeros_like(worth)
     if not rollouts.scores_statement:
-        # The score of a likelihood or a head, functions of the weights, is a loss: a reward, a constant, would teach nothing.
+        # The score of a likelihood or a head, functions of the weights, is a loss: a reward, a constant, teaches nothing.
         share = rollouts.reward_of_right if rollouts.reward in ("brier", "log") else 1.0
         return torch.stack([share * worth, nothing])
     confidence = torch.tensor([one.confidence for one in samples], dtype=torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -41,9 +42,8 @@ def job(study, name, tmp_path, **changes):
 
 def test_every_arm_is_a_config_and_comes_behind_what_it_needs(study, tmp_path):
     for name, one in study.ARMS.items():
-        if any(before.startswith("reward_model") for before in one.needs):
-            continue  # until rollouts can be paid by a reward model
-        config = load_config(one.config, job(study, name, tmp_path).settings)
+        settings = [re.sub(r"\{(\w+)\}", r"./\1", change) for change in job(study, name, tmp_path).settings]
+        config = load_config(one.config, settings)
         assert config.rollouts.confidence == "likelihood" or one.stated
         order = study.with_needs([name])
         assert order[-1] == name
