@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class TrainingHook(Hook):
         self._measured: Tensor = torch.zeros(len(self._measures), 2, dtype=torch.float64)
         self._steps: Tensor = torch.zeros(4, dtype=torch.float64)  # tokens, seconds, steps, skipped; of this rank
         self._last: dict[str, float] = {}
+        self._rounds: dict[str, list[float]] = {}  # of each number of a round its sum and count over steps
         self._world_size = 1
 
     def on_start(self, record: RunRecord) -> None:
@@ -61,8 +63,12 @@ class TrainingHook(Hook):
         self._steps += torch.tensor([record.tokens, record.seconds, 1, record.skipped], dtype=torch.float64)
         values = {key: getattr(record, field) for field, key in STEP_FIELDS.items()}
         values |= {f"train/weight_penalty/{name}": value for name, value in record.weight_penalties.items()}
-        values |= {f"train/rollouts/{name}": value for name, value in record.rollouts.items()}
         self._last = {key: float(value) for key, value in values.items() if value is not None}
+        for name, value in record.rollouts.items():  # the same on every rank
+            if not math.isnan(value):
+                total = self._rounds.setdefault(name, [0.0, 0.0])
+                total[0] += float(value)
+                total[1] += 1.0
 
     def sums(self) -> dict[str, Tensor]:
         """`loss` (terms, 2), `measured` (measures, 2) and `steps` (4,)."""
@@ -71,6 +77,7 @@ class TrainingHook(Hook):
     def compute(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Means over items; a term without items in the interval has no key."""
         metrics = dict(self._last)
+        metrics |= {f"train/rollouts/{name}": total / count for name, (total, count) in self._rounds.items()}
         for kind, names, found in (("loss", self._terms, "loss"), ("policy", self._measures, "measured")):
             for name, (total, count) in zip(names, sums[found].tolist(), strict=True):
                 if count > 0:
@@ -88,6 +95,7 @@ class TrainingHook(Hook):
         self._loss = torch.zeros_like(self._loss)
         self._measured = torch.zeros_like(self._measured)
         self._steps = torch.zeros_like(self._steps)
+        self._rounds = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Sums since the last log, so that the first log after a resume is the one of an unbroken run."""
@@ -97,6 +105,7 @@ class TrainingHook(Hook):
             "measured": self._measured.cpu(),
             "steps": self._steps,
             "last": self._last,
+            "rounds": self._rounds,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -107,3 +116,4 @@ class TrainingHook(Hook):
         if "measured" in state:  # earlier versions measured nothing
             self._measured = state["measured"].clone()
         self._last = dict(state["last"])
+        self._rounds = {name: list(total) for name, total in state.get("rounds", {}).items()}

@@ -272,6 +272,11 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
             "data.splits: calibration and validation 0: nobody knows what the reward model is worth before it is used; 64 "
             "questions with answers, or pairs, would tell"
         )
+    if config.trains_on_rollouts and rollouts.engine.overlap and rollouts.correction == "none":
+        found.append(
+            "rollouts.engine.overlap: answers are drawn by weights of the round before; rollouts.correction: token_truncate "
+            "weighs them by the trainer's own log-probs"
+        )
     if training.warmup_ratio == 1:
         found.append("training.warmup_ratio: 1: the learning rate reaches its peak at the last step")
     asked = len(splits["calibration"])
