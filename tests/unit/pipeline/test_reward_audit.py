@@ -139,6 +139,6 @@ def test_the_page_shows_what_rewarded_the_answers():
     page = Page(render_report(report(reward_models=[{"path": HOSTILE, "reads": HOSTILE, **numbers}], training=LINES)))
     assert "What rewarded the answers" in page.text
     assert "not clearly better than chance" in page.text
-    assert "being pleased" in page.text
+    assert "the policy pleases what rewards it" in page.text
     assert not any("alert(1)" in script for script in page.scripts)
     assert "What rewarded the answers" not in render_report(report())
