@@ -38,6 +38,7 @@ from calibtrain.config_file import load_config, shipped_configs
 from calibtrain.errors import UserError, told
 from calibtrain.pipeline.check import check
 from tests.tiny import write_tiny_model
+from tests.unit.models.test_reward_scorer import write as write_reward_model
 
 SECONDS = 30
 """After so many a case is taken to hang."""
@@ -69,7 +70,7 @@ TEXT = (
     "? ",
 )
 ROWS = 40
-QUESTIONS = [{"question": f"What is {i}?", "answers": [f"{i}", f"n{i}"], "kind": "sum"} for i in range(ROWS)]
+QUESTIONS = [{"question": f"What is {i}?", "answers": [f"{i}"], "kind": "sum"} for i in range(ROWS)]
 FILES: dict[str, list[dict[str, Any]]] = {
     "questions": QUESTIONS,
     "completions": [{"prompt": f"What is {i}?", "completion": f"{i}"} for i in range(ROWS)],
@@ -208,6 +209,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_tiny_model(folder / "tiny")
+        write_reward_model(folder / "judge")
         for name, rows in FILES.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.base = {
@@ -247,6 +249,8 @@ class Bench:
         """A config that asks for the tiny model and a small file in the place of its own."""
         data = {**tree.get("data", {}), **self.data("questions"), "questions": None}
         training = {key: value for key, value in tree.get("training", {}).items() if key != "deepspeed"}
+        if "reward_model" in tree.get("rollouts", {}):
+            tree = {**tree, "rollouts": {**tree["rollouts"], "reward_model": str(self.folder / "judge")}}
         return {
             **tree,
             "training": training,

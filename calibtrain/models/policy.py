@@ -46,8 +46,10 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def states_at_targets(model: Any, batch: Batch, layers: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-    """Hidden states of a model's backbone at `batch.target_positions`, in its dtype.
+def states_at_targets(
+    model: Any, backbone: Callable[..., Any], batch: Batch, layers: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Hidden states of a model's `backbone` at `batch.target_positions`, in its dtype.
 
     Returns the final ones (N, H) and those of `layers` (N, layers, H); layer 0 is the embeddings, k follows block k.
     """
@@ -55,7 +57,7 @@ def states_at_targets(model: Any, batch: Batch, layers: Sequence[int] = ()) -> t
     # Without a mask of ours the model counts positions itself; padding on the right is behind every target.
     blocked = {} if mask is None else {"attention_mask": mask, "position_ids": batch.position_ids}
     more = {"output_hidden_states": True} if layers else {}
-    output = unwrapped(model).base_model(input_ids=batch.input_ids, use_cache=False, **blocked, **more)
+    output = backbone(input_ids=batch.input_ids, use_cache=False, **blocked, **more)
     hidden = output.last_hidden_state.flatten(0, 1)[batch.target_positions]
     found = [output.hidden_states[layer].flatten(0, 1)[batch.target_positions] for layer in layers]
     return hidden, torch.stack(found, dim=1) if found else hidden[:, None][:, :0]
@@ -90,7 +92,7 @@ class Policy(nn.Module):
 
     def states_at_targets(self, batch: Batch, layers: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """The same, and the states of `layers` there, (N, layers, H); layer 0 is the embeddings, k follows block k."""
-        return states_at_targets(self.model, batch, layers)
+        return states_at_targets(self.model, self.backbone, batch, layers)
 
     def token_stats(self, hidden: Tensor, targets: Tensor) -> TokenStats:
         """Statistics of `targets` (N,) from `hidden` (N, H)."""

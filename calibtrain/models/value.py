@@ -35,7 +35,8 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Values at `batch.target_positions`, (N,) in float32 or better."""
-        return self.score(states_at_targets(self.model, batch)[0])[:, 0]
+        hidden, _ = states_at_targets(self.model, unwrapped(self.model).base_model, batch)
+        return self.score(hidden)[:, 0]
 
 
 class OwnValueLossModel(LossModel):

@@ -16,7 +16,8 @@ FILES = "files.json"
 
 def note_files(path: Path) -> None:
     """Write down what a checkpoint consists of; the last thing before it gets its name."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    # run.json, which makes a checkpoint whole, is read and so checked by itself.
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != "run.json")
     sizes = {str(file.relative_to(path)): file.stat().st_size for file in files}
     (path / FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 

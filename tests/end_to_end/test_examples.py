@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -142,3 +143,12 @@ def test_lightning(example, model, tmp_path):
         rows = list(csv.DictReader(file))
     for wanted in (["train_loss"], TOKEN_KEYS):
         assert [row["step"] for row in rows if all(row[key] for key in wanted)] == ["1", "3", "5"]
+
+
+def test_stated_confidences_that_know_nothing(example, tmp_path):
+    path = example("stated_confidence").write(300, tmp_path / "stated.jsonl", seed=3)
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    found = [re.fullmatch(r"(.+) \(confidence: (\d+)%\)", row["completion"]) for row in rows]
+    assert len(rows) == 300
+    assert {int(one[2]) for one in found} == set(range(0, 101, 10))
+    assert len({row["prompt"] for row in rows}) == 300
