@@ -90,6 +90,7 @@ def on_reward_model(path: str, *changes: str, **facts: Any) -> Arm:
     return arm("grpo_geography", RL, paid, *changes, **facts)
 
 
+HELD = ("objective.beta=0.05", "training.learning_rate=5.0e-6")
 SAID = ("rollouts.confidence=stated", "rollouts.decoupled=false")
 
 
@@ -112,13 +113,16 @@ ARMS: dict[str, Arm] = {
     "reward_model_m": arm("reward_model", PAIRS, "objective.confidence_statements=added", answers=False, steps=False),
     "ppo_reward_model": on_reward_model("{reward_model}"),
     "ppo_reward_model_scored": on_reward_model("{reward_model}", "penalties=[{name: answer_score, moves: all}]"),
+    # The same, held near where it starts: a quarter of the rate, and a price on the distance.
+    "ppo_held": on_reward_model("{reward_model}", *HELD),
+    "ppo_held_scored": on_reward_model("{reward_model}", *HELD, "penalties=[{name: answer_score, moves: all}]"),
     "ppo_m": on_reward_model("{reward_model_m}", *SAID, after="sft_stated", stated=True),
     "ppo_c": on_reward_model("{reward_model}", *SAID, *shifted("threshold"), after="sft_stated", stated=True),
     "ppo_c_proper": on_reward_model("{reward_model}", *SAID, *shifted("proper"), after="sft_stated", stated=True),
 }
 CHOSEN = (
     "sft", "rl_accuracy", "rl_log", "rl_stated", "dpo", "dpo_scored",
-    "ppo_reward_model", "ppo_reward_model_scored", "ppo_m", "ppo_c", "ppo_c_proper",
+    "ppo_reward_model", "ppo_reward_model_scored", "ppo_held", "ppo_held_scored", "ppo_m", "ppo_c", "ppo_c_proper",
 )  # fmt: skip
 """Arms of the study; the others are asked for by name."""
 
