@@ -32,6 +32,12 @@ def unfit_for_head(config: RunConfig) -> str | None:
         return f"objective.name: {config.objective.name} answers no questions: leave out confidence_head"
     if rollouts and config.rollouts.confidence == "head" and config.rollouts.reward not in ("brier", "log"):
         return f"rollouts.confidence: head is scored by reward: brier or log, not {config.rollouts.reward}"
+    alone = rollouts and config.rollouts.rewards_nothing and not (head.trains_backbone or config.penalties_in_loss)
+    if alone:
+        return (
+            "rollouts.accuracy_weight: 0 with confidence: head would train the head alone, whose score does not reach the "
+            "model: leave it out"
+        )
     if head.trains_backbone and not rollouts:
         return (
             "confidence_head.trains_backbone: the model would learn the grades of the calibration questions by heart "
@@ -91,7 +97,7 @@ def _unfit_rounds(config: RunConfig) -> str | None:
         return (
             f"rollouts.dynamic_sampling: {name} learns from groups alike as well, its baseline is a value: set it to 0"
         )
-    if rollouts.dynamic_sampling and config.penalties_in_loss:
+    if rollouts.dynamic_sampling and (config.penalties_in_loss or rollouts.score_in_loss):
         return "rollouts.dynamic_sampling: a score in the loss learns from groups alike as well: set it to 0"
     if rollouts.correction.startswith("token") and needs.whole_answers:
         return f"rollouts.correction: {name} weighs whole answers: sequence_truncate or sequence_mask"

@@ -62,7 +62,9 @@ class Engine:
     deepspeed: Any
     stage: int
     full_gradients: bool  # fp32 below ZeRO-1: gradients are whole on every rank and nothing else checks them
-    rate_scales: tuple[float, ...] = field(init=False)  # of the config's groups: a checkpoint brings those of its own run
+    rate_scales: tuple[float, ...] = field(
+        init=False
+    )  # of the config's groups: a checkpoint brings those of its own run
 
     def __post_init__(self) -> None:
         self.rate_scales = tuple(group.get("rate_scale", 1.0) for group in self.deepspeed.optimizer.param_groups)
