@@ -19,7 +19,14 @@ from calibtrain.errors import UserError
 from calibtrain.records import Record
 from calibtrain.training.reward_memory import NOTHING, WATCHED, Memory
 from calibtrain.training.reward_sources import Reply, Source, build_sources, source_names
-from calibtrain.training.rollout_rewards import proxy_of, remembered, source_values, worth_of
+from calibtrain.training.rollout_rewards import (
+    earning,
+    proxy_of,
+    remembered,
+    source_values,
+    threshold_of,
+    worth_of,
+)
 from calibtrain.training.samples import Sample
 
 logger = logging.getLogger(__name__)
@@ -109,8 +116,10 @@ class RewardRounds:
     def _threshold(self, samples: Sequence[Sample], ids: Tensor) -> dict[str, float]:
         """PPO-C's threshold, and by how much rewards above it are larger than those below."""
         rollouts = self.config.rollouts
+        earns = earning(samples, self.config)
         worth = worth_of(samples, ids, self.config, self.memory)
-        threshold = float(worth.mean()) if self.memory.threshold is None else self.memory.threshold
+        threshold = threshold_of(worth, earns, self.memory)
+        worth = worth[earns]
         above = worth >= threshold
         gap = float(worth[above].mean() - worth[~above].mean()) if bool(above.any() and (~above).any()) else math.nan
         joint = rollouts.ppo_c.form == "proper" and not rollouts.decoupled

@@ -27,7 +27,7 @@ from calibtrain.losses.advantages import (
 from calibtrain.losses.importance import importance_weights, sampling_mismatch
 from calibtrain.losses.terms import sequence_sums
 from calibtrain.training.reward_memory import NOTHING, Memory
-from calibtrain.training.rollout_rewards import rewards_of
+from calibtrain.training.rollout_rewards import earning, rewards_of
 from calibtrain.training.samples import Sample
 
 
@@ -93,11 +93,11 @@ def paid(samples: Sequence[Sample], groups: Sequence[int], config: RunConfig, me
 
     That is the end of an answer that did not come to one, unless the cut is the end, or counts for the others.
     """
-    nothing = [not one.finished and config.truncated in ("bootstrapped", "left_out") for one in samples]
+    earns = earning(samples, config)
     # Nor is it a part of what the others' confidence is scored against.
-    known = [replace(one, correct=math.nan) if none else one for one, none in zip(samples, nothing, strict=True)]
+    known = [one if some else replace(one, correct=math.nan) for one, some in zip(samples, earns.tolist(), strict=True)]
     rewards = rewards_of(known, torch.tensor(groups, dtype=torch.int64), config, memory)
-    return torch.where(torch.tensor(nothing, dtype=torch.bool), torch.nan, rewards)
+    return torch.where(earns, rewards, torch.nan)
 
 
 def groups_alike(rewards: Tensor, ids: Tensor) -> Tensor:

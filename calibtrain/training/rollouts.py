@@ -93,6 +93,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         was_training, scale = model.training, model.policy.scale
         model.eval()
         model.policy.scale = 1.0  # the policy that is trained, not the one that is asked for its confidence
+        self.samples, self._told = [], {}  # what ends the run in here leaves no round to go on with
         try:
             self.rewards.begin()
             samples, told = self._sampled(step)
@@ -131,7 +132,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         kept = [asdict(one) for one in self.samples] if self.off_policy else []
         more = {
             "told": self._told if kept else {},
-            "rewards": self.rewards.state_dict(within_round=self.off_policy),
+            "rewards": self.rewards.state_dict(within_round=bool(kept)),
             "sampling": self.sampling.state_dict(),
         }
         return {"samples": kept} | {name: state for name, state in more.items() if state}
@@ -230,13 +231,14 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         self._alike = self._alike + 1 if self.metrics["alike"] == 1.0 else 0
         if self._alike == ROUNDS_ALIKE and self.answerer.world.is_main:
             logger.warning(
-                "rollouts: in %d rounds in a row every answer earned what the others of its group did (correct %.2f, tokens "
-                "%.1f, cut %.2f), and nothing was learnt: look at what is graded as right, at evaluation.max_new_tokens and "
-                "at rollouts.group_size",
+                "rollouts: in %d rounds in a row every answer earned what the others of its group did (correct %s, tokens "
+                "%.1f, cut %.2f), and nothing was learnt: look at %s, at evaluation.max_new_tokens and at "
+                "rollouts.group_size",
                 ROUNDS_ALIKE,
-                self.metrics["correct"],
+                "unknown" if math.isnan(self.metrics["correct"]) else f"{self.metrics['correct']:.2f}",
                 self.metrics["tokens"],
                 self.metrics["truncated"],
+                "what is graded as right" if self.config.rollouts.needs_grades else "what rollouts.sources give",
             )
 
     def _measured(self, samples: list[Sample]) -> list[Sample]:
