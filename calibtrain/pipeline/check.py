@@ -273,9 +273,10 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
             "questions with answers, or pairs, would tell"
         )
     if config.trains_on_rollouts and rollouts.engine.overlap and rollouts.correction == "none":
+        level = "sequence" if config.objective.needs.whole_answers else "token"
         found.append(
-            "rollouts.engine.overlap: answers are drawn by weights of the round before; rollouts.correction: token_truncate "
-            "weighs them by the trainer's own log-probs"
+            "rollouts.engine.overlap: answers are drawn by weights of the round before; rollouts.correction: "
+            f"{level}_truncate weighs them by the trainer's own log-probs"
         )
     if training.warmup_ratio == 1:
         found.append("training.warmup_ratio: 1: the learning rate reaches its peak at the last step")

@@ -23,7 +23,7 @@ from calibtrain.models.loss_model import LogprobStep, LossModel
 from calibtrain.records import Record
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.reward_rounds import RewardRounds
-from calibtrain.training.rollout_credit import Credit, credit, groups_alike, mean_grade, paid
+from calibtrain.training.rollout_credit import Credit, credit, groups_alike, learned_from, mean_grade, paid
 from calibtrain.training.rollout_rewards import check_graded, check_rewards
 from calibtrain.training.rounds import Rounds
 from calibtrain.training.samples import Sample, loaded_sample
@@ -58,7 +58,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         self.config, self.answerer, self.questions, self.plan = config, answerer, list(questions), plan
         self.sampling = Sampling(config, answerer, self.questions)
         self.rewards = RewardRounds(config, answerer, self.questions)
-        self.total_steps = planned_steps(config.training, len(self.questions), plan.global_batch_size)
+        self.total_steps = planned_steps(config.training, len(self.questions), plan.global_batch_size, config.passes)
         self.reference = reference
         self.needs_reference = objective.needs.reference == "live"
         self.needs_values = objective.needs.credit == "values"
@@ -218,8 +218,9 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
 
     def _alike_among(self, groups: Sequence[Sequence[Sample]]) -> list[bool]:
         ids = [number for number, group in enumerate(groups) for _ in group]
-        rewards = paid([one for group in groups for one in group], ids, self.config, self.rewards.memory)
-        return groups_alike(rewards, torch.tensor(ids, dtype=torch.int64)).tolist()
+        flat = [one for group in groups for one in group]
+        rewards = paid(flat, ids, self.config, self.rewards.memory)
+        return groups_alike(rewards, torch.tensor(ids, dtype=torch.int64), learned_from(flat, self.config)).tolist()
 
     def _take(self, samples: list[Sample], told: dict[str, float]) -> None:
         """Make these the present round."""
