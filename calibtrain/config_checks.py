@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
 
 def unfit_answers(config: RunConfig) -> str | None:
-    """What penalties on own answers cannot do without."""
+    """What penalties on own answers, and a confidence head, cannot do without."""
+    if problem := unfit_for_head(config):
+        return problem
     answering = config.penalties_on_answers
     if answering and config.data.splits.calibration == 0:
         where = "" if answering[0].name == "confidence_head" else "penalties."
@@ -18,7 +20,7 @@ def unfit_answers(config: RunConfig) -> str | None:
         values = {penalty.name: getattr(penalty, key) for penalty in answering}
         if len(set(values.values())) > 1:
             return f"penalties share one stream of answers, so {key} must be the same in each, got {values}"
-    return unfit_for_head(config)
+    return None
 
 
 def unfit_for_head(config: RunConfig) -> str | None:

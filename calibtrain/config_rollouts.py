@@ -97,7 +97,9 @@ class RolloutsConfig(Section):
         if self.reward == "ppo_c" and (not named or self.confidence != "stated"):
             raise ValueError("reward: ppo_c shifts what reward_model or sources give by a confidence: stated; set both")
         if named and self.rewards_nothing:
-            raise ValueError(f"{named[0]}: earns nothing beside a likelihood's score unless accuracy_weight is above 0")
+            raise ValueError(
+                f"{named[0]}: earns nothing beside the score in the loss unless accuracy_weight is above 0"
+            )
         if self.reward in ("model", "sources", "ppo_c") and self.accuracy_weight is not None:
             raise ValueError("accuracy_weight goes with reward: brier or log; here weigh a source of kind grade")
         proper = self.reward == "ppo_c" and self.ppo_c.form == "proper"
