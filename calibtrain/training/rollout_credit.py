@@ -234,7 +234,7 @@ def _means(samples: Sequence[Sample], rewards: Tensor) -> dict[str, float]:
     return {
         "reward": float(rewards.sum(0).nanmean().nan_to_num()),
         "correct": mean_grade(samples),
-        "confidence": sum(stated) / max(1, len(stated)),
+        "confidence": sum(stated) / len(stated) if stated else math.nan,
         "confidence_missing": 1.0 - len(stated) / count,
         "abstained": sum(one.abstained for one in samples) / count,
         "truncated": sum(not one.finished for one in samples) / count,
