@@ -235,8 +235,10 @@ class Told:
 
     def loss(self, logprobs: Tensor, old: Tensor) -> Tensor:
         """The mean score over the answers that the policy of log-probs `old` samples."""
-        scores = score_of(self.logits(logprobs), self.answers.batch.correct.double(), self.score)
-        return self.weight * (self.answers.weights(old) * scores).sum()
+        correct = self.answers.batch.correct.double()
+        graded = ~correct.isnan()
+        scores = score_of(self.logits(logprobs), torch.where(graded, correct, 0.0), self.score)
+        return self.weight * (self.answers.weights(old) * torch.where(graded, scores, 0.0)).sum()
 
     @torch.no_grad()
     def told(self, logprobs: Tensor) -> tuple[float, ...]:
