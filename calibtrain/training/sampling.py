@@ -14,7 +14,7 @@ from calibtrain.config import RunConfig
 from calibtrain.data.encode import fit_prompt
 from calibtrain.data.replies import read_reply
 from calibtrain.engines import Completion, Draws, SamplingEngine
-from calibtrain.errors import UserError
+from calibtrain.errors import EngineFailure, UserError
 from calibtrain.records import Record, unit_hash
 from calibtrain.tasks.matching import normalize
 from calibtrain.tasks.task import Reading
@@ -61,7 +61,7 @@ class Sampling:
         read = [self._sample(i, one) for i, group in zip(asked, groups, strict=True) for one in group]
         records = [self.questions[sample.question] for sample, _ in read]
         grades = self.answerer.template.task.grades([reading for _, reading in read], records)
-        self.answerer.settle()  # a reward that is missing is none
+        self._settle()
         return [
             # A verdict that cannot be read is no reward; of a question without answers nobody knows.
             replace(one, correct=float(bool(grade.correct)) if self._gradable(record) else math.nan)
@@ -73,6 +73,13 @@ class Sampling:
         self._following = list(asked), list(streams), step
         self.engine.push(version)
         self.engine.start(self._draws(*self._following))
+
+    def _settle(self) -> None:
+        """Raise EngineFailure, on every rank, where a grade is missing: a reward that is missing is none. Collective."""
+        try:
+            self.answerer.settle()
+        except UserError as error:
+            raise EngineFailure(str(error)) from None
 
     def _gradable(self, record: Record) -> bool:
         return self.answerer.template.task.gradable(record)

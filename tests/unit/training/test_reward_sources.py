@@ -397,7 +397,7 @@ def test_what_goes_wrong_over_rounds_is_told_once(caplog):
 )
 def test_a_function_that_fails_is_told_in_one_line(name, message):
     rollouts, _ = rollouts_of(run({"kind": "function", "function": f"{HERE}:{name}"}))
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(EngineFailure) as caught:  # so that a run keeps what it has learnt
         rollouts.before_step(0)
     assert message in str(caught.value)
     assert str(caught.value).startswith("rollouts.sources.0.function")
