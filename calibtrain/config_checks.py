@@ -99,7 +99,7 @@ def _unfit_rounds(config: RunConfig) -> str | None:
         return (
             f"rollouts.dynamic_sampling: {name} learns from groups alike as well, its baseline is a value: set it to 0"
         )
-    if rollouts.dynamic_sampling and (config.penalties_in_loss or rollouts.score_in_loss):
+    if rollouts.dynamic_sampling and (config.score_teaches or rollouts.score_in_loss):
         return "rollouts.dynamic_sampling: a score in the loss learns from groups alike as well: set it to 0"
     if rollouts.correction.startswith("token") and needs.whole_answers:
         return f"rollouts.correction: {name} weighs whole answers: sequence_truncate or sequence_mask"

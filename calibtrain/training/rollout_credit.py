@@ -67,7 +67,7 @@ def credit(
     # A value is a baseline of its own; the others praise only what differs within a group.
     compared = torch.zeros_like(flat.ids) if needs.credit == "values" else flat.ids
     alike = groups_alike(rewards, compared, flat.learned).double().mean()
-    means["alike"] = 0.0 if config.penalties_in_loss else float(alike)  # a score in the loss teaches all the same
+    means["alike"] = 0.0 if config.score_teaches else float(alike)  # a score in the loss teaches all the same
     if flat.kl is not None:
         means["kl"] = float(sequence_sums(flat.kl, flat.owners, len(samples)).mean())
     returns = None

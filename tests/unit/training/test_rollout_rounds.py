@@ -259,6 +259,10 @@ def test_groups_are_alike_where_all_that_earn_anything_earn_the_same():
     assert groups_alike(rewards, ids, learned).tolist() == [False, False, True, True, True]
     learned[3] = False
     assert groups_alike(rewards, ids, learned).tolist() == [False, True, True, True, True]
+    same = answers((0, 3, 1, True), (0, 2, 1, True))
+    for head, told in (({}, 1.0), ({"trains_backbone": True}, 0.0)):  # whose score then teaches all the same
+        accuracy = config(rollouts={"group_size": 2, "reward": "accuracy"}, confidence_head=head)
+        assert credit(same, [0, 0], accuracy)[1]["alike"] == told
     masked = config(rollouts={"group_size": 2, "reward": "accuracy", "truncated": "masked"})
     assert credit(answers((0, 3, 1, False), (0, 3, 0, False)), [0, 0], masked)[1]["alike"] == 1.0
 
