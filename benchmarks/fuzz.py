@@ -38,6 +38,7 @@ from calibtrain.config_file import load_config, shipped_configs
 from calibtrain.errors import UserError, told
 from calibtrain.pipeline.check import check
 from tests.tiny import write_tiny_model
+from tests.unit.models.test_reward_scorer import write as write_reward_model
 
 SECONDS = 30
 """After so many a case is taken to hang."""
@@ -208,6 +209,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_tiny_model(folder / "tiny")
+        self.reward_model = str(write_reward_model(folder / "judge"))
         for name, rows in FILES.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.base = {
@@ -244,12 +246,16 @@ class Bench:
         return (Path(str(calibtrain.configs.__path__[0])) / f"{name}.yaml").read_text()
 
     def here(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """A config that asks for the tiny model and a small file in the place of its own."""
+        """A config that asks for tiny models, a small file and no server in the place of its own."""
         data = {**tree.get("data", {}), **self.data("questions"), "questions": None}
         training = {key: value for key, value in tree.get("training", {}).items() if key != "deepspeed"}
+        rollouts = {key: value for key, value in tree.get("rollouts", {}).items() if key != "engine"}
+        if "reward_model" in rollouts:
+            rollouts["reward_model"] = self.reward_model
         return {
-            **tree,
+            **{key: value for key, value in tree.items() if key != "task"},
             "training": training,
+            "rollouts": rollouts,
             "output_dir": self.base["output_dir"],
             "model": {**tree.get("model", {}), **self.base["model"]},
             "data": data,
