@@ -44,6 +44,7 @@ from calibtrain.training.matrices import trained_layers
 from calibtrain.training.output_directory import check_output_dir, check_same_data
 from calibtrain.training.reward_sources import check_sources
 from calibtrain.training.rollout_rewards import check_graded, check_rewards
+from calibtrain.training.sampling import room_of_questions
 from calibtrain.training.spectra import spectra_layers
 from calibtrain.training.weight_penalty import penalised_layers
 
@@ -102,6 +103,7 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     term_names(config)
     if config.trains_on_rollouts:
         check_rewards(config)
+        room_of_questions(config)
     finished = not replace and check_output_dir(config)
     if not finished and not replace:
         find_checkpoint(config, World(0, world_size, 0, torch.device("cpu")), None)

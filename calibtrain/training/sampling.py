@@ -26,6 +26,17 @@ from calibtrain.training.weight_proof import PROBES
 logger = logging.getLogger(__name__)
 
 
+def room_of_questions(config: RunConfig) -> int:
+    """Most tokens of a question whose answers are sampled. Raises UserError where none are left."""
+    room = config.data.max_length - config.evaluation.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"evaluation.max_new_tokens: {config.evaluation.max_new_tokens} leaves no room for a question in "
+            f"data.max_length: {config.data.max_length}"
+        )
+    return room
+
+
 class Sampling:
     """Asks the policy the training questions; what it draws is a function of (seed, step, stream) and the weights alone.
 
@@ -41,12 +52,7 @@ class Sampling:
         engine: SamplingEngine | None = None,
     ) -> None:
         self.config, self.answerer, self.questions = config, answerer, questions
-        room = config.data.max_length - config.evaluation.max_new_tokens
-        if room < 1:
-            raise UserError(
-                f"evaluation.max_new_tokens: {config.evaluation.max_new_tokens} leaves no room for a question in "
-                f"data.max_length: {config.data.max_length}"
-            )
+        room = room_of_questions(config)
         self.prompts = [tuple(fit_prompt(one, answerer.template, room)[0]) for one in self.questions]
         self.engine = self._engine() if engine is None else engine
         self._following: tuple[list[int], list[str], int] | None = None  # what is drawn ahead: questions, streams, step
