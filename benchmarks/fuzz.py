@@ -256,6 +256,7 @@ class Bench:
             **{key: value for key, value in tree.items() if key != "task"},
             "training": training,
             "rollouts": rollouts,
+            "evaluation": {**tree.get("evaluation", {}), "max_new_tokens": 24},
             "output_dir": self.base["output_dir"],
             "model": {**tree.get("model", {}), **self.base["model"]},
             "data": data,
