@@ -370,6 +370,7 @@ def test_own_sampling_agrees_with_the_trainer():
         ("ppo", {"truncated": "masked"}, "group's baseline"),
         ("ppo", {"dynamic_sampling": 1, "reward": "accuracy"}, "its baseline is a value"),
         ("grpo", {"dynamic_sampling": 1}, "a score in the loss"),
+        ("grpo", {"dynamic_sampling": 10**6, "reward": "accuracy"}, "less than or equal to 100"),
         ("grpo", {"dynamic_sampling": 1, "confidence": "head"}, "a score in the loss"),
         ("rloo", {"correction": "token_truncate"}, "weighs whole answers"),
     ],
