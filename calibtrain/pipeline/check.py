@@ -257,6 +257,12 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
             f"training.epochs: {training.epochs:g} of {n} records is less than one step of {total}: one is taken"
         )
     rollouts = config.rollouts
+    steps = expected_steps(config, checked)
+    if config.trains_on_rollouts and rollouts.steps_on_a_round > steps:
+        found.append(
+            f"rollouts.steps_per_round: a round is for {rollouts.steps_on_a_round} steps and asks "
+            f"{rollouts.steps_per_round * total} questions, but the run has {steps} steps: what is left is sampled in vain"
+        )
     scored = rollouts.score_in_loss and rollouts.confidence == "likelihood"
     if config.trains_on_rollouts and scored and rollouts.reward_of_right:
         found.append(

@@ -287,6 +287,11 @@ def test_rewards_that_cannot_be_given_are_told_before_any_model_is_loaded(folder
     found = told(folder, **small, rollouts={**published, "ppo_c": {"form": "threshold"}})
     assert "training ends at stating 0% or 100%" in found
     assert "ppo_c" not in told(folder, **small, rollouts=published)
+    long = {"reward": "accuracy", "steps_per_round": 3, "epochs": 3}
+    assert "a round is for 9 steps and asks 24 questions, but the run has 6 steps" in told(
+        folder, **small, rollouts=long, training={"max_steps": 6}
+    )
+    assert "a round is for" not in told(folder, **small, rollouts=long, training={"max_steps": 9})
     ahead = {"reward": "accuracy", "engine": {"kind": "vllm", "launch": True, "overlap": True}}
     assert "rollouts.correction: sequence_truncate" in told(
         folder, **small, rollouts=ahead
