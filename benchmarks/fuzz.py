@@ -209,7 +209,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_tiny_model(folder / "tiny")
-        write_reward_model(folder / "judge")
+        self.reward_model = str(write_reward_model(folder / "judge"))
         for name, rows in FILES.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.base = {
@@ -246,14 +246,17 @@ class Bench:
         return (Path(str(calibtrain.configs.__path__[0])) / f"{name}.yaml").read_text()
 
     def here(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """A config that asks for the tiny model and a small file in the place of its own."""
+        """A config that asks for tiny models, a small file and no server in the place of its own."""
         data = {**tree.get("data", {}), **self.data("questions"), "questions": None}
         training = {key: value for key, value in tree.get("training", {}).items() if key != "deepspeed"}
-        if "reward_model" in tree.get("rollouts", {}):
-            tree = {**tree, "rollouts": {**tree["rollouts"], "reward_model": str(self.folder / "judge")}}
+        rollouts = {key: value for key, value in tree.get("rollouts", {}).items() if key != "engine"}
+        if "reward_model" in rollouts:
+            rollouts["reward_model"] = self.reward_model
         return {
-            **tree,
+            **{key: value for key, value in tree.items() if key != "task"},
             "training": training,
+            "rollouts": rollouts,
+            "evaluation": {**tree.get("evaluation", {}), "max_new_tokens": 24},
             "output_dir": self.base["output_dir"],
             "model": {**tree.get("model", {}), **self.base["model"]},
             "data": data,

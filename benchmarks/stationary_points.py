@@ -31,7 +31,7 @@ from calibtrain.losses.terms import ANSWER, Batch
 from calibtrain.models.confidence_head import ConfidenceHead, score_of
 from calibtrain.ops import TokenStats
 from calibtrain.training.reward_memory import Memory
-from calibtrain.training.rollout_credit import Credit, credit, groups_alike, paid
+from calibtrain.training.rollout_credit import Credit, credit, groups_alike, learned_from, paid
 from calibtrain.training.samples import Sample
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -123,7 +123,8 @@ class Question:
         self.batch = self.batch_of(self.samples)
         self.signal = torch.ones(len(cases), dtype=torch.float64)
         if config.rollouts.dynamic_sampling:  # groups alike are thrown away
-            alike = groups_alike(paid(self.samples, self.owner.tolist(), config), self.owner)
+            rewards = paid(self.samples, self.owner.tolist(), config)
+            alike = groups_alike(rewards, self.owner, learned_from(self.samples, config))
             self.signal = (~alike).double()
 
     def _sample(self, action: tuple[int, int | None], right: int) -> Sample:
@@ -234,8 +235,10 @@ class Told:
 
     def loss(self, logprobs: Tensor, old: Tensor) -> Tensor:
         """The mean score over the answers that the policy of log-probs `old` samples."""
-        scores = score_of(self.logits(logprobs), self.answers.batch.correct.double(), self.score)
-        return self.weight * (self.answers.weights(old) * scores).sum()
+        correct = self.answers.batch.correct.double()
+        graded = ~correct.isnan()
+        scores = score_of(self.logits(logprobs), torch.where(graded, correct, 0.0), self.score)
+        return self.weight * (self.answers.weights(old) * torch.where(graded, scores, 0.0)).sum()
 
     @torch.no_grad()
     def told(self, logprobs: Tensor) -> tuple[float, ...]:

@@ -379,6 +379,12 @@ class RunConfig(Section):
         return self.confidence_head.score, self.confidence_head.weight
 
     @property
+    def score_teaches(self) -> bool:
+        """Whether a score in the loss moves the model, whatever its sampled answers earn."""
+        through = self.confidence_head is not None and self.confidence_head.trains_backbone
+        return through or bool(self.penalties_in_loss)
+
+    @property
     def sequences_per_record(self) -> int:
         """Sequences that a training record puts into a micro-batch."""
         if self.trains_on_rollouts:

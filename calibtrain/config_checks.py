@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
 
 def unfit_answers(config: RunConfig) -> str | None:
-    """What penalties on own answers cannot do without."""
+    """What penalties on own answers, and a confidence head, cannot do without."""
+    if problem := unfit_for_head(config):
+        return problem
     answering = config.penalties_on_answers
     if answering and config.data.splits.calibration == 0:
         where = "" if answering[0].name == "confidence_head" else "penalties."
@@ -18,7 +20,7 @@ def unfit_answers(config: RunConfig) -> str | None:
         values = {penalty.name: getattr(penalty, key) for penalty in answering}
         if len(set(values.values())) > 1:
             return f"penalties share one stream of answers, so {key} must be the same in each, got {values}"
-    return unfit_for_head(config)
+    return None
 
 
 def unfit_for_head(config: RunConfig) -> str | None:
@@ -32,6 +34,12 @@ def unfit_for_head(config: RunConfig) -> str | None:
         return f"objective.name: {config.objective.name} answers no questions: leave out confidence_head"
     if rollouts and config.rollouts.confidence == "head" and config.rollouts.reward not in ("brier", "log"):
         return f"rollouts.confidence: head is scored by reward: brier or log, not {config.rollouts.reward}"
+    alone = rollouts and config.rollouts.rewards_nothing and not (head.trains_backbone or config.penalties_in_loss)
+    if alone:
+        return (
+            "rollouts.accuracy_weight: 0 with confidence: head would train the head alone, whose score does not reach the "
+            "model: leave it out"
+        )
     if head.trains_backbone and not rollouts:
         return (
             "confidence_head.trains_backbone: the model would learn the grades of the calibration questions by heart "
@@ -91,7 +99,7 @@ def _unfit_rounds(config: RunConfig) -> str | None:
         return (
             f"rollouts.dynamic_sampling: {name} learns from groups alike as well, its baseline is a value: set it to 0"
         )
-    if rollouts.dynamic_sampling and config.penalties_in_loss:
+    if rollouts.dynamic_sampling and (config.score_teaches or rollouts.score_in_loss):
         return "rollouts.dynamic_sampling: a score in the loss learns from groups alike as well: set it to 0"
     if rollouts.correction.startswith("token") and needs.whole_answers:
         return f"rollouts.correction: {name} weighs whole answers: sequence_truncate or sequence_mask"

@@ -302,7 +302,11 @@ def _walk(loc: KeyPath, values: Any) -> tuple[KeyPath, list[type[BaseModel]], An
 def _describe(errors: Iterable[ErrorDetails], document: _Document) -> list[str]:
     """One line for each key that has a problem, in the order of the tree."""
     lines: dict[KeyPath, str] = {}
-    for error in errors:
+    found = list(errors)
+    within = {error["loc"][:length] for error in found for length in range(len(error["loc"]))}
+    for error in found:
+        if error["type"] == "too_short" and error["loc"] in within:
+            continue  # without the items that are wrong
         path, owners, annotation = _walk(error["loc"], document.values)
         if path not in lines:
             where = f"{_dotted(path)} ({document.place(path)})" if path else document.place(path)
@@ -334,6 +338,8 @@ def _message(error: ErrorDetails, path: KeyPath, owners: list[type[BaseModel]], 
         return f"{short(value)} is none of {', '.join(choices)}{rest}{_nearest(str(value), choices)}"
     if _models(annotation) and not isinstance(value, Mapping | list | tuple):
         return f"is a section of its own keys, got {short(value)}"
+    if kind == "too_short":
+        return f"holds {error['ctx']['min_length']} at least, got {short(value)}"
     if kind == "tuple_type":
         return f"is a list, got {short(value)}"
     message = error["msg"].removeprefix("Input should be ")

@@ -27,7 +27,7 @@ class RolloutsConfig(Section):
     (ppo): they would have gone on, earn nothing, and end with the value of the state that they came to; `left_out`: nothing
     is learnt from them, and they are nobody's baseline; `masked`: the same, but their rewards count in the baseline, as in
     TRL's mask_truncated_completions. null: bootstrapped with values, else graded."""
-    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    dynamic_sampling: Annotated[int, Field(ge=0, le=100)] = 0
     """Up to so many times a round, groups whose answers all earn the same are thrown away and other questions asked in their
     place (DAPO: Yu et al. 2025, arXiv 2503.14476); what is still missing then is made up of the first."""
     correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
@@ -97,7 +97,9 @@ class RolloutsConfig(Section):
         if self.reward == "ppo_c" and (not named or self.confidence != "stated"):
             raise ValueError("reward: ppo_c shifts what reward_model or sources give by a confidence: stated; set both")
         if named and self.rewards_nothing:
-            raise ValueError(f"{named[0]}: earns nothing beside a likelihood's score unless accuracy_weight is above 0")
+            raise ValueError(
+                f"{named[0]}: earns nothing beside the score in the loss unless accuracy_weight is above 0"
+            )
         if self.reward in ("model", "sources", "ppo_c") and self.accuracy_weight is not None:
             raise ValueError("accuracy_weight goes with reward: brier or log; here weigh a source of kind grade")
         proper = self.reward == "ppo_c" and self.ppo_c.form == "proper"

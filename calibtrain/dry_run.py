@@ -38,6 +38,7 @@ class ModelSize:
     vocabulary: int
     hidden_size: int | None
     rewards: int = 0  # parameters of reward models beside it
+    starting: int = 0  # parameters of the frozen starting model that a KL is measured from, whole on every rank
 
 
 def rank_table(plan: BatchPlan, *, host: str, devices: Sequence[str]) -> list[RankRow]:
@@ -51,14 +52,16 @@ def rank_table(plan: BatchPlan, *, host: str, devices: Sequence[str]) -> list[Ra
 def model_size(config: RunConfig) -> ModelSize:
     """Count the parameters on the meta device: nothing is allocated, tied weights count once.
 
-    A value model's are among them; reward models' stand beside. Raises UserError when a model's config.json is not at hand,
-    or adapters fit no layer.
+    A value model's are among them; those of reward models and of a frozen starting model stand beside. Raises UserError when
+    a model's config.json is not at hand, or adapters fit no layer.
     """
     from calibtrain.models.reward_scorer import reward_parameters
     from calibtrain.models.value import value_config
     from calibtrain.training.reward_sources import models_of
 
     size = _size_of(config.model)
+    if config.objective.needs.reference == "live" and config.model.lora is None:
+        size = replace(size, starting=size.parameters)
     if config.objective.needs.module == "value model":
         value = _size_of(value_config(config))
         size = replace(size, parameters=size.parameters + value.parameters, trainable=size.trainable + value.trainable)
@@ -98,6 +101,7 @@ def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> dict
             size.trainable * (master + 8) // (world if stage >= 1 else 1),
             "host memory" if training.offload_optimizer else "device",
         ),
+        **({"starting model": (size.starting * width, "device")} if size.starting else {}),
         **({"reward models": (rewards, "device")} if rewards else {}),
         "logits and their gradient, not held": (2 * logits, "saved"),
     }

@@ -17,7 +17,9 @@ class Unreachable(UserError):
 
 
 class EngineFailure(UserError):
-    """The engine that samples for a training run is lost; the same on every rank, so that what was learnt can be kept."""
+    """What samples, grades or rewards for a training run is lost; the same on every rank, so that what was learnt can be
+    kept.
+    """
 
 
 PREEMPTED = 75

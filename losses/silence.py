@@ -32,7 +32,7 @@ _PAIRS = "pairs of a chosen and a rejected completion: batch_from_labels(..., pa
 _COMPARED = "with reference log-probs at all their tokens: dataclasses.replace(batch, reference_logprob=...)"
 READS: Mapping[str, str] = {
     **dict.fromkeys(("nll", "focal", "label_smoothing", "idk", "token_brier", "confidence_penalty"), _CHOSEN),
-    **dict.fromkeys(("answer_score", "mmce", "soft_binned_ece"), _GRADED),
+    **dict.fromkeys(("answer_score", "confidence_head", "mmce", "soft_binned_ece"), _GRADED),
     **dict.fromkeys(("tokenized_brier", "correctness_query"), _QUERY),
     **dict.fromkeys(("policy", "kl", "value"), _SAMPLED),
     **dict.fromkeys(("odds_ratio", "preference", "centering", "simpo"), _PAIRS),

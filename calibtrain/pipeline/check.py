@@ -44,6 +44,7 @@ from calibtrain.training.matrices import trained_layers
 from calibtrain.training.output_directory import check_output_dir, check_same_data
 from calibtrain.training.reward_sources import check_sources
 from calibtrain.training.rollout_rewards import check_graded, check_rewards
+from calibtrain.training.sampling import room_of_questions
 from calibtrain.training.spectra import spectra_layers
 from calibtrain.training.weight_penalty import penalised_layers
 
@@ -102,6 +103,7 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     term_names(config)
     if config.trains_on_rollouts:
         check_rewards(config)
+        room_of_questions(config)
     finished = not replace and check_output_dir(config)
     if not finished and not replace:
         find_checkpoint(config, World(0, world_size, 0, torch.device("cpu")), None)
@@ -255,6 +257,12 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
             f"training.epochs: {training.epochs:g} of {n} records is less than one step of {total}: one is taken"
         )
     rollouts = config.rollouts
+    steps = expected_steps(config, checked)
+    if config.trains_on_rollouts and rollouts.steps_on_a_round > steps:
+        found.append(
+            f"rollouts.steps_per_round: a round is for {rollouts.steps_on_a_round} steps and asks "
+            f"{rollouts.steps_per_round * total} questions, but the run has {steps} steps: what is left is sampled in vain"
+        )
     scored = rollouts.score_in_loss and rollouts.confidence == "likelihood"
     if config.trains_on_rollouts and scored and rollouts.reward_of_right:
         found.append(
@@ -273,9 +281,10 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
             "questions with answers, or pairs, would tell"
         )
     if config.trains_on_rollouts and rollouts.engine.overlap and rollouts.correction == "none":
+        level = "sequence" if config.objective.needs.whole_answers else "token"
         found.append(
-            "rollouts.engine.overlap: answers are drawn by weights of the round before; rollouts.correction: token_truncate "
-            "weighs them by the trainer's own log-probs"
+            "rollouts.engine.overlap: answers are drawn by weights of the round before; rollouts.correction: "
+            f"{level}_truncate weighs them by the trainer's own log-probs"
         )
     if training.warmup_ratio == 1:
         found.append("training.warmup_ratio: 1: the learning rate reaches its peak at the last step")

@@ -43,5 +43,5 @@ def _axes(points: Sequence[tuple[float, float]], key: str) -> Axes:
     if key == "correct":
         return Axes((left, right if right > left else left + 1.0), (0.0, 1.0), height=HEIGHT)
     low = -nice_ceiling(-min(ys)) if min(ys) < 0 else 0.0
-    high = nice_ceiling(max(ys)) if max(ys) > 0 else 0.0
+    high = nice_ceiling(max(ys)) if max(ys) > 0 else float(low == 0.0)  # a proxy that is always 0 has an axis too
     return Axes((left, right if right > left else left + 1.0), (low, high), height=HEIGHT)

@@ -64,7 +64,7 @@ from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.engine import Engine, start_engine
-from calibtrain.training.head_fit import HeadFit, unasked
+from calibtrain.training.head_fit import HeadFit, fresh_questions
 from calibtrain.training.held_out import HeldOut, encode_held_out
 from calibtrain.training.host_memory import release_freed_memory
 from calibtrain.training.losses import build_losses, check_learns, measure_names, term_names
@@ -362,7 +362,7 @@ def _trainer(
         average = WeightAverage(engine.module.policy, config.training.average_last, steps)
     head_fit = None
     if config.confidence_head is not None:
-        fresh = [] if config.data.streams else unasked(train, steps, plan.global_batch_size, config.seed)
+        fresh = fresh_questions(config, train, steps, plan.global_batch_size)
         fresh = fresh if len(examples) == len(train) else []  # else a step's index is not that of a record
         able = [one for one in (*questions, *fresh) if template.task.gradable(one)]
         head_fit = HeadFit(engine, answerer, able[: config.confidence_head.fit_questions], config.seed, world)

@@ -43,6 +43,7 @@ FREE_TO_CHANGE = (
     "abstention",
     "model.gradient_checkpointing",
     *(f"rollouts.engine.{key}" for key in ENGINE_KEYS),
+    "rollouts.measure_reward_model",
     "data.strict",
     "data.examples",  # they are in the hash of the data
     "data.max_dropped",

@@ -14,6 +14,7 @@ from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.features import Fingerprint
 from calibtrain.confidence.head import FittedHead, HeadInputs, fit_head, trained_head
+from calibtrain.config import RunConfig
 from calibtrain.data.loader import step_indices
 from calibtrain.distributed import World, on_main, wait_for_main
 from calibtrain.errors import UserError
@@ -61,6 +62,12 @@ class HeadFit:
 
         wait_for_main(solve)
         return found[0][0] if found else None, on_main(lambda: found[0][1])
+
+
+def fresh_questions(config: RunConfig, records: Sequence[Record], steps: int, batch: int) -> list[Record]:
+    """Training records that no step learns from; none where that is only known as they are taken."""
+    chosen_anew = config.trains_on_rollouts and config.rollouts.dynamic_sampling > 0
+    return [] if config.data.streams or chosen_anew else unasked(records, steps, batch, config.seed)
 
 
 def unasked(records: Sequence[Record], steps: int, batch: int, seed: int) -> list[Record]:

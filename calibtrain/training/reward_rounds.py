@@ -15,11 +15,18 @@ from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.stated import read_statement
 from calibtrain.config import RunConfig
 from calibtrain.distributed import gather_lists
-from calibtrain.errors import UserError
+from calibtrain.errors import EngineFailure
 from calibtrain.records import Record
 from calibtrain.training.reward_memory import NOTHING, WATCHED, Memory
 from calibtrain.training.reward_sources import Reply, Source, build_sources, source_names
-from calibtrain.training.rollout_rewards import proxy_of, remembered, source_values, worth_of
+from calibtrain.training.rollout_rewards import (
+    earning,
+    proxy_of,
+    remembered,
+    source_values,
+    threshold_of,
+    worth_of,
+)
 from calibtrain.training.samples import Sample
 
 logger = logging.getLogger(__name__)
@@ -40,7 +47,7 @@ class RewardRounds:
         self._told_gap = False
 
     def measured(self, samples: list[Sample]) -> list[Sample]:
-        """This rank's samples with what their sources give. Raises UserError on every rank where one fails. Collective."""
+        """This rank's samples with what sources give. Raises EngineFailure on every rank where one fails. Collective."""
         if not self.sources:
             return samples
         decode = self.answerer.template.decode_answer
@@ -49,11 +56,11 @@ class RewardRounds:
         return [replace(one, rewards=row) for one, row in zip(samples, given, strict=True)]
 
     def asked(self, replies: Sequence[Reply]) -> list[tuple[float, ...]]:
-        """What each asked source gives for each reply. Raises UserError as `measured` does. Collective."""
+        """What each asked source gives for each reply. Raises EngineFailure as `measured` does. Collective."""
         columns = [source(replies) for source in self.sources]
         problems = [found for source in self.sources if (found := source.problem()) is not None]
         if problems := gather_lists(problems):
-            raise UserError(problems[0])
+            raise EngineFailure(problems[0])
         return list(zip(*columns, strict=True))
 
     def reply(self, record: Record, text: str) -> Reply:
@@ -109,8 +116,10 @@ class RewardRounds:
     def _threshold(self, samples: Sequence[Sample], ids: Tensor) -> dict[str, float]:
         """PPO-C's threshold, and by how much rewards above it are larger than those below."""
         rollouts = self.config.rollouts
+        earns = earning(samples, self.config)
         worth = worth_of(samples, ids, self.config, self.memory)
-        threshold = float(worth.mean()) if self.memory.threshold is None else self.memory.threshold
+        threshold = threshold_of(worth, earns, self.memory)
+        worth = worth[earns]
         above = worth >= threshold
         gap = float(worth[above].mean() - worth[~above].mean()) if bool(above.any() and (~above).any()) else math.nan
         joint = rollouts.ppo_c.form == "proper" and not rollouts.decoupled

@@ -27,7 +27,7 @@ from calibtrain.losses.advantages import (
 from calibtrain.losses.importance import importance_weights, sampling_mismatch
 from calibtrain.losses.terms import sequence_sums
 from calibtrain.training.reward_memory import NOTHING, Memory
-from calibtrain.training.rollout_rewards import rewards_of
+from calibtrain.training.rollout_rewards import earning, rewards_of
 from calibtrain.training.samples import Sample
 
 
@@ -66,8 +66,8 @@ def credit(
     means = _means(samples, rewards)
     # A value is a baseline of its own; the others praise only what differs within a group.
     compared = torch.zeros_like(flat.ids) if needs.credit == "values" else flat.ids
-    alike = groups_alike(rewards, compared).double().mean()
-    means["alike"] = 0.0 if config.penalties_in_loss else float(alike)  # a score in the loss teaches all the same
+    alike = groups_alike(rewards, compared, flat.learned).double().mean()
+    means["alike"] = 0.0 if config.score_teaches else float(alike)  # a score in the loss teaches all the same
     if flat.kl is not None:
         means["kl"] = float(sequence_sums(flat.kl, flat.owners, len(samples)).mean())
     returns = None
@@ -93,17 +93,23 @@ def paid(samples: Sequence[Sample], groups: Sequence[int], config: RunConfig, me
 
     That is the end of an answer that did not come to one, unless the cut is the end, or counts for the others.
     """
-    nothing = [not one.finished and config.truncated in ("bootstrapped", "left_out") for one in samples]
+    earns = earning(samples, config)
     # Nor is it a part of what the others' confidence is scored against.
-    known = [replace(one, correct=math.nan) if none else one for one, none in zip(samples, nothing, strict=True)]
+    known = [one if some else replace(one, correct=math.nan) for one, some in zip(samples, earns.tolist(), strict=True)]
     rewards = rewards_of(known, torch.tensor(groups, dtype=torch.int64), config, memory)
-    return torch.where(torch.tensor(nothing, dtype=torch.bool), torch.nan, rewards)
+    return torch.where(earns, rewards, torch.nan)
 
 
-def groups_alike(rewards: Tensor, ids: Tensor) -> Tensor:
-    """Whether all that earn something in a group earn the same: nothing is learnt from it then. (G,) bool.
+def learned_from(samples: Sequence[Sample], config: RunConfig) -> Tensor:
+    """Which samples' tokens are learnt, by the rule for answers that were cut. (S,) bool."""
+    out = config.truncated in ("left_out", "masked")
+    return torch.tensor([one.finished or not out for one in samples], dtype=torch.bool)
 
-    `rewards` (2, S), NaN where there is none; `ids` (S,) int64 in [0, G).
+
+def groups_alike(rewards: Tensor, ids: Tensor, learned: Tensor) -> Tensor:
+    """Whether all that earn something in a group earn the same, or none is `learned`: it teaches nothing. (G,) bool.
+
+    `rewards` (2, S), NaN where there is none; `ids` (S,) int64 in [0, G); `learned` (S,) bool.
     """
     groups = int(ids.max()) + 1 if ids.numel() else 0
     low, high = (
@@ -112,15 +118,16 @@ def groups_alike(rewards: Tensor, ids: Tensor) -> Tensor:
         )
         for how, limit in (("amin", -math.inf), ("amax", math.inf))
     )
-    return (high <= low).all(0)
+    some = torch.zeros(groups, dtype=torch.bool).index_put((ids[learned],), torch.tensor(True))
+    return (high <= low).all(0) | ~some
 
 
 def _flat(samples: Sequence[Sample], groups: Sequence[int], rewards: Tensor, config: RunConfig) -> _Flat:
     lengths = torch.tensor([len(one.tokens) for one in samples], dtype=torch.int64)
     cut = torch.tensor([not one.finished for one in samples], dtype=torch.bool)
-    out = cut if config.truncated in ("left_out", "masked") else torch.zeros_like(cut)
+    learned = learned_from(samples, config)
     if config.objective.needs.credit == "values":  # a group leaves out whom nobody could judge by itself
-        out = out | (rewards.isnan().any(0) & ~(cut & (config.truncated == "bootstrapped")))
+        learned = learned & (~rewards.isnan().any(0) | (cut & (config.truncated == "bootstrapped")))
     kl = None
     if samples and samples[0].reference:
         pairs = [(a, b) for one in samples for a, b in zip(one.logprobs, one.reference, strict=True)]
@@ -130,7 +137,7 @@ def _flat(samples: Sequence[Sample], groups: Sequence[int], rewards: Tensor, con
         ids=torch.tensor(groups, dtype=torch.int64),
         lengths=lengths,
         owners=torch.repeat_interleave(torch.arange(len(samples)), lengths),
-        learned=~out,
+        learned=learned,
         kl=kl,
     )
 
@@ -227,7 +234,7 @@ def _means(samples: Sequence[Sample], rewards: Tensor) -> dict[str, float]:
     return {
         "reward": float(rewards.sum(0).nanmean().nan_to_num()),
         "correct": mean_grade(samples),
-        "confidence": sum(stated) / max(1, len(stated)),
+        "confidence": sum(stated) / len(stated) if stated else math.nan,
         "confidence_missing": 1.0 - len(stated) / count,
         "abstained": sum(one.abstained for one in samples) / count,
         "truncated": sum(not one.finished for one in samples) / count,

@@ -52,11 +52,21 @@ def check_rewards(config: RunConfig) -> None:
 
 
 def check_graded(config: RunConfig, task: Task, questions: Sequence[Record]) -> None:
-    """Raise UserError where answers are paid by their grade and a question has none to grade by."""
+    """Raise UserError where answers are paid by their grade and a question has none to grade by, and where a score in the
+    loss would find no grade at all.
+    """
     if config.rollouts.needs_grades and (bare := next((one for one in questions if not task.gradable(one)), None)):
         raise UserError(
             f"objective.name: {config.objective.name} grades what it samples: training questions need answers, which "
             f"{place(bare)} has not; rollouts.reward: model takes a reward model in their place"
+        )
+    read = [f"penalties.{one.name}" for one in config.penalties_in_loss]
+    if config.confidence_head is not None and config.data.splits.calibration == 0:  # else it is solved for at the end
+        read.append("confidence_head")
+    if read and not any(map(task.gradable, questions)):
+        raise UserError(
+            f"{read[0]}: learns from graded answers, and no training question has any to grade by: leave it out, or bring "
+            "questions with answers"
         )
 
 
@@ -86,6 +96,14 @@ def _check_budget(rollouts: RolloutsConfig) -> None:
         ) from None
 
 
+def earning(samples: Sequence[Sample], config: RunConfig) -> Tensor:
+    """Which samples earn anything, (S,) bool: an answer that was cut does not, unless the cut is its end, or it counts for
+    the others all the same.
+    """
+    nothing = config.truncated in ("bootstrapped", "left_out")
+    return torch.tensor([one.finished or not nothing for one in samples], dtype=torch.bool)
+
+
 def source_values(samples: Sequence[Sample], config: RunConfig) -> Tensor:
     """What each source gives for each sample, as it is, (K, S) float64; NaN where it gives nothing."""
     asked = iter(range(len(config.rollouts.paid_by)))
@@ -111,17 +129,18 @@ def source_values(samples: Sequence[Sample], config: RunConfig) -> Tensor:
 def worth_of(samples: Sequence[Sample], ids: Tensor, config: RunConfig, memory: Memory = NOTHING) -> Tensor:
     """What each answer earns by itself: the weighted sum of its sources, normalised and clipped as each says. (S,) float64.
 
-    Statistics are those of the rounds in `memory`; the first round is measured by its own. A source that gives nothing for
-    an answer gives it the mean of its group, so that it is neither praised nor blamed, and without any there the round's.
+    Statistics are those of the rounds in `memory`; the first round is measured by its own, of what is `earning`. A source
+    that gives nothing for an answer gives it the mean of its group, so that it is neither praised nor blamed, and without
+    any there the round's.
     """
-    total = torch.zeros(len(samples), dtype=torch.float64)
+    total, earns = torch.zeros(len(samples), dtype=torch.float64), earning(samples, config)
     for index, (source, values) in enumerate(zip(config.rollouts.paid_by, source_values(samples, config), strict=True)):
         if source.normalize:
-            known = memory.moments[index] if memory.moments else Moments().with_values(values)
+            known = memory.moments[index] if memory.moments else Moments().with_values(values[earns])
             values = (values - known.mean) / known.deviation
         if source.clip is not None:
             values = values.clamp(-source.clip, source.clip)
-        total = total + source.weight * _filled(values, ids)
+        total = total + source.weight * _filled(torch.where(earns, values, torch.nan), ids)
     return total
 
 
@@ -140,7 +159,7 @@ def rewards_of(samples: Sequence[Sample], ids: Tensor, config: RunConfig, memory
     confidence = torch.tensor([one.confidence for one in samples], dtype=torch.float64)
     missing, stated = confidence.isnan(), confidence.nan_to_num(0.5)
     if rollouts.reward == "ppo_c":
-        shift = _shift(worth, stated, rollouts, memory)
+        shift = _shift(worth, stated, rollouts, threshold_of(worth, earning(samples, config), memory))
         if rollouts.ppo_c.form == "proper":  # else, as published, silence counts as one half
             shift = with_format_penalty(shift, ~missing, penalty=_penalty(rollouts), worst=_worst(rollouts))
         return torch.stack([worth, shift] if rollouts.decoupled else [worth + shift, nothing])
@@ -163,16 +182,18 @@ def rewards_of(samples: Sequence[Sample], ids: Tensor, config: RunConfig, memory
 
 
 def remembered(samples: Sequence[Sample], ids: Tensor, config: RunConfig, memory: Memory) -> Memory:
-    """The memory with this round of all ranks."""
-    rollouts = config.rollouts
+    """The memory with this round of all ranks: scale and threshold of what was paid for, the watch's means of all."""
+    rollouts, earns = config.rollouts, earning(samples, config)
     values, worth = source_values(samples, config), worth_of(samples, ids, config, memory)
     if any(one.normalize for one in rollouts.paid_by):
         known = memory.moments or (Moments(),) * len(values)
         kept = zip(rollouts.paid_by, known, values, strict=True)
-        memory = replace(memory, moments=tuple(old.with_values(v) if one.normalize else old for one, old, v in kept))
-    if rollouts.reward == "ppo_c":
-        before = float(worth.mean()) if memory.threshold is None else memory.threshold
-        memory = replace(memory, threshold=running_mean(before, worth, rate=rollouts.ppo_c.rate))
+        memory = replace(
+            memory, moments=tuple(old.with_values(v[earns]) if one.normalize else old for one, old, v in kept)
+        )
+    if rollouts.reward == "ppo_c" and bool(earns.any()):
+        before = threshold_of(worth, earns, memory)
+        memory = replace(memory, threshold=running_mean(before, worth[earns], rate=rollouts.ppo_c.rate))
     grades = [one.correct for one in samples if not math.isnan(one.correct)]
     proxy = proxy_of(rollouts.paid_by, values)
     if proxy is not None and grades:
@@ -190,10 +211,16 @@ def proxy_of(sources: Sequence[RewardSource], values: Tensor) -> float | None:
     return sum(means) if means and not any(map(math.isnan, means)) else None
 
 
-def _shift(worth: Tensor, stated: Tensor, rollouts: RolloutsConfig, memory: Memory) -> Tensor:
+def threshold_of(worth: Tensor, earns: Tensor, memory: Memory) -> float:
+    """What PPO-C compares a round's rewards (S,) with: the first round is its own, of what `earns` (S,)."""
+    if memory.threshold is not None:
+        return memory.threshold
+    return float(worth[earns].mean()) if bool(earns.any()) else 0.0
+
+
+def _shift(worth: Tensor, stated: Tensor, rollouts: RolloutsConfig, threshold: float) -> Tensor:
     """What PPO-C adds to each reward."""
     settings = rollouts.ppo_c
-    threshold = float(worth.mean()) if memory.threshold is None else memory.threshold
     if settings.form == "proper":
         return ppo_c_proper_reward(worth, stated, threshold, weight=settings.weight, scale=settings.scale) - worth
     return ppo_c_reward(worth, stated, threshold, weight=settings.weight, mode=settings.form) - worth

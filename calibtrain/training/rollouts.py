@@ -23,7 +23,7 @@ from calibtrain.models.loss_model import LogprobStep, LossModel
 from calibtrain.records import Record
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.reward_rounds import RewardRounds
-from calibtrain.training.rollout_credit import Credit, credit, groups_alike, mean_grade, paid
+from calibtrain.training.rollout_credit import Credit, credit, groups_alike, learned_from, mean_grade, paid
 from calibtrain.training.rollout_rewards import check_graded, check_rewards
 from calibtrain.training.rounds import Rounds
 from calibtrain.training.samples import Sample, loaded_sample
@@ -58,7 +58,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         self.config, self.answerer, self.questions, self.plan = config, answerer, list(questions), plan
         self.sampling = Sampling(config, answerer, self.questions)
         self.rewards = RewardRounds(config, answerer, self.questions)
-        self.total_steps = planned_steps(config.training, len(self.questions), plan.global_batch_size)
+        self.total_steps = planned_steps(config.training, len(self.questions), plan.global_batch_size, config.passes)
         self.reference = reference
         self.needs_reference = objective.needs.reference == "live"
         self.needs_values = objective.needs.credit == "values"
@@ -93,6 +93,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         was_training, scale = model.training, model.policy.scale
         model.eval()
         model.policy.scale = 1.0  # the policy that is trained, not the one that is asked for its confidence
+        self.samples, self._told = [], {}  # what ends the run in here leaves no round to go on with
         try:
             self.rewards.begin()
             samples, told = self._sampled(step)
@@ -131,7 +132,7 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         kept = [asdict(one) for one in self.samples] if self.off_policy else []
         more = {
             "told": self._told if kept else {},
-            "rewards": self.rewards.state_dict(within_round=self.off_policy),
+            "rewards": self.rewards.state_dict(within_round=bool(kept)),
             "sampling": self.sampling.state_dict(),
         }
         return {"samples": kept} | {name: state for name, state in more.items() if state}
@@ -217,8 +218,9 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
 
     def _alike_among(self, groups: Sequence[Sequence[Sample]]) -> list[bool]:
         ids = [number for number, group in enumerate(groups) for _ in group]
-        rewards = paid([one for group in groups for one in group], ids, self.config, self.rewards.memory)
-        return groups_alike(rewards, torch.tensor(ids, dtype=torch.int64)).tolist()
+        flat = [one for group in groups for one in group]
+        rewards = paid(flat, ids, self.config, self.rewards.memory)
+        return groups_alike(rewards, torch.tensor(ids, dtype=torch.int64), learned_from(flat, self.config)).tolist()
 
     def _take(self, samples: list[Sample], told: dict[str, float]) -> None:
         """Make these the present round."""
@@ -230,13 +232,14 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
         self._alike = self._alike + 1 if self.metrics["alike"] == 1.0 else 0
         if self._alike == ROUNDS_ALIKE and self.answerer.world.is_main:
             logger.warning(
-                "rollouts: in %d rounds in a row every answer earned what the others of its group did (correct %.2f, tokens "
-                "%.1f, cut %.2f), and nothing was learnt: look at what is graded as right, at evaluation.max_new_tokens and "
-                "at rollouts.group_size",
+                "rollouts: in %d rounds in a row every answer earned what the others of its group did (correct %s, tokens "
+                "%.1f, cut %.2f), and nothing was learnt: look at %s, at evaluation.max_new_tokens and at "
+                "rollouts.group_size",
                 ROUNDS_ALIKE,
-                self.metrics["correct"],
+                "unknown" if math.isnan(self.metrics["correct"]) else f"{self.metrics['correct']:.2f}",
                 self.metrics["tokens"],
                 self.metrics["truncated"],
+                "what is graded as right" if self.config.rollouts.needs_grades else "what rollouts.sources give",
             )
 
     def _measured(self, samples: list[Sample]) -> list[Sample]:

@@ -14,7 +14,7 @@ from calibtrain.config import RunConfig
 from calibtrain.data.encode import fit_prompt
 from calibtrain.data.replies import read_reply
 from calibtrain.engines import Completion, Draws, SamplingEngine
-from calibtrain.errors import UserError
+from calibtrain.errors import EngineFailure, UserError
 from calibtrain.records import Record, unit_hash
 from calibtrain.tasks.matching import normalize
 from calibtrain.tasks.task import Reading
@@ -24,6 +24,17 @@ from calibtrain.training.served_sampling import ServedSampling
 from calibtrain.training.weight_proof import PROBES
 
 logger = logging.getLogger(__name__)
+
+
+def room_of_questions(config: RunConfig) -> int:
+    """Most tokens of a question whose answers are sampled. Raises UserError where none are left."""
+    room = config.data.max_length - config.evaluation.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"evaluation.max_new_tokens: {config.evaluation.max_new_tokens} leaves no room for a question in "
+            f"data.max_length: {config.data.max_length}"
+        )
+    return room
 
 
 class Sampling:
@@ -41,12 +52,7 @@ class Sampling:
         engine: SamplingEngine | None = None,
     ) -> None:
         self.config, self.answerer, self.questions = config, answerer, questions
-        room = config.data.max_length - config.evaluation.max_new_tokens
-        if room < 1:
-            raise UserError(
-                f"evaluation.max_new_tokens: {config.evaluation.max_new_tokens} leaves no room for a question in "
-                f"data.max_length: {config.data.max_length}"
-            )
+        room = room_of_questions(config)
         self.prompts = [tuple(fit_prompt(one, answerer.template, room)[0]) for one in self.questions]
         self.engine = self._engine() if engine is None else engine
         self._following: tuple[list[int], list[str], int] | None = None  # what is drawn ahead: questions, streams, step
@@ -61,7 +67,7 @@ class Sampling:
         read = [self._sample(i, one) for i, group in zip(asked, groups, strict=True) for one in group]
         records = [self.questions[sample.question] for sample, _ in read]
         grades = self.answerer.template.task.grades([reading for _, reading in read], records)
-        self.answerer.settle()  # a reward that is missing is none
+        self._settle()
         return [
             # A verdict that cannot be read is no reward; of a question without answers nobody knows.
             replace(one, correct=float(bool(grade.correct)) if self._gradable(record) else math.nan)
@@ -73,6 +79,13 @@ class Sampling:
         self._following = list(asked), list(streams), step
         self.engine.push(version)
         self.engine.start(self._draws(*self._following))
+
+    def _settle(self) -> None:
+        """Raise EngineFailure, on every rank, where a grade is missing: a reward that is missing is none. Collective."""
+        try:
+            self.answerer.settle()
+        except UserError as error:
+            raise EngineFailure(str(error)) from None
 
     def _gradable(self, record: Record) -> bool:
         return self.answerer.template.task.gradable(record)

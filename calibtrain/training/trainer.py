@@ -135,7 +135,8 @@ class Trainer:
         head = None
         if self.head_fit is not None:
             head, metrics = self.head_fit.solve()
-            self.hooks.dispatch("on_evaluation", EvaluationRecord(step, "calibration", metrics, []))
+            if metrics:
+                self.hooks.dispatch("on_evaluation", EvaluationRecord(step, "calibration", metrics, []))
         self.evaluate_loss(step)
         return head
 

@@ -374,6 +374,28 @@ def sampled_elsewhere(correction):
     return x.item()
 
 
+MIXED = {"group_size": 2, "sources": [{"kind": "grade"}, {**MODEL["sources"][0], "weight": 0.5}], "epochs": 2}
+"""Being right pays 1 by the grade and 1 by a reward model that knows it."""
+
+
+@pytest.mark.parametrize(("objective", "share"), [("dapo", 0.5), ("rloo", 1.0)])
+@pytest.mark.parametrize("rule", ["graded", "masked"])
+def test_a_mixture_beside_the_score_ends_by_its_sum_also_over_several_passes(objective, share, rule):
+    """At t + a (2t - 1) / 2 with a the accuracy_weight times what all sources pay, by GRPO times (G - 1) / G."""
+    mixed = {**MIXED, "reward": "brier", "accuracy_weight": 0.25, "truncated": rule}
+    end = find_end(run_config(OBJECTIVES[objective], mixed), Toy(TWO, scores=knowing), steps=800)
+    assert end.answers[0] == pytest.approx(0.6 + share * 0.25 * 2.0 * 0.2 / 2.0, abs=2e-3)
+
+
+@pytest.mark.parametrize(("objective", "rule"), [("grpo", "masked"), ("ppo, own values", "left_out")])
+def test_a_head_tells_the_truth_beside_sources_and_answers_that_are_cut(objective, rule):
+    mixed = {**MIXED, "reward": "log", "confidence": "head", "truncated": rule}
+    config = run_config(OBJECTIVES[objective], mixed, confidence_head={})
+    end = find_end(config, Toy((*TWO, 0.0), scores=knowing, cut=(None, None, 0.0)), steps=800)
+    assert end.answers[0] > 0.99
+    assert end.told[:2] == pytest.approx(TWO, abs=0.02)
+
+
 def test_importance_weights_bring_another_samplers_end_back():
     """Where parameters are shared, who samples decides what is learnt: weighted, it ends as on the policy's own samples."""
     place = torch.tensor([0.0, 1.0, 2.0]).double()

@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from calibtrain import cli
-from calibtrain.dry_run import ModelSize, memory_estimate, rank_table
+from calibtrain.dry_run import ModelSize, memory_estimate, model_size, rank_table
 from calibtrain.training.deepspeed_config import BatchPlan
 from tests.tiny import write_tiny_model
+from tests.unit.models.test_reward_scorer import write as write_reward_model
 
 
 def command(*arguments, **environment):
@@ -103,6 +104,24 @@ def test_memory_of_bf16_by_stage(stage, expected):
     estimate = memory_estimate(config, size, BatchPlan(1, 1, 2))
     assert tuple(count for count, _ in estimate.values())[:3] == expected
     assert estimate["logits and their gradient, not held"][0] == 2 * 2 * 10 * 1000 * 4
+
+
+def test_memory_counts_every_model_that_a_run_holds(tmp_path):
+    from calibtrain.config import RunConfig
+
+    source = str(write_tiny_model(tmp_path / "m"))
+    rollouts, plain = {"reward_model": str(write_reward_model(tmp_path))}, {"source": source, "dtype": "bf16"}
+    for objective, model, held in (
+        ({"name": "grpo"}, plain, (1, 0)),
+        ({"name": "ppo", "value_model": "own", "beta": 0.1}, plain, (2, 1)),
+        ({"name": "grpo", "beta": 0.1}, {**plain, "lora": {}}, (1, 0)),  # its adapters are switched off
+    ):
+        size = model_size(RunConfig.model_validate({"objective": objective, "rollouts": rollouts, "model": model}))
+        one = size.parameters // held[0]
+        assert (size.parameters, size.starting) == (held[0] * one, held[1] * one)
+        assert size.rewards > 0
+        estimate = memory_estimate(RunConfig.model_validate({"model": {"dtype": "bf16"}}), size, BatchPlan(1, 1, 2))
+        assert estimate.get("starting model", (0, ""))[0] == 2 * size.starting
 
 
 def test_dry_run_of_a_local_model_prints_everything_and_runs_nothing(tmp_path):

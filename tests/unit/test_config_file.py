@@ -88,6 +88,13 @@ def test_mistakes_name_the_place_and_the_way_out(tmp_path, text, words):
     assert "function-" not in message
 
 
+def test_a_list_is_not_called_short_for_an_item_that_is_wrong(tmp_path):
+    message = problem(tmp_path, "rollouts: {sources: [{kind: format, pattern: '('}]}\n")
+    assert "has a problem" in message
+    assert "no regular expression" in message
+    assert "holds 1 at least, got []" in problem(tmp_path, "rollouts: {sources: []}\n")
+
+
 def test_all_mistakes_are_told_at_once(tmp_path):
     message = problem(tmp_path, "seeds: 1\ntraining:\n  epochs: -1\n  zero_stage: 9\n", "data.template=cha")
     for place in ("seeds (", "training.epochs (", "training.zero_stage (", "data.template (command line"):

@@ -276,6 +276,8 @@ def test_rewards_that_cannot_be_given_are_told_before_any_model_is_loaded(folder
     source = {"kind": "file", "path": str(folder / "bare.jsonl")}
     with pytest.raises(UserError, match=r"training questions need answers, which .*bare\.jsonl"):
         check(config(folder, **{**small, "data": {"source": source, "splits": splits}}), 1)
+    with pytest.raises(UserError, match="max_new_tokens: 64 leaves no room for a question"):
+        check(config(folder, **small, evaluation={"max_new_tokens": 64}), 1)
     with pytest.raises(UserError, match=r"rollouts\.reward_model: .* is LlamaForCausalLM, no sequence classifier"):
         check(config(folder, **small, rollouts={"reward_model": str(folder / "tiny")}), 1)
     model = str(write_reward_model(folder / "rewarding"))
@@ -285,3 +287,12 @@ def test_rewards_that_cannot_be_given_are_told_before_any_model_is_loaded(folder
     found = told(folder, **small, rollouts={**published, "ppo_c": {"form": "threshold"}})
     assert "training ends at stating 0% or 100%" in found
     assert "ppo_c" not in told(folder, **small, rollouts=published)
+    long = {"reward": "accuracy", "steps_per_round": 3, "epochs": 3}
+    assert "a round is for 9 steps and asks 24 questions, but the run has 6 steps" in told(
+        folder, **small, rollouts=long, training={"max_steps": 6}
+    )
+    assert "a round is for" not in told(folder, **small, rollouts=long, training={"max_steps": 9})
+    ahead = {"reward": "accuracy", "engine": {"kind": "vllm", "launch": True, "overlap": True}}
+    assert "rollouts.correction: sequence_truncate" in told(
+        folder, **small, rollouts=ahead
+    )  # rloo weighs whole answers

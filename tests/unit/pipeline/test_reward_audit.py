@@ -128,6 +128,7 @@ def test_figures_show_the_proxy_beside_the_grades_by_step_and_by_kl():
         {key: value for key, value in line.items() if "kl" not in key and "correct" not in key} for line in LINES
     ]
     assert len(reward_figures(without)) == 1
+    assert len(reward_figures([{**line, "train/rollouts/proxy": 0.0} for line in LINES])) == 4  # a judge never pleased
     assert reward_figures(LINES[:1]) == []
     assert reward_figures([{"event": "log", "step": 1, "train/rollouts/correct": 0.5}] * 3) == []
 

@@ -17,7 +17,7 @@ from calibtrain.pipeline.train import with_confidence_head
 from calibtrain.records import Message, Record
 from calibtrain.tasks.kinds import task_of
 from calibtrain.training.engine import optimizer_groups
-from calibtrain.training.head_fit import unasked
+from calibtrain.training.head_fit import fresh_questions, unasked
 from calibtrain.training.losses import term_names
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_model
 
@@ -39,6 +39,11 @@ def test_unasked_questions_are_those_that_no_step_takes():
         told = {twice[index].id for index in taken}
         assert {one.id for one in found} == {one.id for one in twice} - told
     assert unasked(asked, 5, 4, seed=0) == []
+    accuracy = {"reward": "accuracy"}
+    known = config("grpo", rollouts=accuracy)
+    assert fresh_questions(known, twice, 3, 4) == unasked(twice, 3, 4, known.seed) != []
+    asks_others = config("grpo", rollouts={**accuracy, "dynamic_sampling": 1})
+    assert fresh_questions(asks_others, twice, 3, 4) == []  # whichever questions it asks in the place of others
 
 
 @pytest.mark.parametrize(
@@ -47,7 +52,10 @@ def test_unasked_questions_are_those_that_no_step_takes():
         ({"objective": "grpo", "rollouts": {"confidence": "head"}}, "add a section confidence_head"),
         ({"objective": "grpo", "rollouts": {"confidence": "head", "reward": "ternary"}, "confidence_head": {}},
          "head is scored by reward: brier or log"),
-        ({"objective": "reward_model", "confidence_head": {}}, "leave out confidence_head"),
+        ({"objective": "grpo", "rollouts": {"confidence": "head", "accuracy_weight": 0}, "confidence_head": {}},
+         "would train the head alone"),
+        ({"objective": "reward_model", "confidence_head": {}, "data": {"splits": {"calibration": 0}}},
+         "leave out confidence_head"),
         ({"confidence_head": {"trains_backbone": True}}, "by heart"),
         ({"confidence_head": {}, "data": {"splits": {"calibration": 0}}}, "confidence_head needs questions"),
         ({"confidence_head": {"layers": []}}, "at least 1"),

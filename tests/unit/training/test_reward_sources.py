@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibtrain.errors import UserError
+from calibtrain.errors import EngineFailure, UserError
 from calibtrain.training.reward_memory import NOTHING, WATCHED, Memory, Moments, slope_t
 from calibtrain.training.reward_rounds import score_auroc
 from calibtrain.training.reward_sources import check_sources, source_names
@@ -83,6 +83,25 @@ def test_what_has_no_reward_is_neither_praised_nor_blamed():
     found, means = credit(paid((3.0,), (nan,), (2.0,), (0.0,)), [0, 0, 1, 1], one)
     assert [parts.advantages[0] for parts in found] == [0.0, 0.0, 2.0, -2.0]
     assert means["reward"] == pytest.approx(8 / 4)
+
+
+@pytest.mark.parametrize(("truncated", "counts"), [("left_out", False), ("masked", True)])
+def test_what_earns_nothing_moves_no_statistics(truncated, counts):
+    """A cut answer that is left out: neither scale nor threshold, nor what stands for a missing reward, knows of it."""
+    stated = {"reward": "ppo_c", "confidence": "stated", "decoupled": False}
+    one = run({**MODEL, "normalize": True}, **stated, truncated=truncated)
+    given = paid((3.0,), (math.nan,), (0.5,), (1.5,))
+    for wild in (100.0, -7.0):
+        cut = replace(given[0], finished=False, rewards=(wild,))
+        memory = remembered([*given, cut], torch.tensor([*IDS.tolist(), 0]), one, NOTHING)
+        without = remembered(given, IDS, one, NOTHING)
+        assert ((memory.moments, memory.threshold) != (without.moments, without.threshold)) == counts
+        credited, _ = credit([*given, cut], [*IDS.tolist(), 0], one)
+        plain, _ = credit(given, IDS.tolist(), one)
+        assert (credited[:4] != plain) == counts
+    nobody = [replace(cut, finished=False) for cut in given]
+    if not counts:
+        assert remembered(nobody, IDS, one, NOTHING).threshold is None
 
 
 def test_ppo_c_judges_a_round_by_the_threshold_of_those_before():
@@ -313,6 +332,43 @@ def test_memory_survives_a_checkpoint_bit_for_bit(tmp_path, steps_per_round):
     assert whole.rewards.memory.moments[0].count > 0  # so that a fresh one would not give the same
 
 
+def test_a_round_that_did_not_come_about_is_not_remembered(tmp_path, monkeypatch):
+    """A server that is lost as a round begins: the checkpoint that is kept then goes on as if it had not been."""
+    settings = run({"kind": "model", "path": str(write(tmp_path))}, steps_per_round=2)
+    (whole, _), (lost, _), (again, _) = (rollouts_of(settings) for _ in range(3))
+    for step in range(2):
+        whole.before_step(step)
+        lost.before_step(step)
+
+    def away(*_):
+        raise EngineFailure("no server")
+
+    monkeypatch.setattr(lost.sampling.engine, "sample", away)
+    with pytest.raises(EngineFailure):
+        lost.before_step(2)
+    again.load_state_dict(json.loads(json.dumps(lost.state_dict())))
+    for one in (whole, again):
+        one.before_step(2)
+    assert again.rewards.memory == whole.rewards.memory
+    assert again.rewards.memory.moments[0].count == len(whole.samples)
+    assert again.state_dict() == whole.state_dict()
+
+
+def test_scores_that_nobody_could_grade_are_refused():
+    bare = [replace(one, accepted=()) for one in QUESTIONS]
+    settings = run({"kind": "function", "function": f"{HERE}:by_length"})
+    rollouts_of(settings, questions=bare)
+    scored = {"penalties": [{"name": "answer_score", "moves": "all"}]}
+    head = {"confidence_head": {}, "data": {"max_length": 64, "splits": {"calibration": 0}}}
+    for name, section in (("penalties.answer_score", scored), ("confidence_head", head)):
+        more = config("rloo", rollouts=settings.rollouts.model_dump(), **section)
+        with pytest.raises(UserError, match=f"{name}: learns from graded answers"):
+            rollouts_of(more, questions=bare)
+        rollouts_of(more, questions=[*bare, QUESTIONS[0]])
+    config_of_solved = {**head, "data": {"max_length": 64, "splits": {"calibration": 64}}}
+    rollouts_of(config("rloo", rollouts=settings.rollouts.model_dump(), **config_of_solved), questions=bare)
+
+
 def test_what_goes_wrong_over_rounds_is_told_once(caplog):
     """A proxy that rises while right answers fall; and a PPO-C whose weight is more than rewards differ by."""
     rollouts, _ = rollouts_of(run({"kind": "function", "function": f"{HERE}:by_length"}))
@@ -341,7 +397,7 @@ def test_what_goes_wrong_over_rounds_is_told_once(caplog):
 )
 def test_a_function_that_fails_is_told_in_one_line(name, message):
     rollouts, _ = rollouts_of(run({"kind": "function", "function": f"{HERE}:{name}"}))
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(EngineFailure) as caught:  # so that a run keeps what it has learnt
         rollouts.before_step(0)
     assert message in str(caught.value)
     assert str(caught.value).startswith("rollouts.sources.0.function")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from calibtrain.confidence.generation import Generation
+from calibtrain.data.drops import DropReport
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import mean_loss
 from calibtrain.models.loss_model import LogprobStep, LossModel, TrainStep
 from calibtrain.models.reward import ValueLossModel, scalar_head
 from calibtrain.models.value import OwnValueLossModel, ValueModel
+from calibtrain.pipeline.check import expected_steps
+from calibtrain.training.own_sampling import OwnSampling
 from calibtrain.training.rollout_credit import credit, groups_alike
 from calibtrain.training.rounds import Rounds
 from calibtrain.training.samples import Sample
@@ -75,6 +79,21 @@ def test_epochs_keep_what_was_known_when_sampling():
     assert batch_of(other, other.indices(1)).advantages.equal(batch_of(rollouts, rollouts.indices(1)).advantages)
     rollouts.before_step(2)
     assert rollouts.samples != kept[0]
+
+
+def test_every_round_but_the_first_is_drawn_ahead_whatever_the_passes(monkeypatch):
+    engine = {"kind": "vllm", "address": "http://127.0.0.1:9/v1", "overlap": True}
+    monkeypatch.setattr(
+        "calibtrain.training.sampling.ServedSampling", lambda config, answerer, *_: OwnSampling(answerer)
+    )
+    run = config(rollouts={"group_size": 2, "epochs": 2, "engine": engine}, training={"epochs": 3})
+    rollouts, _ = rollouts_of(run)
+    assert expected_steps(run, SimpleNamespace(records=4, drops=DropReport(), plan=rollouts.plan)) == 6
+    ahead = []
+    monkeypatch.setattr(rollouts.sampling, "draw_ahead", lambda asked, streams, step, version: ahead.append(step))
+    for step in range(6):
+        rollouts.before_step(step)
+    assert ahead == [2, 4]
 
 
 def test_measures_are_those_of_the_formulas():
@@ -232,10 +251,20 @@ def test_nothing_left_of_a_micro_batch_is_no_error(monkeypatch):
 def test_groups_are_alike_where_all_that_earn_anything_earn_the_same():
     nan = math.nan
     rewards = torch.tensor([[1.0, 1.0, 0.0, 1.0, nan, 2.0, nan, nan, 3.0, 3.0]]).repeat(2, 1).double()
-    ids = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
-    assert groups_alike(rewards, ids).tolist() == [True, False, True, True, True]
+    ids, learned = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4, 4]), torch.ones(10, dtype=torch.bool)
+    assert groups_alike(rewards, ids, learned).tolist() == [True, False, True, True, True]
     rewards[1, 0] = 0.5  # the score of its confidence
-    assert groups_alike(rewards, ids).tolist() == [False, False, True, True, True]
+    assert groups_alike(rewards, ids, learned).tolist() == [False, False, True, True, True]
+    learned[1:3] = False  # cut, and masked
+    assert groups_alike(rewards, ids, learned).tolist() == [False, False, True, True, True]
+    learned[3] = False
+    assert groups_alike(rewards, ids, learned).tolist() == [False, True, True, True, True]
+    same = answers((0, 3, 1, True), (0, 2, 1, True))
+    for head, told in (({}, 1.0), ({"trains_backbone": True}, 0.0)):  # whose score then teaches all the same
+        accuracy = config(rollouts={"group_size": 2, "reward": "accuracy"}, confidence_head=head)
+        assert credit(same, [0, 0], accuracy)[1]["alike"] == told
+    masked = config(rollouts={"group_size": 2, "reward": "accuracy", "truncated": "masked"})
+    assert credit(answers((0, 3, 1, False), (0, 3, 0, False)), [0, 0], masked)[1]["alike"] == 1.0
 
 
 def with_signal(rollouts):
@@ -341,6 +370,8 @@ def test_own_sampling_agrees_with_the_trainer():
         ("ppo", {"truncated": "masked"}, "group's baseline"),
         ("ppo", {"dynamic_sampling": 1, "reward": "accuracy"}, "its baseline is a value"),
         ("grpo", {"dynamic_sampling": 1}, "a score in the loss"),
+        ("grpo", {"dynamic_sampling": 10**6, "reward": "accuracy"}, "less than or equal to 100"),
+        ("grpo", {"dynamic_sampling": 1, "confidence": "head"}, "a score in the loss"),
         ("rloo", {"correction": "token_truncate"}, "weighs whole answers"),
     ],
 )
