@@ -19,7 +19,6 @@ from calibtrain.confidence.features import Fingerprint, default_layers, depth_of
 from calibtrain.confidence.head import FittedHead
 from calibtrain.confidence.likelihood import sample_answers
 from calibtrain.config import RunConfig
-from calibtrain.config_file import dump_config
 from calibtrain.data.drops import write_dropped
 from calibtrain.data.encode import Encoded, encode_records, lazy_examples
 from calibtrain.data.lazy import Lazy
@@ -32,7 +31,7 @@ from calibtrain.errors import Preempted
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
-from calibtrain.models.arithmetic import instruction_set, settled, told
+from calibtrain.models.arithmetic import settled, told
 from calibtrain.models.confidence_head import ConfidenceHead
 from calibtrain.models.export import check_scale_folds, export_adapter, export_model, gathered_weights
 from calibtrain.models.loading import answering_config, load_model, load_tokenizer
@@ -55,14 +54,14 @@ from calibtrain.pipeline.prepare import (
     needs_rejected,
     with_examples,
 )
-from calibtrain.pipeline.provenance import git_hash, versions
+from calibtrain.pipeline.provenance import write_provenance
 from calibtrain.pipeline.reward_audit import measure_reward_models
 from calibtrain.records import Record
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
-from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
+from calibtrain.training.deepspeed_config import BatchPlan, batch_plan
 from calibtrain.training.engine import Engine, start_engine
 from calibtrain.training.head_fit import HeadFit, fresh_questions
 from calibtrain.training.held_out import HeldOut, encode_held_out
@@ -307,32 +306,6 @@ def _with_reference(
     known = with_reference_logprobs(model.policy, [one for group in mine for one in group], template.pad_id)
     place = iter(known)
     return gather_lists([tuple(next(place) for _ in group) for group in mine])
-
-
-def write_provenance(config: RunConfig, checked: Checked, trainer: Trainer, world: World) -> None:
-    """config.yaml, deepspeed.json and run.json: what made this run."""
-    output, prepared = config.output_dir, checked.prepared
-    output.mkdir(parents=True, exist_ok=True)
-    dump_config(config, output / "config.yaml")
-    hidden_size = getattr(trainer.engine.module.policy.causal_model.config, "hidden_size", None)
-    settings = deepspeed_dict(config, world.size, hidden_size=hidden_size)
-    (output / "deepspeed.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    run_facts = {
-        "versions": versions(),
-        "git": git_hash(),
-        "world_size": world.size,
-        "compute": {"instruction_set": instruction_set(), "dtype": config.model.dtype},
-        "total_steps": trainer.total_steps,
-        "data_hash": trainer.data_hash,
-        "records_hash": checked.records_hash,
-        "template_hash": checked.template.hash,
-        "records_read": prepared.read,
-        "splits": {name: len(records) for name, records in prepared.splits.items()},
-        "available": prepared.available,
-        "dropped": prepared.drops.lines(),
-    }
-    (output / "run.json").write_text(json.dumps(run_facts, indent=2), encoding="utf-8")
-    write_dropped(prepared.drops.unfit, output / "dropped.jsonl")
 
 
 def _trainer(

@@ -15,6 +15,7 @@ FLOORS = (
     {
         "build_locks",
         "config",
+        "config_abstention",
         "config_base",
         "config_checks",
         "config_data",
