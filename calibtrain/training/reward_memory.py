@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WATCHED = 8
-"""Rounds over which a rising reward is compared with falling grades."""
+WATCHED = (8, 16, 32)
+"""Rounds over which a rising reward is compared with falling grades: what comes fast shows in few, what creeps in many."""
 CLEAR = 2.45
-"""Student's t of a slope over WATCHED rounds that one in forty has by chance."""
+"""Student's t of a slope over the fewest of them that one in forty has by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Memory:
 
     moments: tuple[Moments, ...] = ()  # of each source that is normalised, by its place; () before the first round
     threshold: float | None = None  # PPO-C's
-    proxy: tuple[float, ...] = ()  # means of the last WATCHED rounds
+    proxy: tuple[float, ...] = ()  # means of the last rounds, as many as are watched at most
     correct: tuple[float, ...] = ()
     warned: bool = False  # that the one rises while the other falls
 
@@ -68,9 +68,13 @@ class Memory:
         )
 
     @property
-    def over_optimised(self) -> bool:
-        """Whether the reward clearly rose over the last rounds, and the share of right answers clearly fell."""
-        return len(self.proxy) == WATCHED and slope_t(self.proxy) > CLEAR and slope_t(self.correct) < -CLEAR
+    def over_optimised(self) -> int:
+        """Over how many of the last rounds the reward clearly rose and the share of right answers clearly fell; 0: none."""
+        for rounds in WATCHED:
+            proxy, correct = self.proxy[-rounds:], self.correct[-rounds:]
+            if len(proxy) == rounds and slope_t(proxy) > CLEAR and slope_t(correct) < -CLEAR:
+                return rounds
+        return 0
 
 
 NOTHING = Memory()

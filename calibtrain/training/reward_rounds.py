@@ -17,7 +17,7 @@ from calibtrain.config import RunConfig
 from calibtrain.distributed import gather_lists
 from calibtrain.errors import EngineFailure
 from calibtrain.records import Record
-from calibtrain.training.reward_memory import NOTHING, WATCHED, Memory
+from calibtrain.training.reward_memory import NOTHING, Memory
 from calibtrain.training.reward_sources import Reply, Source, build_sources, source_names
 from calibtrain.training.rollout_rewards import (
     earning,
@@ -80,10 +80,10 @@ class RewardRounds:
                 "rollouts: over the last %d rounds the reward rose from %.3g to %.3g while the share of right answers fell "
                 "from %.2f to %.2f: the policy learns to please what rewards it, not to be right. Stop at an earlier "
                 "checkpoint, raise objective.beta, or add the grade to rollouts.sources",
-                WATCHED,
-                memory.proxy[0],
+                rounds := memory.over_optimised,
+                memory.proxy[-rounds],
                 memory.proxy[-1],
-                memory.correct[0],
+                memory.correct[-rounds],
                 memory.correct[-1],
             )
         return self._numbers(samples, ids)

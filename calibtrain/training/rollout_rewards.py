@@ -199,10 +199,10 @@ def remembered(samples: Sequence[Sample], ids: Tensor, config: RunConfig, memory
     if proxy is not None and grades:
         memory = replace(
             memory,
-            proxy=(*memory.proxy, proxy)[-WATCHED:],
-            correct=(*memory.correct, sum(grades) / len(grades))[-WATCHED:],
+            proxy=(*memory.proxy, proxy)[-WATCHED[-1] :],
+            correct=(*memory.correct, sum(grades) / len(grades))[-WATCHED[-1] :],
         )
-    return replace(memory, warned=memory.warned or memory.over_optimised)
+    return replace(memory, warned=memory.warned or memory.over_optimised > 0)
 
 
 def proxy_of(sources: Sequence[RewardSource], values: Tensor) -> float | None:
