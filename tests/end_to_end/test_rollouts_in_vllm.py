@@ -29,7 +29,7 @@ DEFAULTS = {"eos_token_id": [1, 2], "do_sample": True, "temperature": 0.2, "top_
 
 
 def job(folder, name, **engine):
-    """A run of GRPO on a model that vLLM's attention on a CPU takes, heads of 32; the likelihood's score moves it each step."""
+    """A run of GRPO on a model that vLLM's attention on a CPU takes, heads of 32; its score moves it each step."""
     training = {"learning_rate": 3e-3, "max_steps": STEPS, "checkpoint_every": None}
     path = write_job(folder, name, penalties=[], training=training)
     config = yaml.safe_load(path.read_text())
