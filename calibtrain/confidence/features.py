@@ -180,17 +180,17 @@ def features_of(
     return Features((states,), tuple(layers), np.array([len(row.ids) for row in rows]), fingerprint)
 
 
-def check_fingerprint(what: str, made_for: Fingerprint, used_with: Fingerprint) -> None:
-    """Raise UserError when weights or template differ."""
+PROBE_AGAIN = "run `calibtrain probe` for this model and template, into a folder that holds no other's"
+
+
+def check_fingerprint(what: str, made_for: Fingerprint, used_with: Fingerprint, advice: str = PROBE_AGAIN) -> None:
+    """Raise UserError, which ends in the `advice`, when weights or template differ."""
     for name, ours, theirs in (
         ("weights", made_for.weights_hash, used_with.weights_hash),
         ("prompt template", made_for.template_hash, used_with.template_hash),
     ):
         if ours != theirs:
-            raise UserError(
-                f"{what} made with {name} {ours[:12]}, used with {theirs[:12]}; run `calibtrain probe` for this model "
-                "and template, into a folder that holds no other's"
-            )
+            raise UserError(f"{what} made with {name} {ours[:12]}, used with {theirs[:12]}; {advice}")
 
 
 def _row(template: Template, record: Record, text: str, shots: Sequence[Record]) -> _Row:

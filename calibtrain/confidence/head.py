@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from calibtrain.calibration.scores import grades_of, sigmoid
 from calibtrain.confidence.answered import Answered
-from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.features import Fingerprint, check_fingerprint
 from calibtrain.confidence.outside import ALPHA, Outside, fit_outside
 from calibtrain.confidence.source import Array, Cost, SourceScores
 from calibtrain.errors import UserError
@@ -154,15 +154,8 @@ class FittedHead:
             raise UserError(
                 f"{folder}: no confidence head that can be read ({error}); train with a `confidence_head:` section"
             ) from error
-        for what, made, used in (
-            ("weights", made_for.weights_hash, fingerprint.weights_hash),
-            ("prompt template", made_for.template_hash, fingerprint.template_hash),
-        ):
-            if made != used:
-                raise UserError(
-                    f"{folder}: a confidence head of {what} {made[:12]}, used with {used[:12]}: it holds for the model that "
-                    "it was trained with alone, not after quantisation or further training"
-                )
+        advice = "it holds for the model that it was trained with alone, not after quantisation or further training"
+        check_fingerprint(f"{folder}: a confidence head", made_for, fingerprint, advice)
         return head
 
 

@@ -307,7 +307,7 @@ def test_kept_and_refused(tmp_path):
         (Fingerprint("others", "template"), "weights weights"),
         (Fingerprint("weights", "x"), "template"),
     ):
-        with pytest.raises(UserError, match=f"head of .*{words}.*trained with alone"):
+        with pytest.raises(UserError, match=f"head made with .*{words}.*trained with alone"):
             FittedHead.load(tmp_path, other)
     with pytest.raises(UserError, match="reads states of shape"):
         solved.logit(HeadInputs(inputs.logprob, inputs.readings, inputs.states[:, :1]))
