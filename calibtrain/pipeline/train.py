@@ -6,34 +6,30 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from calibtrain.confidence.answering import Answerer
-from calibtrain.confidence.features import Fingerprint, default_layers, depth_of
-from calibtrain.confidence.head import FittedHead
+from calibtrain.confidence.features import default_layers, depth_of
 from calibtrain.confidence.likelihood import sample_answers
 from calibtrain.config import RunConfig
 from calibtrain.data.drops import write_dropped
 from calibtrain.data.encode import Encoded, encode_records, lazy_examples
 from calibtrain.data.lazy import Lazy
 from calibtrain.data.loader import planned_steps
-from calibtrain.data.reward_text import write_reward_template
 from calibtrain.data.templates import Template, template_of
 from calibtrain.data.unpaired import mismatched
-from calibtrain.distributed import World, check_alike, gather_lists, on_main, shard, start_world, wait_for_main
+from calibtrain.distributed import World, check_alike, gather_lists, on_main, shard, start_world
 from calibtrain.errors import Preempted
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
 from calibtrain.models.arithmetic import settled, told
 from calibtrain.models.confidence_head import ConfidenceHead
-from calibtrain.models.export import check_scale_folds, export_adapter, export_model, gathered_weights
+from calibtrain.models.export import check_scale_folds
 from calibtrain.models.loading import answering_config, load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy, check_head
@@ -41,11 +37,10 @@ from calibtrain.models.reward import (
     RewardLossModel,
     ValueLossModel,
     check_classifier,
-    export_reward_model,
 )
 from calibtrain.models.value import OwnValueLossModel, load_value_model
-from calibtrain.pipeline.calibration_file import weights_hash
 from calibtrain.pipeline.check import Checked, advice, check, check_rollout_engine
+from calibtrain.pipeline.export_run import export_run
 from calibtrain.pipeline.prepare import (
     SAMPLES_PER_QUESTION,
     Prepared,
@@ -143,11 +138,11 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         with StopRequests(world) as stop:
             progress = trainer.fit(progress, stop)
         if last_weights is not None:
-            _export(config, engine, template, last_weights, 1.0, world)
+            export_run(config, engine, template, last_weights, 1.0, world)
         head = trainer.finish(progress.step)
         if world.is_main and config.data.streams:  # rows are found to be unfit as their turn comes
             write_dropped(prepared.drops.unfit, config.output_dir / "dropped.jsonl")
-        _export(config, engine, template, target, engine.module.policy.scale, world, head)
+        export_run(config, engine, template, target, engine.module.policy.scale, world, head)
     except Preempted as caught:
         progress, error, preempted = Progress(caught.step), str(caught), True
         raise
@@ -183,42 +178,6 @@ def _what_ranks_share(config: RunConfig, checked: Checked) -> dict[str, str]:
         "data set": checked.records_hash,
         "chat template or tokenizer": checked.template.hash,
     }
-
-
-def _export(
-    config: RunConfig,
-    engine: Engine,
-    template: Template,
-    target: Path,
-    scale: float,
-    world: World,
-    confidence: FittedHead | None = None,
-) -> None:
-    """Write the model directory whole or not at all: what has its name is a finished run's. Collective.
-
-    A confidence head is written beside it before, with the hash of the very weights.
-    """
-    weights = gathered_weights(engine.module.policy, keep=world.is_main)
-    head = engine.module.score if isinstance(engine.module, RewardLossModel) else None
-    score = {} if head is None else gathered_weights(head, keep=world.is_main)
-    partial = target.with_name(target.name + ".partial")
-
-    def write() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        if score:
-            export_reward_model(weights, score["weight"], config.model, template.tokenizer, template.end_id, partial)
-            write_reward_template(config.data, partial)
-        else:
-            if config.model.lora is not None:  # before it is merged, which is done in place
-                shutil.rmtree(target.with_name("adapter"), ignore_errors=True)
-                export_adapter(weights, config.model, target.with_name("adapter"))
-            export_model(weights, config.model, template.tokenizer, partial, scale, template.end_id)
-        if confidence is not None:
-            replace(confidence, fingerprint=Fingerprint(weights_hash(partial), template.hash)).save(target.parent)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-
-    wait_for_main(write)
 
 
 def build_model(config: RunConfig, template: Template | None = None, device: torch.device | str = "cpu") -> LossModel:
