@@ -32,8 +32,16 @@ def unfit_for_head(config: RunConfig) -> str | None:
         return None
     if needs.module == "reward head":
         return f"objective.name: {config.objective.name} answers no questions: leave out confidence_head"
-    if rollouts and config.rollouts.confidence == "head" and config.rollouts.reward not in ("brier", "log"):
-        return f"rollouts.confidence: head is scored by reward: brier or log, not {config.rollouts.reward}"
+    if rollouts and config.rollouts.confidence == "head":
+        if config.rollouts.reward not in ("brier", "log"):
+            return f"rollouts.confidence: head is scored by reward: brier or log, not {config.rollouts.reward}"
+        for key, theirs in (("score", "reward"), ("weight", "score_weight")):
+            value = getattr(config.rollouts, theirs)
+            # A run's written config names every key, so what is not the default was asked for.
+            if getattr(head, key) not in (value, type(head).model_fields[key].default):
+                return (
+                    f"confidence_head.{key}: rollouts.confidence: head takes rollouts.{theirs} ({value}); leave it out"
+                )
     alone = rollouts and config.rollouts.rewards_nothing and not (head.trains_backbone or config.penalties_in_loss)
     if alone:
         return (

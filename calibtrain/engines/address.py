@@ -60,6 +60,7 @@ class Address:
         attempts: int = ATTEMPTS,
     ) -> None:
         self.url = _checked(url, option, key_variable)
+        self.told = f"{option}: {self.url}"
         self.timeout = timeout
         self.first_wait = first_wait
         self.key_variable = key_variable
@@ -76,11 +77,16 @@ class Address:
         """The JSON at `path`, asked once: a server that is not there is told at once."""
         return self._call(path, None, attempts=1)
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The JSON that answers `body`; a busy server, or a connection that breaks, is tried again."""
-        return self._call(path, json.dumps(body).encode(), attempts=self.attempts)
+    def post(self, path: str, body: dict[str, Any], *, first: bool = False) -> Any:
+        """The JSON that answers `body`; a busy server, or a connection that breaks, is tried again.
 
-    def _call(self, path: str, data: bytes | None, attempts: int) -> Any:
+        first: before any work is done, so that a server that is not there is told at once; a busy one is waited for.
+        """
+        return self._call(
+            path, json.dumps(body).encode(), attempts=self.attempts, connects=1 if first else self.attempts
+        )
+
+    def _call(self, path: str, data: bytes | None, attempts: int, connects: int = 1) -> Any:
         for attempt in range(1, attempts + 1):
             wait = min(LONGEST_WAIT, self.first_wait * 2 ** (attempt - 1))
             try:
@@ -92,7 +98,7 @@ class Address:
                         raise kind(self._refusal(path, error)) from None
                     wait = max(wait, _asked_wait(error.headers.get("Retry-After")))
             except (OSError, HTTPException, UnicodeError) as error:  # the last: a host that is no name
-                if attempt == attempts or _timed_out(error):
+                if attempt >= min(attempts, connects) or _timed_out(error):
                     raise Unreachable(self._unreachable(error)) from None
             time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
@@ -109,7 +115,7 @@ class Address:
                 parts.append(part)
                 size += len(part)
                 if size > MAX_BYTES:
-                    raise UserError(f"{self.url}: a reply is larger than {MAX_BYTES >> 20} MiB; it is not read")
+                    raise UserError(f"{self.told}: a reply is larger than {MAX_BYTES >> 20} MiB; it is not read")
                 if time.monotonic() > deadline:
                     raise TimeoutError
         return b"".join(parts)
@@ -119,32 +125,32 @@ class Address:
             return json.loads(content, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{self.url}{path}: the reply is not JSON ({shown(str(error), 80)}); is this an OpenAI-compatible server, "
+                f"{self.told}{path}: the reply is not JSON ({shown(str(error), 80)}); is this an OpenAI-compatible server, "
                 "and does its address end in /v1?"
             ) from None
 
     def _unreachable(self, error: Exception) -> str:
         if _timed_out(error):
-            return f"{self.url}: no answer within {self.timeout:g} s; the server is too busy, or hangs"
+            return f"{self.told}: no answer within {self.timeout:g} s; the server is too busy, or hangs"
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        return f"{self.url}: no server answers there ({shown(str(reason))}); start it, or mend the address"
+        return f"{self.told}: no server answers there ({shown(str(reason))}); start it, or mend the address"
 
     def _refusal(self, path: str, error: urllib.error.HTTPError) -> str:
         """What an error status means; what the server says of a key is not repeated."""
         if error.code in (401, 403):
             if self._key:
-                return f"{self.url}: the server refuses the key in the environment variable {self.key_variable}"
-            return f"{self.url}: the server wants a key; put it into the environment variable {self.key_variable}"
+                return f"{self.told}: the server refuses the key in the environment variable {self.key_variable}"
+            return f"{self.told}: the server wants a key; put it into the environment variable {self.key_variable}"
         said = self._said(error)
         if error.code in (404, 405) and "model" not in said:
-            return f"{self.url}{path}: not found; {self.absent}"
+            return f"{self.told}{path}: not found; {self.absent}"
         if 300 <= error.code < 400:
-            return f"{self.url}: the server sends on to another address; give that one"
+            return f"{self.told}: the server sends on to another address; give that one"
         if error.code in BUSY:
-            return f"{self.url}: the server stayed too busy ({error.code}); ask again later"
+            return f"{self.told}: the server stayed too busy ({error.code}); ask again later"
         if error.code >= 500:
-            return f"{self.url}: the server failed ({error.code}: {said}); its log says why"
-        return f"{self.url}: the server refuses the request ({error.code}: {said}); it must {self.must}"
+            return f"{self.told}: the server failed ({error.code}: {said}); its log says why"
+        return f"{self.told}: the server refuses the request ({error.code}: {said}); it must {self.must}"
 
     def _said(self, error: urllib.error.HTTPError) -> str:
         try:

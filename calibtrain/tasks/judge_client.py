@@ -42,7 +42,7 @@ class JudgeClient:
     def meet(self) -> None:
         """Raise UserError unless the judge answers; asked once."""
         if not self._met:
-            self._ask("Say: ready", 8, may_be_cut=True)
+            self._ask("Say: ready", 8, first=True)
             self._met = True
 
     def replies(self, prompts: Sequence[str]) -> tuple[dict[str, str], str]:
@@ -70,25 +70,25 @@ class JudgeClient:
                 list(pool.map(ask, left))
         return found, problems[0] if problems else ""
 
-    def _ask(self, prompt: str, max_tokens: int, *, may_be_cut: bool = False) -> str:
+    def _ask(self, prompt: str, max_tokens: int, *, first: bool = False) -> str:
         body = {
             "model": self.config.model,
             "messages": [{"role": "user", "content": prompt}],
             "max_tokens": max_tokens,
             "temperature": 0,
         }
-        reply = self.address.post("/chat/completions", body)
+        reply = self.address.post("/chat/completions", body, first=first)
         try:
             choice: Any = reply["choices"][0]
             text = choice["message"]["content"]
             cut = choice.get("finish_reason") == "length"
-            if not isinstance(text, str) and not (text is None and (cut or may_be_cut)):
+            if not isinstance(text, str) and not (text is None and (cut or first)):
                 raise TypeError(f"content is {type(text).__name__}")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.address.url}: the reply is no chat completion ({type(error).__name__}: {shown(str(error), 80)})"
             ) from None
-        if cut and not may_be_cut:
+        if cut and not first:
             return ""  # a verdict stands at the end: what was cut has none
         return text or ""
 

@@ -153,8 +153,10 @@ def test_a_judge_that_fails_costs_no_answer(before, words):
 
 def test_a_judge_that_is_down_or_slow_is_told(monkeypatch):
     made = task()
-    with pytest.raises(UserError, match="no server answers there"):
-        made.ready([record()])
+    with monkeypatch.context() as patched:
+        patched.setattr("time.sleep", lambda seconds: pytest.fail("waited before any work was done"))
+        with pytest.raises(UserError, match=r"^task.judge.url: http.*: no server answers there"):
+            made.ready([record()])
     with serve_judge(FakeJudge(lambda prompt: time.sleep(1) or "right")) as url:
         made = task(url, timeout=0.2)
         assert graded(made, ["Osaka"]) == [None]
