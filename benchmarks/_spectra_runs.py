@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _questions import asked_of_all
 from forgetting import BASE as FORGETTING
 from forgetting import text_nats
 
@@ -163,13 +164,12 @@ def measure(work: Path, name: str, model: Path | None, overrides: Sequence[str],
     """Test questions right or wrong with their confidence, and nats of the news items; kept under `work`."""
     from calibtrain.config_file import load_config
     from calibtrain.pipeline.evaluate import Loaded
-    from calibtrain.pipeline.prepare import prepare
 
     file = work / f"measured-{name.replace(' ', '_')}.json"
     if not file.is_file():
         config = load_config("demo", [f"output_dir={work / 'fixed'}", *BASE, SFT, *overrides])
-        prepared, loaded = prepare(config), Loaded(config, model)
-        found = loaded.measure(prepared.splits["test"], prepared.shots if model is None else ())
+        (splits, shots), loaded = asked_of_all([*BASE, SFT, *overrides]), Loaded(config, model)
+        found = loaded.measure(splits["test"], shots if model is None else ())
         nats, tokens = text_nats(loaded.model.policy.causal_model, loaded.template.tokenizer, limit)
         kept = {
             "correct": found.correct.tolist(),

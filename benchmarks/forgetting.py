@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _questions import SEEDS, asked_of_all
 from _report import print_table, write_json
 
 BASE = [
@@ -79,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, help="keeps measurements here; what is already there is not repeated")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=SEEDS, choices=range(1, SEEDS + 1))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--only", help="comma-separated methods; plain is always among them")
     parser.add_argument("--collect", action="store_true", help="train nothing: report what --work holds so far")
@@ -171,16 +172,13 @@ def work(job: Sequence[Any]) -> None:
     from calibtrain.config_file import load_config
     from calibtrain.pipeline import train
     from calibtrain.pipeline.evaluate import Loaded
-    from calibtrain.pipeline.prepare import prepare
 
     folder, method, strength, seed, overrides = Path(job[0]), job[1], job[2], int(job[3]), list(job[4])
     output = folder / f"run-{label(method, strength, seed)}"
     own = METHODS[method][strength] if method != "raw" else []
     config = load_config("demo", [f"seed={seed}", f"output_dir={output}", *BASE, *own, *overrides])
     shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
-    # The questions are those of seed 0 in every run, so that methods and seeds are compared on the same ones.
-    fixed = load_config("demo", [*BASE, *overrides])
-    splits, shots = prepare(fixed).splits, prepare(fixed).shots
+    splits, shots = asked_of_all([*BASE, *overrides])
     started = time.perf_counter()
     model = None if method == "raw" else train.run(config)
     trained = time.perf_counter()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _questions import SEEDS
 from _report import print_table, write_json
 from _spectra_runs import (
     ARMS,
@@ -51,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, help="keeps models and measurements; what is there is not repeated")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=2, choices=range(1, SEEDS + 1))
     parser.add_argument("--only", help="comma-separated runs, e.g. sft,orpo")
     parser.add_argument("--smoke", action="store_true", help="two steps, 16 questions, one seed, layers 0 and 1")
     parser.add_argument("--override", action="append", default=[], help="changes to the config of every run")
