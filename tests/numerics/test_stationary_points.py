@@ -13,12 +13,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+from _stationary_toy import Toy, stats_of
 from stationary_points import (
     MODEL,
     NEVER,
     THREE,
     TWO,
-    Toy,
     after_ppo_m,
     find_end,
     knowing,
@@ -26,7 +26,6 @@ from stationary_points import (
     preferring_second,
     run_config,
     score_end,
-    stats_of,
 )
 
 from calibtrain.data.collate import collate
