@@ -31,6 +31,7 @@ from calibtrain.config_losses import (
 from calibtrain.config_rollouts import GRPOConfig, PolicyGradientConfig, PPOConfig, RLOOConfig, RolloutsConfig
 from calibtrain.config_tasks import ShortAnswerTask, TaskConfig
 from calibtrain.config_tracking import TrackingConfig
+from calibtrain.config_training import BestConfig, unfit_best
 
 __all__ = [
     "AnswerScoreConfig",
@@ -164,6 +165,8 @@ class TrainingConfig(Section):
     """Optimiser steps between two measurements of the loss on data.splits.validation; null measures at the end alone."""
     evaluate_questions: Count = 128
     """Questions of the calibration split answered at each evaluation during training."""
+    best: BestConfig | None = None
+    """Export the weights of the evaluation that was best; null exports the last ones."""
     checkpoint_every: Count | None = None
     """Optimiser steps between two checkpoints; null writes none."""
     keep_checkpoints: Count = 2
@@ -281,7 +284,7 @@ class RunConfig(Section):
             raise ValueError("tracking.spectra_every reads trained weights or LoRA, not model.adapter; set it to 0")
         if self.model.lora is not None and any(penalty.scale == "free" for penalty in self.weight_penalties):
             raise ValueError("weight_penalties: scale: free has no closed form under model.lora; take scale: fixed")
-        if problem := unfit_answers(self):
+        if problem := unfit_answers(self) or unfit_best(self):
             raise ValueError(problem)
         if self.training.evaluate_every and self.data.splits.calibration == 0:
             raise ValueError("training.evaluate_every needs questions: set data.splits.calibration to 128..512")

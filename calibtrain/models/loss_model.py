@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -126,6 +126,15 @@ class LossModel(nn.Module):
         self.objective = objective
         self.penalties = nn.ModuleList(penalties)
         self.confidence_head: ConfidenceHead | None = None
+        self.release: Callable[[], None] | None = None  # of the engine that shards it
+
+    def settle(self) -> None:
+        """Give back the weights that ZeRO-3 fetched ahead for a pass that did not come.
+
+        Call it before weights are gathered or loaded: DeepSpeed can part with none that are on their way. Collective.
+        """
+        if self.release is not None:
+            self.release()
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Counts of every loss term in one micro-batch, from the data alone."""

@@ -31,6 +31,7 @@ def export_run(
 
     A confidence head is written beside it before, with the hash of the very weights.
     """
+    engine.module.settle()
     weights = gathered_weights(engine.module.policy, keep=world.is_main)
     head = engine.module.score if isinstance(engine.module, RewardLossModel) else None
     score = {} if head is None else gathered_weights(head, keep=world.is_main)

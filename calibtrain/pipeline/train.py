@@ -54,6 +54,7 @@ from calibtrain.pipeline.reward_audit import measure_reward_models
 from calibtrain.records import Record
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
+from calibtrain.training.best import check_metric
 from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan
@@ -137,6 +138,7 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     try:
         with StopRequests(world) as stop:
             progress = trainer.fit(progress, stop)
+        trainer.take_best(progress)
         if last_weights is not None:
             export_run(config, engine, template, last_weights, 1.0, world)
         head = trainer.finish(progress.step)
@@ -298,6 +300,9 @@ def _trainer(
         fresh = fresh if len(examples) == len(train) else []  # else a step's index is not that of a record
         able = [one for one in (*questions, *fresh) if template.task.gradable(one)]
         head_fit = HeadFit(engine, answerer, able[: config.confidence_head.fit_questions], config.seed, world)
+    measured = HeldOut(config, validation, template.pad_id, world, **layout) if validation else None
+    if config.training.best is not None:
+        check_metric(config.training.best, [] if measured is None else measured.keys(engine.module))
     return Trainer(
         config=config,
         engine=engine,
@@ -316,7 +321,7 @@ def _trainer(
         spectra=build_spectra(config, engine, world),
         **layout,
         evaluation_questions=questions,
-        held_out=HeldOut(config, validation, template.pad_id, world, **layout) if validation else None,
+        held_out=measured,
         rollouts=changing,
         head_fit=head_fit,
     )

@@ -13,7 +13,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from calibtrain.hooks.base import HookList
 from calibtrain.models.arithmetic import settled
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
+from calibtrain.training.best import Best
 from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint_files import damage_of, newest_undamaged, note_files
 from calibtrain.training.engine import Engine
@@ -76,6 +77,7 @@ class Progress:
     step: int = 0  # finished optimiser steps
     skipped_in_a_row: int = 0
     changes: tuple[str, ...] = ()  # keys that shape the trajectory and were changed, each with its step
+    best: Best | None = None  # evaluation, whose checkpoint is kept
 
 
 def save_checkpoint(
@@ -90,11 +92,12 @@ def save_checkpoint(
     world: World,
     rollouts: ChangingExamples | None = None,
 ) -> Path | None:
-    """Write `directory`/step-N and drop the oldest beyond keep_checkpoints. Collective.
+    """Write `directory`/step-N and drop the oldest beyond keep_checkpoints, but for the best. Collective.
 
     Returns None, with a warning, when a rank could not write (disk full): older checkpoints stay, training can go on.
     """
-    final = directory / f"step-{progress.step:07d}"
+    final = checkpoint_of(directory, progress.step)
+    kept = None if progress.best is None else checkpoint_of(directory, progress.best.step)
     partial = final.with_name(final.name + ".partial")
     problem = on_main(lambda: _failure(_begin, partial))
     if problem is None:
@@ -109,7 +112,7 @@ def save_checkpoint(
         if error is not None:
             logger.warning("rank %d could not write checkpoint %s: %s", world.rank, partial, error)
         if all_agree(error is None, world.device):
-            problem = on_main(lambda: _failure(_complete, partial, final, config.training.keep_checkpoints))
+            problem = on_main(lambda: _failure(_complete, partial, final, config.training.keep_checkpoints, kept))
         else:
             problem = "a rank could not write"
             on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
@@ -181,14 +184,11 @@ def load_checkpoint(
             f"training.resume: {path} is not seen whole by every process: output_dir must be on a disk that all machines "
             "share"
         )
-    frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
     try:
-        engine.deepspeed.load_checkpoint(str(path), tag="engine", load_module_strict=not frozen)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        load_weights(path, engine)
+    except UserError as error:
         raise UserError(
-            f"training.resume: {path} cannot be loaded ({reason}); move it away, and training.resume=auto takes the one "
-            "before"
+            f"training.resume: {error}; move it away, and training.resume=auto takes the one before"
         ) from error
     tensors = load_file(path / f"rank{world.rank}.safetensors")
     state = json.loads((path / f"rank{world.rank}.json").read_text(encoding="utf-8"))
@@ -207,7 +207,29 @@ def load_checkpoint(
     changed = [f"after step {run['step']}: {one}" for one in changed_keys(run["config"], config)]
     for one in changed if world.is_main else []:
         logger.warning("another trajectory from here on, %s", one)
-    return Progress(run["step"], run["skipped_in_a_row"], (*run.get("changes", ()), *changed))
+    best = run.get("best")
+    return Progress(
+        run["step"],
+        run["skipped_in_a_row"],
+        (*run.get("changes", ()), *changed),
+        None if best is None else Best(**best),
+    )
+
+
+def load_weights(path: Path, engine: Engine) -> None:
+    """Put a checkpoint's weights, and the state of their optimiser, in place. Collective. UserError where they cannot be."""
+    frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
+    engine.module.settle()
+    try:
+        engine.deepspeed.load_checkpoint(str(path), tag="engine", load_module_strict=not frozen)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be loaded ({reason})") from error
+
+
+def checkpoint_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, of a run's checkpoints in `directory`."""
+    return directory / f"step-{step:07d}"
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -238,19 +260,20 @@ def _begin(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _complete(partial: Path, final: Path, keep: int) -> None:
+def _complete(partial: Path, final: Path, keep: int, best: Path | None) -> None:
     note_files(partial)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    _drop_others(final.parent, final, keep)
+    _drop_others(final.parent, final, keep, best)
 
 
-def _drop_others(directory: Path, newest: Path, keep: int) -> None:
+def _drop_others(directory: Path, newest: Path, keep: int, best: Path | None) -> None:
     """Delete what is older than the last `keep`, and what a run that went back to an earlier step had written beyond it."""
     found = complete_checkpoints(directory)
     place = found.index(newest) + 1
     for path in [*found[: max(0, place - keep)], *found[place:]]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path != best:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_engine(engine: Engine, partial: Path) -> Exception | None:
@@ -315,6 +338,7 @@ def _write_run_state(
             "step": progress.step,
             "skipped_in_a_row": progress.skipped_in_a_row,
             "changes": list(progress.changes),
+            "best": progress.best and asdict(progress.best),
             "world_size": world.size,
             "data_hash": data_hash,
             "config": config.resolved(),

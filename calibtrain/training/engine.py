@@ -137,4 +137,5 @@ def start_engine(model: LossModel, config: RunConfig, world: World) -> Engine:
         reader = model.policy.reader
         for parameter in reader.parameters_read():
             deepspeed.zero.register_external_parameter(reader, parameter)
+        model.release = engine.empty_partition_cache
     return Engine(engine, stage, full_gradients)

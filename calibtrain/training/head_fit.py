@@ -83,6 +83,7 @@ def _weights(engine: Engine, *, keep: bool) -> dict[str, torch.Tensor]:
     """The head's parameters, in float32 where the optimiser keeps them so. Collective."""
     module = engine.module.confidence_head
     assert module is not None
+    engine.module.settle()
     plain = gathered_weights(module, keep=True)
     found = {}
     for name, parameter in module.named_parameters():

@@ -42,7 +42,7 @@ class HeldOut:
         """`eval/loss`, NLL in nats per token of the answers to learn, with their end tokens, without dropout; and
         `eval/loss/TERM`, the mean of each term of the loss, where the records are all that it reads. Collective.
         """
-        names = [NLL, *(sorted(module.counts(self._batch([]))) if self._has_terms(module) else ())]
+        names = self._names(module)
         sums = torch.zeros(len(names), 2, dtype=torch.float64, device=self.world.device)
         was_training = module.training
         module.eval()
@@ -56,9 +56,15 @@ class HeldOut:
             module.train(was_training)
         if dist.is_initialized():
             dist.all_reduce(sums)
-        keys = {name: f"eval/loss/{name}" if name else "eval/loss" for name in names}
-        means = zip(names, sums.tolist(), strict=True)
-        return {keys[name]: total / count for name, (total, count) in means if count}
+        means = zip(self.keys(module), sums.tolist(), strict=True)
+        return {key: total / count for key, (total, count) in means if count}
+
+    def keys(self, module: LossModel) -> list[str]:
+        """Names of what is measured."""
+        return [f"eval/loss/{name}" if name else "eval/loss" for name in self._names(module)]
+
+    def _names(self, module: LossModel) -> list[str]:
+        return [NLL, *(sorted(module.counts(self._batch([]))) if self._has_terms(module) else ())]
 
     def _mine(self) -> list[list[tuple[Encoded, ...]]]:
         """Micro-batches of this rank, of like length; where another rank has one more, an empty one stands for it."""

@@ -81,6 +81,7 @@ class ServedSampling:
         if self.version == version:
             return
         began, lost = time.monotonic(), None
+        self.answerer.module.settle()
         weights = gathered_weights(self.answerer.module.policy, keep=self.world.is_main)
         while True:
             told, problem = self._on_main(lambda: self._hand_over(weights, version))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +24,9 @@ from calibtrain.models.loss_model import StepStatistics, TrainStep
 from calibtrain.records import Record
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
+from calibtrain.training.best import is_over, judged
 from calibtrain.training.changing_examples import ChangingExamples
-from calibtrain.training.checkpoint import Progress, save_checkpoint
+from calibtrain.training.checkpoint import Progress, checkpoint_of, load_weights, save_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.engine import Engine
 from calibtrain.training.head_fit import HeadFit
@@ -66,7 +67,7 @@ class Trainer:
     head_fit: HeadFit | None = None  # of a confidence head
 
     def fit(self, progress: Progress, stop: StopRequests | None = None) -> Progress:
-        """Train from `progress` to the last step.
+        """Train from `progress` to the last step, or to where it gets no better.
 
         Raises UserError after too many steps with non-finite gradients, and Preempted, behind a checkpoint, where the run
         was asked to `stop`.
@@ -74,6 +75,9 @@ class Trainer:
         training = self.config.training
         self.engine.module.train()
         for step in range(progress.step, self.total_steps):
+            if training.best is not None and is_over(progress.best, training.best):
+                logger.info("training ends at step %d: no better evaluation for %d", step, training.best.patience)
+                break
             started = time.perf_counter()
             if stop is not None:
                 stop.begin()
@@ -117,10 +121,24 @@ class Trainer:
             )
             if self.average is not None:
                 self.average.after_step(progress.step)
-            self._after_step(progress)
+            progress = self._after_step(progress)
             if stop is not None and stop.made() and progress.step < self.total_steps:
                 self._end_early(progress)
         return progress
+
+    def take_best(self, progress: Progress) -> None:
+        """Put the weights of the best evaluation in place of the last ones, where they are asked for. Collective."""
+        wanted, best = self.config.training.best, progress.best
+        if wanted is None:
+            return
+        if best is None:
+            logger.warning("training.best: %s was no number at any evaluation; the last weights stay", wanted.metric)
+            return
+        if best.step != progress.step:
+            load_weights(checkpoint_of(self.output_dir / "checkpoints", best.step), self.engine)
+        logger.info(
+            "the weights of step %d are kept: %s %.6g, the %s", best.step, wanted.metric, best.value, wanted.goal
+        )
 
     def finish(self, step: int) -> FittedHead | None:
         """Put the averaged weights in place, solve for what fits them (logit scale, confidence head), measure their loss.
@@ -140,23 +158,27 @@ class Trainer:
         self.evaluate_loss(step)
         return head
 
-    def evaluate_loss(self, step: int) -> None:
-        """Measure the loss on held-out records, if there are any, and tell the hooks. Collective."""
-        if self.held_out is not None:
-            metrics = self.held_out.measure(self.engine.module)
-            self.hooks.dispatch("on_evaluation", EvaluationRecord(step, "validation", metrics, []))
+    def evaluate_loss(self, step: int) -> dict[str, float]:
+        """Measure the loss on held-out records, if there are any, and tell the hooks. What was measured. Collective."""
+        if self.held_out is None:
+            return {}
+        metrics = self.held_out.measure(self.engine.module)
+        self.hooks.dispatch("on_evaluation", EvaluationRecord(step, "validation", metrics, []))
+        return metrics
 
-    def evaluate(self, step: int) -> None:
-        """Answer calibration questions and tell the hooks. Collective."""
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Answer calibration questions and tell the hooks. What was measured. Collective."""
         questions = self.evaluation_questions[: self.config.training.evaluate_questions]
-        self._report_answers(step, self.answerer(questions).answers)
+        return self._report_answers(step, self.answerer(questions).answers)
 
-    def _report_answers(self, step: int, answers: Sequence[Answer]) -> None:
+    def _report_answers(self, step: int, answers: Sequence[Answer]) -> dict[str, float]:
         named = {f"calib/calibration/likelihood/{key}": value for key, value in answer_metrics(answers).items()}
         record = EvaluationRecord(step, "calibration", named, answers if self.world.is_main else [])
         self.hooks.dispatch("on_evaluation", record)
+        return named
 
-    def _after_step(self, progress: Progress) -> None:
+    def _after_step(self, progress: Progress) -> Progress:
+        """Tell, evaluate and keep what is due. The progress with the best evaluation so far. Collective."""
         training, step = self.config.training, progress.step
         last = step == self.total_steps
         if self.world.device.type == "cpu" and (step % RELEASE_EVERY == 0 or last):
@@ -167,12 +189,29 @@ class Trainer:
             self.hooks.dispatch("on_spectra", SpectraRecord(step, self.spectra.read()))
         if self.stream is not None and not last and self.stream.is_due(step):
             self._report_answers(step, self.stream.round(step) or [])
+        measured: dict[str, float] = {}
         if self.evaluation_questions and training.evaluate_every and (step % training.evaluate_every == 0 or last):
-            self.evaluate(step)
-        if training.evaluate_loss_every and step % training.evaluate_loss_every == 0 and not last:
-            self.evaluate_loss(step)
-        if self._checkpoint_is_due(step):
-            self._save(progress)
+            measured |= self.evaluate(step)
+        # The last weights are measured when the run is finished, unless that is what says which ones are.
+        due = (
+            training.best is not None
+            if last
+            else training.evaluate_loss_every and step % training.evaluate_loss_every == 0
+        )
+        if due:
+            measured |= self.evaluate_loss(step)
+        return self._keep(progress, measured)
+
+    def _keep(self, progress: Progress, measured: Mapping[str, float]) -> Progress:
+        """Write the checkpoint that is due, or worth it by what was measured. The progress with what is best. Collective."""
+        step, wanted = progress.step, self.config.training.best
+        before = progress
+        if wanted is not None:
+            progress = replace(progress, best=judged(progress.best, wanted, measured, step))
+        better = progress.best is not None and progress.best.step == step < self.total_steps
+        if (better or self._checkpoint_is_due(step)) and self._save(progress) is None and better:
+            return before  # what was not kept cannot be gone back to
+        return progress
 
     def _checkpoint_is_due(self, step: int) -> bool:
         every = self.config.training.checkpoint_every
@@ -211,7 +250,7 @@ class Trainer:
 
     def _kept(self, progress: Progress) -> str:
         """Write a checkpoint, where there is none of this step; which step it is and how to go on, in words. Collective."""
-        directory = self.output_dir / "checkpoints" / f"step-{progress.step:07d}"
+        directory = checkpoint_of(self.output_dir / "checkpoints", progress.step)
         kept = directory.is_dir() if self._checkpoint_is_due(progress.step) else self._save(progress) is not None
         told = f"checkpoint: {directory}" if kept else "its checkpoint could not be written, the one before stays"
         again = "The same command with training.resume=auto goes on from there"

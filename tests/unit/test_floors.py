@@ -26,6 +26,7 @@ FLOORS = (
         "config_rollout_engine",
         "config_rollouts",
         "config_tracking",
+        "config_training",
         "config_file",
         "distributed",
         "errors",
