@@ -275,7 +275,13 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
             "stating 0% or 100% (docs/rewards.md); `proper` ends at the truth"
         )
     held_out = len(splits["calibration"]) + len(splits["validation"])
-    if config.trains_on_rollouts and any(isinstance(one, ModelSource) for one in rollouts.paid_by) and not held_out:
+    judged = config.trains_on_rollouts and any(isinstance(one, ModelSource) for one in rollouts.paid_by)
+    if judged and getattr(config.objective, "beta", None) == 0.0:
+        found.append(
+            "objective.beta: 0 leaves nothing between the policy and what the reward model mistakes for good; 1 pays a nat of "
+            "distance from the starting model for a nat of reward (docs/rlhf.md)"
+        )
+    if judged and not held_out:
         found.append(
             "data.splits: calibration and validation 0: nobody knows what the reward model is worth before it is used; 64 "
             "questions with answers, or pairs, would tell"

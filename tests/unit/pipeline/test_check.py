@@ -282,7 +282,10 @@ def test_rewards_that_cannot_be_given_are_told_before_any_model_is_loaded(folder
         check(config(folder, **small, rollouts={"reward_model": str(folder / "tiny")}), 1)
     model = str(write_reward_model(folder / "rewarding"))
     judged = {**small, "rollouts": {"reward_model": model}, "data": {"source": source, "splits": splits}}
-    assert "nobody knows what the reward model is worth" in told(folder, **judged)
+    free = told(folder, **judged)
+    assert "nobody knows what the reward model is worth" in free
+    assert "objective.beta: 0 leaves nothing between the policy and" in free
+    assert "objective.beta" not in told(folder, **{**judged, "objective": {"name": "rloo", "beta": 1.0}})
     published = {"reward": "ppo_c", "reward_model": model, "confidence": "stated", "decoupled": False}
     found = told(folder, **small, rollouts={**published, "ppo_c": {"form": "threshold"}})
     assert "training ends at stating 0% or 100%" in found
