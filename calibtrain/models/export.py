@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
+from calibtrain.models.adapters import add_adapter, add_lora
 from calibtrain.models.arithmetic import torch_dtype
-from calibtrain.models.loading import add_adapter, add_lora, load_settings, source_file
+from calibtrain.models.loading import load_settings, source_file
 from calibtrain.models.policy import Policy
+from calibtrain.models.sharding import full_shape, gathered
 from calibtrain.spectral.shared_rotation import merge_shared_rotations
 
 SHARD_BYTES = 2 * 2**30
@@ -169,9 +171,9 @@ def check_scale_folds(model: Any) -> None:
     if head.weight is not model.get_input_embeddings().weight:
         return
     norm = _final_norm(model)
-    weight = norm.weight.detach().clone()
-    probe = torch.linspace(-1, 1, weight.shape[0], dtype=weight.dtype, device=weight.device)[None]
-    with torch.no_grad():
+    with torch.no_grad(), gathered(norm.parameters()):
+        weight = norm.weight.detach().clone()
+        probe = torch.linspace(-1, 1, weight.shape[0], dtype=weight.dtype, device=weight.device)[None]
         before = norm(probe).float()
         fold_scale(model, 2.0)
         after = norm(probe).float()
@@ -185,10 +187,10 @@ def check_scale_folds(model: Any) -> None:
 def _final_norm(model: Any) -> Any:
     """The decoder's last child with a weight per hidden unit."""
     decoder = model.base_model
-    hidden = model.get_input_embeddings().weight.shape[1]
+    hidden = full_shape(model.get_input_embeddings().weight)[1]
     for _, module in reversed(list(decoder.named_children())):
         weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.shape == (hidden,):
+        if isinstance(weight, nn.Parameter) and full_shape(weight) == (hidden,):
             return module
     raise UserError(_cannot_fold(model))
 

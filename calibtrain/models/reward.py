@@ -17,6 +17,7 @@ from calibtrain.models.export import empty_model, restored_model
 from calibtrain.models.loading import load_settings
 from calibtrain.models.loss_model import LossModel, StepStatistics, TrainStep, last_positions
 from calibtrain.models.policy import Policy
+from calibtrain.models.sharding import full_shape
 from calibtrain.ops import TokenStats, at_least_float32
 
 
@@ -83,7 +84,7 @@ def scalar_head(model: Any, seed: int) -> ScalarHead:
     `model`: the Hugging Face model whose states it reads.
     """
     weight = model.get_input_embeddings().weight
-    size = weight.shape[1]
+    size = full_shape(weight)[1]
     head = ScalarHead(size)
     draws = torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():

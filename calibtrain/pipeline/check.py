@@ -25,7 +25,8 @@ from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World
 from calibtrain.engines import VLLMServer, interpreter
 from calibtrain.errors import Unreachable, UserError
-from calibtrain.models.loading import add_lora, check_positions, check_weights, described_model, load_tokenizer
+from calibtrain.models.adapters import add_lora
+from calibtrain.models.loading import check_positions, check_weights, described_model, load_tokenizer
 from calibtrain.models.reward import padding_token
 from calibtrain.models.value import check_value_source
 from calibtrain.pipeline.prepare import (

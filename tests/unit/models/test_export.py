@@ -5,8 +5,9 @@ import torch
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
+from calibtrain.models.adapters import add_lora
 from calibtrain.models.export import check_scale_folds, export_adapter, export_model, fold_scale, gathered_weights
-from calibtrain.models.loading import add_lora, load_model, load_tokenizer
+from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.policy import Policy, check_head
 from tests.tiny import tiny_model, write_tiny_model
 
