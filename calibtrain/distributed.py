@@ -143,6 +143,11 @@ def _state(task: Path) -> str:
         return "S"
 
 
+def is_main_rank() -> bool:
+    """Whether this process is global rank 0, or alone."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def all_agree(flag: bool, device: torch.device) -> bool:
     """True when `flag` holds on every rank. int32, because NCCL does not reduce booleans."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from calibtrain.errors import UserError
-from calibtrain.models.sharding import Partition, Read, replace_parameters
+from calibtrain.models.sharding import Partition, Read, parameters_on_meta, replace_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def load_in_parts(
     `zero` is the DeepSpeed config that its engine gets. What is not in the files is drawn by rank 0, as the model says.
     Raises UserError, with `source` in it, for a weight of another shape than the model's. Collective.
     """
-    with torch.random.fork_rng(devices=[]), _parameters_on_meta():
+    with torch.random.fork_rng(devices=[]), parameters_on_meta():
         model = build()
     model.tie_weights()
     partition = Partition(zero)
@@ -89,25 +88,6 @@ def load_in_parts(
     if missing:
         logger.debug("%s: its files lack %s", source, ", ".join(missing.values()))
     return model.eval(), sorted(missing.values())
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made within have parameters without memory; their buffers, which no file holds, are as they make them."""
-    plain = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        plain(module, name, parameter)
-        if parameter is not None and not parameter.is_meta:
-            empty = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-            empty.__dict__.update(parameter.__dict__)
-            module._parameters[name] = empty
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = plain  # type: ignore[method-assign]
 
 
 def _sources(model: Any, places: dict[str, Place]) -> tuple[dict[str, Place], list[Callable[[Any], dict[str, Tensor]]]]:

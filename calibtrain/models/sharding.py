@@ -119,3 +119,22 @@ def replace_parameters(model: nn.Module, made: Sequence[tuple[nn.Parameter, nn.P
         for name, one in module._parameters.items():
             if one in new:
                 module._parameters[name] = new[one]
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made within have parameters without memory; their buffers, which no file holds, are as they make them."""
+    plain = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        plain(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            empty = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            empty.__dict__.update(parameter.__dict__)
+            module._parameters[name] = empty
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = plain  # type: ignore[method-assign]

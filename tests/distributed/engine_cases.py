@@ -77,10 +77,7 @@ def exported(trainer: Trainer, config: RunConfig, world: World, target: Path) ->
         states = [trainer.engine.module(_decode(ids[:, : end + 1]))[0] for end in range(ids.shape[1] - 1)]
         hidden = torch.cat(states)
         logprobs = trainer.engine.module(ScoreStep(hidden, ids[0, 1:], torch.ones(1)))[:, 0]
-    weights = gathered_weights(policy, keep=world.is_main)
-    if world.is_main:
-        export_model(weights, config.model, tokenizer, target, policy.scale)
-    barrier()
+    export_model(policy, config.model, tokenizer, target, policy.scale)
     return logprobs
 
 

@@ -12,7 +12,7 @@ from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
-from calibtrain.models.export import export_model, gathered_weights
+from calibtrain.models.export import export_model
 from calibtrain.models.loading import (
     LEARNED_POSITIONS,
     answering_config,
@@ -128,7 +128,7 @@ def test_every_adapter_moves_and_is_exported_as_trained(kind, tmp_path):
     assert all(not torch.equal(one, other) for one, other in zip(before, trained, strict=True))
     policy.eval()
     tokenizer = load_tokenizer(config)
-    export_model(gathered_weights(policy, keep=True), config, tokenizer, tmp_path / "out")
+    export_model(policy, config, tokenizer, tmp_path / "out")
     exported = load_model(ModelConfig(source=str(tmp_path / "out"), dtype="fp32"))
     with torch.no_grad():
         torch.testing.assert_close(nll(exported), nll(policy.causal_model), rtol=1e-4, atol=1e-4)
@@ -137,7 +137,7 @@ def test_every_adapter_moves_and_is_exported_as_trained(kind, tmp_path):
 def export(path, target, end_id=None):
     config = ModelConfig(source=str(path), dtype="fp32")
     policy, tokenizer = Policy(load_model(config)), load_tokenizer(config)
-    export_model(gathered_weights(policy, keep=True), config, tokenizer, target, end_id=end_id)
+    export_model(policy, config, tokenizer, target, end_id=end_id)
     return json.loads((target / "generation_config.json").read_text())
 
 
