@@ -28,7 +28,7 @@ def add_token(model: Any, tokenizer: Any, token: str = "[IDK]", like: Sequence[s
     tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
     index = int(tokenizer.convert_tokens_to_ids(token))
     ids = torch.tensor([one for source in sources for one in source])
-    with unsharded((model.get_input_embeddings(), model.get_output_embeddings())):
+    with unsharded(lambda: (model.get_input_embeddings(), model.get_output_embeddings())):
         if index >= model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(index + 1, mean_resizing=False)
         layers = {id(layer.weight): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())}

@@ -38,15 +38,14 @@ def gathered(parameters: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def unsharded(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, the weights of `layers` are plain ones of each rank's own, to be changed or replaced, by all ranks alike.
+def unsharded(find: Callable[[], Iterable[nn.Module]]) -> Iterator[None]:
+    """Within, the weights of the layers of `find()` are plain ones of each rank's own, for all ranks to change alike.
 
-    Whatever weights the layers have afterwards are rank 0's, in parts again. Collective; layers that hold no parts are left
-    alone.
+    Whatever weights those layers, found again, have afterwards are rank 0's, in parts again. Collective; where none lies in
+    parts nothing is done.
     """
-    held = [(layer, name, one) for layer in layers for name, one in layer.named_parameters(recurse=False)]
-    held = [(layer, name, one) for layer, name, one in held if is_sharded(one)]
-    if not held:
+    held = [(layer, name, one) for layer in find() for name, one in layer.named_parameters(recurse=False)]
+    if not any(is_sharded(one) for _, _, one in held):
         yield
         return
     convert: Any = held[0][2].convert_to_zero_parameters  # type: ignore[attr-defined]
@@ -55,7 +54,7 @@ def unsharded(layers: Iterable[nn.Module]) -> Iterator[None]:
     for layer, name, one in held:
         layer._parameters[name] = whole[one]
     yield
-    convert(param_list=list(dict.fromkeys(layer._parameters[name] for layer, name, _ in held)))
+    convert(param_list=list(dict.fromkeys(one for layer in find() for one in layer.parameters(recurse=False))))
 
 
 class Partition:
