@@ -309,7 +309,7 @@ def _trainer(
         stream = AnswerStream(config.penalties_on_answers, answerer, questions, config.seed, config.data.max_length)
     average = None
     if config.training.average_last:
-        average = WeightAverage(engine.module.policy, config.training.average_last, steps)
+        average = WeightAverage(engine.module.policy, config.training.average_last, steps, world.rank, world.size)
     head_fit = None
     if config.confidence_head is not None:
         fresh = fresh_questions(config, train, steps, plan.global_batch_size)

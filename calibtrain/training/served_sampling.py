@@ -197,7 +197,8 @@ class ServedSampling:
             write_weights(self.answerer.module.policy, self.config.model, self.template, partial)
             wait_for_main(finish)
         except OSError as error:
-            raise UserError(f"rollouts.engine.directory: {self.directory} cannot be written ({error})") from None
+            text = f"rollouts.engine.directory: {self.directory} cannot be written ({error})"
+            raise EngineFailure(on_main(lambda: text)) from None  # the same on every rank, which keep what was learnt
 
     def _clear(self) -> None:
         """Delete the weights of earlier versions, and of a run that was killed before this one."""

@@ -149,7 +149,7 @@ class Trainer:
     def evaluate(self, step: int) -> None:
         """Answer calibration questions and tell the hooks. Collective."""
         questions = self.evaluation_questions[: self.config.training.evaluate_questions]
-        self._report_answers(step, self.answerer(questions).answers)
+        self._report_answers(step, self.answerer.answers(questions))
 
     def _report_answers(self, step: int, answers: Sequence[Answer]) -> None:
         named = {f"calib/calibration/likelihood/{key}": value for key, value in answer_metrics(answers).items()}
