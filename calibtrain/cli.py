@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from calibtrain.cli_checks import asks, check_model, on_processes, shares
 from calibtrain.cli_checks import existing as _existing
 from calibtrain.cli_checks import trained as _trained
 from calibtrain.cli_weights import quantize, spectra
@@ -36,6 +37,9 @@ Engine = Annotated[
     str | None, typer.Option(help="Ask this OpenAI-compatible server instead, e.g. http://127.0.0.1:8000/v1.")
 ]
 EngineModel = Annotated[str | None, typer.Option(help="The model's id there. Default: the only one.")]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="Processes on this machine that share the questions. Default: this one.")
+]
 OutputDir = Annotated[Path, typer.Argument(help="The output_dir of a run.")]
 
 
@@ -88,6 +92,7 @@ def evaluate(
     ] = False,
     engine: Engine = None,
     engine_model: EngineModel = None,
+    num_processes: Processes = None,
 ) -> None:
     """Let a model answer a split's questions and measure its calibration.
 
@@ -99,10 +104,11 @@ def evaluate(
     if split not in ("calibration", "temperature", "certification", "test"):
         raise UserError(f"--split: {split!r} is none of calibration, temperature, certification, test")
     if model is not None:
-        _check_model(model)
-    from calibtrain.pipeline.evaluate import run, run_forced
+        check_model(model)
+    on_processes(num_processes, alone="--engine" if engine else "--force" if force else None)
+    from calibtrain.pipeline.evaluate import run
 
-    if _asks(engine, engine_model):
+    if asks(engine, engine_model):
         if force:
             raise UserError("--force: needs the model itself; leave it out with --engine")
         from calibtrain.pipeline.served import serving
@@ -110,6 +116,8 @@ def evaluate(
         run(loaded, model=model, split=split, output=output, load=serving(str(engine), engine_model))
         return
     if force:
+        from calibtrain.pipeline.forced import run as run_forced
+
         run_forced(loaded, model=model, split=split)
         return
     run(loaded, model=model, split=split, output=output)
@@ -133,13 +141,16 @@ def calibrate(
     ] = None,
     engine: Engine = None,
     engine_model: EngineModel = None,
+    num_processes: Processes = None,
 ) -> None:
     """Fit the temperature, or another source's calibrator, and certify the answer/abstain threshold of a trained model.
 
     Exit code 1 where something that was asked for cannot be certified.
     """
-    _shares({"--target-risk": target_risk, "--delta": delta})
-    if _asks(engine, engine_model):
+    shares({"--target-risk": target_risk, "--delta": delta})
+    other = "--source" if source != "likelihood" else "--of" if of is not None else None
+    on_processes(num_processes, alone="--engine" if engine else other)
+    if asks(engine, engine_model):
         if source != "likelihood" or of is not None:
             raise UserError("--source, --of: a server returns log-probs alone; leave them out with --engine")
         from calibtrain.pipeline.engine import run as calibrate_engine
@@ -181,7 +192,7 @@ def certify(
 
     Exit code 1, and nothing written, where something that was asked for cannot be certified.
     """
-    _shares({"--risk": risk, "--delta": delta, "--hallucination": hallucination})
+    shares({"--risk": risk, "--delta": delta, "--hallucination": hallucination})
     from calibtrain.pipeline.certify import run
 
     found = run(_existing(output_dir), risk=risk, delta=delta, by=by, hallucination=hallucination, answers=answers)
@@ -359,26 +370,6 @@ def version() -> None:
     from calibtrain import __version__
 
     typer.echo(__version__)
-
-
-def _check_model(model: Path) -> None:
-    if not (model / "config.json").is_file():
-        raise UserError(f"--model: {model} is not a Hugging Face model directory (no config.json)")
-    if not any(any(model.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
-        raise UserError(f"--model: {model} holds no weights (*.safetensors)")
-
-
-def _asks(engine: str | None, engine_model: str | None) -> bool:
-    """Whether a server is asked."""
-    if engine is None and engine_model is not None:
-        raise UserError("--engine-model: goes with --engine, the address of the server")
-    return engine is not None
-
-
-def _shares(options: dict[str, float | None]) -> None:
-    for name, value in options.items():
-        if value is not None and not 0 < value < 1:
-            raise UserError(f"{name}: {value} is not between 0 and 1")
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from calibtrain.errors import UserError
@@ -25,3 +27,42 @@ def trained(output_dir: Path) -> Path:
             f"`calibtrain train {output_dir / 'config.yaml'} training.resume=auto`"
         )
     return output_dir
+
+
+def check_model(model: Path) -> None:
+    """Raise UserError for what is no Hugging Face directory with weights."""
+    if not (model / "config.json").is_file():
+        raise UserError(f"--model: {model} is not a Hugging Face model directory (no config.json)")
+    if not any(any(model.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        raise UserError(f"--model: {model} holds no weights (*.safetensors)")
+
+
+def asks(engine: str | None, engine_model: str | None) -> bool:
+    """Whether a server is asked."""
+    if engine is None and engine_model is not None:
+        raise UserError("--engine-model: goes with --engine, the address of the server")
+    return engine is not None
+
+
+def shares(options: dict[str, float | None]) -> None:
+    """Raise UserError for an option, by its name, that is not between 0 and 1."""
+    for name, value in options.items():
+        if value is not None and not 0 < value < 1:
+            raise UserError(f"{name}: {value} is not between 0 and 1")
+
+
+def on_processes(number: int | None, *, alone: str | None = None) -> None:
+    """Run this very command on `number` processes instead, and end with its exit code; nothing for one.
+
+    `alone`: an option that is given and does not go with several. Raises UserError then.
+    """
+    from calibtrain.launchers.team import MEMBER, launch
+
+    if number in (None, 1):
+        return
+    if alone is not None:
+        raise UserError(f"--num-processes: {alone} asks in one process; leave one of them out")
+    if MEMBER not in os.environ:
+        import typer
+
+        raise typer.Exit(launch(sys.argv[1:], number or 1))

@@ -183,8 +183,6 @@ class TrainingConfig(Section):
     def _offload_needs_stage(self) -> TrainingConfig:
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError("offload_parameters needs zero_stage: 3")
-        if self.average_last and self.zero_stage == 3:
-            raise ValueError("average_last needs weights that are whole on every rank: zero_stage 0, 1 or 2")
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage: 1, 2 or 3")
         if self.micro_batch_size > self.global_batch_size:

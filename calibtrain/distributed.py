@@ -143,6 +143,11 @@ def _state(task: Path) -> str:
         return "S"
 
 
+def is_main_rank() -> bool:
+    """Whether this process is global rank 0, or alone."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def all_agree(flag: bool, device: torch.device) -> bool:
     """True when `flag` holds on every rank. int32, because NCCL does not reduce booleans."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -176,7 +181,7 @@ def wait_for_main(call: Callable[[], None]) -> None:
     """Call on rank 0 alone, however long it takes; the others wait for its word, not by a clock. Collective.
 
     For long writing: the other ranks of a collective give up after COLLECTIVE_TIMEOUT. Where rank 0 fails, they raise its
-    UserError, or a RuntimeError; where it dies, its store is gone, and they fail with it.
+    UserError, an OSError for one of the file system's, or a RuntimeError; where it dies, its store is gone, and they fail.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return call()
@@ -186,7 +191,7 @@ def wait_for_main(call: Callable[[], None]) -> None:
         try:
             call()
         except BaseException as error:
-            told = f"{type(error).__name__}\n{error}"
+            told = f"{OSError.__name__ if isinstance(error, OSError) else type(error).__name__}\n{error}"
             raise
         finally:
             store.set(key, told)
@@ -197,7 +202,9 @@ def wait_for_main(call: Callable[[], None]) -> None:
     kind, _, words = store.get(key).decode().partition("\n")
     barrier()
     if kind != "done":
-        raise UserError(words) if kind == UserError.__name__ else RuntimeError(f"rank 0 failed: {kind}: {words}")
+        if kind == UserError.__name__:
+            raise UserError(words)
+        raise (OSError if kind == OSError.__name__ else RuntimeError)(f"rank 0 failed: {kind}: {words}")
     return None
 
 

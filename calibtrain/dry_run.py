@@ -71,7 +71,8 @@ def model_size(config: RunConfig) -> ModelSize:
 
 
 def _size_of(config: ModelConfig) -> ModelSize:
-    from calibtrain.models.loading import add_adapter, add_lora, described_model
+    from calibtrain.models.adapters import add_adapter, add_lora
+    from calibtrain.models.loading import described_model
 
     model = described_model(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -21,6 +21,9 @@ from calibtrain.errors import UserError
 from calibtrain.models.loss_model import AnswerFeatures
 from calibtrain.records import Record
 
+BATCHES_AT_ONCE = 64
+"""Batches of a rank whose hidden states are in memory together where answers alone are asked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answerer:
@@ -40,10 +43,30 @@ class Answerer:
         layers: tuple[int, ...] = (),
         on_batch: Callable[[int], None] = lambda questions_done: None,
     ) -> Answered:
-        """Answers of all ranks to `records`, in their order, on every rank. Collective.
+        """Answers of all ranks to `records`, in their order, with all their hidden states, on every rank. Collective.
 
-        layers: those of a confidence head, whose inputs then come with the answers.
+        For few questions: `share` and `answers` gather no states. layers: those of a confidence head, whose inputs then come
+        with the answers.
         """
+        return gather_answered(self.share(records, shots=shots, layers=layers, on_batch=on_batch), self.world)
+
+    def answers(self, records: Sequence[Record]) -> list[Answer]:
+        """The same answers alone, of however many questions: states are dropped as the answers are made. Collective."""
+        found: list[Answer] = []
+        size = BATCHES_AT_ONCE * self.settings.batch_size * self.world.size
+        for start in range(0, len(records), size):
+            found += gather_lists(self.share(records[start : start + size]).answers)
+        return found
+
+    def share(
+        self,
+        records: Sequence[Record],
+        *,
+        shots: Sequence[Record] = (),
+        layers: tuple[int, ...] = (),
+        on_batch: Callable[[int], None] = lambda questions_done: None,
+    ) -> Answered:
+        """This rank's answers, with their states, to its `shard` of `records`. Collective."""
         mine = shard(records, self.world)
         asked = list(mine)
         if records and (not mine or (self.lockstep and len(mine) < -(-len(records) // self.world.size))):
@@ -68,7 +91,7 @@ class Answerer:
         finally:
             self.module.train(was_training)
         self.settle()
-        return gather_answered(take(answered, len(mine)), self.world)
+        return take(answered, len(mine))
 
     def settle(self) -> None:
         """Raise UserError on every rank where a grade is missing on one. Collective."""

@@ -204,8 +204,9 @@ def sample_answers(
     shots: Sequence[Record] = (),
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] = lambda questions_done: None,
+    all_done: Callable[[bool], bool] = bool,
 ) -> list[list[str]]:
-    """Texts of `samples` whole replies to each record, drawn at temperature 1."""
+    """Texts of `samples` whole replies to each record, drawn at temperature 1; `all_done` as in `generate`."""
     generations = generate(
         model,
         [template.prompt_ids(record, shots) for record in records],
@@ -218,6 +219,8 @@ def sample_answers(
         seed=seed,
         device=device,
         keep=keep_none,
+        all_done=all_done,
+        share_prefix=all_done is bool,
         on_batch=on_batch,
     )
     return [[template.decode_answer(generation.tokens) for generation in row] for row in generations]

@@ -11,33 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from calibtrain.config import ModelConfig
+from calibtrain.distributed import is_main_rank, wait_for_main
 from calibtrain.errors import UserError
+from calibtrain.models.adapters import add_adapter, add_lora
 from calibtrain.models.arithmetic import torch_dtype
-from calibtrain.models.loading import add_adapter, add_lora, load_settings, source_file
-from calibtrain.models.policy import Policy
+from calibtrain.models.loading import load_settings, source_file
+from calibtrain.models.policy import Policy, unwrapped
+from calibtrain.models.sharding import full_shape, gathered, parameters_on_meta
+from calibtrain.models.streamed_export import LayerMerger, whole_weights, write_in_files
 from calibtrain.spectral.shared_rotation import merge_shared_rotations
-
-SHARD_BYTES = 2 * 2**30
-"""ZeRO-3 shards are gathered in groups of at most so many bytes."""
 
 
 def gathered_weights(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """Full weights of a module on the CPU, from any ZeRO stage, on the ranks that `keep` them. Collective."""
-    weights: dict[str, Tensor] = {}
-    group: list[tuple[str, nn.Parameter]] = []
-    size = 0
-    for name, parameter in module.named_parameters():
-        group.append((name, parameter))
-        size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-        if size > SHARD_BYTES:
-            _gather_into(weights, group, keep)
-            group, size = [], 0
-    _gather_into(weights, group, keep)
-    return weights
+    """Full weights of a small module on the CPU, from any ZeRO stage, on the ranks that `keep` them. Collective."""
+    found: dict[str, Tensor] = {}
+    for one in module.named_parameters():
+        found |= whole_weights([one], keep=keep)
+    return found
 
 
 def restored_model(weights: dict[str, Tensor], config: ModelConfig) -> Any:
-    """Hugging Face causal language model that takes over `weights` (of `gathered_weights`); adapters are merged."""
+    """Hugging Face causal language model that takes over `weights` (of `gathered_weights`), adapters merged."""
     return _merged(_with_weights(weights, config), config)
 
 
@@ -63,6 +57,7 @@ def _with_weights(weights: dict[str, Tensor], config: ModelConfig) -> Any:
         model = add_lora(model, config)
     if config.adapter is not None:  # merged in fp32: bf16 products of nearly the identity would lose the rotation
         model = add_adapter(model.float(), config, find_bases=False)
+        weights = {name: one.float() for name, one in weights.items()}
     policy = Policy(model)
     _make_room(policy, weights)
     # A tied head appears once among parameters, under the embedding's name.
@@ -96,37 +91,89 @@ def _make_room(policy: Policy, weights: dict[str, Tensor]) -> None:
 
 
 def export_model(
-    weights: dict[str, Tensor],
-    config: ModelConfig,
-    tokenizer: Any,
-    target: Path,
-    scale: float = 1.0,
-    end_id: int | None = None,
+    policy: Policy, config: ModelConfig, tokenizer: Any, target: Path, scale: float = 1.0, end_id: int | None = None
 ) -> None:
-    """Write `weights` (of `gathered_weights`) as a Hugging Face directory: adapters merged, the logit `scale` folded in.
+    """Write the policy's weights as a Hugging Face directory: adapters merged, the logit `scale` folded in. Collective.
 
-    Its generation_config.json is the source's; `end_id`, which ended the answers in training, joins the tokens that end
-    a generation, so that whatever serves the model stops where it learnt to.
+    No rank holds the model: layers are gathered one at a time, and rank 0 writes files of about a gigabyte. Its
+    generation_config.json is the source's; `end_id`, which ended the answers in training, joins the tokens that end a
+    generation, so that whatever serves the model stops where it learnt to.
     """
-    model = restored_model(weights, config)
-    if scale != 1.0:
-        fold_scale(model, scale)
-    model.config.use_cache = True
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    _write_generation_config(config, target, tokenizer.eos_token_id if end_id is None else end_id)
+    from transformers import AutoModelForCausalLM
+
+    def describe() -> Any:
+        model = empty_model(AutoModelForCausalLM, load_settings(config), config, torch_dtype(config))
+        grow(model, rows_of(policy))
+        model.config.use_cache = True
+        return model
+
+    write_in_files(policy, target, lambda: merger(policy, config, scale), describe)
+
+    def write_beside() -> None:
+        tokenizer.save_pretrained(target)
+        _write_generation_config(config, target, tokenizer.eos_token_id if end_id is None else end_id)
+
+    wait_for_main(write_beside)
 
 
-def export_adapter(weights: dict[str, Tensor], config: ModelConfig, target: Path) -> None:
+def merger(policy: Policy, config: ModelConfig, scale: float = 1.0) -> LayerMerger:
+    """What merges the layers of `policy` and folds the logit `scale` into them; it takes no memory for weights."""
+    model = _meta_model(config, rows_of(policy))
+    if scale == 1.0:
+        return LayerMerger(model, config, torch_dtype(config))
+    causal = unwrapped(model)
+    head = causal.get_output_embeddings()
+    untied = head.weight is not causal.get_input_embeddings().weight
+    carrier = head.weight if untied else _final_norm(causal).weight
+    carries = next(name for name, one in Policy(model).named_parameters() if one is carrier)
+    return LayerMerger(model, config, torch_dtype(config), carries, lambda model: fold_scale(model, scale))
+
+
+def rows_of(policy: Policy) -> int:
+    """Embeddings of the trained model: it may have got tokens that its source did not have."""
+    return int(full_shape(policy.causal_model.get_input_embeddings().weight)[0])
+
+
+def grow(model: Any, rows: int) -> None:
+    """As many embeddings as the trained model has."""
+    if model.get_input_embeddings().weight.shape[0] != rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _meta_model(config: ModelConfig, rows: int) -> Any:
+    """The model with its adapters, its parameters on the meta device and its buffers real."""
+    from transformers import AutoModelForCausalLM
+
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(
+            load_settings(config), dtype=torch_dtype(config), trust_remote_code=config.trust_remote_code
+        )
+        grow(model, rows)
+        model = add_lora(model, config) if config.lora is not None else model
+        return add_adapter(model, config, find_bases=False) if config.adapter is not None else model
+
+
+def export_adapter(policy: Policy, config: ModelConfig, target: Path) -> None:
     """Write the LoRA adapter alone, as `peft.PeftModel.from_pretrained` loads it beside the model that it was trained on.
 
     It holds no logit scale: with it the model answers alike, and its confidence is that of training, not the calibrated one.
+    Collective.
     """
-    model = _with_weights(weights, config)
-    for settings in model.peft_config.values():
-        settings.base_model_name_or_path = config.source
-        settings.revision = config.revision
-    model.save_pretrained(target)
+    causal = policy.causal_model
+    # PEFT writes embeddings too, where a token has been added or they are adapted themselves.
+    beside = {id(layer.weight) for layer in (causal.get_input_embeddings(), causal.get_output_embeddings())}
+    named = [(name, one) for name, one in policy.named_parameters() if ".lora_" in name or id(one) in beside]
+    weights = whole_weights(named, keep=is_main_rank())
+
+    def write() -> None:
+        model = _meta_model(config, rows_of(policy))
+        Policy(model).load_state_dict(weights, strict=False, assign=True)
+        for settings in model.peft_config.values():
+            settings.base_model_name_or_path = config.source
+            settings.revision = config.revision
+        model.save_pretrained(target)
+
+    wait_for_main(write)
 
 
 def _write_generation_config(config: ModelConfig, target: Path, end_id: int) -> None:
@@ -169,9 +216,9 @@ def check_scale_folds(model: Any) -> None:
     if head.weight is not model.get_input_embeddings().weight:
         return
     norm = _final_norm(model)
-    weight = norm.weight.detach().clone()
-    probe = torch.linspace(-1, 1, weight.shape[0], dtype=weight.dtype, device=weight.device)[None]
-    with torch.no_grad():
+    with torch.no_grad(), gathered(norm.parameters()):
+        weight = norm.weight.detach().clone()
+        probe = torch.linspace(-1, 1, weight.shape[0], dtype=weight.dtype, device=weight.device)[None]
         before = norm(probe).float()
         fold_scale(model, 2.0)
         after = norm(probe).float()
@@ -185,10 +232,10 @@ def check_scale_folds(model: Any) -> None:
 def _final_norm(model: Any) -> Any:
     """The decoder's last child with a weight per hidden unit."""
     decoder = model.base_model
-    hidden = model.get_input_embeddings().weight.shape[1]
+    hidden = full_shape(model.get_input_embeddings().weight)[1]
     for _, module in reversed(list(decoder.named_children())):
         weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.shape == (hidden,):
+        if isinstance(weight, nn.Parameter) and full_shape(weight) == (hidden,):
             return module
     raise UserError(_cannot_fold(model))
 
@@ -208,19 +255,3 @@ def _cannot_fold(model: Any) -> str:
         f"penalties.answer_score.moves: scale needs a final norm to carry the scale, and {type(model).__name__} (with tied "
         "embeddings) has none that is known; set moves: all"
     )
-
-
-def _gather_into(weights: dict[str, Tensor], group: list[tuple[str, nn.Parameter]], keep: bool) -> None:
-    sharded = [parameter for _, parameter in group if hasattr(parameter, "ds_id")]
-    if sharded:
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(sharded):
-            _copy(weights, group, keep)
-    else:
-        _copy(weights, group, keep)
-
-
-def _copy(weights: dict[str, Tensor], group: list[tuple[str, nn.Parameter]], keep: bool) -> None:
-    if keep:
-        weights.update({name: parameter.detach().cpu().clone() for name, parameter in group})

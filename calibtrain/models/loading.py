@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save_model
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
 from calibtrain.models import cpu_attention
+from calibtrain.models.adapters import add_adapter, add_lora
 from calibtrain.models.arithmetic import dtype_name, torch_dtype
 from calibtrain.models.compiled import compile_layers
 from calibtrain.models.quantized import (
@@ -28,7 +28,7 @@ from calibtrain.models.quantized import (
     require_compressed_tensors,
     without_bars,
 )
-from calibtrain.spectral.shared_rotation import add_shared_rotations
+from calibtrain.models.sharded_loading import load_in_parts, safetensors_places
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +133,31 @@ def load_settings(config: ModelConfig) -> Any:
     return _from_pretrained(AutoConfig, config)
 
 
-def load_model(config: ModelConfig) -> Any:
+def load_model(config: ModelConfig, zero: dict[str, Any] | None = None) -> Any:
     """Causal language model in the config's dtype, with LoRA adapters when asked for.
 
-    A quantised one computes as its scheme says, on dense weights. Raises UserError where it cannot be loaded.
+    `zero` is a DeepSpeed config of stage 3: the weights then lie in parts on the ranks from the start, and no rank holds the
+    model. Collective with it. A quantised model computes as its scheme says, on dense weights. Raises UserError where it
+    cannot be loaded.
     """
+    from transformers import AutoModelForCausalLM
+
+    model = None if zero is None else load_sharded(AutoModelForCausalLM, config, zero)
+    if model is None:
+        model = _load_whole(config)
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora is not None:
+        model = add_lora(model, config)
+    if config.adapter is not None:
+        model = add_adapter(model, config)
+    if config.compile:
+        compile_layers(model)
+    return model
+
+
+def _load_whole(config: ModelConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     packed = quantisation_of(load_settings(config)) == COMPRESSED_TENSORS
@@ -151,15 +171,35 @@ def load_model(config: ModelConfig) -> Any:
             attn_implementation=attention_implementation(config),
         )
     decompress(model)
-    model.config.use_cache = False
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.lora is not None:
-        model = add_lora(model, config)
-    if config.adapter is not None:
-        model = add_adapter(model, config)
-    if config.compile:
-        compile_layers(model)
+    return model
+
+
+def load_sharded(kind: Any, config: ModelConfig, zero: dict[str, Any]) -> Any:
+    """A model of an Auto class whose weights lie in parts; None where each rank has to read it whole. Collective."""
+    settings = load_settings(config)
+    if quantisation_of(settings) is not None:
+        return None
+    try:
+        places = safetensors_places(lambda name: source_file(config, name))
+        if places is None:
+            logger.warning("%s is not in safetensors: each rank reads it whole", config.source)
+            return None
+
+        def build() -> Any:
+            return kind.from_config(
+                settings,
+                dtype=torch_dtype(config),
+                trust_remote_code=config.trust_remote_code,
+                attn_implementation=attention_implementation(config),
+            )
+
+        model, missing = load_in_parts(build, places, zero, torch_dtype(config), f"model.source: {config.source}")
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.source: cannot load {config.source}: {cause(error)}") from error
+    if missing:
+        logger.warning(
+            "%s: its files lack %d weights, which start at random: %s", config.source, len(missing), missing[:4]
+        )
     return model
 
 
@@ -193,110 +233,6 @@ def attention_implementation(config: ModelConfig) -> str:
     if config.attention == "flex_attention":
         logger.info("model.attention: flex_attention needs a GPU to train; this run takes sdpa")
     return cpu_attention.register() if dtype_name(config) == "bf16" else "sdpa"
-
-
-def add_lora(model: Any, config: ModelConfig) -> Any:
-    """Wrap `model` with PEFT's LoRA; base weights are frozen."""
-    from peft import LoraConfig, get_peft_model
-
-    lora = config.lora
-    if lora is None:
-        return model
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    check_targets(model, lora.target_modules, "model.lora.target_modules")
-    if config.gradient_checkpointing:
-        model.enable_input_require_grads()
-    try:
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=lora.r,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type]
-                lora_dropout=lora.dropout,
-                target_modules=targets,
-                task_type="CAUSAL_LM",
-            ),
-            autocast_adapter_dtype=False,
-        )
-    except ValueError as error:
-        raise UserError(f"model.lora.target_modules: {error}") from error
-
-
-def add_adapter(model: Any, config: ModelConfig, *, find_bases: bool = True) -> Any:
-    """Adapters that can only rotate (and scale) the weights; all the rest is frozen.
-
-    `find_bases=False` leaves the singular bases of a shared rotation for a state dict to bring.
-    """
-    adapter = config.adapter
-    if adapter is None:
-        return model
-    check_targets(model, adapter.target_modules, "model.adapter.target_modules", linear=True)
-    if adapter.kind == "oft":
-        _check_blocks(model, adapter.target_modules, adapter.block_size)
-    if config.gradient_checkpointing:
-        model.enable_input_require_grads()
-    if adapter.kind == "shared_rotation":
-        return add_shared_rotations(model, adapter.rank, adapter.target_modules, find_bases=find_bases)
-    from peft import OFTConfig, get_peft_model
-
-    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
-    # PEFT's Cayley-Neumann series is orthogonal only to first orders and, unlike its exact form, gives the inverse rotation.
-    settings = OFTConfig(
-        oft_block_size=adapter.block_size, target_modules=targets, task_type="CAUSAL_LM", use_cayley_neumann=False
-    )
-    try:
-        return get_peft_model(model, settings, autocast_adapter_dtype=False)
-    except ValueError as error:
-        raise UserError(f"model.adapter: {error}") from error
-
-
-def check_targets(model: Any, targets: Sequence[str] | str, key: str, *, linear: bool = False) -> None:
-    """Raise UserError for a name that reaches no layer, or one that would not be trained and exported as it stands.
-
-    Losses read the weights of the head beside its module, so that an adapter there would never move; and tied embeddings
-    are the head's as well. `linear`: adapters of other layers than linear ones are refused, too.
-    """
-    if isinstance(targets, str):
-        return
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head is not None and head.weight is embedding.weight
-    for target in targets:
-        found = named_layers(model, target)
-        if not found:
-            raise UserError(f"{key}: no layer is called {target!r}; there are {', '.join(_linear_names(model))}")
-        if any(layer is head for layer in found):
-            raise UserError(f"{key}: {target!r} is the language-model head, which is not adapted; leave it out")
-        if any(layer is embedding for layer in found) and (tied or linear):
-            why = "is tied to the head, which is not adapted" if tied else "is not a linear layer"
-            raise UserError(f"{key}: {target!r} {why}; leave it out")
-        if linear and not all(isinstance(layer, torch.nn.Linear) for layer in found):
-            raise UserError(f"{key}: {target!r} is not a linear layer; there are {', '.join(_linear_names(model))}")
-
-
-def named_layers(model: Any, target: str) -> list[Any]:
-    """Modules whose name is `target` or ends with it, as PEFT matches names."""
-    return [one for name, one in model.named_modules() if name == target or name.endswith(f".{target}")]
-
-
-def _linear_names(model: Any) -> list[str]:
-    head = model.get_output_embeddings()
-    linear = [
-        name.rpartition(".")[2]
-        for name, one in model.named_modules()
-        if hasattr(one, "weight") and one.weight.ndim == 2 and one is not head
-        if one is not model.get_input_embeddings()
-    ]
-    return list(dict.fromkeys(linear))
-
-
-def _check_blocks(model: Any, targets: Sequence[str] | str, size: int) -> None:
-    """PEFT would take another block size where this one does not fit, layer by layer."""
-    names = _linear_names(model) if isinstance(targets, str) else targets
-    for name in names:
-        for layer in named_layers(model, name):
-            width = getattr(layer, "in_features", size)
-            if width % size:
-                raise UserError(f"model.adapter.block_size: {size} does not divide the {width} inputs of {name}")
 
 
 def source_file(config: ModelConfig, name: str) -> Path | None:

@@ -100,6 +100,13 @@ class LogprobStep:
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """Anything else that reads weights: `function` of the module itself, as all ranks must call it."""
+
+    function: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
 class StepStatistics:
     """What one micro-batch gives beside its loss."""
 
@@ -146,19 +153,21 @@ class LossModel(nn.Module):
         return counts
 
     def forward(
-        self, step: TrainStep | DecodeStep | StatesStep | HiddenStep | ScoreStep | SpreadStep | LogprobStep
+        self, step: TrainStep | DecodeStep | StatesStep | HiddenStep | ScoreStep | SpreadStep | LogprobStep | Call
     ) -> Any:
         """Run one step; a single entry for all kinds, because ZeRO-3 gathers parameters only inside it.
 
         A TrainStep gives (loss (), StepStatistics), a DecodeStep (hidden (B, H), logits (B, V), cache) and, where it names
         layers, their states (B, layers, H), a StatesStep (hidden (B, count, H), cache), a ScoreStep log-probs (N, K), a
         LogprobStep log-probs (N,) and values (N,) or None, a HiddenStep a tuple of (B, T, H), one for each layer, a
-        SpreadStep the entropy (N,) in nats and the two largest log-probs (N, 2), float32.
+        SpreadStep the entropy (N,) in nats and the two largest log-probs (N, 2), float32, a Call what its function returns.
         """
         if isinstance(step, TrainStep):
             return self._train(step)
         if isinstance(step, LogprobStep):
             return self._logprobs(step)
+        if isinstance(step, Call):
+            return step.function(self)
         if isinstance(step, HiddenStep):
             states = self.policy.backbone(**step.inputs, use_cache=False, output_hidden_states=True).hidden_states
             return tuple(states[layer] for layer in step.layers)

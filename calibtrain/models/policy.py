@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import Batch
 from calibtrain.models.attention_mask import attention_mask
+from calibtrain.models.sharding import full_shape
 from calibtrain.ops import TokenStats, answer_logprobs_at, fused_linear_token_stats, token_set_logprobs
 from calibtrain.ops.head import Head, head_of
 
@@ -126,24 +126,11 @@ class Policy(nn.Module):
         return hidden if self.scale == 1.0 else hidden * self.scale
 
 
-@contextmanager
-def _attention_of(device: torch.device, model: Any) -> Iterator[None]:
-    """FlashAttention runs on GPUs alone: a model that still lies in host memory (ZeRO-3) attends without it."""
-    config = model.config.get_text_config()
-    own = config._attn_implementation
-    if device.type == "cpu" and "flash" in str(own):
-        config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = own
-
-
 @torch.no_grad()
 def check_head(policy: Policy) -> None:
     """Compare the policy's token statistics with the model's own logits on a few tokens.
 
-    It runs where the model lies.
+    It runs where the model lies; of weights in parts, call it within the engine's forward (`Call`).
 
     Raises UserError when they differ: the model does something to its logits that the fused head does not know.
     """
@@ -151,12 +138,11 @@ def check_head(policy: Policy) -> None:
     output = model.get_output_embeddings()
     if output is None or getattr(output, "weight", None) is None:
         raise UserError(f"model.source: {type(model).__name__} has no linear language-model head")
-    ids = torch.arange(1, 9, device=output.weight.device)[None] % output.weight.shape[0]
+    ids = torch.arange(1, 9, device=output.weight.device)[None] % full_shape(output.weight)[0]
     was_training = policy.training
     policy.eval()
-    with _attention_of(ids.device, model):
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        hidden = policy.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    hidden = policy.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
     expected = logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     logprob = policy.token_stats(hidden, ids[0, 1:]).logprob.float()
     policy.train(was_training)

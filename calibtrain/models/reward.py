@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from calibtrain.config import ModelConfig
+from calibtrain.distributed import is_main_rank, wait_for_main
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import Batch, LossTerm
-from calibtrain.models.export import empty_model, restored_model
+from calibtrain.models.arithmetic import torch_dtype
+from calibtrain.models.export import empty_model, grow, merger, rows_of
 from calibtrain.models.loading import load_settings
 from calibtrain.models.loss_model import LossModel, StepStatistics, TrainStep, last_positions
 from calibtrain.models.policy import Policy
+from calibtrain.models.sharding import full_shape
+from calibtrain.models.streamed_export import whole_weights, write_in_files
 from calibtrain.ops import TokenStats, at_least_float32
 
 
@@ -83,7 +87,7 @@ def scalar_head(model: Any, seed: int) -> ScalarHead:
     `model`: the Hugging Face model whose states it reads.
     """
     weight = model.get_input_embeddings().weight
-    size = weight.shape[1]
+    size = full_shape(weight)[1]
     head = ScalarHead(size)
     draws = torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -119,34 +123,48 @@ def check_classifier(model: Any) -> None:
 
 
 def export_reward_model(
-    weights: dict[str, Tensor], score: Tensor, config: ModelConfig, tokenizer: Any, end_id: int, target: Path
+    policy: Policy, score: ScalarHead, config: ModelConfig, tokenizer: Any, end_id: int, target: Path
 ) -> None:
-    """Write a Hugging Face directory that AutoModelForSequenceClassification loads: one label, the reward.
+    """Write a Hugging Face directory that AutoModelForSequenceClassification loads: one label, the reward. Collective.
 
-    `weights` of `gathered_weights`, `score` (1, H) of the head. The tokenizer pads with another token than `end_id`. The
-    tensors keep their dtype, and the config says float32, so that half-precision weights are loaded as that: the
-    classifier's own head would round every score to 8 bits.
+    `score`: the head. The tokenizer pads with another token than `end_id`. The tensors keep their dtype, and the config says
+    float32, so that half-precision weights are loaded as that: the classifier's own head would round every score to 8 bits.
     """
+    dtype = torch_dtype(config)
+    head = whole_weights(list(score.named_parameters()), keep=is_main_rank())
+    model, name = _classifier(config, tokenizer, end_id, rows_of(policy))
+    prefixes = policy.causal_model.base_model_prefix, model.base_model_prefix
+
+    def name_of(causal: str) -> str | None:
+        inner = f"{prefixes[0]}."
+        return f"{prefixes[1]}.{causal.removeprefix(inner)}" if causal.startswith(inner) else None
+
+    more = {name: head["weight"].to(dtype)} if head else {}
+    write_in_files(policy, target, lambda: merger(policy, config), lambda: model, name_of, more)
+
+    def write() -> None:
+        model.config.dtype = torch.promote_types(dtype, torch.float32)
+        model.config.save_pretrained(target)
+        previous, tokenizer.pad_token = tokenizer.pad_token, padding_token(tokenizer, end_id)
+        tokenizer.save_pretrained(target)
+        tokenizer.pad_token = previous
+
+    wait_for_main(write)
+
+
+def _classifier(config: ModelConfig, tokenizer: Any, end_id: int, rows: int) -> tuple[Any, str]:
+    """The classifier without its weights, and the name of its head's."""
     from transformers import AutoModelForSequenceClassification
 
-    causal = restored_model(weights, config)
-    pad = padding_token(tokenizer, end_id)
     settings = load_settings(config)
     settings.num_labels = 1
-    settings.pad_token_id = tokenizer.convert_tokens_to_ids(pad)
-    dtype = causal.get_input_embeddings().weight.dtype
-    model: Any = empty_model(AutoModelForSequenceClassification, settings, config, dtype)
-    model.base_model.load_state_dict(causal.base_model.state_dict(), assign=True)
+    settings.pad_token_id = tokenizer.convert_tokens_to_ids(padding_token(tokenizer, end_id))
+    model: Any = empty_model(AutoModelForSequenceClassification, settings, config, torch_dtype(config))
+    grow(model, rows)
+    shape = (1, model.get_input_embeddings().weight.shape[1])
     heads = [
-        module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.shape == score.shape
+        (name, one) for name, one in model.named_modules() if isinstance(one, nn.Linear) and one.weight.shape == shape
     ]
-    if len(heads) != 1 or heads[0].bias is not None:
+    if len(heads) != 1 or heads[0][1].bias is not None:
         raise RuntimeError(f"{type(model).__name__} has no plain scalar head to put the reward's weights into")
-    heads[0].weight = nn.Parameter(score.detach().to("cpu", dtype))
-    model.save_pretrained(target)
-    model.config.dtype = torch.promote_types(dtype, torch.float32)
-    model.config.save_pretrained(target)
-    previous = tokenizer.pad_token
-    tokenizer.pad_token = pad
-    tokenizer.save_pretrained(target)
-    tokenizer.pad_token = previous
+    return model, f"{heads[0][0]}.weight"

@@ -15,6 +15,8 @@ from calibtrain.distributed import World, gather_lists
 from calibtrain.errors import UserError
 from calibtrain.models.loading import LEARNED_POSITIONS, cause
 from calibtrain.models.quantized import check_full_precision
+from calibtrain.models.sharded_loading import load_in_parts, safetensors_places
+from calibtrain.models.sharding import full_shape, inference_settings, run_sharded
 from calibtrain.ops import at_least_float32
 
 ENCODERS = ("albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "roberta", "xlm-roberta", "modernbert")
@@ -33,13 +35,13 @@ class RewardScorer:
         self, source: ModelSource, key: str, dtype: torch.dtype, world: World, zero: dict[str, Any] | None = None
     ) -> None:
         self.world, self.sharded, self.batch_size = world, zero is not None, source.batch_size
-        model, tokenizer = _loaded(source, key, dtype), reward_tokenizer(source, key)
+        model, tokenizer = _loaded(source, key, dtype, zero), reward_tokenizer(source, key)
         self.room = min(source.max_length, _positions(model.config) or source.max_length)
         self.own_pad: int | None = tokenizer.pad_token_id
-        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self.vocabulary = int(full_shape(model.get_input_embeddings().weight)[0])
         _multiply_in_float32(model)
         self.settings = model.config.get_text_config()
-        self.engine = None if zero is None else _sharded(model, dtype, zero)
+        self.engine = None if zero is None else run_sharded(model, dtype, zero)
         self.model: Any = model.to(world.device) if self.engine is None else self.engine.module
         self.model.eval()
 
@@ -153,14 +155,23 @@ def reward_file(source: ModelSource, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _loaded(source: ModelSource, key: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForSequenceClassification
+def _loaded(source: ModelSource, key: str, dtype: torch.dtype, zero: dict[str, Any] | None) -> Any:
+    from transformers import AutoModelForSequenceClassification as Classifier
 
-    reward_settings(source, key)
-    model, found = _from_pretrained(
-        AutoModelForSequenceClassification, source, key, dtype=dtype, output_loading_info=True
-    )
-    if missing := sorted(found["missing_keys"]):
+    settings = reward_settings(source, key)
+    places = None if zero is None else safetensors_places(lambda name: reward_file(source, name))
+    if zero is not None and places is not None:
+        model, lost = load_in_parts(
+            lambda: Classifier.from_config(settings, dtype=dtype),
+            places,
+            inference_settings(dtype, zero),
+            dtype,
+            f"{key}: {source.path}",
+        )
+    else:
+        model, found = _from_pretrained(Classifier, source, key, dtype=dtype, output_loading_info=True)
+        lost = found["missing_keys"]
+    if missing := sorted(lost):
         raise UserError(
             f"{key}: {source.path} lacks {len(missing)} weights, {missing[0]} among them: it would score by chance"
         )
@@ -178,21 +189,6 @@ def _multiply_in_float32(model: Any) -> None:
 
     if heads:
         heads[-1].forward = forward  # its hooks, which bring a sharded weight, stay
-
-
-def _sharded(model: Any, dtype: torch.dtype, zero: dict[str, Any]) -> Any:
-    """The model in DeepSpeed's engine without an optimizer: its weights lie in parts on the ranks."""
-    import deepspeed
-
-    ours = {key: value for key, value in zero.items() if not key.startswith("offload_optimizer")}
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {**ours, "stage": 3},
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "steps_per_print": None,
-    }
-    engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False)
-    return engine
 
 
 def _positions(settings: Any) -> int | None:

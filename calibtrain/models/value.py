@@ -82,15 +82,15 @@ def check_value_source(config: RunConfig, tokenizer: Any) -> None:
     _source_head(settings)
 
 
-def load_value_model(config: RunConfig) -> ValueModel:
+def load_value_model(config: RunConfig, zero: dict[str, Any] | None = None) -> ValueModel:
     """The value model of a run, in the policy's dtype; a reward model's head is its first head, else it is drawn.
 
-    Raises UserError where it cannot be loaded.
+    `zero` as in `load_model`. Raises UserError where it cannot be loaded.
     """
     settings = value_config(config)
     found = None if settings is config.model else _source_head(settings)
     with nullcontext() if found is None else _without_report():
-        model = load_model(settings)
+        model = load_model(settings, zero)
     causal = unwrapped(model)
     score = scalar_head(causal, config.seed)
     if found is not None:

@@ -25,7 +25,8 @@ from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World
 from calibtrain.engines import VLLMServer, interpreter
 from calibtrain.errors import Unreachable, UserError
-from calibtrain.models.loading import add_lora, check_positions, check_weights, described_model, load_tokenizer
+from calibtrain.models.adapters import add_lora
+from calibtrain.models.loading import check_positions, check_weights, described_model, load_tokenizer
 from calibtrain.models.reward import padding_token
 from calibtrain.models.value import check_value_source
 from calibtrain.pipeline.prepare import (
@@ -278,8 +279,8 @@ def advice(config: RunConfig, checked: Checked) -> list[str]:
     judged = config.trains_on_rollouts and any(isinstance(one, ModelSource) for one in rollouts.paid_by)
     if judged and getattr(config.objective, "beta", None) == 0.0:
         found.append(
-            "objective.beta: 0 leaves nothing between the policy and what the reward model mistakes for good; 1 pays a nat of "
-            "distance from the starting model for a nat of reward (docs/rlhf.md)"
+            "objective.beta: 0 leaves nothing between the policy and what the reward model mistakes for good; 1 pays a nat "
+            "of distance from the starting model for a nat of reward (docs/rlhf.md)"
         )
     if judged and not held_out:
         found.append(

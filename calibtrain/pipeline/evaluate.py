@@ -21,16 +21,19 @@ from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.answered import Answered, answer_table, token_logprob_table
 from calibtrain.confidence.features import Fingerprint
-from calibtrain.confidence.forced import Forced, forced_answers
 from calibtrain.confidence.head import FittedHead, has_head
 from calibtrain.confidence.likelihood import answer_questions
 from calibtrain.config import RunConfig
 from calibtrain.data.templates import Template, template_of
+from calibtrain.distributed import all_agree
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
+from calibtrain.models.arithmetic import torch_dtype
 from calibtrain.models.loading import answering_config, load_model, load_tokenizer
-from calibtrain.models.loss_model import LossModel
+from calibtrain.models.loss_model import Call, LossModel
 from calibtrain.models.policy import Policy, check_head
+from calibtrain.models.sharding import inference_settings, run_sharded
+from calibtrain.pipeline import team
 from calibtrain.pipeline.calibration_file import made_by, made_by_source, weights_hash
 from calibtrain.pipeline.options import option_matrices, options_part, print_options
 from calibtrain.pipeline.prepare import prepare, with_examples
@@ -99,10 +102,27 @@ class Loaded:
         self.name = str(model or config.model.source)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.template = template_of(config, load_tokenizer(source))
-        policy = Policy(load_model(source)).to(self.device)
-        check_head(policy)
-        self.model = LossModel(policy).eval()
         self.head: FittedHead | None = None  # whose scores `measure` gives as well
+        self.team, zero = team.current(), None
+        if self.team is not None:
+            self.team.load(self, config, model)
+            self.device = self.team.world.device
+            # A run that divided its training has a model that may not fit into one process.
+            zero = inference_settings(torch_dtype(source)) if config.training.zero_stage == 3 else None
+        self.lockstep = zero is not None  # all ranks run the same passes, on weights that lie in parts
+        module = LossModel(Policy(load_model(source, zero))).eval()
+        self._model = module.to(self.device) if zero is None else run_sharded(module, torch_dtype(source)).module
+        self._model(Call(lambda one: check_head(one.policy)))
+
+    @property
+    def model(self) -> LossModel:
+        """The model, which this process holds whole. UserError where it lies in parts."""
+        if self.lockstep:
+            raise UserError(
+                "training.zero_stage: 3 divides the model over the processes, and this needs it whole in one: leave out "
+                "--num-processes, or let a server answer (--engine http://...)"
+            )
+        return self._model
 
     def answer(
         self,
@@ -111,15 +131,20 @@ class Loaded:
         on_batch: Any = lambda questions_done: None,
         layers: tuple[int, ...] = (),
     ) -> Answered:
-        """Graded answers to `records` with their hidden states, and with what a confidence head reads of `layers`."""
+        """Graded answers to `records` with their hidden states, and with what a confidence head reads of `layers`.
+
+        In this process alone; in lockstep every rank must ask as many.
+        """
         return answer_questions(
-            self.model,
+            self._model,
             self.template,
             records,
             self.config.evaluation,
             shots=shots,
             device=self.device,
             graded=self.graded,
+            all_done=(lambda done: all_agree(done, self.device)) if self.lockstep else bool,
+            share_prefix=not self.lockstep,
             layers=layers,
             on_batch=on_batch,
         )
@@ -140,14 +165,23 @@ class Loaded:
                 "calibration.method: adaptive_temperature reads the tokens of generated answers, and these are chosen among "
                 "options: take temperature, vector_scaling or matrix_scaling"
             )
+        if self.team is not None:
+            return self.team.measure(self, records, shots, on_batch)
+        return self.measure_alone(records, shots, on_batch)
+
+    def measure_alone(
+        self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None
+    ) -> Measurement:
+        """Answer and grade `records` in this process; in lockstep every rank must ask as many."""
+        by_token = self.config.calibration.method == "adaptive_temperature"
         answered = self.answer(records, shots, on_batch, () if self.head is None else self.head.layers)
         told = None if self.head is None else self.head.score(answered).values
         features = answered.features
         asked = None if answered.asked is None else answered.asked.numpy()
         if not by_token:
-            whole = answer_table(self.model, answered, TEMPERATURE_GRID, self.device)
+            whole = answer_table(self._model, answered, TEMPERATURE_GRID, self.device)
             return Measurement(answered.answers, whole.numpy(), states=asked, told=told)
-        per_token = token_logprob_table(self.model, features, TEMPERATURE_GRID, self.device).numpy()
+        per_token = token_logprob_table(self._model, features, TEMPERATURE_GRID, self.device).numpy()
         owner = features.sequence_ids.numpy()
         table = np.zeros((len(answered.answers), len(TEMPERATURE_GRID)))
         np.add.at(table, owner, per_token)
@@ -200,19 +234,6 @@ def _head_of(model: Path | None, template: Template) -> FittedHead | None:
     except UserError as error:
         print(f"left out: {error}")
         return None
-
-
-def run_forced(config: RunConfig, *, model: Path | None, split: str) -> Forced:
-    """Let a model that may refuse answer a split, force an answer where it does, and print refusals and over-refusals."""
-    prepared = prepare(config)
-    records = prepared.splits[split]
-    if not records:
-        raise UserError(f"data.splits.{split}: 0 questions; ask for some in the config")
-    loaded = Loaded(config, model)
-    shots = () if model is not None else prepared.shots
-    found = forced_answers(loaded.model, loaded.template, records, config.evaluation, shots=shots, device=loaded.device)
-    _print_forced(found, f"{model or config.model.source}, {split}")
-    return found
 
 
 def with_progress(
@@ -364,24 +385,6 @@ def _tell_of_the_judge(measurement: Measurement, model: Path | None) -> None:
     from calibtrain.pipeline.judged import corrected_line  # which reads answers by this module
 
     Console(highlight=False, soft_wrap=True).print(corrected_line(measurement, model), markup=False)
-
-
-def _print_forced(found: Forced, title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    statistics, (refused, right, low, high) = found.statistics, found.over_refusal
-    rows = {
-        "questions": str(statistics.n),
-        "refused": f"{statistics.refusal_rate:.1%}",
-        "answered wrongly, of all": f"{statistics.hallucination_rate:.1%}",
-        "wrong among the given": f"{statistics.risk:.1%} ({statistics.risk_low:.1%} to {statistics.risk_high:.1%})",
-        "refused though it knew": f"{refused} of {right} ({low:.1%} to {high:.1%})",
-    }
-    table = Table(title=title, title_justify="left", show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console(highlight=False).print(table)
 
 
 def _print(metrics: dict[str, float], title: str) -> None:

@@ -12,7 +12,7 @@ from calibtrain.config import RunConfig
 from calibtrain.data.reward_text import write_reward_template
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World, wait_for_main
-from calibtrain.models.export import export_adapter, export_model, gathered_weights
+from calibtrain.models.export import export_adapter, export_model
 from calibtrain.models.reward import RewardLossModel, export_reward_model
 from calibtrain.pipeline.calibration_file import weights_hash
 from calibtrain.training.engine import Engine
@@ -32,24 +32,24 @@ def export_run(
     A confidence head is written beside it before, with the hash of the very weights.
     """
     engine.module.settle()
-    weights = gathered_weights(engine.module.policy, keep=world.is_main)
-    head = engine.module.score if isinstance(engine.module, RewardLossModel) else None
-    score = {} if head is None else gathered_weights(head, keep=world.is_main)
+    policy, module = engine.module.policy, engine.module
     partial = target.with_name(target.name + ".partial")
+    wait_for_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+    if isinstance(module, RewardLossModel):
+        export_reward_model(policy, module.score, config.model, template.tokenizer, template.end_id, partial)
+    else:
+        if config.model.lora is not None:
+            adapter = target.with_name("adapter")
+            wait_for_main(lambda: shutil.rmtree(adapter, ignore_errors=True))
+            export_adapter(policy, config.model, adapter)
+        export_model(policy, config.model, template.tokenizer, partial, scale, template.end_id)
 
-    def write() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        if score:
-            export_reward_model(weights, score["weight"], config.model, template.tokenizer, template.end_id, partial)
+    def finish() -> None:
+        if isinstance(module, RewardLossModel):
             write_reward_template(config.data, partial)
-        else:
-            if config.model.lora is not None:  # before it is merged, which is done in place
-                shutil.rmtree(target.with_name("adapter"), ignore_errors=True)
-                export_adapter(weights, config.model, target.with_name("adapter"))
-            export_model(weights, config.model, template.tokenizer, partial, scale, template.end_id)
         if confidence is not None:
             replace(confidence, fingerprint=Fingerprint(weights_hash(partial), template.hash)).save(target.parent)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
 
-    wait_for_main(write)
+    wait_for_main(finish)

@@ -22,22 +22,19 @@ from calibtrain.data.lazy import Lazy
 from calibtrain.data.loader import planned_steps
 from calibtrain.data.templates import Template, template_of
 from calibtrain.data.unpaired import mismatched
-from calibtrain.distributed import World, check_alike, gather_lists, on_main, shard, start_world
+from calibtrain.distributed import World, all_agree, check_alike, gather_lists, on_main, shard, start_world
 from calibtrain.errors import Preempted
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
-from calibtrain.models.arithmetic import settled, told
+from calibtrain.models.arithmetic import settled, told, torch_dtype
 from calibtrain.models.confidence_head import ConfidenceHead
 from calibtrain.models.export import check_scale_folds
 from calibtrain.models.loading import answering_config, load_model, load_tokenizer
-from calibtrain.models.loss_model import LossModel
+from calibtrain.models.loss_model import Call, LossModel
 from calibtrain.models.policy import Policy, check_head
-from calibtrain.models.reward import (
-    RewardLossModel,
-    ValueLossModel,
-    check_classifier,
-)
+from calibtrain.models.reward import RewardLossModel, ValueLossModel, check_classifier
+from calibtrain.models.sharding import full_shape, run_sharded
 from calibtrain.models.value import OwnValueLossModel, load_value_model
 from calibtrain.pipeline.check import Checked, advice, check, check_rollout_engine
 from calibtrain.pipeline.export_run import export_run
@@ -57,7 +54,7 @@ from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.best import check_metric
 from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
-from calibtrain.training.deepspeed_config import BatchPlan, batch_plan
+from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, sharding
 from calibtrain.training.engine import Engine, start_engine
 from calibtrain.training.head_fit import HeadFit, fresh_questions
 from calibtrain.training.held_out import HeldOut, encode_held_out
@@ -77,6 +74,8 @@ logger = logging.getLogger(__name__)
 
 HEAD_LAYERS = 4
 """Layers that a confidence head reads unless they are named."""
+REFERENCE_BATCH = 16
+"""Sequences at once of which the starting model's log-probs are measured."""
 KEPT_STEPS = 4
 """Of so many steps the encoded records stay in memory, where they are encoded as their turn comes."""
 
@@ -109,14 +108,12 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         _add_rejected(config, prepared, template, world)
     prepared.splits["train"] = learned_records(config, prepared.splits["train"], prepared.drops)
     torch.manual_seed(config.seed + world.rank)
-    model = build_model(config, template, world.device)
-    examples = training_examples(config, prepared, template, model, world)
+    engine, layout = begin_engine(config, template, world)
+    examples = training_examples(config, prepared, template, engine.module, world)
     if examples:
-        check_learns(config, model, examples)
+        check_learns(config, engine.module, examples)
     validation = encode_held_out(prepared.splits["validation"], config, template)
-    held_out = _with_reference(config, validation, template, model, world) if validation else []
-    layout = row_layout(config, model.policy)
-    engine = start_engine(model, config, world)
+    held_out = _with_reference(config, validation, template, engine.module, world) if validation else []
     if world.device.type == "cpu":
         release_freed_memory()  # what flattening the weights left behind would be fragmented by the first steps
     trainer = _trainer(config, prepared, template, engine, world, layout, examples, held_out)
@@ -182,17 +179,31 @@ def _what_ranks_share(config: RunConfig, checked: Checked) -> dict[str, str]:
     }
 
 
-def build_model(config: RunConfig, template: Template | None = None, device: torch.device | str = "cpu") -> LossModel:
+def begin_engine(config: RunConfig, template: Template, world: World) -> tuple[Engine, dict[str, Any]]:
+    """The engine of a run and how its rows are laid out (`row_layout`). Collective.
+
+    Raises UserError as `build_model`, and when the model's head is not supported.
+    """
+    model = build_model(config, template, world.device, sharding(config, world.size))
+    engine = start_engine(model, config, world)  # first: what reads weights in parts runs within its forward alone
+    engine.module(Call(lambda module: check_head(module.policy)))
+    return engine, engine.module(Call(lambda module: row_layout(config, module.policy)))
+
+
+def build_model(
+    config: RunConfig,
+    template: Template | None = None,
+    device: torch.device | str = "cpu",
+    zero: dict[str, Any] | None = None,
+) -> LossModel:
     """The module that DeepSpeed wraps; a token that its losses need is added to the model and the template's tokenizer.
 
-    It goes to `device` at once where each rank holds it whole: some attention runs there alone. ZeRO-3 shards it first.
-
-    Raises UserError when the model's head is not supported, or a loss cannot be built.
+    It goes to `device` at once where each rank holds it whole. `zero` (of `sharding`): its weights lie in parts from the
+    start, which is collective. Raises UserError when a loss cannot be built.
     """
-    policy = Policy(load_model(config.model))
+    policy = Policy(load_model(config.model, zero))
     if config.training.zero_stage < 3:
         policy.to(device)
-    check_head(policy)
     # A penalty that moves only the logit scale is solved by the answer stream, outside the gradient.
     if any(getattr(penalty, "moves", None) == "scale" for penalty in config.penalties):
         check_scale_folds(policy.causal_model)
@@ -206,7 +217,7 @@ def build_model(config: RunConfig, template: Template | None = None, device: tor
     if module == "value head":
         model: LossModel = ValueLossModel(policy, objective, penalties, config.seed)
     elif module == "value model":
-        value = load_value_model(config)
+        value = load_value_model(config, zero)
         if config.training.zero_stage < 3:
             value.to(device)
         model = OwnValueLossModel(policy, value, objective, penalties)
@@ -223,7 +234,7 @@ def with_confidence_head(model: LossModel, config: RunConfig) -> LossModel:
         score, share = config.head_score
         model.confidence_head = ConfidenceHead(
             section.layers or default_layers(depth_of(model), HEAD_LAYERS),
-            weight.shape[1],
+            full_shape(weight)[1],
             score=score,
             weight=share,
             trains_backbone=section.trains_backbone,
@@ -236,8 +247,8 @@ def training_examples(
 ) -> Sequence[tuple[Encoded, ...]]:
     """The training records as sequences; where a loss asks for it, with the starting model's log-probs.
 
-    Behind each unpaired answer stands its prompt with another's. Empty where the loop makes its own. Call it before the
-    engine takes the model apart. Collective.
+    Behind each unpaired answer stands its prompt with another's. Empty where the loop makes its own. Call it before a
+    checkpoint is loaded. Collective.
     """
     if config.objective.needs.answers_itself:
         return []
@@ -263,8 +274,15 @@ def _with_reference(
     if world.is_main:
         logger.info("measuring the starting model's log-probs of %d examples", len(examples))
     mine = shard(examples, world)
-    model.to(world.device)
-    known = with_reference_logprobs(model.policy, [one for group in mine for one in group], template.pad_id)
+    flat = [one for group in mine for one in group]
+    known = with_reference_logprobs(
+        model.policy,
+        flat,
+        template.pad_id,
+        batch_size=REFERENCE_BATCH,
+        within=lambda call: model(Call(lambda module: call())),
+        passes=max(gather_lists([-(-len(flat) // REFERENCE_BATCH)])),
+    )
     place = iter(known)
     return gather_lists([tuple(next(place) for _ in group) for group in mine])
 
@@ -293,7 +311,7 @@ def _trainer(
         stream = AnswerStream(config.penalties_on_answers, answerer, questions, config.seed, config.data.max_length)
     average = None
     if config.training.average_last:
-        average = WeightAverage(engine.module.policy, config.training.average_last, steps)
+        average = WeightAverage(engine.module.policy, config.training.average_last, steps, world.rank, world.size)
     head_fit = None
     if config.confidence_head is not None:
         fresh = fresh_questions(config, train, steps, plan.global_batch_size)
@@ -344,33 +362,39 @@ def _changing_examples(
 
 
 def _rollouts(config: RunConfig, train: Sequence[Record], answerer: Answerer, plan: BatchPlan) -> Rollouts:
-    reference = None
-    if config.objective.needs.reference == "live" and config.model.lora is None:
-        reference = (
-            LossModel(Policy(load_model(answering_config(config.model))))
-            .to(answerer.world.device)
-            .eval()
-            .requires_grad_(False)
-        )
+    live = config.objective.needs.reference == "live" and config.model.lora is None
+    reference = starting_model(config, answerer.world) if live else None
     return Rollouts(config, answerer, train, plan, reference)
+
+
+def starting_model(config: RunConfig, world: World) -> LossModel:
+    """The frozen model that the run starts from, without adapters: in parts under ZeRO-3. Collective there."""
+    zero = sharding(config, world.size)
+    model = LossModel(Policy(load_model(answering_config(config.model), zero))).eval().requires_grad_(False)
+    if zero is None:
+        return model.to(world.device)
+    return run_sharded(model, torch_dtype(config.model), zero["zero_optimization"]).module.eval()
 
 
 def _add_rejected(config: RunConfig, prepared: Prepared, template: Template, world: World) -> None:
     """Sample wrong answers from the starting model, each rank its share."""
 
     def sample(records: Sequence[Record], shots: Sequence[Record]) -> list[list[str]]:
-        model: Any = LossModel(Policy(load_model(config.model))).to(world.device).eval()
+        lockstep = config.training.zero_stage == 3
+        mine = shard(records, world)
+        more = [records[0]] if lockstep and len(mine) < -(-len(records) // world.size) else []  # as many on every rank
         own = sample_answers(
-            model,
+            starting_model(config, world),
             template,
-            shard(records, world),
+            [*mine, *more],
             config.evaluation,
             samples=SAMPLES_PER_QUESTION,
             seed=config.seed + world.rank,
             shots=shots,
             device=world.device,
+            all_done=(lambda done: all_agree(done, world.device)) if lockstep else bool,
         )
-        return gather_lists(own)
+        return gather_lists(own[: len(mine)])
 
     add_own_wrong_answers(config, prepared, template, sample)
     if world.device.type == "cpu":

@@ -11,7 +11,8 @@ set. Q = (I + K)^-1 (I - K) with K skew (Cayley): exactly orthogonal, never a re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -78,14 +79,23 @@ class SharedRotationLinear(nn.Module):
         return (rotation * values) @ rotation.mT - torch.diag(values)
 
 
-def add_shared_rotations(model: Any, rank: int, target_modules: Sequence[str] | str, *, find_bases: bool = True) -> Any:
+def add_shared_rotations(
+    model: Any,
+    rank: int,
+    target_modules: Sequence[str] | str,
+    *,
+    find_bases: bool = True,
+    whole: Callable[[nn.Linear], AbstractContextManager[None]] = lambda layer: nullcontext(),
+) -> Any:
     """Replace the linear layers that `target_modules` names (or "all-linear" but the head) and freeze all the rest.
 
-    Raises UserError when nothing is named by it.
+    Within `whole(layer)` a layer's weight, which may lie in parts elsewhere, is there. Raises UserError when nothing is
+    named by `target_modules`.
     """
     model.requires_grad_(False)
     for parent, name, layer in _linear_layers(model, target_modules):
-        setattr(parent, name, SharedRotationLinear(layer, rank, find_bases=find_bases))
+        with whole(layer):
+            setattr(parent, name, SharedRotationLinear(layer, rank, find_bases=find_bases))
     return model
 
 

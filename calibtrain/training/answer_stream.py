@@ -17,7 +17,7 @@ from calibtrain.config import AnswerScoreConfig, OwnAnswersConfig
 from calibtrain.data.encode import Encoded, encode_answer
 from calibtrain.data.loader import permutation
 from calibtrain.data.queries import confidence_queries, correctness_queries
-from calibtrain.distributed import World, gather_rows, shard
+from calibtrain.distributed import World, gather_lists, gather_rows
 from calibtrain.errors import UserError
 from calibtrain.records import Record
 
@@ -81,12 +81,12 @@ class AnswerStream:
             return None
         policy = self.answerer.module.policy
         policy.scale = 1.0
-        answered = self._ask(-(-step // self.config.refresh_every) - 1)
-        table = self._table(answered, TEMPERATURES)
+        answers, own = self._ask(-(-step // self.config.refresh_every) - 1)
+        table = self._table(own, TEMPERATURES)
         temperature = optimal_temperature(table.numpy(), self.correct, TEMPERATURES, score=self.scale.score)
         policy.scale = 1.0 / temperature
-        rescored = self._table(answered, (1.0,))[:, 0].tolist()  # at the solved scale, as one number an answer
-        return [one.rescored(logprob) for one, logprob in zip(answered.answers, rescored, strict=True)]
+        rescored = self._table(own, (1.0,))[:, 0].tolist()  # at the solved scale, as one number an answer
+        return [one.rescored(logprob) for one, logprob in zip(answers, rescored, strict=True)]
 
     def share(self, step: int, micro_batch: int, micro_batches: int, world: World) -> list[Encoded]:
         """Sequences of one micro-batch's answers; all ranks' shares make up the step's answers."""
@@ -108,21 +108,23 @@ class AnswerStream:
         self.asked, self.texts, self.correct = (list(state[name]) for name in ("asked", "texts", "correct"))  # type: ignore[call-overload]
         self.answerer.module.policy.scale = float(state["scale"])  # type: ignore[arg-type]
 
-    def _ask(self, round_number: int) -> Answered:
+    def _ask(self, round_number: int) -> tuple[list[Answer], Answered]:
+        """All ranks' answers, and this one's own with their states. Collective."""
         count = min(self.config.questions_per_refresh, len(self.questions))
         order = permutation(len(self.questions), f"questions {self.seed}")
         start = round_number * count
         self.asked = [order[(start + i) % len(order)] for i in range(count)]
-        answered = self.answerer([self.questions[i] for i in self.asked])
-        self.texts = [answer.said for answer in answered.answers]
-        self.correct = [bool(answer.correct) for answer in answered.answers]
-        self._fit(answered)
-        return answered
+        own = self.answerer.share([self.questions[i] for i in self.asked])
+        answers = gather_lists(own.answers)
+        self.texts = [answer.said for answer in answers]
+        self.correct = [bool(answer.correct) for answer in answers]
+        self._fit(answers)
+        return answers, own
 
-    def _fit(self, answered: Answered) -> None:
+    def _fit(self, answers: Sequence[Answer]) -> None:
         """Tell calibration_aware what the held-out answers were worth."""
         held = [i for i, question in enumerate(self.asked) if question in self.held_out]
-        confidence = torch.tensor([answered.answers[i].confidence for i in held], dtype=torch.float64)
+        confidence = torch.tensor([answers[i].confidence for i in held], dtype=torch.float64)
         correct = torch.tensor([self.correct[i] for i in held], dtype=torch.float64)
         for penalty in self.answerer.module.penalties if held else ():
             if hasattr(penalty, "fit"):
@@ -150,9 +152,7 @@ class AnswerStream:
             found += confidence_queries([record], [text], [correct], template, room, asked.levels)
         return [replace(one, record_id=place) for one in found]
 
-    def _table(self, answered: Answered, temperatures: Sequence[float]) -> torch.Tensor:
-        """Log-prob of every answer at each temperature, each rank scoring its share. (answers, temperatures) float64."""
-        world = self.answerer.world
-        mine = torch.tensor(shard(range(len(answered.answers)), world), dtype=torch.int64)
-        table = answer_table(self.answerer.module, answered.select(mine), temperatures, world.device)
-        return gather_rows(table, world.device)
+    def _table(self, own: Answered, temperatures: Sequence[float]) -> torch.Tensor:
+        """Log-prob of every answer at each temperature, each rank scoring its `own`. (answers, temperatures) float64."""
+        device = self.answerer.world.device
+        return gather_rows(answer_table(self.answerer.module, own, temperatures, device), device)

@@ -7,9 +7,14 @@ what it memorised, and costs one more copy of the weights. It observes: the traj
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from calibtrain.losses.rotation_step import share
+from calibtrain.models.sharding import is_sharded
 
 SNAPSHOTS = 50
 """Weights of about so many steps, evenly spaced, enter the mean; more cost time and change nothing."""
@@ -18,14 +23,15 @@ SNAPSHOTS = 50
 class WeightAverage:
     """Running mean of the trained weights in fp32, over snapshots of the last `share` of `total_steps`.
 
-    Every rank keeps the mean of what it holds whole, so it works below ZeRO-3, where weights are not partitioned.
+    Each rank of `ranks` keeps the mean of its own elements: its ZeRO-3 parts, or a share of what every rank holds whole.
     """
 
-    def __init__(self, module: nn.Module, share: float, total_steps: int) -> None:
+    def __init__(self, module: nn.Module, share: float, total_steps: int, rank: int = 0, ranks: int = 1) -> None:
         self.parameters = {name: one for name, one in module.named_parameters() if one.requires_grad}
         self.first = total_steps - max(1, round(share * total_steps))
         self.every = max(1, (total_steps - self.first) // SNAPSHOTS)
         self.total_steps = total_steps
+        self.rank, self.ranks = rank, ranks
         self.count = 0
         self.means: dict[str, Tensor] = {}
 
@@ -36,24 +42,46 @@ class WeightAverage:
             return
         self.count += 1
         for name, parameter in self.parameters.items():
+            own = self._own(parameter)
             if name not in self.means:
-                self.means[name] = parameter.detach().float().clone()
+                self.means[name] = own.float().clone()
             else:
                 mean = self.means[name]
-                mean.add_(parameter.detach().to(mean.dtype) - mean, alpha=1.0 / self.count)
+                mean.add_(own.to(mean.dtype) - mean, alpha=1.0 / self.count)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Put the mean in place of the weights; the optimiser's own copy is not touched, so train no further."""
+        """Put the mean in place of the weights; the optimiser's own copy is not touched, so train no further. Collective."""
         for name, mean in self.means.items():
-            self.parameters[name].copy_(mean)
+            parameter: Any = self.parameters[name]
+            if is_sharded(parameter):
+                self._own(parameter).copy_(mean)
+                if (
+                    parameter.data.numel() == parameter.ds_numel
+                ):  # a small weight, which ZeRO-3 keeps whole beside its parts
+                    parameter.partition()
+                    parameter.all_gather()
+                continue
+            if self.ranks > 1:
+                whole = mean.new_zeros(parameter.numel())
+                whole[slice(*share(parameter.numel(), self.rank, self.ranks))] = mean
+                dist.all_reduce(whole)  # each element is one rank's, and 0 on the others
+                mean = whole
+            parameter.copy_(mean.view_as(parameter))
 
     def tensors(self) -> dict[str, Tensor]:
-        """State for a checkpoint, the same on every rank."""
+        """State of this rank for a checkpoint."""
         return {"count": torch.tensor(self.count), **{f"mean/{name}": mean for name, mean in self.means.items()}}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up the state of a checkpoint, each mean where its weight lies."""
         self.count = int(tensors["count"])
         saved = {name.removeprefix("mean/"): mean for name, mean in tensors.items() if name.startswith("mean/")}
-        self.means = {name: mean.to(self.parameters[name].device, copy=True) for name, mean in saved.items()}
+        self.means = {name: mean.to(self._own(self.parameters[name]).device, copy=True) for name, mean in saved.items()}
+
+    def _own(self, parameter: Any) -> Tensor:
+        """This rank's elements of a weight as they are now, flat."""
+        if is_sharded(parameter):
+            return parameter.ds_tensor.detach().view(-1)
+        flat = parameter.detach().reshape(-1)
+        return flat[slice(*share(flat.numel(), self.rank, self.ranks))]

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 ENGINE_KEYS = ("address", "launch", "python", "arguments", "environment", "host", "directory", "wait", "tolerance")
 """Where and how the engine of rollouts runs, not who it is and when it samples."""
+AVERAGE = "average/"
+"""Before the names of a rank's averaged weights among its tensors."""
 FREE_TO_CHANGE = (
     "name",
     "output_dir",
@@ -104,9 +106,9 @@ def save_checkpoint(
         error = _write_engine(engine, partial)
         if error is None:
             try:
-                _write_rank_state(partial, engine, stream, hooks, world, rollouts)
+                _write_rank_state(partial, engine, stream, average, hooks, world, rollouts)
                 if world.is_main:
-                    _write_run_state(partial, progress, average, config, data_hash, world)
+                    _write_run_state(partial, progress, config, data_hash, world)
             except (OSError, SafetensorError) as caught:
                 error = caught
         if error is not None:
@@ -197,7 +199,7 @@ def load_checkpoint(
     if rollouts is not None:
         rollouts.load_state_dict(state["rollouts"])
     if average is not None:
-        average.load(load_file(path / "average.safetensors"))
+        average.load({name.removeprefix(AVERAGE): one for name, one in tensors.items() if name.startswith(AVERAGE)})
     hooks.load_state_dict(_with_tensors(state["hooks"], tensors))
     run = _read_run(path)
     # Last: loading draws random numbers.
@@ -302,11 +304,14 @@ def _write_rank_state(
     partial: Path,
     engine: Engine,
     stream: AnswerStream | None,
+    average: WeightAverage | None,
     hooks: HookList,
     world: World,
     rollouts: ChangingExamples | None,
 ) -> None:
     tensors = {"rng/cpu": torch.get_rng_state()}
+    if average is not None:
+        tensors |= {f"{AVERAGE}{name}": one for name, one in average.tensors().items()}
     if world.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state(world.device)
     plain = _without_tensors(hooks.state_dict(), "hooks", tensors)
@@ -324,14 +329,11 @@ def _write_rank_state(
 def _write_run_state(
     partial: Path,
     progress: Progress,
-    average: WeightAverage | None,
     config: RunConfig,
     data_hash: str,
     world: World,
 ) -> None:
     """What is the same on every rank. run.json makes a checkpoint whole, and comes last."""
-    if average is not None:
-        save_file(average.tensors(), partial / "average.safetensors")
     _write_json(
         partial / "run.json",
         {

@@ -106,6 +106,11 @@ def deepspeed_dict(config: RunConfig, world_size: int, *, hidden_size: int | Non
     return _fill(theirs, {**ours, "zero_optimization": {**ours["zero_optimization"], **_auto_buckets(hidden_size)}})
 
 
+def sharding(config: RunConfig, world_size: int) -> dict[str, Any] | None:
+    """The DeepSpeed config by which models are loaded in parts, each rank its own; None below ZeRO-3."""
+    return deepspeed_dict(config, world_size) if config.training.zero_stage == 3 else None
+
+
 def _derived(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
     training, bf16 = config.training, config.model.dtype == "bf16"
     zero: dict[str, Any] = {"stage": training.zero_stage}

@@ -12,6 +12,7 @@ from calibtrain.config import RunConfig, TrainingConfig
 from calibtrain.distributed import World
 from calibtrain.models.arithmetic import settled
 from calibtrain.models.loss_model import LossModel
+from calibtrain.models.sharding import full_shape
 from calibtrain.training.deepspeed_config import deepspeed_dict
 from calibtrain.training.gradient_passes import leave_out_passes, squared_norm
 
@@ -28,10 +29,9 @@ def optimizer_groups(model: LossModel, config: RunConfig) -> list[dict[str, Any]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own = _own_rate(name, parameter in head, config)
-            shrinks = parameter.ndim >= 2 and parameter not in head
-            parts.setdefault((1.0 if own is None else own / rate, decay * shrinks, parameter.ndim >= 2), []).append(
-                parameter
-            )
+            matrix = len(full_shape(parameter)) >= 2
+            shrinks = matrix and parameter not in head
+            parts.setdefault((1.0 if own is None else own / rate, decay * shrinks, matrix), []).append(parameter)
     return [
         {"params": part, "weight_decay": shrinking, "rate_scale": scale, "lr": rate * scale}
         for (scale, shrinking, _), part in parts.items()

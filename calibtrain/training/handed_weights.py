@@ -12,18 +12,18 @@ from torch import Tensor
 
 from calibtrain.config import ModelConfig
 from calibtrain.data.templates import Template
+from calibtrain.distributed import wait_for_main
 from calibtrain.models.export import export_model
+from calibtrain.models.policy import Policy
 
 INDEX = "model.safetensors.index.json"
 TIED = "tied.safetensors"
 
 
-def write_weights(
-    weights: dict[str, Tensor], config: ModelConfig, template: Template, causal_model: Any, target: Path
-) -> None:
-    """Write `weights` (of `gathered_weights` over the policy of `causal_model`): adapters merged, a tied head said twice."""
-    export_model(weights, config, template.tokenizer, target, end_id=template.end_id)
-    _write_tied(causal_model, target)
+def write_weights(policy: Policy, config: ModelConfig, template: Template, target: Path) -> None:
+    """Write the policy's weights: adapters merged, a tied head said twice. Collective."""
+    export_model(policy, config, template.tokenizer, target, end_id=template.end_id)
+    wait_for_main(lambda: _write_tied(policy.causal_model, target))
 
 
 def _write_tied(causal_model: Any, target: Path) -> None:

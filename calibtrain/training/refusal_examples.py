@@ -41,7 +41,7 @@ class RefusalExamples(Sequence[tuple[Encoded, ...]]):
     def before_step(self, step: int) -> None:
         """Answer and label anew where a round begins at `step` (from 0). Collective."""
         if step % self.config.relabel_every == 0:
-            answers = self.answerer(self.records).answers
+            answers = self.answerer.answers(self.records)
             self._take([answer.said for answer in answers], [bool(answer.correct) for answer in answers])
 
     def fill(self, batch: Batch, indices: Sequence[int]) -> Batch:

@@ -15,6 +15,7 @@ from calibtrain.losses.isolation import changed_tokens, has_experts, keeps_apart
 from calibtrain.losses.terms import CHOSEN, REJECTED
 from calibtrain.models.attention_mask import block_mask_obstacle
 from calibtrain.models.policy import Policy
+from calibtrain.models.sharding import full_shape
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 def row_layout(config: RunConfig, policy: Policy) -> dict[str, Any]:
     """What the Trainer does with rows: `packing_tokens` and `shared_prefix`, as the config wants them.
 
-    A model whose attention takes no block masks gets one sequence a row, and a message says so.
+    A model whose attention takes no block masks gets one sequence a row, and a message says so. Of weights in parts, call it
+    within the engine's forward (`Call`).
     """
     wanted = {"packing_tokens": config.data.packing_tokens, "shared_prefix": config.shares_prompts}
     if not any(wanted.values()):
@@ -40,7 +42,7 @@ def block_mask_failure(policy: Policy) -> str | None:
     This finds models whose config does not tell: recurrent layers, ALiBi, positions of their own.
     """
     model = policy.causal_model
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = full_shape(model.get_output_embeddings().weight)[0]
     ids = [(7 * i + i * i) % vocabulary for i in range(1, 40)]
     others = changed_tokens(torch.tensor(ids), vocabulary).tolist()
     encoded, changed = _two_pairs(ids, ids), _two_pairs(ids, others)

@@ -17,8 +17,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from calibtrain.confidence.answering import Answerer
 from calibtrain.config import RunConfig
 from calibtrain.distributed import all_agree, gather_lists, on_main, wait_for_main
@@ -26,7 +24,6 @@ from calibtrain.engines import Completion, Draws, LaunchedServer, VLLMServer
 from calibtrain.engines.address import shown
 from calibtrain.errors import EngineFailure, Unreachable, UserError
 from calibtrain.models.arithmetic import settled
-from calibtrain.models.export import gathered_weights
 from calibtrain.training.handed_weights import write_weights
 from calibtrain.training.preemption import stop_was_asked
 from calibtrain.training.weight_proof import Told, WeightProof
@@ -82,9 +79,9 @@ class ServedSampling:
             return
         began, lost = time.monotonic(), None
         self.answerer.module.settle()
-        weights = gathered_weights(self.answerer.module.policy, keep=self.world.is_main)
+        self._write(version)
         while True:
-            told, problem = self._on_main(lambda: self._hand_over(weights, version))
+            told, problem = self._on_main(lambda: self._hand_over(version))
             if told is not None:
                 problem = self._unproven(told)
             if problem is None:
@@ -161,14 +158,14 @@ class ServedSampling:
         """What the server calls the weights of a version, and what keeps its cache for them."""
         return f"calibtrain-{self.name}-{version}"
 
-    def _hand_over(self, weights: dict[str, Tensor], version: int) -> Told:
-        """Write the weights, let the server load them, and ask it what proves that. On rank 0."""
-        target = self.directory / f"weights-{self.name}-{version:07d}"
-        if not target.is_dir():
-            self._write(weights, target)
+    def _target(self, version: int) -> Path:
+        return self.directory / f"weights-{self.name}-{version:07d}"
+
+    def _hand_over(self, version: int) -> Told:
+        """Let the server load the weights, and ask it what proves that. On rank 0."""
         self._connect()
         salt = self._salt(version)
-        self.server.load(target, salt)
+        self.server.load(self._target(version), salt)
         told = self.proof.ask(self.server, salt, sorted(self.template.stop_ids))
         self._check_version(salt)
         return told
@@ -180,20 +177,29 @@ class ServedSampling:
         self.metrics |= found
         return None if text is None else Problem(f"{self.server.url}: {text}", lost=False)
 
-    def _write(self, weights: dict[str, Tensor], target: Path) -> None:
-        """A directory that vLLM loads, whole or not at all; that of the version before goes."""
+    def _write(self, version: int) -> None:
+        """A directory that vLLM loads, whole or not at all; that of the version before goes. Collective."""
+        target = self._target(version)
         partial = target.with_name(target.name + ".partial")
-        try:
+
+        def begin() -> None:
             self._clear()
             partial.mkdir(parents=True)
-            write_weights(weights, self.config.model, self.template, self.answerer.module.policy.causal_model, partial)
+
+        def finish() -> None:
             partial.rename(target)
             link = self.directory / f"{START}.partial"
             link.unlink(missing_ok=True)
             link.symlink_to(target.name)
             link.replace(self.directory / START)
+
+        try:
+            wait_for_main(begin)
+            write_weights(self.answerer.module.policy, self.config.model, self.template, partial)
+            wait_for_main(finish)
         except OSError as error:
-            raise UserError(f"rollouts.engine.directory: {self.directory} cannot be written ({error})") from None
+            text = f"rollouts.engine.directory: {self.directory} cannot be written ({error})"
+            raise EngineFailure(on_main(lambda: text)) from None  # the same on every rank, which keep what was learnt
 
     def _clear(self) -> None:
         """Delete the weights of earlier versions, and of a run that was killed before this one."""

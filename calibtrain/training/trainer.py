@@ -169,7 +169,7 @@ class Trainer:
     def evaluate(self, step: int) -> dict[str, float]:
         """Answer calibration questions and tell the hooks. What was measured. Collective."""
         questions = self.evaluation_questions[: self.config.training.evaluate_questions]
-        return self._report_answers(step, self.answerer(questions).answers)
+        return self._report_answers(step, self.answerer.answers(questions))
 
     def _report_answers(self, step: int, answers: Sequence[Answer]) -> dict[str, float]:
         named = {f"calib/calibration/likelihood/{key}": value for key, value in answer_metrics(answers).items()}

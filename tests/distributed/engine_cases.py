@@ -29,7 +29,6 @@ from calibtrain.pipeline import train as pipeline
 from calibtrain.pipeline.prepare import Prepared, prepare
 from calibtrain.training import checkpoint as checkpoint_module
 from calibtrain.training.checkpoint import Progress, complete_checkpoints, load_checkpoint
-from calibtrain.training.engine import start_engine
 from calibtrain.training.held_out import encode_held_out
 from calibtrain.training.trainer import Trainer
 
@@ -42,10 +41,8 @@ def begin(config: RunConfig, world: World) -> tuple[Trainer, Prepared]:
     prepared = prepare(config)
     template = Template(config.data.template, load_tokenizer(config.model))
     torch.manual_seed(config.seed + world.rank)
-    model = pipeline.build_model(config, template)
-    examples = pipeline.training_examples(config, prepared, template, model, world)
-    layout = pipeline.row_layout(config, model.policy)
-    engine = start_engine(model, config, world)
+    engine, layout = pipeline.begin_engine(config, template, world)
+    examples = pipeline.training_examples(config, prepared, template, engine.module, world)
     validation = encode_held_out(prepared.splits["validation"], config, template)
     trainer = pipeline._trainer(config, prepared, template, engine, world, layout, examples, validation)
     return replace(trainer, output_dir=config.output_dir), prepared
@@ -80,10 +77,7 @@ def exported(trainer: Trainer, config: RunConfig, world: World, target: Path) ->
         states = [trainer.engine.module(_decode(ids[:, : end + 1]))[0] for end in range(ids.shape[1] - 1)]
         hidden = torch.cat(states)
         logprobs = trainer.engine.module(ScoreStep(hidden, ids[0, 1:], torch.ones(1)))[:, 0]
-    weights = gathered_weights(policy, keep=world.is_main)
-    if world.is_main:
-        export_model(weights, config.model, tokenizer, target, policy.scale)
-    barrier()
+    export_model(policy, config.model, tokenizer, target, policy.scale)
     return logprobs
 
 

@@ -30,6 +30,7 @@ from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
 from calibtrain.models.reward import ValueLossModel
+from calibtrain.models.sharding import is_sharded
 from calibtrain.models.value import OwnValueLossModel, load_value_model
 from calibtrain.pipeline.prepare import learned_records
 from calibtrain.pipeline.train import with_confidence_head
@@ -63,6 +64,7 @@ class Case:
     checkpoint: str = "model"  # "untied": a head of its own; "biased": and biases in attention
     ops: str = ""  # CALIBTRAIN_OPS
     head: dict[str, Any] | None = None  # keys of a confidence head
+    whole_load: bool = False  # ZeRO-3 takes apart a model that each rank has read whole, instead of reading its part
     own_passes: bool = True  # False: DeepSpeed's own passes over the gradients (training/gradient_passes.py)
 
 
@@ -75,6 +77,7 @@ CASES = {
     "stage2": Case("orpo", training={"zero_stage": 2}),
     "stage3": Case("orpo", training={"zero_stage": 3}, zero=SHARDED),
     "stage3_persistent": Case("orpo", training={"zero_stage": 3}),
+    "stage3_read_whole": Case("orpo", training={"zero_stage": 3}, zero=SHARDED, whole_load=True),
     "packed": Case("orpo", data={"packing_tokens": 128}),
     "separate_rows": Case("orpo", data={"shared_prefix": False}),
     "wide_micro_batches": Case("orpo", training={"micro_batch_size": 4}),
@@ -327,17 +330,19 @@ def config_of(case: Case, model: Path) -> RunConfig:
     )
 
 
-def build(config: RunConfig) -> LossModel:
+def build(config: RunConfig, zero: dict[str, Any] | None = None) -> LossModel:
     """The module of a run; LoRA's adapters are made different from zero, so that both halves learn, and so are biases."""
     torch.manual_seed(1)
-    model = load_model(config.model)
+    model = load_model(config.model, zero)
+    if zero is not None:
+        assert is_sharded(next(model.parameters()))
     unlike_zero(model)
     policy, losses = Policy(model), [build_loss(one) for one in (config.objective, *config.penalties_in_loss)]
     module = config.objective.needs.module
     if module == "value head":
         return ValueLossModel(policy, losses[0], losses[1:], seed=5)
     if module == "value model":
-        value = load_value_model(config)
+        value = load_value_model(config, zero)
         unlike_zero(value)
         return OwnValueLossModel(policy, value, losses[0], losses[1:])
     found = with_confidence_head(LossModel(policy, losses[0], losses[1:]), config)
@@ -352,7 +357,13 @@ def unlike_zero(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or name.endswith(".bias"):
-                parameter.normal_(std=0.1)
+                if is_sharded(parameter):
+                    import deepspeed
+
+                    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                        parameter.normal_(std=0.1)
+                else:
+                    parameter.normal_(std=0.1)
 
 
 def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
@@ -368,7 +379,8 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
     if not case.own_passes:
         engine_module.leave_out_passes = lambda *_: None
     try:
-        started = start_engine(build(config), config, world)
+        zero = None if case.whole_load or config.training.zero_stage < 3 else with_more(config, world.size)
+        started = start_engine(build(config, zero), config, world)
     finally:
         engine_module.deepspeed_dict, engine_module.leave_out_passes = plain, passes
     engine = Recording(started.deepspeed, started.stage, started.full_gradients)

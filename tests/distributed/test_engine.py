@@ -136,3 +136,12 @@ def test_what_one_rank_sees_otherwise_is_told_on_all(results):
         assert no == "rank 0 says no"
         assert data.startswith("rank 1 has another data set than rank 0")
         assert f"seen-by-{rank} is not seen whole by every process" in unseen
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_export_of_two_ranks_is_bit_for_bit_that_of_one_process(results, stage):
+    from safetensors.torch import load_file
+
+    one, two = (load_file(results[0] / f"stage{stage}-{ranks}" / "model.safetensors") for ranks in (1, 2))
+    assert one.keys() == two.keys()
+    assert all(one[name].equal(two[name]) for name in one)

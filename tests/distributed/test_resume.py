@@ -27,6 +27,7 @@ EXTRA = {  # what else must be restored: dropout's random numbers, bf16's fp32 m
     },
     3: {
         "model": {"source": "untied"},
+        "training": {"average_last": 0.7},
         "penalties": [{"name": name, **ANSWERS} for name in ("mmce", "calibration_aware", "correctness_query")],
     },
 }

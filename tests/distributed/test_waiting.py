@@ -15,7 +15,7 @@ def test_long_writing_outlasts_the_collectives_timeout_and_its_failure_is_told(t
     assert ended.code == 0, ended.output[-3000:]
     main, other = ((tmp_path / f"rank{rank}.txt").read_text().splitlines() for rank in (0, 1))
     assert main == ["waited", "UserError: the disk is full", "OSError: no such place"]
-    assert other == ["waited", "UserError: the disk is full", "RuntimeError: rank 0 failed: OSError: no such place"]
+    assert other == ["waited", "UserError: the disk is full", "OSError: rank 0 failed: OSError: no such place"]
 
 
 def test_alone_it_is_a_call():

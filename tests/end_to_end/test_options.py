@@ -127,7 +127,7 @@ def test_the_report_says_what_belongs_to_the_kind(finished):
 
 
 def test_other_sources_and_other_commands_take_them(finished, tmp_path):
-    from calibtrain.pipeline import confidence, evaluate
+    from calibtrain.pipeline import confidence, evaluate, forced
 
     kind, config = finished
     table = confidence.run(config.output_dir, sources=["likelihood", "likelihood_margin", "self_consistency"])
@@ -137,7 +137,7 @@ def test_other_sources_and_other_commands_take_them(finished, tmp_path):
     assert table["n"] == SIZES["test"]
     if kind == "choice":
         with pytest.raises(UserError, match="never refusals"):
-            evaluate.run_forced(config, model=config.output_dir / "model", split="test")
+            forced.run(config, model=config.output_dir / "model", split="test")
         token_method = config.model_copy(
             update={"calibration": config.calibration.model_copy(update={"method": "adaptive_temperature"})}
         )

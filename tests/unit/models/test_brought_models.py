@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import calibtrain
 from calibtrain.config import ModelConfig, RunConfig
+from calibtrain.data.templates import Template
+from calibtrain.distributed import World
 from calibtrain.errors import UserError
-from calibtrain.models.export import export_model, gathered_weights
+from calibtrain.models.export import export_model
 from calibtrain.models.loading import (
     LEARNED_POSITIONS,
     answering_config,
@@ -19,7 +22,8 @@ from calibtrain.models.loading import (
     load_settings,
     load_tokenizer,
 )
-from calibtrain.models.policy import Policy, check_head
+from calibtrain.models.loss_model import LossModel
+from calibtrain.models.policy import Policy
 from calibtrain.pipeline import train
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
@@ -124,7 +128,7 @@ def test_every_adapter_moves_and_is_exported_as_trained(kind, tmp_path):
     assert all(not torch.equal(one, other) for one, other in zip(before, trained, strict=True))
     policy.eval()
     tokenizer = load_tokenizer(config)
-    export_model(gathered_weights(policy, keep=True), config, tokenizer, tmp_path / "out")
+    export_model(policy, config, tokenizer, tmp_path / "out")
     exported = load_model(ModelConfig(source=str(tmp_path / "out"), dtype="fp32"))
     with torch.no_grad():
         torch.testing.assert_close(nll(exported), nll(policy.causal_model), rtol=1e-4, atol=1e-4)
@@ -133,7 +137,7 @@ def test_every_adapter_moves_and_is_exported_as_trained(kind, tmp_path):
 def export(path, target, end_id=None):
     config = ModelConfig(source=str(path), dtype="fp32")
     policy, tokenizer = Policy(load_model(config)), load_tokenizer(config)
-    export_model(gathered_weights(policy, keep=True), config, tokenizer, target, end_id=end_id)
+    export_model(policy, config, tokenizer, target, end_id=end_id)
     return json.loads((target / "generation_config.json").read_text())
 
 
@@ -191,33 +195,29 @@ def test_only_one_place_says_how_a_finished_run_is_loaded():
     )
 
 
-def test_the_head_is_checked_where_the_model_will_live(tmp_path, monkeypatch):
+def test_the_head_is_checked_where_the_engine_runs(tmp_path, monkeypatch):
+    """Some attention runs on GPUs alone, and weights in parts are brought within the engine's forward alone."""
     path = write_tiny_model(tmp_path / "m")
     seen = []
-    move = Policy.to
-    monkeypatch.setattr(Policy, "to", lambda self, device: (seen.append(f"to {device}"), move(self, device))[1])
+
+    class Module(LossModel):
+        def forward(self, step):
+            seen.append("in")
+            found = super().forward(step)
+            seen.append("out")
+            return found
+
+    def start(model, config, world):
+        model.__class__ = Module
+        return SimpleNamespace(module=model)
+
+    monkeypatch.setattr(train, "start_engine", start)
     monkeypatch.setattr(train, "check_head", lambda policy: seen.append(f"check on {next(policy.parameters()).device}"))
-    for stage, expected in ((2, ["to meta", "check on meta"]), (3, ["check on cpu"])):
-        seen.clear()
-        config = RunConfig(model={"source": str(path), "dtype": "fp32"}, training={"zero_stage": stage})
-        train.build_model(config, device="meta")
-        assert seen == expected
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
-def test_the_check_runs_on_the_models_own_device(tmp_path, attention):
-    model = load_model(ModelConfig(source=str(write_tiny_model(tmp_path / "m")), dtype="fp32"))
-    model.config._attn_implementation = attention
-    devices = []
-
-    def look(module, arguments, inputs):
-        devices.append((inputs["input_ids"].device, model.config._attn_implementation))
-
-    model.register_forward_pre_hook(look, with_kwargs=True)
-    check_head(Policy(model))
-    # FlashAttention cannot run in host memory, where ZeRO-3 still has the model.
-    assert devices == [(torch.device("cpu"), "eager" if attention == "flash_attention_2" else "sdpa")]
-    assert model.config._attn_implementation == attention
+    monkeypatch.setattr(train, "row_layout", lambda config, policy: {})
+    config = RunConfig(model={"source": str(path), "dtype": "fp32"}, training={"zero_stage": 2})
+    template = Template("plain", tiny_tokenizer())
+    train.begin_engine(config, template, World(0, 1, 0, torch.device("meta")))
+    assert seen == ["in", "check on meta", "out", "in", "out"]
 
 
 def test_a_refused_attention_names_the_key_that_mends_it():

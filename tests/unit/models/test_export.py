@@ -1,14 +1,28 @@
 """The scale folds into every kind of final norm or head that is accepted, and nothing else is accepted."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
-from calibtrain.models.export import check_scale_folds, export_adapter, export_model, fold_scale, gathered_weights
-from calibtrain.models.loading import add_lora, load_model, load_tokenizer
+from calibtrain.models import streamed_export
+from calibtrain.models.adapters import add_lora
+from calibtrain.models.export import (
+    check_scale_folds,
+    export_adapter,
+    export_model,
+    fold_scale,
+    gathered_weights,
+    merger,
+    restored_model,
+)
+from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.policy import Policy, check_head
-from tests.tiny import tiny_model, write_tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_model
 
 IDS = torch.arange(20, 40)[None]
 
@@ -122,13 +136,66 @@ def test_exported_directory_loads_plainly(tmp_path, tied, lora, dtype):
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     policy = Policy(model).eval()
     expected = scaled(model, 0.7)
-    export_model(gathered_weights(policy, keep=True), config, load_tokenizer(config), tmp_path / "out", 0.7)
+    export_model(policy, config, load_tokenizer(config), tmp_path / "out", 0.7)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.config.tie_word_embeddings == tied
     assert (own(loaded) - expected).abs().max() < (1e-4 if dtype == "fp32" else 0.15)
     assert load_tokenizer(config.model_copy(update={"source": str(tmp_path / "out")})).eos_token_id == 1
     assert gathered_weights(policy, keep=False) == {}
+
+
+ADAPTED = {
+    "tied": {},
+    "untied": {},
+    "bf16": {"dtype": "bf16"},
+    "lora": {"lora": {"r": 2, "alpha": 8.0}},
+    "lora bf16": {"dtype": "bf16", "lora": {"r": 2, "alpha": 8.0}},
+    "lora of embeddings": {"lora": {"r": 2, "target_modules": ["embed_tokens", "q_proj"]}},
+    "oft": {"dtype": "bf16", "adapter": {"kind": "oft", "block_size": 8, "target_modules": ["q_proj"]}},
+    "rotation": {"dtype": "bf16", "adapter": {"kind": "shared_rotation", "rank": 4}},
+    "experts": {},
+    "a token more": {},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_files_written_a_layer_at_a_time_hold_what_the_whole_model_would_save(kind, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    if kind == "experts":
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+        settings = MixtralConfig(vocab_size=50, num_local_experts=3, num_key_value_heads=1, **sizes)
+        MixtralForCausalLM(settings).save_pretrained(source)
+        tiny_tokenizer().save_pretrained(source)
+    else:
+        write_tiny_model(source, tied=kind in ("tied", "a token more"), layers=3)
+    config = ModelConfig(**{"source": str(source), "dtype": "fp32", **ADAPTED[kind]})
+    model = load_model(config)
+    if kind == "a token more":
+        model.resize_token_embeddings(model.config.vocab_size + 1, mean_resizing=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    policy = Policy(model).eval()
+    whole = restored_model(gathered_weights(policy, keep=True), config)
+    fold_scale(whole, 0.7)
+    whole.config.use_cache = True
+    whole.save_pretrained(tmp_path / "whole")
+    monkeypatch.setattr(streamed_export, "FILE_BYTES", 20_000)
+    export_model(policy, config, tiny_tokenizer(), tmp_path / "out", 0.7)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    assert set(index["weight_map"].values()) == set(files)
+    found = {name: one for file in files for name, one in load_file(tmp_path / "out" / file).items()}
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    assert found.keys() == expected.keys() == index["weight_map"].keys()
+    assert all(one.dtype == expected[name].dtype and one.equal(expected[name]) for name, one in found.items())
+    assert index["metadata"]["total_size"] == sum(one.numel() * one.element_size() for one in found.values())
+    configs = [json.loads((tmp_path / one / "config.json").read_text()) for one in ("out", "whole")]
+    assert configs[0] == configs[1]
+    assert all(one.is_meta for one in merger(policy, config).parameters.values())
 
 
 def test_the_adapter_alone_makes_the_trained_model_of_the_one_it_started_from(tmp_path):
@@ -140,10 +207,9 @@ def test_the_adapter_alone_makes_the_trained_model_of_the_one_it_started_from(tm
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    weights = gathered_weights(Policy(model).eval(), keep=True)
-    kept = {name: weight.clone() for name, weight in weights.items()}
-    export_adapter(weights, config, tmp_path / "adapter")
-    assert all(weights[name].equal(kept[name]) for name in kept)
+    kept = {name: one.detach().clone() for name, one in model.named_parameters()}
+    export_adapter(Policy(model).eval(), config, tmp_path / "adapter")
+    assert all(one.equal(kept[name]) for name, one in model.named_parameters())
     base = load_model(config.model_copy(update={"lora": None}))
     torch.testing.assert_close(own(PeftModel.from_pretrained(base, tmp_path / "adapter")), own(model))
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
@@ -156,7 +222,7 @@ def test_no_weight_is_initialised_to_be_written_over(tmp_path, monkeypatch):
     model = load_model(config)
     drawn = []
     monkeypatch.setattr(torch.Tensor, "normal_", lambda self, *a, **k: (drawn.append(self.device.type), self)[1])
-    export_model(gathered_weights(Policy(model), keep=True), config, load_tokenizer(config), tmp_path / "out")
+    export_model(Policy(model), config, load_tokenizer(config), tmp_path / "out")
     assert set(drawn) <= {"meta"}
 
 

@@ -12,7 +12,6 @@ from calibtrain.errors import UserError
 from calibtrain.losses import RewardModelLoss
 from calibtrain.losses.policy_gradient import GRPOLoss
 from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED
-from calibtrain.models.export import gathered_weights
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LogprobStep, LossModel, TrainStep
 from calibtrain.models.policy import Policy
@@ -89,8 +88,7 @@ def test_export_loads_as_a_sequence_classifier(tmp_path, lora, pad_is_eos):
             if "lora_B" in name or name == "score.weight":
                 parameter.normal_()
     tokenizer = load_tokenizer(config)
-    weights = gathered_weights(model.policy, keep=True)
-    export_reward_model(weights, model.score.weight, config, tokenizer, tokenizer.eos_token_id, tmp_path / "out")
+    export_reward_model(model.policy, model.score, config, tokenizer, tokenizer.eos_token_id, tmp_path / "out")
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert classifier.config.num_labels == 1
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -174,8 +172,7 @@ def test_a_bf16_reward_model_is_loaded_in_float32_from_files_of_its_own_size(tmp
     config = ModelConfig(source=str(tmp_path / "tiny"), dtype="bf16")
     model = RewardLossModel(Policy(load_model(config)), RewardModelLoss(), seed=1)
     tokenizer = load_tokenizer(config)
-    weights = gathered_weights(model.policy, keep=True)
-    export_reward_model(weights, model.score.weight, config, tokenizer, tokenizer.eos_token_id, tmp_path / "out")
+    export_reward_model(model.policy, model.score, config, tokenizer, tokenizer.eos_token_id, tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")

@@ -13,7 +13,6 @@ from calibtrain.data.encode import Encoded
 from calibtrain.errors import UserError
 from calibtrain.losses.reward_model import RewardModelLoss
 from calibtrain.losses.terms import ANSWER
-from calibtrain.models.export import gathered_weights
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import LogprobStep
 from calibtrain.models.policy import Policy
@@ -52,9 +51,8 @@ def reward_model(folder):
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     tokenizer = load_tokenizer(settings)
-    weights = gathered_weights(model.policy, keep=True)
     target = folder / "reward"
-    export_reward_model(weights, model.score.weight, settings, tokenizer, tokenizer.eos_token_id, target)
+    export_reward_model(model.policy, model.score, settings, tokenizer, tokenizer.eos_token_id, target)
     return target
 
 

@@ -8,7 +8,7 @@ from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
 from calibtrain.losses.rotation import polar_drift, row_gram_drift
 from calibtrain.models.arithmetic import DTYPES
-from calibtrain.models.export import export_model, gathered_weights
+from calibtrain.models.export import export_model
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.policy import Policy
 from calibtrain.spectral.polar import polar_factor
@@ -112,7 +112,7 @@ def test_export_is_a_plain_model_that_answers_like_the_adapted_one(kind, dtype, 
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    export_model(gathered_weights(policy, keep=True), config, load_tokenizer(config), tmp_path / "out")
+    export_model(policy, config, load_tokenizer(config), tmp_path / "out")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny", dtype=torch.float32)
     assert {name for name, _ in found.named_parameters()} == {name for name, _ in start.named_parameters()}
