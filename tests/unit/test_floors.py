@@ -32,6 +32,7 @@ FLOORS = (
         "config_tasks",
         "lines",
         "records",
+        "shared_files",
         "version",
     },
     {"ops", "calibration"},
