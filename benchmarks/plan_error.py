@@ -2,10 +2,10 @@
 
     python benchmarks/plan_error.py --json benchmarks/results/plan_error.json
 
-Trains two steps on full rows for each model, dtype and ZeRO stage, on one CPU rank and on two. Counted are the storages of all
-tensors that are alive behind a backward pass (parameters, gradients, optimizer states and DeepSpeed's buffers) and what autograd
-saves in a forward pass. Seconds are planned with this machine's own product rate, measured beside the run: on a machine that
-others use they say little.
+Trains three steps on full rows for each model, dtype and ZeRO stage, on one CPU rank and on two. Counted are the storages of
+all tensors that are alive behind a backward pass (parameters, gradients, optimizer states and DeepSpeed's buffers), and what
+autograd saves in a forward pass. Seconds are planned with this machine's own product rate, measured beside the run: on a
+machine that others use they say little.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write machine, versions, rows and summary here")
     parser.add_argument("--cases", nargs="+", default=[name for name, _ in CASES], help="tiny, 135M, ...")
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(*args.child)
@@ -64,7 +64,8 @@ def measured(name: str, dtype: str, stage: str, ranks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "found.json"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        argv = [sys.executable, *launcher, str(Path(__file__).resolve()), "--child", name, dtype, stage, str(target)]
+        program = [str(Path(__file__).resolve()), "--child", name, source(name, folder), dtype, stage, str(target)]
+        argv = [sys.executable, *launcher, *program]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(argv, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -72,7 +73,7 @@ def measured(name: str, dtype: str, stage: str, ranks: int) -> dict[str, Any]:
         return json.loads(target.read_text())
 
 
-def child(name: str, dtype: str, stage: str, target: str) -> None:
+def child(name: str, place: str, dtype: str, stage: str, target: str) -> None:
     import torch
 
     from calibtrain.config import RunConfig
@@ -92,7 +93,7 @@ def child(name: str, dtype: str, stage: str, target: str) -> None:
     world = start_world()
     config = RunConfig.model_validate(
         {
-            "model": {"source": source(name), "dtype": dtype, "lora": {} if name.endswith("lora") else None},
+            "model": {"source": place, "dtype": dtype, "lora": {} if name.endswith("lora") else None},
             "data": {"max_length": LENGTH, "splits": {}},
             "objective": {"name": "sft"},
             "training": {"zero_stage": int(stage), "micro_batch_size": ROWS, "global_batch_size": ROWS * world.size},
@@ -137,8 +138,8 @@ def child(name: str, dtype: str, stage: str, target: str) -> None:
     leave_world()
 
 
-def source(name: str) -> str:
-    """The embedded model, or a random small one with its tokenizer, made beside this process's parent's target."""
+def source(name: str, folder: str) -> str:
+    """The embedded model, or a random small one with its tokenizer."""
     if name != "tiny":
         return "embedded:smollm2-135m-instruct"
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -146,7 +147,6 @@ def source(name: str) -> str:
     from calibtrain.config import ModelConfig
     from calibtrain.models.loading import load_tokenizer
 
-    folder = tempfile.mkdtemp(prefix="plan-error-")
     tokenizer = load_tokenizer(ModelConfig())
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **TINY)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

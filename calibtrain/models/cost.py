@@ -84,8 +84,8 @@ def work_of(model: Any, names: Iterable[tuple[str, Any]] | None = None) -> Work:
         elements = shape.numel() * (share if ".experts." in name else 1.0)
         body += elements
         learns += elements * parameter.requires_grad
-    heads = int(settings.num_attention_heads)
-    size = int(getattr(settings, "head_dim", None) or settings.hidden_size // heads)
+    heads = int(getattr(settings, "num_attention_heads", None) or 0)  # some models have no attention
+    size = int(getattr(settings, "head_dim", None) or (settings.hidden_size // heads if heads else 0))
     table = 0 if head is None else getattr(head.weight, "ds_shape", head.weight.shape).numel()
     trains = head is not None and head.weight.requires_grad
     return Work(int(body), int(learns), table, int(settings.num_hidden_layers) * heads * size, trains)

@@ -7,9 +7,10 @@ DeepSpeed, and those of the layer whose backward pass runs.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,11 +139,17 @@ class Activations:
 
 
 def activations(config: RunConfig, length: int) -> Activations:
-    """Count what a forward pass of one row saves, with attention that never holds its scores, in the config's dtype.
+    """Count what a row more saves in a forward pass, with attention that never holds its scores, in the config's dtype.
 
     Raises UserError where the architecture cannot be run without weights.
     """
-    one, two = (saved_bytes(settled(config).model, 1, length, layers) for layers in (1, 2))
+    model, masked = settled(config).model, config.data.packing_tokens is not None or config.shares_prompts
+
+    def of_a_row(layers: int) -> int:  # of a single row some tensors are views of others
+        two, three = (saved_bytes(model, rows, length, layers, masked=masked) for rows in (2, 3))
+        return three - two
+
+    one, two = of_a_row(1), of_a_row(2)
     hidden = int(_settings(config.model, 1).get_text_config().hidden_size)
     return Activations(length, two - one, max(0, 2 * one - two), length * hidden * width_of(config))
 
@@ -159,8 +166,11 @@ def _settings(config: ModelConfig, layers: int) -> Any:
     return settings
 
 
-def saved_bytes(config: ModelConfig, rows: int, length: int, layers: int) -> int:
-    """Bytes that autograd keeps of a forward pass through so many layers of the model, without its head."""
+def saved_bytes(config: ModelConfig, rows: int, length: int, layers: int, *, masked: bool = False) -> int:
+    """Bytes that autograd keeps of a forward pass through so many layers of the model, without its head.
+
+    `masked`: rows hold several sequences, so that attention is given a mask, and keys and values for every head.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
@@ -180,7 +190,7 @@ def saved_bytes(config: ModelConfig, rows: int, length: int, layers: int) -> int
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         with FakeTensorMode():  # on a device that is there: on meta itself attention would hold its scores
             _place(model)
-            with counted(model) as seen:
+            with counted(model) as seen, _without_mask(masked):
                 inner.base_model(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
     except UserError:
         raise
@@ -188,6 +198,23 @@ def saved_bytes(config: ModelConfig, rows: int, length: int, layers: int) -> int
         why = f"its activations cannot be counted without weights: {error}"
         raise UserError(f"model.source: {config.source}: {why}") from None
     return sum(seen.values())
+
+
+@contextlib.contextmanager
+def _without_mask(masked: bool) -> Iterator[None]:
+    """Transformers looks into positions for several sequences in a row, and takes fake ones for such: here it is told."""
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    known = getattr(masking_utils, name, None)
+    if masked or known is None:
+        yield
+        return
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, known)
 
 
 def _place(model: torch.nn.Module) -> None:

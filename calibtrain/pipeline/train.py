@@ -25,8 +25,9 @@ from calibtrain.errors import Preempted
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
-from calibtrain.models.arithmetic import settled, told
+from calibtrain.models.arithmetic import settled, told, torch_dtype
 from calibtrain.models.confidence_head import ConfidenceHead
+from calibtrain.models.cost import peak_flops, work_of
 from calibtrain.models.export import check_scale_folds
 from calibtrain.models.loading import answering_config, load_model, load_tokenizer
 from calibtrain.models.loss_model import LossModel
@@ -67,6 +68,7 @@ from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.row_layout import row_layout
 from calibtrain.training.spectra import build_spectra
+from calibtrain.training.throughput import Meter
 from calibtrain.training.trainer import Trainer
 from calibtrain.training.unpaired_examples import UnpairedExamples
 from calibtrain.training.weight_penalty import build_weight_penalties
@@ -277,7 +279,13 @@ def _trainer(
         held_out=HeldOut(config, validation, template.pad_id, world, **layout) if validation else None,
         rollouts=changing,
         head_fit=head_fit,
+        meter=_meter(config, engine, world),
     )
+
+
+def _meter(config: RunConfig, engine: Engine, world: World) -> Meter:
+    peak, given = peak_flops(world.device, torch_dtype(settled(config).model)), config.tracking.peak_tflops
+    return Meter(world.device, work_of(engine.module.policy.causal_model), given * 1e12 if given else peak)
 
 
 def _changing_examples(
