@@ -12,6 +12,7 @@ import typer
 from calibtrain.cli_checks import asks, check_model, on_processes, shares
 from calibtrain.cli_checks import existing as _existing
 from calibtrain.cli_checks import trained as _trained
+from calibtrain.cli_plan import plan
 from calibtrain.cli_weights import quantize, spectra
 from calibtrain.errors import PREEMPTED, Preempted, UserError, told
 
@@ -266,8 +267,8 @@ def confidence(
     run(_trained(output_dir), sources=parse_sources(sources), questions=questions)
 
 
-app.command()(spectra)
-app.command()(quantize)
+for _command in (plan, spectra, quantize):
+    app.command()(_command)
 
 
 @app.command()

@@ -176,6 +176,9 @@ class TrainingConfig(Section):
     new_trajectory: bool = False
     """Go on from a checkpoint although learning rate, schedule, number of steps or micro-batch are others than it was made
     with; what changed, and at which step, is kept in the checkpoints that follow."""
+    profile_steps: Count | None = None
+    """Trace so many optimiser steps with torch's profiler, from the third of a launch on, into profile/rank<k>.json.gz of
+    output_dir (for chrome://tracing or Perfetto); null traces none."""
     max_skipped_steps: Count = 10
     """Consecutive steps with non-finite gradients before training gives up."""
 

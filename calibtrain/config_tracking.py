@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from calibtrain.config_base import Amount, Section
+from calibtrain.config_base import Amount, Positive, Section
 
 
 class TrackingConfig(Section):
@@ -24,6 +24,8 @@ class TrackingConfig(Section):
     """W&B tags."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online with a W&B key, else offline."""
+    peak_tflops: Positive | None = None
+    """TFLOP/s of one device in `model.dtype`, for `train/mfu`; null: its maker's for common GPUs, and no MFU on others."""
     log_answers: bool = False
     """Also send questions, answers, grades and names of groups to W&B; without it numbers alone leave the machine."""
     spectra_every: Amount = 0

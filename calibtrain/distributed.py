@@ -178,34 +178,44 @@ def on_main(call: Callable[[], T]) -> T:
 
 
 def wait_for_main(call: Callable[[], None]) -> None:
-    """Call on rank 0 alone, however long it takes; the others wait for its word, not by a clock. Collective.
+    """`wait_for` rank 0: for long writing, since the other ranks of a collective give up after COLLECTIVE_TIMEOUT."""
+    wait_for([0], call)
 
-    For long writing: the other ranks of a collective give up after COLLECTIVE_TIMEOUT. Where rank 0 fails, they raise its
-    UserError, an OSError for one of the file system's, or a RuntimeError; where it dies, its store is gone, and they fail.
+
+def wait_for(ranks: Sequence[int], call: Callable[[], None]) -> None:
+    """Call on these ranks, however long it takes; all wait for their word, not by a clock. Collective.
+
+    Where one fails, the others raise its UserError, an OSError for one of the file system's, or a RuntimeError; where rank 0
+    dies, its store is gone, and they fail with it.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return call()
-    store, key = dist.distributed_c10d._get_default_store(), f"calibtrain/waited/{next(_WAITS)}"
-    if dist.get_rank() == 0:
-        told = "done"
+    store, key, rank = dist.distributed_c10d._get_default_store(), f"calibtrain/waited/{next(_WAITS)}", dist.get_rank()
+    failure: BaseException | None = None
+    if rank in ranks:
         try:
             call()
         except BaseException as error:
-            told = f"{OSError.__name__ if isinstance(error, OSError) else type(error).__name__}\n{error}"
-            raise
-        finally:
-            store.set(key, told)
-            barrier()  # rank 0 holds the store: it stays until all have read
-        return None
-    while not store.check([key]):
+            failure = error
+        store.set(f"{key}/{rank}", "done" if failure is None else f"{_kind(failure)}\n{failure}")
+    keys = [f"{key}/{one}" for one in ranks]
+    while not store.check(keys):
         time.sleep(WAIT_SECONDS)
-    kind, _, words = store.get(key).decode().partition("\n")
-    barrier()
-    if kind != "done":
-        if kind == UserError.__name__:
-            raise UserError(words)
-        raise (OSError if kind == OSError.__name__ else RuntimeError)(f"rank 0 failed: {kind}: {words}")
+    told = [store.get(one).decode().partition("\n") for one in keys]
+    barrier()  # rank 0 holds the store: it stays until all have read
+    if failure is not None:
+        raise failure
+    for one, (kind, _, words) in zip(ranks, told, strict=True):
+        if kind != "done":
+            if kind == UserError.__name__:
+                raise UserError(words)
+            raise (OSError if kind == OSError.__name__ else RuntimeError)(f"rank {one} failed: {kind}: {words}")
     return None
+
+
+def _kind(error: BaseException) -> str:
+    """Name of an error's class; of one of the file system's that of them all."""
+    return OSError.__name__ if isinstance(error, OSError) else type(error).__name__
 
 
 def check_alike(facts: Mapping[str, str], world: World) -> None:

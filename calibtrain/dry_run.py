@@ -6,12 +6,13 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from calibtrain.config import ModelConfig, RunConfig
+from calibtrain.config import RunConfig
 from calibtrain.errors import UserError
-from calibtrain.models.arithmetic import settled, told
+from calibtrain.models.arithmetic import told
+from calibtrain.pipeline.plan_memory import ModelSize, memory_estimate, model_size
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 
 if TYPE_CHECKING:
@@ -29,83 +30,12 @@ class RankRow:
     micro_batches: int
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSize:
-    """What memory depends on."""
-
-    parameters: int
-    trainable: int
-    vocabulary: int
-    hidden_size: int | None
-    rewards: int = 0  # parameters of reward models beside it
-    starting: int = 0  # parameters of the frozen starting model that a KL is measured from, whole on every rank
-
-
 def rank_table(plan: BatchPlan, *, host: str, devices: Sequence[str]) -> list[RankRow]:
     """Ranks of a job on one machine: rank k uses the k-th visible device, or the CPU when there is none."""
     return [
         RankRow(rank, host, rank, devices[rank] if devices else "cpu", plan.accumulation_steps)
         for rank in range(plan.world_size)
     ]
-
-
-def model_size(config: RunConfig) -> ModelSize:
-    """Count the parameters on the meta device: nothing is allocated, tied weights count once.
-
-    A value model's are among them; those of reward models and of a frozen starting model stand beside. Raises UserError when
-    a model's config.json is not at hand, or adapters fit no layer.
-    """
-    from calibtrain.models.reward_scorer import reward_parameters
-    from calibtrain.models.value import value_config
-    from calibtrain.training.reward_sources import models_of
-
-    size = _size_of(config.model)
-    if config.objective.needs.reference == "live" and config.model.lora is None:
-        size = replace(size, starting=size.parameters)
-    if config.objective.needs.module == "value model":
-        value = _size_of(value_config(config))
-        size = replace(size, parameters=size.parameters + value.parameters, trainable=size.trainable + value.trainable)
-    if config.trains_on_rollouts:
-        size = replace(size, rewards=sum(reward_parameters(source, key) for key, source in models_of(config)))
-    return size
-
-
-def _size_of(config: ModelConfig) -> ModelSize:
-    from calibtrain.models.adapters import add_adapter, add_lora
-    from calibtrain.models.loading import described_model
-
-    model = described_model(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    text = model.config.get_text_config()
-    model = add_adapter(add_lora(model, config), config, find_bases=False)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return ModelSize(parameters, trainable, int(text.vocab_size), getattr(text, "hidden_size", None))
-
-
-def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> dict[str, tuple[int, str]]:
-    """Bytes on each rank -> (bytes, where they are): the states of training, and the logits that are never held."""
-    training, world = config.training, plan.world_size
-    width = 2 if settled(config).model.dtype == "bf16" else 4
-    stage = training.zero_stage
-    accumulated = 4 if stage >= 2 else width
-    master = 4 if width == 2 or stage else 0  # ZeRO keeps its flat fp32 copy in fp32 training, too
-    sequences = plan.micro_batch_size * config.sequences_per_record
-    logits = sequences * config.data.max_length * size.vocabulary * 4
-    rewards = size.rewards * width // (world if stage == 3 else 1)
-    return {
-        "parameters": (
-            size.parameters * width // (world if stage == 3 else 1),
-            "host memory" if training.offload_parameters else "device",
-        ),
-        "gradients": (size.trainable * accumulated // (world if stage >= 2 else 1), "device"),
-        "optimizer states (fp32 master, two moments)": (
-            size.trainable * (master + 8) // (world if stage >= 1 else 1),
-            "host memory" if training.offload_optimizer else "device",
-        ),
-        **({"starting model": (size.starting * width, "device")} if size.starting else {}),
-        **({"reward models": (rewards, "device")} if rewards else {}),
-        "logits and their gradient, not held": (2 * logits, "saved"),
-    }
 
 
 def show(config: RunConfig, world_size: int) -> None:
@@ -199,7 +129,7 @@ def _show_memory(config: RunConfig, size: ModelSize, plan: BatchPlan, console: C
     for name, (count, where) in memory_estimate(config, size, plan).items():
         states.add_row(name, f"{count / 2**30:.2f}", where)
     console.print(states)
-    console.print("Activations of the layers come on top; gradient_checkpointing makes them small.")
+    console.print("Activations of the layers come on top; `calibtrain plan` counts them, too.")
 
 
 def visible_devices(environment: Mapping[str, str], world_size: int) -> list[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from calibtrain.errors import UserError, printable
 
@@ -54,6 +55,19 @@ class DropReport:
         reason = str(why).removeprefix(f"{place}: ")
         self.unfit.append(UnfitRow(printable(place), printable(reason), printable(question[:QUESTION_LENGTH])))
         self.drop(reason, place)
+
+    def as_json(self) -> dict[str, Any]:
+        """What encoding may add to a report, as plain values."""
+        unfit = [asdict(row) for row in self.unfit]
+        return {"dropped": self.dropped, "shortened": self.shortened, "examples": self.examples, "unfit": unfit}
+
+    def add(self, found: Mapping[str, Any]) -> None:
+        """Add another report's `as_json`."""
+        self.dropped.update(found["dropped"])
+        self.shortened += found["shortened"]
+        for reason, places in found["examples"].items():
+            self.examples[reason] = [*self.examples[reason], *places][:EXAMPLES_KEPT]
+        self.unfit += [UnfitRow(**row) for row in found["unfit"]]
 
     @property
     def total(self) -> int:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from calibtrain.data.drops import DropReport
-from calibtrain.data.lazy import Lazy
 from calibtrain.data.replies import read_reply
 from calibtrain.data.templates import InseparableError, Template
 from calibtrain.data.turns import IGNORED, TokenLabels, fitted, learned_sequences, text_sequence, windows
@@ -23,6 +21,8 @@ logger = logging.getLogger(__name__)
 INSEPARABLE = "the tokenizer cannot tell the answer from the prompt"
 LOOKED_AT = 20
 """So many records are compared with what the template renders for a whole conversation."""
+AT_ONCE = 512
+"""Records whose texts the tokenizer encodes in one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,55 +88,47 @@ def encode_records(
     room for a prompt is dropped, as is one without the answers it needs. Both are counted in `drops`, and `record_id`
     stays the index in `records`. Raises UserError if nothing is left.
     """
-    _tell_departures(records[:LOOKED_AT], template)
-    examples = []
-    for index, record in enumerate(records):
-        example = _example(record, index, template, max_length, pairs, drops, unpaired, every_turn)
-        if example is not None:
-            examples.append(example)
-    apart = sum(len(group) > 1 and not pairs for group in examples if records[group[0].record_id].prompt)
-    if apart and os.environ.get("RANK", "0") == "0":
-        logger.info(
-            "%d conversations are several sequences each: the template writes their earlier turns anew in a later prompt",
-            apart,
-        )
-    if records and not examples:
-        raise UserError(
-            f"no training record is left: {'; '.join(drops.lines())}. Raise data.max_length or mend the data"
-        )
-    return examples
+    tell_departures(records, template)
+    return list(encode_each(records, template, max_length, pairs, drops, unpaired=unpaired, every_turn=every_turn))
 
 
-def lazy_examples(
+def encode_each(
     records: Sequence[Record],
     template: Template,
     max_length: int,
     pairs: bool,
     drops: DropReport,
-    kept: int,
     *,
+    unpaired: bool = False,
     every_turn: bool = True,
-) -> Lazy[tuple[Encoded, ...]]:
-    """As `encode_records`, each record when it is asked for; the last `kept` stay in memory.
-
-    In the place of a record that would be dropped stands the next one that is not.
-    """
-    _tell_departures(records[:LOOKED_AT], template)
-    unfit: set[int] = set()
-
-    def example(place: int) -> tuple[Encoded, ...]:
-        for index in chain(range(place, len(records)), range(place)):
-            if index in unfit:
-                continue
-            found = _example(records[index], index, template, max_length, pairs, drops, False, every_turn)
-            if found is not None:
-                return found
-            unfit.add(index)
+) -> Iterator[tuple[Encoded, ...]]:
+    """As `encode_records`, one after the other: of the records only a few are held at once."""
+    kept = apart = 0
+    roles = (CHOSEN, REJECTED) if pairs or unpaired else (CHOSEN,)
+    for start in range(0, len(records), AT_ONCE):
+        some = list(records[start : start + AT_ONCE])
+        said = [text for record in some for role in roles if (text := _said(record, role))]
+        with template.encoded_ahead([record for record in some if record.prompt], said):
+            for index, record in enumerate(some, start):
+                example = _example(record, index, template, max_length, pairs, drops, unpaired, every_turn)
+                if example is not None:
+                    kept += 1
+                    apart += len(example) > 1 and not pairs and bool(record.prompt)
+                    yield example
+    if apart and os.environ.get("RANK", "0") == "0":
+        logger.info(
+            "%d conversations are several sequences each: the template writes their earlier turns anew in a later prompt",
+            apart,
+        )
+    if records and not kept:
         raise UserError(
             f"no training record is left: {'; '.join(drops.lines())}. Raise data.max_length or mend the data"
         )
 
-    return Lazy(len(records), example, kept)
+
+def _said(record: Record, role: int) -> str | None:
+    """An answer that is written as it stands."""
+    return record.rejected if role == REJECTED else None if record.calls else record.chosen
 
 
 class Unusable(Exception):
@@ -234,9 +226,9 @@ def _encoded(sequence: TokenLabels, weight: float, index: int) -> Encoded:
     return Encoded(ids, start, CHOSEN, index, weight=weight, labels=() if labels == ids[start:] else labels)
 
 
-def _tell_departures(records: Sequence[Record], template: Template) -> None:
-    """Warn once where what is trained is not what the chat template renders; on the first rank."""
-    for record in records if os.environ.get("RANK", "0") == "0" else ():
+def tell_departures(records: Sequence[Record], template: Template) -> None:
+    """Warn once where what is trained is not what the chat template renders; of the first records, on the first rank."""
+    for record in records[:LOOKED_AT] if os.environ.get("RANK", "0") == "0" else ():
         if template.marks and record.learned:  # learned as it is rendered
             continue
         if found := template.departure(record):

@@ -30,6 +30,7 @@ from calibtrain.data.strata import check_strata
 from calibtrain.data.values import text_of
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record, ToolCall, unit_hash
+from calibtrain.shared_files import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -128,15 +129,23 @@ def stored_records(source: FileSource, made: Made, directory: Path, drops: DropR
     Rows that cannot serve go to `drops`. Raises UserError as `load_records` does.
     """
     folder = directory / _key(source, made)
-    if drops.strict or not (folder / "meta.json").is_file():
-        logger.info("%s: reading every row once, to keep its records in %s", source.path, folder)
-        _make(source, made, folder, drops.strict)
+    if not (folder / "meta.json").is_file():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with one_at_a_time(folder):
+                if not (folder / "meta.json").is_file():
+                    logger.info("%s: reading every row once, to keep its records in %s", source.path, folder)
+                    _make(source, made, folder, drops.strict)
+        except OSError as error:
+            raise UserError(f"{directory}: the records cannot be kept: {error.strerror or error}") from error
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         index = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
         descriptor = os.open(folder / "records.jsonl", os.O_RDONLY)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: cannot be read ({error}); remove it, and it is made anew") from error
+    if drops.strict and meta["unfit"]:
+        _make(source, made, folder, strict=True)  # raises the error of the first one
     for row in meta["unfit"]:
         drops.refuse(row["reason"], row["place"], row["question"])
     store = Store(folder / "records.jsonl", index, tuple(meta["cells"]), descriptor)
@@ -236,11 +245,15 @@ def _records(
             drops.refuse(error, place, "" if isinstance(row, UserError) else question_of(row, layout))
 
 
+def content_of(record: Record) -> int:
+    """Hash of what is asked and said. 64 bits."""
+    said = repr(saying(record)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "big")
+
+
 def _note(columns: Mapping[str, Any], record: Record, made: Made, cell: int, offset: int, length: int) -> None:
     """One entry of the index."""
     own, seed = record.key, made.seed
-    said = repr(saying(record))
-    content = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     flags = CHOSEN * (record.chosen is not None and record.weight > 0) + REJECTED * (record.rejected is not None)
     flags += CONVERSATION * (len(record.taught) > 1)
     values = {
@@ -248,7 +261,7 @@ def _note(columns: Mapping[str, Any], record: Record, made: Made, cell: int, off
         "length": length,
         "id": int(record.id, 16),
         "key": int(own, 16),
-        "content": int.from_bytes(content, "big"),
+        "content": content_of(record),
         "draw": unit_hash("draw", seed, own),
         "split": unit_hash("split", seed, own),
         "held": unit_hash("validation", seed, own),

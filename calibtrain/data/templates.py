@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,6 +79,8 @@ class Template:
             raise UserError("the tokenizer has no EOS token, so no answer could end; set its eos_token")
         self.kind = kind
         self.tokenizer = tokenizer
+        self._ahead: dict[str, list[int]] = {}  # ids of texts, and prompts by their record, while they are asked for
+        self._rendered: dict[int, str] = {}
         self._chat = ChatFormat(tokenizer, chat_template_kwargs or {}, merge_system)
         self.task = task or SHORT_ANSWER
         self._own_stops = tuple(dict.fromkeys((*self.task.stop, *stop)))
@@ -99,6 +102,8 @@ class Template:
 
         Raises UserError that names the record where the chat template refuses it.
         """
+        if not shots and (known := self._rendered.get(id(record))) is not None:
+            return known
         if self.kind == "jinja":
             refuse_tools(record.turns, record.tools)
             return self._own_text(record, shots)
@@ -135,6 +140,23 @@ class Template:
         # A chat template writes its own BOS.
         return self._encode(text) if self.kind == "chat" else [*self._prefix_ids, *self._encode(text)]
 
+    @contextmanager
+    def encoded_ahead(self, records: Sequence[Record], answers: Sequence[str]) -> Iterator[None]:
+        """Within it the prompts of these records, and these answers, are known: encoded in one call, each as if alone."""
+        for record in records:
+            with suppress(UserError):  # told when its turn comes
+                self._rendered[id(record)] = self.prompt_text(record)
+        behind = [self._behind_prompt(text) for text in answers]
+        texts = [*self._rendered.values(), *(self._probe_text + text for text in behind if text)]
+        try:
+            if texts:
+                bare = {"return_attention_mask": False, "return_token_type_ids": False}
+                found = self.tokenizer(texts, add_special_tokens=False, **bare)["input_ids"]
+                self._ahead = dict(zip(texts, found, strict=True))
+            yield
+        finally:
+            self._ahead, self._rendered = {}, {}
+
     def _own_text(self, record: Record, shots: Sequence[Record]) -> str:
         """The user's template, which shows the examples, or each of which stands before it as it was asked and answered."""
         if "examples" in self.prompts.reads:
@@ -169,24 +191,26 @@ class Template:
         the joint encoding where that keeps the prompt's ids, else encoded alone; either way the joined ids must decode
         to the joined text.
         """
-        if self.kind != "chat":
-            text = self._opened(_BLANK_LINES.sub("", text), self._probe_text)
+        text = self._behind_prompt(text, written)
         if not text:
             return [self.end_id]
-        if self.kind == "chat":
-            text = text if written or text[0].isspace() else self._lead + text
         prompt, joint = self._probe_ids, self.shown_ids(self._probe_text + text)
+        if joint[: len(prompt)] == prompt:  # then both decode to the same
+            return [*joint[len(prompt) :], self.end_id]
         wanted = self._decode(joint)
-        candidates = [self._encode(text), self._encode(text.removeprefix(" "))]
-        if joint[: len(prompt)] == prompt:
-            candidates.insert(0, joint[len(prompt) :])
-        for ids in candidates:
+        for ids in (self._encode(text), self._encode(text.removeprefix(" "))):
             if self._decode([*prompt, *ids]) == wanted:
                 return [*ids, self.end_id]
         raise InseparableError(
             f"data.template: the tokenizer cannot split prompt and answer {text!r} into separate tokens that decode to "
             f"the same text; try data.template: {'plain' if self.kind == 'chat' else 'chat'}"
         )
+
+    def _behind_prompt(self, text: str, written: bool = False) -> str:
+        """An answer with what stands between it and its prompt."""
+        if self.kind != "chat":
+            return self._opened(_BLANK_LINES.sub("", text), self._probe_text)
+        return text if written or not text or text[0].isspace() else self._lead + text
 
     def answer_text(self, record: Record) -> str:
         """What the chosen answer is written as: its text, and the calls of tools behind it, without the end token.
@@ -371,6 +395,8 @@ class Template:
         return frozenset({self.end_id, self.tokenizer.eos_token_id})
 
     def _encode(self, text: str) -> list[int]:
+        if (known := self._ahead.get(text)) is not None:
+            return list(known)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:

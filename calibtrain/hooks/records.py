@@ -65,6 +65,17 @@ class MicroBatchRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class StepCost:
+    """Of this rank in a step."""
+
+    flops: float = 0.0  # of the model, forward and backward; what is computed twice counts once
+    data_seconds: float = 0.0  # until its batches were made
+    waiting_seconds: float | None = None  # for the other ranks, where a collective blocks
+    device_bytes: int | None = None  # the most that tensors have held on the device so far
+    peak: float | None = None  # FLOP/s of the device, where they are known
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """Told after each optimiser step, the same on every rank."""
 
@@ -79,6 +90,7 @@ class StepRecord:
     logit_scale: float | None  # of the calibration term, when it has one
     weight_penalties: Mapping[str, float] = field(default_factory=dict)  # estimates, before the step
     rollouts: Mapping[str, float] = field(default_factory=dict)  # means over the round that the step learned from
+    cost: StepCost = StepCost()
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,9 @@ class TrainingHook(Hook):
         self._loss: Tensor = torch.zeros(len(self._terms), 2, dtype=torch.float64)  # sum, count
         self._measured: Tensor = torch.zeros(len(self._measures), 2, dtype=torch.float64)
         self._steps: Tensor = torch.zeros(4, dtype=torch.float64)  # tokens, seconds, steps, skipped; of this rank
+        # Of this rank: FLOPs, seconds for data, seconds of waiting, steps that know these, bytes on the device.
+        self._cost: Tensor = torch.zeros(5, dtype=torch.float64)
+        self._peak: float | None = None
         self._last: dict[str, float] = {}
         self._rounds: dict[str, list[float]] = {}  # of each number of a round its sum and count over steps
         self._world_size = 1
@@ -61,6 +64,10 @@ class TrainingHook(Hook):
     def on_step(self, record: StepRecord) -> None:
         """Remember the schedule's values and add up time and tokens."""
         self._steps += torch.tensor([record.tokens, record.seconds, 1, record.skipped], dtype=torch.float64)
+        cost = record.cost
+        waited, told = cost.waiting_seconds or 0.0, cost.waiting_seconds is not None
+        self._cost += torch.tensor([cost.flops, cost.data_seconds, waited, told, 0], dtype=torch.float64)
+        self._cost[4], self._peak = cost.device_bytes or 0, cost.peak
         values = {key: getattr(record, field) for field, key in STEP_FIELDS.items()}
         values |= {f"train/weight_penalty/{name}": value for name, value in record.weight_penalties.items()}
         self._last = {key: float(value) for key, value in values.items() if value is not None}
@@ -71,8 +78,8 @@ class TrainingHook(Hook):
                 total[1] += 1.0
 
     def sums(self) -> dict[str, Tensor]:
-        """`loss` (terms, 2), `measured` (measures, 2) and `steps` (4,)."""
-        return {"loss": self._loss, "measured": self._measured, "steps": self._steps}
+        """`loss` (terms, 2), `measured` (measures, 2), `steps` (4,) and `cost` (5,)."""
+        return {"loss": self._loss, "measured": self._measured, "steps": self._steps, "cost": self._cost}
 
     def compute(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Means over items; a term without items in the interval has no key."""
@@ -88,6 +95,21 @@ class TrainingHook(Hook):
             metrics["train/seconds_per_step"] = seconds / steps
         if seconds > 0:  # the ranks work at the same time
             metrics["train/tokens_per_second"] = tokens / (seconds / self._world_size)
+            metrics |= self._throughput(sums["cost"].tolist(), seconds, steps)
+        return metrics
+
+    def _throughput(self, cost: Sequence[float], seconds: float, steps: float) -> dict[str, float]:
+        """Means over ranks; device memory, too, as sums are all that ranks exchange."""
+        flops, data, waiting, told, held = cost
+        metrics = {"train/seconds_for_data": data / steps}
+        if told > 0:
+            metrics["train/seconds_waiting"] = waiting / told
+        if flops > 0:
+            metrics["train/tflops_per_second_and_device"] = flops / seconds / 1e12
+            if self._peak:
+                metrics["train/mfu"] = flops / seconds / self._peak
+        if held > 0:
+            metrics["train/device_gib"] = held / self._world_size / 2**30
         return metrics
 
     def reset(self) -> None:
@@ -95,6 +117,7 @@ class TrainingHook(Hook):
         self._loss = torch.zeros_like(self._loss)
         self._measured = torch.zeros_like(self._measured)
         self._steps = torch.zeros_like(self._steps)
+        self._cost = torch.zeros_like(self._cost)
         self._rounds = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,6 +127,7 @@ class TrainingHook(Hook):
             "loss": self._loss.cpu(),
             "measured": self._measured.cpu(),
             "steps": self._steps,
+            "cost": self._cost,
             "last": self._last,
             "rounds": self._rounds,
         }
@@ -115,5 +139,7 @@ class TrainingHook(Hook):
         self._loss, self._steps = state["loss"].clone(), state["steps"].clone()
         if "measured" in state:  # earlier versions measured nothing
             self._measured = state["measured"].clone()
+        if "cost" in state:
+            self._cost = state["cost"].clone()
         self._last = dict(state["last"])
         self._rounds = {name: list(total) for name, total in state.get("rounds", {}).items()}

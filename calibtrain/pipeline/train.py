@@ -16,12 +16,10 @@ from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.features import default_layers, depth_of
 from calibtrain.confidence.likelihood import sample_answers
 from calibtrain.config import RunConfig
-from calibtrain.data.drops import write_dropped
-from calibtrain.data.encode import Encoded, encode_records, lazy_examples
+from calibtrain.data.encode import Encoded
 from calibtrain.data.lazy import Lazy
 from calibtrain.data.loader import planned_steps
 from calibtrain.data.templates import Template, template_of
-from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World, all_agree, check_alike, gather_lists, on_main, shard, start_world
 from calibtrain.errors import Preempted
 from calibtrain.hooks.base import HookList
@@ -29,6 +27,7 @@ from calibtrain.hooks.factory import default_hooks
 from calibtrain.hooks.records import EndRecord, RunRecord
 from calibtrain.models.arithmetic import settled, told, torch_dtype
 from calibtrain.models.confidence_head import ConfidenceHead
+from calibtrain.models.cost import peak_flops, work_of
 from calibtrain.models.export import check_scale_folds
 from calibtrain.models.loading import answering_config, load_model, load_tokenizer
 from calibtrain.models.loss_model import Call, LossModel
@@ -37,6 +36,7 @@ from calibtrain.models.reward import RewardLossModel, ValueLossModel, check_clas
 from calibtrain.models.sharding import full_shape, run_sharded
 from calibtrain.models.value import OwnValueLossModel, load_value_model
 from calibtrain.pipeline.check import Checked, advice, check, check_rollout_engine
+from calibtrain.pipeline.examples import training_examples, with_reference
 from calibtrain.pipeline.export_run import export_run
 from calibtrain.pipeline.prepare import (
     SAMPLES_PER_QUESTION,
@@ -49,6 +49,7 @@ from calibtrain.pipeline.prepare import (
 from calibtrain.pipeline.provenance import write_provenance
 from calibtrain.pipeline.reward_audit import measure_reward_models
 from calibtrain.records import Record
+from calibtrain.shared_files import check_shared
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.best import check_metric
@@ -61,11 +62,11 @@ from calibtrain.training.held_out import HeldOut, encode_held_out
 from calibtrain.training.host_memory import release_freed_memory
 from calibtrain.training.losses import build_losses, check_learns, measure_names, term_names
 from calibtrain.training.preemption import StopRequests
-from calibtrain.training.reference import with_reference_logprobs
 from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.row_layout import row_layout
 from calibtrain.training.spectra import build_spectra
+from calibtrain.training.throughput import Meter
 from calibtrain.training.trainer import Trainer
 from calibtrain.training.unpaired_examples import UnpairedExamples
 from calibtrain.training.weight_penalty import build_weight_penalties
@@ -74,10 +75,6 @@ logger = logging.getLogger(__name__)
 
 HEAD_LAYERS = 4
 """Layers that a confidence head reads unless they are named."""
-REFERENCE_BATCH = 16
-"""Sequences at once of which the starting model's log-probs are measured."""
-KEPT_STEPS = 4
-"""Of so many steps the encoded records stay in memory, where they are encoded as their turn comes."""
 
 
 def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
@@ -94,6 +91,7 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     world = start_world()
     prepared, template = checked.prepared, checked.template
     config = with_examples(config, prepared)
+    check_shared(config.output_dir, "output_dir", world)
     target = config.output_dir / "model"
     if on_main(lambda: checked.finished):
         logger.info("%s holds this very run, and it is finished: nothing to train", config.output_dir)
@@ -113,7 +111,7 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     if examples:
         check_learns(config, engine.module, examples)
     validation = encode_held_out(prepared.splits["validation"], config, template)
-    held_out = _with_reference(config, validation, template, engine.module, world) if validation else []
+    held_out = with_reference(config, validation, template, engine.module, world) if validation else []
     if world.device.type == "cpu":
         release_freed_memory()  # what flattening the weights left behind would be fragmented by the first steps
     trainer = _trainer(config, prepared, template, engine, world, layout, examples, held_out)
@@ -139,8 +137,6 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         if last_weights is not None:
             export_run(config, engine, template, last_weights, 1.0, world)
         head = trainer.finish(progress.step)
-        if world.is_main and config.data.streams:  # rows are found to be unfit as their turn comes
-            write_dropped(prepared.drops.unfit, config.output_dir / "dropped.jsonl")
         export_run(config, engine, template, target, engine.module.policy.scale, world, head)
     except Preempted as caught:
         progress, error, preempted = Progress(caught.step), str(caught), True
@@ -242,51 +238,6 @@ def with_confidence_head(model: LossModel, config: RunConfig) -> LossModel:
     return model
 
 
-def training_examples(
-    config: RunConfig, prepared: Prepared, template: Template, model: LossModel, world: World
-) -> Sequence[tuple[Encoded, ...]]:
-    """The training records as sequences; where a loss asks for it, with the starting model's log-probs.
-
-    Behind each unpaired answer stands its prompt with another's. Empty where the loop makes its own. Call it before a
-    checkpoint is loaded. Collective.
-    """
-    if config.objective.needs.answers_itself:
-        return []
-    room, unpaired = config.data.max_length, config.trains_unpaired
-    train, pairs = prepared.splits["train"], config.trains_on_pairs
-    every_turn = config.data.every_turn
-    if config.data.streams:
-        kept = KEPT_STEPS * config.training.global_batch_size
-        return lazy_examples(train, template, room, pairs, prepared.drops, kept, every_turn=every_turn)
-    examples = encode_records(train, template, room, pairs, prepared.drops, unpaired=unpaired, every_turn=every_turn)
-    if unpaired:
-        labelled = [one for (one,) in examples]
-        examples = list(zip(labelled, mismatched(labelled, room, template.tokenizer.bos_token_id), strict=True))
-    return _with_reference(config, examples, template, model, world)
-
-
-def _with_reference(
-    config: RunConfig, examples: Sequence[tuple[Encoded, ...]], template: Template, model: LossModel, world: World
-) -> Sequence[tuple[Encoded, ...]]:
-    """The examples with the starting model's log-probs, where a loss asks for them. Collective."""
-    if not config.needs_reference_logprobs:
-        return examples
-    if world.is_main:
-        logger.info("measuring the starting model's log-probs of %d examples", len(examples))
-    mine = shard(examples, world)
-    flat = [one for group in mine for one in group]
-    known = with_reference_logprobs(
-        model.policy,
-        flat,
-        template.pad_id,
-        batch_size=REFERENCE_BATCH,
-        within=lambda call: model(Call(lambda module: call())),
-        passes=max(gather_lists([-(-len(flat) // REFERENCE_BATCH)])),
-    )
-    place = iter(known)
-    return gather_lists([tuple(next(place) for _ in group) for group in mine])
-
-
 def _trainer(
     config: RunConfig,
     prepared: Prepared,
@@ -342,7 +293,13 @@ def _trainer(
         held_out=measured,
         rollouts=changing,
         head_fit=head_fit,
+        meter=_meter(config, engine, world),
     )
+
+
+def _meter(config: RunConfig, engine: Engine, world: World) -> Meter:
+    peak, given = peak_flops(world.device, torch_dtype(settled(config).model)), config.tracking.peak_tflops
+    return Meter(world.device, work_of(engine.module.policy.causal_model), given * 1e12 if given else peak)
 
 
 def _changing_examples(

@@ -59,6 +59,7 @@ FREE_TO_CHANGE = (
     "training.evaluate_questions",
     "training.evaluate_loss_every",
     "training.max_skipped_steps",
+    "training.profile_steps",
 )
 """Config keys that may differ on resume; every other one shapes the trajectory."""
 RESHAPING = (

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.answering import Answerer, answer_metrics
@@ -35,6 +37,7 @@ from calibtrain.training.host_memory import RELEASE_EVERY, release_freed_memory
 from calibtrain.training.preemption import StopRequests
 from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.spectra import Spectra
+from calibtrain.training.throughput import Meter, Trace
 from calibtrain.training.weight_penalty import WeightPenalties
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,7 @@ class Trainer:
     held_out: HeldOut | None = None
     rollouts: ChangingExamples | None = None  # then these are the examples
     head_fit: HeadFit | None = None  # of a confidence head
+    meter: Meter = field(default_factory=lambda: Meter(torch.device("cpu")))
 
     def fit(self, progress: Progress, stop: StopRequests | None = None) -> Progress:
         """Train from `progress` to the last step, or to where it gets no better.
@@ -74,9 +78,11 @@ class Trainer:
         """
         training = self.config.training
         self.engine.module.train()
+        trace = Trace(training.profile_steps, self.output_dir / "profile", self.world.rank)
         for step in range(progress.step, self.total_steps):
             if training.best is not None and is_over(progress.best, training.best):
                 logger.info("training ends at step %d: no better evaluation for %d", step, training.best.patience)
+                trace.after_step(last=True)
                 break
             started = time.perf_counter()
             if stop is not None:
@@ -85,6 +91,7 @@ class Trainer:
                 self.stream.before_step(step)
             if self.rollouts is not None:
                 self._prepare_examples(self.rollouts, progress)
+            trace.before_step()
             window = self._window(step)
             learning_rate = self.engine.set_learning_rate(step, self.total_steps, training)
             outputs = []
@@ -113,12 +120,15 @@ class Trainer:
                     grad_norm=grad_norm,
                     skipped=skipped,
                     seconds=time.perf_counter() - started,
-                    tokens=sum(int((one.batch.segment_ids > 0).sum()) for one in window),
+                    tokens=self.meter.tokens,
                     logit_scale=None if self.stream is None else self.engine.module.policy.scale,
                     weight_penalties={} if self.weight_penalties is None else self.weight_penalties.values(),
                     rollouts={} if self.rollouts is None else self.rollouts.metrics,
+                    cost=self.meter.cost(),
                 ),
             )
+            if (written := trace.after_step(last=progress.step == self.total_steps)) is not None:
+                logger.info("profile: %s", written)
             if self.average is not None:
                 self.average.after_step(progress.step)
             progress = self._after_step(progress)
@@ -258,6 +268,7 @@ class Trainer:
 
     def _window(self, step: int) -> list[TrainStep]:
         """Micro-batches of this rank in one optimiser step, with every term's count over all ranks and micro-batches."""
+        self.meter.begin()
         indices = self._indices(step)
         lengths = [row_tokens(self.examples[index], self.packing_tokens, self.shared_prefix) for index in indices]
         mine = rank_micro_batches(
@@ -268,7 +279,9 @@ class Trainer:
             packed=self.packing_tokens is not None,
         )[self.world.rank]
         batches = [self._micro_batch(step, number, len(mine), chosen) for number, chosen in enumerate(mine)]
+        self.meter.batches_made()
         totals = global_counts(self.engine.module, [one.batch for one in batches])  # type: ignore[arg-type]
+        self.meter.others_came()
         # DeepSpeed averages gradients over ranks, so the global mean is the sum over ranks times their number.
         divisors = {name: (divisor(total) / self.world.size).float() for name, total in totals.items()}
         return [replace(one, divisors=divisors) for one in batches]
@@ -292,6 +305,7 @@ class Trainer:
         )
         if self.rollouts is not None:
             batch = self.rollouts.fill(batch, indices)
+        self.meter.see(batch)
         return TrainStep(batch.to(self.world.device), {})
 
     def _report_skip(self, progress: Progress, outputs: Sequence[StepStatistics]) -> None:

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
-from calibtrain.config import RunConfig
+from calibtrain import shared_files
+from calibtrain.config import RunConfig, SFTConfig
 from calibtrain.config_file import load_config
+from calibtrain.data.drops import DropReport
+from calibtrain.data.encode import encode_records
 from calibtrain.data.loader import step_indices
 from calibtrain.data.templates import Template, template_of
 from calibtrain.distributed import World, barrier, check_alike, leave_world, on_main, start_world
@@ -24,6 +27,7 @@ from calibtrain.hooks.base import Hook, HookList
 from calibtrain.models.export import export_model, gathered_weights
 from calibtrain.models.loading import load_tokenizer
 from calibtrain.models.loss_model import DecodeStep, ScoreStep
+from calibtrain.pipeline import examples as examples_module
 from calibtrain.pipeline import prepare as prepare_module
 from calibtrain.pipeline import train as pipeline
 from calibtrain.pipeline.prepare import Prepared, prepare
@@ -181,6 +185,45 @@ def sampled(config: RunConfig, world: World, folder: Path) -> dict[str, Any]:
     return {"rejected": found, "sampled": len(calls), "kept": kept, "messages": disagreements(world, folder)}
 
 
+def kept_tokens(config: RunConfig, world: World, folder: Path) -> dict[str, Any]:
+    """Who encodes the training records, with one cache for both ranks and one each, and what both learn from; then how a
+    rank that fails is told, and an output_dir that is not shared.
+    """
+    prepared = prepare(config)
+    template = template_of(config, load_tokenizer(config.model))
+    plain = encode_records(prepared.splits["train"], template, config.data.max_length, False, DropReport())
+    made: list[str] = []
+    once, patience = examples_module._encode, shared_files.LOOKS
+    examples_module.ENCODED_ANEW, shared_files.LOOKS = 0, 3
+    examples_module._encode = lambda *args: made.append(place) or once(*args)
+    same = []
+    for place in ("together", f"apart{world.rank}", "together"):
+        examples_module.cache_directory = lambda place=place: folder / place
+        found = pipeline.training_examples(config, prepared, template, None, world)  # type: ignore[arg-type]
+        same.append(list(found) == plain)
+    told, place = [], "failing"
+
+    def fails(*args: Any) -> Any:
+        raise UserError("the template refuses it") if world.rank else RuntimeError("no")
+
+    if world.rank:
+        examples_module._encode = fails
+    examples_module.cache_directory = lambda: folder / f"failing{world.rank}"
+    for call in (
+        lambda: pipeline.training_examples(config, prepared, template, None, world),  # type: ignore[arg-type]
+        lambda: shared_files.check_shared(folder / f"out{world.rank}", "output_dir", world),
+        lambda: shared_files.check_shared(folder / "out", "output_dir", world),
+        lambda: shared_files.check_shared(Path(f"/proc/{world.rank}"), "output_dir", world),
+    ):
+        try:
+            call()
+            told.append("")
+        except UserError as error:
+            told.append(str(error))
+    examples_module._encode, shared_files.LOOKS, examples_module.ENCODED_ANEW = once, patience, 2000
+    return {"made": made, "same": same, "told": told, "left": sorted(one.name for one in folder.glob("out*"))}
+
+
 def disagreements(world: World, folder: Path) -> list[str]:
     """What each rank is told where one of them sees something else."""
 
@@ -223,6 +266,8 @@ if __name__ == "__main__":
             results[name] = full_disk(config, world)
         elif name == "homes" and world.size == 2:
             results[name] = sampled(config, world, folder)
+            sft = config.model_copy(update={"objective": SFTConfig()})
+            results[name]["tokens"] = kept_tokens(sft, world, folder)
         elif name.startswith("stage"):
             trainer, _ = begin(config, world)
             results[name] = answered(trainer, world)

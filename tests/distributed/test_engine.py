@@ -130,6 +130,20 @@ def test_rank_0_alone_looks_into_the_cache_of_sampled_answers(results):
     assert both[0]["kept"] == ["home0", "home2"]
 
 
+def test_records_are_encoded_once_for_all_that_share_a_cache_and_a_failure_is_told_on_all(results):
+    first, second = (results[1][2, rank]["homes"]["tokens"] for rank in (0, 1))
+    assert first["same"] == second["same"] == [True] * 3
+    assert first["made"] == ["together", "apart0", "failing"]
+    assert second["made"] == ["apart1"]
+    refused, apart, together, unwritable = first["told"]
+    assert [one.replace("out1", "out0") for one in second["told"]] == first["told"]
+    assert refused == "the template refuses it"
+    assert "rank(s) 1 do not see the file that rank 0 wrote there" in apart
+    assert together == ""
+    assert unwritable.startswith("rank 0 cannot write to /proc/0")
+    assert first["left"] == ["out"]  # nothing stays in what was no output_dir
+
+
 def test_what_one_rank_sees_otherwise_is_told_on_all(results):
     for rank in (0, 1):
         no, data, unseen = results[1][2, rank]["homes"]["messages"]

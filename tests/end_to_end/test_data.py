@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from calibtrain.config_file import load_config
 from calibtrain.data.templates import template_of
 from calibtrain.errors import UserError
+from calibtrain.pipeline import examples
 from tests.distributed.jobs import metrics, write_job
 
 SIZES = {"train": 24, "validation": 5, "calibration": 6, "temperature": 4, "certification": 4, "test": 4}
@@ -53,11 +55,19 @@ def test_a_mixture_asked_by_a_template_of_the_users_own(folder, monkeypatch):
         for name, weight in (("sums", 2), ("cities", 1))
     ]
     prompt = {"template": "jinja", "prompt_template": str(folder / "ask.j2"), "system": "Digits.", "few_shot": 2}
-    lines, _ = trained(folder, monkeypatch, "mixed", {"source": {"kind": "mixture", "sources": parts}, **prompt})
+    lines, _ = trained(
+        folder, monkeypatch, "mixed", {"source": {"kind": "mixture", "sources": parts}, **prompt}, profile_steps=1
+    )
     held_out = [line for line in lines if line["event"] == "evaluation" and line["split"] == "validation"]
     assert [line["step"] for line in held_out] == [2, 4]
     assert all(0 < line["eval/loss"] < 20 for line in held_out)
     assert held_out[1]["eval/loss"] < held_out[0]["eval/loss"]
+    steps = [json.loads(line) for line in (folder / "mixed" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line[key] for line in steps for key in line if key == "train/tflops_per_second_and_device"]
+    assert len(rates) == 4
+    assert min(rates) > 0
+    trace = json.loads(gzip.decompress((folder / "mixed" / "profile" / "rank0.json.gz").read_bytes()))
+    assert any("AdamW" in event.get("name", "") for event in trace["traceEvents"])
     dropped = [json.loads(line) for line in (folder / "mixed" / "dropped.jsonl").read_text().splitlines()]
     assert sorted(row["place"].rpartition("/")[2] for row in dropped) == ["cities.jsonl:91", "sums.jsonl:91"]
     facts = json.loads((folder / "mixed" / "run.json").read_text())
@@ -81,6 +91,10 @@ def test_a_mixture_asked_by_a_template_of_the_users_own(folder, monkeypatch):
 def test_a_streamed_file_trains_as_one_in_memory(folder, monkeypatch):
     source = {"kind": "file", "path": str(folder / "sums.jsonl")}
     lines, weights = trained(folder, monkeypatch, "memory", {"source": source})
-    streamed, same = trained(folder, monkeypatch, "stream", {"source": {**source, "streaming": True}})
-    assert streamed == lines
-    assert all(torch.equal(same[name], tensor) for name, tensor in weights.items())
+    monkeypatch.setattr(examples, "ENCODED_ANEW", 0)  # so that the tokens lie on disk
+    for name, streaming in (("stream", True), ("mapped", False)):
+        if not streaming:  # made by the run before
+            monkeypatch.setattr(examples, "make_cache", None)
+        again, same = trained(folder, monkeypatch, name, {"source": {**source, "streaming": streaming}})
+        assert again == lines
+        assert all(torch.equal(same[key], tensor) for key, tensor in weights.items())

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from calibtrain import cli
-from calibtrain.dry_run import ModelSize, memory_estimate, model_size, rank_table
+from calibtrain.dry_run import rank_table
+from calibtrain.pipeline.plan_memory import ModelSize, memory_estimate, model_size
 from calibtrain.training.deepspeed_config import BatchPlan
 from tests.tiny import write_tiny_model
 from tests.unit.models.test_reward_scorer import write as write_reward_model

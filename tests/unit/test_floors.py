@@ -33,13 +33,26 @@ FLOORS = (
         "config_tasks",
         "lines",
         "records",
+        "shared_files",
         "version",
     },
     {"ops", "calibration"},
     {"losses", "models", "data", "tasks", "confidence", "abstention", "spectral", "quantization", "engines"},
     {"training", "hooks"},
     {"pipeline"},
-    {"launchers", "configs", "cli", "cli_checks", "cli_weights", "app", "demo", "doctor", "dry_run", "loss_list"},
+    {
+        "launchers",
+        "configs",
+        "cli",
+        "cli_checks",
+        "cli_plan",
+        "cli_weights",
+        "app",
+        "demo",
+        "doctor",
+        "dry_run",
+        "loss_list",
+    },
 )
 SIDEWAYS = {
     # A batch is made for losses, a model is run on it, and an answer is what the model makes of a question.

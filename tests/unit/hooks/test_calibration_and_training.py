@@ -12,7 +12,7 @@ from calibtrain.config import RunConfig
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.calibration import CalibrationHook
 from calibtrain.hooks.factory import default_hooks
-from calibtrain.hooks.records import MicroBatchRecord, StepRecord
+from calibtrain.hooks.records import MicroBatchRecord, StepCost, StepRecord
 from calibtrain.hooks.training import TrainingHook
 from calibtrain.losses.terms import ANSWER, CHOSEN, REJECTED, LossTerm
 from calibtrain.training.losses import measure_names, term_names
@@ -90,6 +90,31 @@ def test_training_hook_means_and_resume():
     assert metrics["train/tokens_per_second"] == 50
     assert metrics["train/lr"] == 1e-4
     assert "train/logit_scale" not in metrics
+
+
+def test_what_a_step_costs():
+    def metrics(*costs):
+        hook = TrainingHook(["odds_ratio", "nll"])
+        for cost in costs:
+            hook.on_step(StepRecord(1, 2, 0.5, 1e-4, 0.7, False, 2.0, 100, None, cost=cost))
+        return HookList([hook]).reduce_and_log(2, 2)
+
+    gpu = StepCost(flops=3e12, data_seconds=0.5, device_bytes=2**31, peak=4e12)
+    found = metrics(gpu, StepCost(5e12, 0.25, None, 2**32, 4e12))
+    assert found["train/tflops_per_second_and_device"] == 2.0
+    assert found["train/mfu"] == 0.5
+    assert found["train/device_gib"] == 4.0  # the most so far
+    assert found["train/seconds_for_data"] == 0.375
+    assert "train/seconds_waiting" not in found
+    cpu = metrics(StepCost(flops=3e12, waiting_seconds=0.5), StepCost(flops=3e12, waiting_seconds=1.0))
+    assert cpu["train/seconds_waiting"] == 0.75
+    assert not {"train/mfu", "train/device_gib"} & cpu.keys()  # no peak is invented
+    resumed, whole = TrainingHook(["nll"]), TrainingHook(["nll"])
+    whole.on_step(StepRecord(1, 2, 0.5, 1e-4, 0.7, False, 2.0, 100, None, cost=gpu))
+    earlier = {key: value for key, value in whole.state_dict().items() if key != "cost"}
+    resumed.load_state_dict(whole.state_dict())
+    assert torch.equal(resumed.sums()["cost"], whole.sums()["cost"])
+    resumed.load_state_dict(earlier)  # of a version that counted nothing
 
 
 def test_measures_are_means_over_what_they_count_and_survive_a_resume():

@@ -1,0 +1,163 @@
+"""Plans from a config.json alone: what is counted is what torch holds, and what fits is what was asked to fit."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from calibtrain.cli import app
+from calibtrain.config import RunConfig
+from calibtrain.config_file import load_config
+from calibtrain.errors import UserError
+from calibtrain.models.cost import DEVICES
+from calibtrain.models.loading import load_model
+from calibtrain.pipeline.plan import ROOM, make_plan
+from calibtrain.pipeline.plan_memory import (
+    DEVICE,
+    HOST,
+    activations,
+    counted,
+    model_size,
+    phases,
+    rows_of,
+    saved_bytes,
+    total,
+)
+from calibtrain.pipeline.plan_time import Cluster
+from calibtrain.training.deepspeed_config import batch_plan
+from tests.tiny import write_tiny_model
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+         "max_position_embeddings": 8192, "vocab_size": 128256, "num_key_value_heads": 8}  # fmt: skip
+SIZES = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+PARAMETERS = {"8B": 8_030_261_248, "70B": 70_553_706_496}  # as the models' cards have them
+
+
+def cluster(gpus=8, gib=80, nodes=1, link="nvlink", device="h100"):
+    return Cluster(gpus, gib, nodes, link, DEVICES[device])
+
+
+def written(folder, size):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **SIZES[size]}))
+    return folder
+
+
+def config(source, **changes):
+    overrides = {"max_length": 2048, **changes.pop("data", {})}
+    training = {"global_batch_size": 64, "micro_batch_size": 1, **changes.pop("training", {})}
+    model = {"source": str(source), "dtype": "bf16", **changes.pop("model", {})}
+    return RunConfig.model_validate(
+        {"model": model, "data": overrides, "training": training, "objective": {"name": "sft"},
+         "evaluation": {"batch_size": 8}, **changes}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "lora"), [("fp32", None), ("bf16", {"r": 4})])
+def test_activations_are_those_of_a_forward_pass(tmp_path, dtype, lora):
+    source = write_tiny_model(tmp_path / "m", layers=3)
+    one = config(source, model={"dtype": dtype, "lora": lora}, data={"max_length": 64})
+    model = load_model(one.model).train()
+    model.set_attn_implementation("sdpa")  # bf16 has another on CPUs
+    inner = model.get_base_model() if lora else model
+    with counted(model) as seen:
+        inner.base_model(input_ids=torch.zeros(2, 64, dtype=torch.long), use_cache=False)
+    expected = sum(seen.values())
+    planned = activations(one, 64).of(2, 3, checkpointing=False)
+    assert planned == pytest.approx(expected, rel=0.03)  # some are of a batch, whatever its rows
+    assert saved_bytes(one.model, 2, 64, 3) == pytest.approx(expected, rel=0.001)
+
+
+def test_checkpointing_keeps_one_layer():
+    one = config("embedded:smollm2-135m-instruct", data={"max_length": 32})
+    found = activations(one, 32)
+    assert found.boundary == 32 * 576 * 2
+    assert found.of(2, 30, checkpointing=True) == 2 * (30 * found.boundary + found.layer + found.rest)
+    assert found.of(2, 30, checkpointing=True) < found.of(2, 30, checkpointing=False) / 5
+
+
+@pytest.mark.parametrize("size", ["8B", "70B"])
+def test_a_config_json_is_enough(tmp_path, size):
+    one = config(written(tmp_path / size, size))
+    found = model_size(one)
+    assert found.parameters == PARAMETERS[size]
+    assert found.cached == 2 * SIZES[size]["num_hidden_layers"] * 8 * 128
+    plan = make_plan(one, cluster(nodes=1 if size == "8B" else 2))
+    assert plan.best is not None
+    assert plan.best.device_bytes <= 80 * 2**30 * ROOM
+    # Of all stages the states are no less than 16 bytes a parameter over all ranks.
+    states = plan.best.phases["training"]
+    assert sum(states[name][0] for name in states if name.split()[0] in ("parameters", "gradients", "optimizer")) >= (
+        16 * PARAMETERS[size] // plan.cluster.world
+    )
+    assert plan.as_configured is not None
+    assert not plan.as_configured.fits(plan.cluster, None) or size == "8B"
+    if size == "70B":
+        assert plan.best.config.training.zero_stage == 3
+        assert set(plan.best_by_stage) == {3}
+
+
+def test_a_smaller_gpu_asks_for_more_saving_and_none_fits_nothing(tmp_path):
+    one = config(written(tmp_path / "8B", "8B"))
+    roomy, tight = (make_plan(one, cluster(gib=gib)) for gib in (180, 40))
+    assert tight.best.device_bytes < roomy.best.device_bytes
+    assert tight.best.time.longest > roomy.best.time.longest
+    assert make_plan(one, cluster(gpus=1, gib=16)).best is None
+    assert make_plan(one, cluster(gpus=8, gib=20), host_gib=8).best is None
+    adapters = make_plan(config(tmp_path / "8B", model={"lora": {}}), cluster(gpus=1, gib=40))
+    assert adapters.best is not None
+
+
+def test_time_follows_links_devices_and_tokens(tmp_path):
+    source = written(tmp_path / "8B", "8B")
+    one = config(source, training={"zero_stage": 3})
+    base = make_plan(one, cluster()).as_configured.time
+    slow = make_plan(one, cluster(link="pcie")).as_configured.time
+    assert slow.communication == pytest.approx(12 * base.communication)
+    assert slow.products == base.products
+    assert make_plan(one, cluster(device="a100")).as_configured.time.products > 3 * base.products
+    assert make_plan(one, cluster(nodes=2)).as_configured.time.communication == pytest.approx(
+        base.communication * 6 / 2 * (15 / 16) / (7 / 8)
+    )  # a card between nodes is a sixth as fast, half as many micro-batches each
+    # 6 operations a weight and token, and what attention adds.
+    assert base.flops / (64 * 2048) == pytest.approx(6 * 7.5e9, rel=0.07)
+    again = config(source, training={"zero_stage": 3}, model={"gradient_checkpointing": True})
+    assert make_plan(again, cluster()).as_configured.time.products == pytest.approx(4 / 3 * base.products, rel=0.03)
+
+
+def test_phases_say_where_memory_is(tmp_path):
+    one = config(
+        written(tmp_path / "8B", "8B"),
+        training={"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    )
+    size, plan = model_size(one), batch_plan(one.training, 8)
+    found = phases(one, size, plan, activations(one, 2048))
+    assert set(found) == {"loading", "training", "answering while training", "evaluating", "export"}
+    assert found["training"]["parameters"] == (PARAMETERS["8B"] * 2 // 8, HOST)
+    assert found["training"]["optimizer states (fp32 master, two moments)"] == (PARAMETERS["8B"] * 12 // 8, HOST)
+    assert found["evaluating"]["parameters"] == (PARAMETERS["8B"] * 2, DEVICE)
+    assert total(found["export"], HOST) > PARAMETERS["8B"] * 2
+    packed = one.model_copy(update={"data": one.data.model_copy(update={"packing_tokens": 4096})})
+    four = batch_plan(one.training.model_copy(update={"micro_batch_size": 4}), 8)
+    assert (rows_of(one, four), rows_of(packed, four)) == (4, 2)
+
+
+def test_the_command_prints_writes_and_refuses(tmp_path):
+    source = written(tmp_path / "8B", "8B")
+    run = ["plan", "sft", f"model.source={source}", "training.global_batch_size=64", "--json", str(tmp_path / "p.json")]
+    done = CliRunner().invoke(app, run)
+    assert done.exit_code == 0, done.output
+    assert "the fastest that fits" in done.output
+    told = json.loads((tmp_path / "p.json").read_text())
+    assert told["parameters"] == PARAMETERS["8B"]
+    assert told["best"]["fits"]
+    load_config("sft", [f"{key}={json.dumps(value)}" for key, value in told["best"]["settings"].items()]
+                + [f"model.source={source}", "training.global_batch_size=64"])  # fmt: skip
+    assert CliRunner().invoke(app, [*run, "--gpus", "1x8"]).exit_code == 1
+    for wrong in (["--gpus", "8"], ["--gpus", "0x80"], ["--link", "wire"], ["--device", "abacus"]):
+        with pytest.raises(UserError, match=wrong[0]):
+            CliRunner().invoke(app, [*run, *wrong], catch_exceptions=False)
