@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from calibtrain.errors import UserError, printable
 
@@ -33,6 +34,8 @@ class DropReport:
     dropped: Counter[str] = field(default_factory=Counter)
     unused: dict[str, int] = field(default_factory=dict)
     """Records of each split beyond the size that was asked for."""
+    spare: list[Any] = field(default_factory=list)
+    """Such records of train, then of calibration, whose questions may be graded for what is fitted: a confidence head."""
     notes: list[str] = field(default_factory=list)
     """What else a draw came to."""
     shortened: int = 0
