@@ -95,6 +95,12 @@ class FittedHead:
             digest.update(self.outside.mean.tobytes() + self.outside.held_out.tobytes())
         return digest.hexdigest()[:16]
 
+    @property
+    def gain(self) -> float:
+        """Standard errors by which its cross-validated loss lies below that of the likelihood alone; 0 where it is that."""
+        found = [(loss, error) for strength, loss, error in self.losses if strength == self.strength is not None]
+        return max(((self.losses[0][1] - loss) / error for loss, error in found if error > 0), default=0.0)
+
     def foreign(self, inputs: HeadInputs) -> NDArray[np.bool_]:
         """Which answers (N,) are to questions unlike those that it was solved on; ALPHA of like ones are told to be so."""
         if self.outside is None:

@@ -30,6 +30,8 @@ from calibtrain.pipeline.calibration_file import (
 )
 from calibtrain.pipeline.evaluate import Measurement
 
+CLEARLY = 2.0
+"""Standard errors by which a head must be better to serve where no source is named."""
 FILES = (f"{FOLDER}/{STEM}.json", f"{FOLDER}/{STEM}.safetensors", f"{FOLDER}/{OUTSIDE}")
 """Of the run, what a head's calibration rests on."""
 
@@ -37,10 +39,10 @@ FILES = (f"{FOLDER}/{STEM}.json", f"{FOLDER}/{STEM}.safetensors", f"{FOLDER}/{OU
 def serving(config: RunConfig, head: FittedHead | None) -> str:
     """The source of a run's confidence where none is named.
 
-    The head, if the config lets it and cross-validation on its own questions found it better than the likelihood alone.
+    The head, if the config lets it and cross-validation on its own questions found it clearly better than the likelihood.
     """
     section = config.confidence_head
-    chosen = head is not None and head.strength is not None and section is not None and section.serves == "auto"
+    chosen = head is not None and head.gain > CLEARLY and section is not None and section.serves == "auto"
     return HEAD if chosen else LIKELIHOOD
 
 
