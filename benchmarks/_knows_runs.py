@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from _knows_sources import SOURCES
 
 One = TypeVar("One")
-REGIMES = {
-    "fresh": ("data.splits.train=1600", "training.epochs=1"),
-    "repeated": (),
-    "raw": ("training.max_steps=0",),
-}
-"""One pass over 1,600 pairs; the demo's own 400 pairs for 4 epochs; the model that both start from, shown examples."""
+REGIMES = {"fresh": ("data.splits.train=1600", "training.epochs=1"), "repeated": ()}
+"""One pass over 1,600 pairs; the demo's own 400 pairs for 4 epochs."""
+UNTRAINED = ("raw", *SOURCES)
+"""The model that both start from, shown eight examples: on the same questions, and on files that a user could bring."""
+NOTHING_TRAINED = (
+    "penalties=[]",
+    "objective={name: sft}",
+    "data.splits={train: 8, calibration: 0, temperature: 8, certification: 8, test: 8}",
+)
 LAYERS = 8
 USES = {"temperature": 512, "certification": 1000, "test": 2000}
 FUEL = 8192
@@ -52,7 +56,10 @@ class Job:
         """A config and changes to it."""
         if self.run:
             return str(Path(self.run) / "config.yaml"), [*ASKING, *self.changes]
-        own = [f"seed={self.seed}", *ALWAYS, *REGIMES[self.regime], f"output_dir={self.folder / 'run'}"]
+        changes: tuple[str, ...] = REGIMES.get(self.regime, NOTHING_TRAINED)
+        if self.regime in SOURCES:
+            changes = (*changes, f"data.source={{kind: file, path: {self.folder / 'questions.jsonl'}}}")
+        own = [f"seed={self.seed}", *ALWAYS, *changes, f"output_dir={self.folder / 'run'}"]
         return "demo", [*own, *ASKING, *self.changes]
 
     @property
@@ -98,14 +105,16 @@ def work(job: Job) -> None:
     from calibtrain.pipeline.prepare import prepare
 
     torch.set_num_threads(1)
+    if job.regime in SOURCES:
+        SOURCES[job.regime](job.folder / "questions.jsonl")
     config = load_config(*job.config)
     output, seconds = Path(job.run or job.folder / "run"), 0.0
-    if not job.run and job.regime != "raw" and not (output / "model" / "config.json").is_file():
+    raw = job.regime in UNTRAINED
+    if not job.run and not raw and not (output / "model" / "config.json").is_file():
         shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
         clock = time.process_time()
         train.run(config)
         seconds = time.process_time() - clock
-    raw = job.regime == "raw"
     loaded = Loaded(config, None if raw else output / "model")
     layers = tuple(default_layers(depth_of(loaded.model), LAYERS))
     for use, records in questions(job).items():
@@ -133,7 +142,7 @@ def questions(job: Job) -> dict[str, list[Any]]:
 
     name, changes = job.config
     own = prepare(load_config(name, changes))
-    depth = USES["test"] / own.available["test"]
+    depth = min(1.0, USES["test"] / own.available["test"])
     rng = np.random.default_rng(job.seed)
     trained = {record.id for record in own.splits["train"]}
     sizes: dict[str, Any] = {use: round(depth * own.available[use]) for use in USES}
@@ -143,7 +152,7 @@ def questions(job: Job) -> dict[str, list[Any]]:
     found = {use: chosen(wide[use], size, rng) for use, size in USES.items()}
     spare = {record.id: record for record in wide["train"] if record.id not in trained}
     found["fuel"] = [*own.splits["calibration"], *spare.values()][: job.fuel]
-    return found if job.regime != "raw" else {use: found[use] for use in ("temperature", "certification", "test")}
+    return found
 
 
 def chosen(records: Sequence[One], count: int, rng: np.random.Generator) -> list[One]:

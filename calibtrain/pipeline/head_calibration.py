@@ -84,5 +84,6 @@ def calibrate_head(
         cost = Cost.none(len(held_out.answers)).mean()
         told = {"source": HEAD, "members": [HEAD], "cost": cost, "parts": parts}
         write_calibration(path, found, config, data_hashes, {**facts, **told})
-    show(found, path, written=not stays, note="by the confidence head")
+    serves = " It serves where no source is named." if facts.get("serves") == HEAD else ""
+    show(found, path, written=not stays, note=f"so far by the confidence head.{serves}")
     return found
