@@ -13,7 +13,7 @@ from calibtrain.confidence.answered import Answered
 from calibtrain.config import RunConfig
 from calibtrain.data.loader import step_indices
 from calibtrain.data.templates import Template
-from calibtrain.distributed import start_world
+from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.models.confidence_head import READINGS, ConfidenceHead
 from calibtrain.models.loss_model import LossModel
@@ -27,6 +27,8 @@ from calibtrain.training.engine import optimizer_groups
 from calibtrain.training.head_fit import HeadFit, fresh_questions, unasked
 from calibtrain.training.losses import term_names
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_model
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def config(objective="sft", **sections):
@@ -125,13 +127,13 @@ def test_then_it_is_solved_for_at_the_end_or_there_is_none(caplog):
         return Answered(answers, None, states=states, readings=torch.zeros(len(asked), len(READINGS)))
 
     engine = SimpleNamespace(module=SimpleNamespace(confidence_head=None))
-    head, told = HeadFit(engine, answered, records(400), (1, 2), 0, start_world()).solve()
+    head, told = HeadFit(engine, answered, records(400), (1, 2), 0, ALONE).solve()
     assert (head.how, head.n, head.layers) == ("solved", 400, (1, 2))
     assert head.gain > 2
     assert told["calib/calibration/head/auroc"] > 0.7
-    assert HeadFit(engine, answered, records(9), (1, 2), 0, start_world()).solve() == (None, {})
+    assert HeadFit(engine, answered, records(9), (1, 2), 0, ALONE).solve() == (None, {})
     assert "the run has none" in caplog.text
-    assert HeadFit(engine, answered, [], (1, 2), 0, start_world()).solve() == (None, {})
+    assert HeadFit(engine, answered, [], (1, 2), 0, ALONE).solve() == (None, {})
 
 
 def test_layers_and_tasks_that_it_cannot_read_are_told_before_training(tmp_path):
