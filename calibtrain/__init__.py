@@ -19,7 +19,7 @@ __all__ = ["__version__", "load"]
 
 def load(
     output_dir: str | Path,
-    source: str = "likelihood",
+    source: str | None = None,
     *,
     uncertified: bool = False,
     engine: str | None = None,
@@ -27,7 +27,8 @@ def load(
 ) -> Answerer:
     """Load a finished run, to be asked by `.answer(question)`. Raises UserError when its calibration does not fit it.
 
-    source: of the confidence; any that `calibtrain calibrate OUT --source ...` calibrated. uncertified: where no threshold
+    source: of the confidence; any that `calibtrain calibrate OUT --source ...` calibrated, by default the one that
+    `calibtrain calibrate OUT` chose: the run's confidence head or the likelihood. uncertified: where no threshold
     is certified, answer everything instead of nothing. engine: address of an OpenAI-compatible server that answers in the
     model's place, as `calibtrain calibrate OUT --engine ...` certified it; engine_model: the model's id there.
     """

@@ -28,7 +28,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to the config, e.g. training.epochs=2 penalties.0.weight=0.5")
 ]
 Source = Annotated[
-    str, typer.Option(help="Where the confidence comes from: likelihood, or what `calibrate --source` calibrated.")
+    str | None,
+    typer.Option(
+        help="Of the confidence: likelihood, head, or what `calibrate --source` calibrated. Default: as `calibrate` chose."
+    ),
 ]
 Uncertified = Annotated[
     bool,
@@ -216,7 +219,7 @@ def audit(
 def monitor(
     output_dir: OutputDir,
     audited: Annotated[Path, typer.Argument(help="Audited answers, one JSON a line with `abstained` and `correct`.")],
-    source: Source = "likelihood",
+    source: Source = None,
     uncertified: Uncertified = False,
 ) -> None:
     """Watch refusals, hallucinations and the certificate in service.
@@ -295,7 +298,7 @@ def report(
 def answer(
     output_dir: OutputDir,
     question: Annotated[str, typer.Argument(help="In plain words.")],
-    source: Source = "likelihood",
+    source: Source = None,
     group: Annotated[
         str | None, typer.Option(help="Value of the stratum that `certify --by` certified, e.g. Africa.")
     ] = None,
@@ -321,7 +324,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1: this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     requests_per_minute: Annotated[int, typer.Option(min=0, help="Of one address; 0: as many as it likes.")] = 600,
-    source: Source = "likelihood",
+    source: Source = None,
     uncertified: Uncertified = False,
 ) -> None:
     """Open a page to ask the model, and an OpenAI-compatible API whose replies carry their confidence."""

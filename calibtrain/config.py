@@ -320,7 +320,7 @@ class RunConfig(Section):
     @property
     def penalties_on_answers(self) -> list[OwnAnswersConfig]:
         """The penalties, and the head, for which the model answers questions of the calibration split while it trains."""
-        sections = (*self.penalties, self.confidence_head)
+        sections = (*self.penalties, *([self.confidence_head] if self.trains_head else []))
         answering = [section for section in sections if isinstance(section, OwnAnswersConfig)]
         # Rollouts are graded answers already: what is in the loss reads those.
         return [one for one in answering if not self.trains_on_rollouts or getattr(one, "moves", "all") == "scale"]
@@ -332,6 +332,11 @@ class RunConfig(Section):
         if self.trains_on_rollouts and self.rollouts.confidence == "head" and (score := self.rollouts.score_in_loss):
             return score, self.rollouts.score_weight
         return self.confidence_head.score, self.confidence_head.weight
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether a confidence head learns along the run; else it is solved for at the end alone, where there is one."""
+        return self.confidence_head is not None and self.head_score[1] > 0
 
     @property
     def score_teaches(self) -> bool:

@@ -24,7 +24,8 @@ class ConfidenceHeadConfig(OwnAnswersConfig):
     score: Literal["log", "brier"] = "log"
     """Proper score that trains it; with rollouts.confidence: head it is rollouts.reward."""
     weight: Weight = 1.0
-    """Of that score in the loss; with rollouts.confidence: head it is rollouts.score_weight."""
+    """Of that score in the loss; with rollouts.confidence: head it is rollouts.score_weight. 0: nothing is answered for it
+    along the run, and it is solved for after the last step alone, which is as good and cheaper."""
     learning_rate: Positive = 1e-3
     """Peak of the head's own learning rate, on the schedule of training.learning_rate."""
     trains_backbone: bool = False
@@ -32,4 +33,7 @@ class ConfidenceHeadConfig(OwnAnswersConfig):
     and the head follows it; on, the model may trade being right for being easy to tell."""
     fit_questions: Count = 4096
     """Most questions answered after the last step: the calibration split, then training questions that no step learnt
-    from."""
+    from, also those beyond data.splits.train, then what of the calibration questions data.splits does not ask for."""
+    serves: Literal["auto", "never"] = "auto"
+    """auto: its confidence is the run's, wherever no --source is named, if it tells right from wrong better than the
+    likelihood on its own questions by cross-validation; never: it is one that is asked for by --source head."""

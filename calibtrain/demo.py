@@ -11,16 +11,24 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from calibtrain.confidence.scorer import HEAD
 from calibtrain.config import RunConfig
 from calibtrain.config_file import dump_config
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled, told
 from calibtrain.pipeline import calibrate, collect
-from calibtrain.pipeline.calibration_file import made_by, made_by_source, weights_hash
+from calibtrain.pipeline.calibration_file import (
+    made_by,
+    made_by_source,
+    read_calibration,
+    served_source,
+    weights_hash,
+)
 from calibtrain.pipeline.check import check
 from calibtrain.pipeline.evaluate import (
     Loaded,
     Measurement,
+    head_beside,
     measured_metrics,
     with_progress,
     write_measurement,
@@ -38,7 +46,7 @@ COLUMNS = {
     "cov@0.2": "answers at 20% risk",
 }
 RESULTS = (
-    *("model", "adapter", "checkpoints", "answers", "probe", "sources", "confidence", "errors"),
+    *("model", "adapter", "checkpoints", "answers", "probe", "sources", "confidence", "confidence_head", "errors"),
     *(
         "metrics.jsonl",
         "calibration.json",
@@ -88,6 +96,7 @@ def run(config: RunConfig) -> Path:
     console.rule("3/4  the fine-tuned model", align="left")
     test = prepare(config).splits["test"]
     loaded = Loaded(config, output / "model")
+    loaded.head = head_beside(output / "model", loaded.template)
     tuned = with_progress(loaded, test, (), "answering test questions")
     mark = made_by(weights_hash(output / "model"), loaded.template.hash)
     write_measurement(tuned, output / "answers" / "test.jsonl", mark)
@@ -95,7 +104,8 @@ def run(config: RunConfig) -> Path:
     calibrated = calibrate.run(output)
     console.rule("4/4  the report", align="left")
     report = collect.run(output)
-    console.print(_table(raw, tuned, calibrated.calibrator))
+    by_head = read_calibration(output, source=HEAD).calibrator if served_source(output) == HEAD else None
+    console.print(_table(raw, tuned, calibrated.calibrator, by_head))
     console.print(f"report: {report}   ({(time.monotonic() - started) / 60:.1f} minutes)")
     for failure in calibrated.failures:
         console.print(f"{failure}; so it answers nothing that is not certified", style="bold red", markup=False)
@@ -108,12 +118,16 @@ def _measure_raw(config: RunConfig) -> Measurement:
     return with_progress(Loaded(config), prepared.splits["test"], prepared.shots, "answering test questions, few-shot")
 
 
-def _table(raw: Measurement, tuned: Measurement, calibrator: calibrate.Calibrator) -> Table:
+def _table(
+    raw: Measurement, tuned: Measurement, calibrator: calibrate.Calibrator, by_head: calibrate.Calibrator | None
+) -> Table:
     columns = {
         "raw model": measured_metrics(raw.confidence, raw.correct),
         "fine-tuned": measured_metrics(tuned.confidence, tuned.correct),
         "with temperature": measured_metrics(calibrator.apply(tuned.table), tuned.correct),
     }
+    if by_head is not None and tuned.told is not None:
+        columns["with confidence head"] = measured_metrics(by_head.apply(tuned.told), tuned.correct)
     table = Table(title=f"{len(tuned.answers)} test questions, used for nothing else", title_justify="left")
     table.add_column("")
     for name in columns:

@@ -210,7 +210,7 @@ def run(
     host: str,
     port: int,
     requests_per_minute: int,
-    source: str = "likelihood",
+    source: str | None = None,
     uncertified: bool = False,
 ) -> None:
     """Serve a finished run until interrupted. Raises UserError when the address is taken or the run incomplete.

@@ -34,6 +34,8 @@ class DropReport:
     dropped: Counter[str] = field(default_factory=Counter)
     unused: dict[str, int] = field(default_factory=dict)
     """Records of each split beyond the size that was asked for."""
+    spare: list[Any] = field(default_factory=list)
+    """Such records of train, then of calibration, whose questions may be graded for what is fitted: a confidence head."""
     notes: list[str] = field(default_factory=list)
     """What else a draw came to."""
     shortened: int = 0

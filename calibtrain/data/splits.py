@@ -52,6 +52,7 @@ def split_records(
     examples: int = 0,
     once: bool = False,
     bare: bool = False,
+    spare: bool = False,
 ) -> dict[str, list[Record]]:
     """Records of each split, in draw order, exactly as many as `sizes` asks for (train: all, where it asks for null).
 
@@ -64,7 +65,8 @@ def split_records(
 
     A validation split is cut out of the training split. `mixture` and `asked_mixture`: what `records` and `questions` are
     drawn from, if from several sources. `examples`: so many answered questions are taken out of train and have a split
-    of their own, by that name. `once`: train asks each question once. `bare`: it needs no answers.
+    of their own, by that name. `once`: train asks each question once. `bare`: it needs no answers. `spare`: `drops` gets
+    the questions that are left to be graded.
     """
     drops = DropReport() if drops is None else drops
     evaluates = any(getattr(sizes, name) for name in EVALUATION_SPLITS)
@@ -108,7 +110,18 @@ def split_records(
     splits = {name: pools[name][:size] for name, size in wanted.items()}
     asking = unique_records(records if questions is None else questions, DropReport())
     splits["calibration"] = _stratified(pools["calibration"], wanted["calibration"], list(filter(gradable, asking)))
+    if spare:
+        drops.spare = _spare(pools, splits, gradable)
     return {**splits, "examples": shown} if examples else splits
+
+
+def _spare(
+    pools: Mapping[str, Sequence[Record]], splits: Mapping[str, Sequence[Record]], gradable: Callable[[Record], bool]
+) -> list[Record]:
+    """Gradable questions, each once, of train and calibration that neither these nor validation have taken or teach."""
+    taken = {key for name in ("train", "validation", "calibration") for record in splits[name] for key in record.taught}
+    left = [record for name in ("train", "calibration") for record in pools[name] if record.key not in taken]
+    return unique_records(filter(gradable, left), DropReport())
 
 
 def _cut_examples(pools: dict[str, list[Record]], count: int) -> list[Record]:

@@ -20,7 +20,13 @@ from calibtrain.confidence.source import Cost
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline.answer_parts import part_probabilities
-from calibtrain.pipeline.calibration_file import LIKELIHOOD, Calibrated, read_calibration, weights_hash
+from calibtrain.pipeline.calibration_file import (
+    LIKELIHOOD,
+    Calibrated,
+    read_calibration,
+    served_source,
+    weights_hash,
+)
 from calibtrain.pipeline.confidence import asker_of
 from calibtrain.pipeline.engine import load_served
 from calibtrain.pipeline.evaluate import Answering, Loaded
@@ -285,7 +291,7 @@ class Answerer:
 
 def load(
     output_dir: str | Path,
-    source: str = LIKELIHOOD,
+    source: str | None = None,
     *,
     uncertified: bool = False,
     engine: str | None = None,
@@ -293,20 +299,22 @@ def load(
 ) -> Answerer:
     """Load a finished run. Raises UserError when it lacks a model or a calibration that fits it.
 
-    source: where its confidence comes from; others than the likelihood need `calibtrain calibrate OUT --source ...`.
+    source: where its confidence comes from, by default what `calibtrain calibrate OUT` chose: the run's confidence head or
+    the likelihood; others need `calibtrain calibrate OUT --source ...`.
     uncertified: without a certificate answer everything instead of nothing. engine: address of an OpenAI-compatible server
     that answers in the run's place, under the certificate of `calibtrain calibrate OUT --engine ...`; engine_model: the
     model's id there.
     """
     folder = Path(output_dir)
     if engine is not None:
-        if source != LIKELIHOOD:
+        if source not in (None, LIKELIHOOD):
             raise UserError(f"--source {source}: a server returns log-probs alone; leave it out with --engine")
         served, calibrated = load_served(folder, engine, engine_model)
         return Answerer(served, calibrated, uncertified=uncertified)
     config = load_config(folder / "config.yaml")
     if not (folder / "model" / "config.json").is_file():
         raise UserError(f"{folder}: no exported model (model/config.json); train first")
+    source = served_source(folder) if source is None else source
     check_calibrated(folder, source)  # before the model is loaded
     loaded = Loaded(config, folder / "model")
     fingerprint = Fingerprint(weights_hash(folder / "model"), loaded.template.hash)

@@ -21,6 +21,7 @@ from calibtrain.calibration.unlabelled import fit_base_alignment
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.features import Fingerprint
 from calibtrain.confidence.outside import Outside
+from calibtrain.confidence.scorer import HEAD
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.data.summary import data_hash
@@ -39,6 +40,7 @@ from calibtrain.pipeline.calibration_file import (
 from calibtrain.pipeline.evaluate import (
     Loaded,
     Measurement,
+    head_beside,
     measured_again,
     move_measurement,
     with_progress,
@@ -60,7 +62,12 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
 
     Where nothing can be certified, a calibration that holds and has a certificate stays as it is, with its answers; else
     the new one is written without a certificate, by which nothing is answered. `failures` of what is returned says so.
+
+    The run's confidence head, where it has one, is calibrated and certified on the same answers: OUT/sources/head/. The
+    failures are then those of whichever of the two serves.
     """
+    from calibtrain.pipeline.head_calibration import calibrate_head, serving  # which certifies by this module
+
     config = load_config(output_dir / "config.yaml")
     model = output_dir / "model"
     if not (model / "config.json").is_file():
@@ -70,6 +77,7 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
     loaded = Loaded(config, model)
     hashes = (loaded.template.hash, weights_hash(model))
     answers, measured = output_dir / "answers", {}
+    loaded.head = head = head_beside(model, loaded.template)
     read_audit(output_dir / AUDIT_FILE)  # a mistake in it is told before anything is answered
     mark = made_by(hashes[1], hashes[0])
     for split in SPLITS:
@@ -95,6 +103,7 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
         "fitted_on": file_hash(answers / "temperature.new.jsonl"),
         "shapes": shapes_of(prepared.splits["certification"]).as_dict(),
         **outside.facts(detector, why),
+        "serves": serving(config, head),
     }
     for split in SPLITS:
         move_measurement(answers / f"{split}.new.jsonl", None if stays else answers / f"{split}.jsonl")
@@ -103,7 +112,12 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
         data_hashes = {split: data_hash(prepared.splits[split]) for split in measured}
         write_calibration(output_dir / "calibration.json", calibrated, config, data_hashes, facts)
     show(calibrated, output_dir / "calibration.json", written=not stays, note=outside.told(detector, why))
-    return calibrated
+    if head is None or stays:
+        return calibrated
+    by_head = calibrate_head(
+        config, output_dir, head, measured, certificate_risk, certificate_delta, data_hashes, facts, audit
+    )
+    return replace(calibrated, failures=by_head.failures) if by_head and facts["serves"] == HEAD else calibrated
 
 
 def detector_of(

@@ -95,6 +95,15 @@ def source_folder(output_dir: Path, source: str | None) -> Path:
     return output_dir if source in (None, LIKELIHOOD) else output_dir / "sources" / source
 
 
+def served_source(output_dir: Path) -> str:
+    """The source of a run's confidence where none is named: what its calibration.json says, else the likelihood."""
+    try:
+        content = json.loads((output_dir / "calibration.json").read_text(encoding="utf-8"))
+        return str(content.get("serves", LIKELIHOOD))
+    except (OSError, ValueError, AttributeError):
+        return LIKELIHOOD  # what is wrong is told by whoever reads it
+
+
 def answering(config: RunConfig) -> dict[str, Any]:
     """Settings by which answers and their scores come about: with others the calibration says nothing."""
     task = task_of(config.task)

@@ -5,14 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import outside
 from calibtrain.pipeline.audit import audit_of
-from calibtrain.pipeline.calibrate import certified, show
-from calibtrain.pipeline.calibration_file import Calibrated, claims, file_hash, made_by, read_calibration, write_json
+from calibtrain.pipeline.calibrate import certified_claims, show
+from calibtrain.pipeline.calibration_file import (
+    LIKELIHOOD,
+    Calibrated,
+    claims,
+    file_hash,
+    made_by,
+    read_calibration,
+    served_source,
+    source_folder,
+    write_json,
+)
 from calibtrain.pipeline.evaluate import Measurement, read_measurement
 from calibtrain.pipeline.prepare import prepare
 
@@ -28,6 +39,8 @@ def run(
 ) -> Calibrated:
     """Certify anew and put the outcome into calibration.json, whose other entries stay as they are.
 
+    Where the run's confidence head serves, it is that which is certified.
+
     Nothing is written where something that was asked for cannot be certified; `failures` of what is returned says so.
     Defaults are the config's. Groups that were certified before are certified anew with the same risk, so that no group
     keeps an easier promise; a hallucination rate that is not asked for stays as it was. answers: graded answers that
@@ -35,10 +48,12 @@ def run(
     another model, and for those that trained it, fitted the calibrator, lack a grade, occur twice or lack the group.
     """
     config = load_config(output_dir / "config.yaml")
-    before = read_calibration(output_dir)
+    source = served_source(output_dir)
+    before = read_calibration(output_dir, source=source)
     path = output_dir / "answers" / "certification.jsonl" if answers is None else answers
     held_out = read_measurement(path)
-    target, fitted_on = output_dir / "calibration.json", output_dir / "answers" / "temperature.jsonl"
+    target = source_folder(output_dir, source) / "calibration.json"
+    fitted_on = output_dir / "answers" / "temperature.jsonl"
     content = json.loads(target.read_text(encoding="utf-8"))
     if content.get("fitted_on", "unknown") != file_hash(fitted_on):
         raise UserError(
@@ -56,8 +71,10 @@ def run(
     if answers is not None:
         _check_untrained(config, held_out, answers)
     file = None if answers is None else answers.name
-    found = certified(
-        asked, before.calibrator, held_out, abstention.target_risk, abstention.delta, file, before.parts, audit
+    confidence = before.calibrator.apply(_scores(held_out, path, source, asked))
+    risk, delta = abstention.target_risk, abstention.delta
+    found = certified_claims(
+        asked, before.calibrator, confidence, held_out.answers, risk, delta, file, before.parts, audit
     )
     calibrated = replace(
         found,
@@ -77,6 +94,18 @@ def run(
         write_json(target, content)
     show(calibrated, target, written=writes)
     return calibrated
+
+
+def _scores(held_out: Measurement, path: Path, source: str, config: RunConfig) -> Any:
+    """What the calibrator of the source that serves reads of these answers."""
+    if source == LIKELIHOOD:
+        return held_out.scores(config.calibration.domain)
+    if held_out.told is None:
+        raise UserError(
+            f"{path}: the run answers by its confidence {source}, and these answers were given without it; let the model "
+            "answer with `calibtrain evaluate --output FILE`, or calibrate again"
+        )
+    return held_out.told
 
 
 def _asked(

@@ -25,6 +25,7 @@ from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize_page import Part, read_quantization
 from calibtrain.pipeline.quantize_source import DATA_FILE, FULL_ANSWERS
 from calibtrain.pipeline.report import CompositionRow, Measured, ReportData, write_report
+from calibtrain.pipeline.report_head import head_report
 from calibtrain.pipeline.report_parts import parts_report
 from calibtrain.pipeline.reward_audit import FILE as AUDIT
 from calibtrain.pipeline.reward_audit import read_audit
@@ -116,6 +117,10 @@ def report_data(output_dir: Path) -> ReportData:
         measured = [Measured("full precision", quantized.before, old)]
         measured.append(Measured("quantised, old calibrator", test.answers, kept))
         measured.append(Measured("quantised, refitted", test.answers, confidence.tolist()))
+    head, no_head = head_report(output_dir, test, calibrated, confidence)
+    if head is not None and head.serves and quantized is None:
+        measured.append(Measured("with confidence head", test.answers, head.confidence.tolist()))
+        calibrated, confidence = head.calibrated, head.confidence
     composition = prepare(config).composition
     metrics = output_dir / "metrics.jsonl"
     # `calibrate` and `certify` take another risk or delta than the config's: the certificate says which.
@@ -153,7 +158,7 @@ def report_data(output_dir: Path) -> ReportData:
         group_risks=risks,
         groups=calibrated.groups,
         audit=calibrated.audit,
-        temperature=calibrated.calibrator.temperature,
+        temperature=fitted.temperature,
         training=read_metrics(metrics) if metrics.is_file() else [],
         reward_models=read_audit(output_dir / AUDIT),
         spectra=spectra,
@@ -163,6 +168,8 @@ def report_data(output_dir: Path) -> ReportData:
         options=options_part(options_are, test.answers),
         options_after=options_part(options_are, test.answers, calibrated.calibrator),
         parts=parts_report(calibrated, test.answers),
+        head=head,
+        head_problem=no_head,
     )
 
 

@@ -49,9 +49,7 @@ class Measurement:
     tokens: TokenScores | None = None  # kept for calibration.method: adaptive_temperature alone
     made_by: str | None = None  # mark of the model and template that gave all of them, where a file says so
     states: NDArray[np.float32] | None = None  # (answers, H): `Answered.asked`; not in a file
-    told: NDArray[np.float64] | None = (
-        None  # (answers,) what the run's confidence head tells, where asked; not in a file
-    )
+    told: NDArray[np.float64] | None = None  # (answers,) what the run's confidence head tells, where asked
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -207,7 +205,7 @@ def run(
         raise UserError(f"data.splits.{split}: 0 questions; ask for some in the config")
     loaded = load(config, model)
     if isinstance(loaded, Loaded):
-        loaded.head = _head_of(model, loaded.template)
+        loaded.head = head_beside(model, loaded.template)
     shots = () if model is not None else prepared.shots
     measurement = with_progress(loaded, records, shots, f"answering {split}", settle=False)
     if output is not None:
@@ -225,7 +223,7 @@ def run(
     return metrics
 
 
-def _head_of(model: Path | None, template: Template) -> FittedHead | None:
+def head_beside(model: Path | None, template: Template) -> FittedHead | None:
     """The confidence head beside a model; None where there is none, or it is said to be another model's."""
     if model is None or not has_head(model.parent):
         return None
@@ -269,7 +267,7 @@ def measured_again(loaded: Answering, records: Sequence[Record], path: Path, mad
     found = left or with_progress(loaded, records, (), f"answering {split}", settle=False)
     write_measurement(found, path, made_by)
     loaded.template.task.settle()
-    return replace(read_measurement(path), states=found.states)
+    return replace(read_measurement(path), states=found.states, told=found.told)
 
 
 def _left_ungraded(loaded: Answering, records: Sequence[Record], path: Path, made_by: str) -> Measurement | None:
@@ -302,15 +300,18 @@ def measured_metrics(confidence: NDArray[np.float64], correct: NDArray[np.bool_]
 def write_measurement(measurement: Measurement, path: Path, made_by: str | None = None) -> None:
     """One JSON object per answer, whole or not at all; `logprobs_at` is its log-prob at each temperature of the grid.
 
-    made_by: mark of the model and template, without which nothing can be certified by these answers. Scores of the tokens,
-    where kept, lie beside it as .tokens.safetensors.
+    made_by: mark of the model and template, without which nothing can be certified by these answers. `told`: what the
+    confidence head told, where it did. Scores of the tokens, where kept, lie beside it as .tokens.safetensors.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     # Half of a surrogate pair becomes \ud83d, which is how JSON writes it.
     with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for answer, row in zip(measurement.answers, measurement.table.tolist(), strict=True):
+        told: list[float | None] = [None] * len(measurement.answers)
+        told = told if measurement.told is None else measurement.told.tolist()
+        for answer, row, said in zip(measurement.answers, measurement.table.tolist(), told, strict=True):
             line = {**answer.as_dict(), "logprobs_at": [round(value, 6) for value in row], "made_by": made_by}
+            line |= {} if said is None else {"told": said}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     _tokens_file(path).unlink(missing_ok=True)  # an earlier file's
     if measurement.tokens is not None:
@@ -335,7 +336,7 @@ def read_measurement(path: Path) -> Measurement:
     """Answers that `write_measurement` wrote. Raises UserError when the file is missing or not its work."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; run `calibtrain calibrate` first")
-    answers, table, marks = [], [], set()
+    answers, table, marks, told = [], [], set(), []
     for number, line in enumerate(lines_of(_text(path)), start=1):
         try:
             row = json.loads(line)
@@ -343,6 +344,8 @@ def read_measurement(path: Path) -> Measurement:
                 raise ValueError(f"`correct` is {row['correct']!r}; say true, false or null")
             table.append(row.pop("logprobs_at"))
             marks.add(row.pop("made_by", None))
+            if (said := row.pop("told", None)) is not None:
+                told.append(float(said))
             answers.append(Answer.from_dict(row))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
@@ -352,7 +355,8 @@ def read_measurement(path: Path) -> Measurement:
     tokens = TokenScores(**load_file(_tokens_file(path))) if _tokens_file(path).is_file() else None
     width = 0 if table and not any(table) else len(TEMPERATURE_GRID)
     grid = np.array(table, dtype=np.float64).reshape(len(answers), width)
-    return Measurement(answers, grid, tokens, marks.pop() if len(marks) == 1 else None)
+    by_head = np.array(told) if answers and len(told) == len(answers) else None
+    return Measurement(answers, grid, tokens, marks.pop() if len(marks) == 1 else None, told=by_head)
 
 
 def _text(path: Path) -> str:

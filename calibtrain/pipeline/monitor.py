@@ -23,7 +23,7 @@ from calibtrain.confidence.outside import ALPHA, largest_share
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
-from calibtrain.pipeline.calibration_file import read_calibration, source_folder, write_json
+from calibtrain.pipeline.calibration_file import read_calibration, served_source, source_folder, write_json
 from calibtrain.pipeline.scope import at_most
 
 STATE = "monitor.json"
@@ -64,6 +64,7 @@ def run(output_dir: Path, audited: Path, *, source: str | None = None, uncertifi
     is certified, watch the config's target_risk. Raises UserError naming file, line and key for a bad line, for a log
     without lines or whose counted ones have changed, and where nothing is certified.
     """
+    source = served_source(output_dir) if source is None else source
     abstention = load_config(output_dir / "config.yaml").abstention
     calibrated = read_calibration(output_dir, source=source)
     certificate = calibrated.certification.certificate

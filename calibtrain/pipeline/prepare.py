@@ -116,6 +116,7 @@ def prepare(config: RunConfig) -> Prepared:
         # Where the model answers each question itself, what else its rows say is not learned from.
         once=once,
         bare=bare,
+        spare=config.confidence_head is not None,
     )
     check_options(config, task, splits)
     _check_weights(config, splits["train"])

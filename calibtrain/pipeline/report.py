@@ -22,6 +22,7 @@ from calibtrain.pipeline import report_figures as figures
 from calibtrain.pipeline.judged import audit_lines
 from calibtrain.pipeline.options import OptionsPart
 from calibtrain.pipeline.quantize_page import Part
+from calibtrain.pipeline.report_head import HeadReport
 from calibtrain.pipeline.report_numbers import Stage, comparison, stage_of, threshold_table, words_table
 from calibtrain.pipeline.report_parts import PartsReport
 from calibtrain.pipeline.report_rewards import reward_figures
@@ -84,6 +85,8 @@ class ReportData:
     options: OptionsPart | None = None  # where answers are one of given options
     options_after: OptionsPart | None = None  # with a calibrator of all their probabilities
     parts: PartsReport | None = None  # where answers are made of parts
+    head: HeadReport | None = None  # what the run's confidence head buys
+    head_problem: str = ""  # why that cannot be shown
 
 
 def write_report(output: Path, report: ReportData) -> Path:
@@ -114,6 +117,7 @@ def _context(report: ReportData) -> dict[str, Any]:
     return {
         "report": report,
         "parts": report.parts,
+        "head": report.head,
         "rewards": reward_figures(report.training),
         "stages": stages,
         "before": before if before is not None and before.n else None,

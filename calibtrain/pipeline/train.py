@@ -223,19 +223,25 @@ def build_model(
 
 
 def with_confidence_head(model: LossModel, config: RunConfig) -> LossModel:
-    """The model with the confidence head that the config asks for, on the device and in the dtype of its weights."""
+    """The model with the confidence head that is to learn along the run, on the device and in the dtype of its weights."""
     section = config.confidence_head
-    if section is not None:
+    if section is not None and config.trains_head:
         weight = model.policy.causal_model.get_input_embeddings().weight
         score, share = config.head_score
         model.confidence_head = ConfidenceHead(
-            section.layers or default_layers(depth_of(model), HEAD_LAYERS),
+            head_layers(config, model),
             full_shape(weight)[1],
             score=score,
             weight=share,
             trains_backbone=section.trains_backbone,
         ).to(weight.device, weight.dtype)
     return model
+
+
+def head_layers(config: RunConfig, model: LossModel) -> tuple[int, ...]:
+    """Layers whose states a confidence head reads; none without one."""
+    section = config.confidence_head
+    return () if section is None else section.layers or default_layers(depth_of(model), HEAD_LAYERS)
 
 
 def _trainer(
@@ -267,8 +273,9 @@ def _trainer(
     if config.confidence_head is not None:
         fresh = fresh_questions(config, train, steps, plan.global_batch_size)
         fresh = fresh if len(examples) == len(train) else []  # else a step's index is not that of a record
-        able = [one for one in (*questions, *fresh) if template.task.gradable(one)]
-        head_fit = HeadFit(engine, answerer, able[: config.confidence_head.fit_questions], config.seed, world)
+        able = [one for one in (*questions, *fresh, *prepared.drops.spare) if template.task.gradable(one)]
+        most, layers = config.confidence_head.fit_questions, head_layers(config, engine.module)
+        head_fit = HeadFit(engine, answerer, able[:most], layers, config.seed, world)
     measured = HeldOut(config, validation, template.pad_id, world, **layout) if validation else None
     if config.training.best is not None:
         check_metric(config.training.best, [] if measured is None else measured.keys(engine.module))

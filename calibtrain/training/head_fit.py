@@ -34,34 +34,37 @@ class HeadFit:
     engine: Engine
     answerer: Answerer
     questions: Sequence[Record]
+    layers: tuple[int, ...]
     seed: int
     world: World
 
     def solve(self) -> tuple[FittedHead | None, dict[str, float]]:
         """The head, on rank 0 and without its fingerprint, and how well it tells right answers from wrong ones by
-        cross-validation. Where too few answers are right, or wrong, it is the one that was trained. Collective.
+        cross-validation. Where too few answers are right, or wrong, it is the one that was trained, if any was. Collective.
         """
-        module = self.engine.module.confidence_head
-        assert module is not None
         trained = _weights(self.engine, keep=self.world.is_main)
         found: list[tuple[FittedHead, dict[str, float]]] = []
-        answered = self.answerer(self.questions, layers=module.layers) if self.questions else None
+        if self.world.is_main and self.questions:
+            logger.info("the confidence head: answering %d questions that no step learnt from", len(self.questions))
+        answered = self.answerer(self.questions, layers=self.layers) if self.questions else None
 
         def solve() -> None:
             if answered is not None:
                 correct = [bool(one.correct) for one in answered.answers]
                 inputs = HeadInputs.of(answered)
                 try:
-                    head, held_out = fit_head(inputs, correct, module.layers, NOT_YET, seed=self.seed)
+                    head, held_out = fit_head(inputs, correct, self.layers, NOT_YET, seed=self.seed)
                     state = state_of(torch.from_numpy(held_out), torch.tensor(correct))
                     found.append((head, {f"calib/calibration/head/{key}": x for key, x in summary(state).items()}))
                     return
                 except UserError as error:
-                    logger.warning("%s: what was trained along the run is kept", error)
-            found.append((trained_head(trained, module.layers, NOT_YET), {}))
+                    instead = "what was trained along the run is kept" if trained else "the run has none"
+                    logger.warning("%s: %s", error, instead)
+            if trained:
+                found.append((trained_head(trained, self.layers, NOT_YET), {}))
 
         wait_for_main(solve)
-        return found[0][0] if found else None, on_main(lambda: found[0][1])
+        return found[0][0] if found else None, on_main(lambda: found[0][1] if found else {})
 
 
 def fresh_questions(config: RunConfig, records: Sequence[Record], steps: int, batch: int) -> list[Record]:
@@ -80,9 +83,10 @@ def unasked(records: Sequence[Record], steps: int, batch: int, seed: int) -> lis
 
 
 def _weights(engine: Engine, *, keep: bool) -> dict[str, torch.Tensor]:
-    """The head's parameters, in float32 where the optimiser keeps them so. Collective."""
+    """The parameters of a head that learns along the run, in float32 where the optimiser keeps them so. Collective."""
     module = engine.module.confidence_head
-    assert module is not None
+    if module is None:
+        return {}
     engine.module.settle()
     plain = gathered_weights(module, keep=True)
     found = {}

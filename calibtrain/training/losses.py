@@ -65,7 +65,7 @@ def build_losses(config: RunConfig, template: Template, model: Any) -> tuple[nn.
 def term_names(config: RunConfig) -> list[str]:
     """Names of all loss terms of a run, without its model: they do not depend on which tokens a set holds."""
     names = {name for loss in _without_tokens(config) for name in _term_names(loss)}
-    return sorted(names | (set() if config.confidence_head is None else {ConfidenceHead.name}))
+    return sorted(names | ({ConfidenceHead.name} if config.trains_head else set()))
 
 
 def measure_names(config: RunConfig) -> list[str]:

@@ -14,6 +14,8 @@ from calibtrain.confidence.head import (
     LEAST_FOR_STATES,
     FittedHead,
     HeadInputs,
+    _cross_validated,
+    _main_directions,
     _offset,
     _states,
     fit_head,
@@ -285,6 +287,46 @@ def test_it_is_the_least_of_the_penalised_score():
     optimizer.step(loss)
     solved = replace(solved, outside=None)
     np.testing.assert_allclose(solved.logit(inputs), (columns @ w).detach().numpy(), atol=2e-3)
+
+
+def test_grades_that_nothing_tells_are_not_told_by_cross_validation():
+    """Else an answer would have had a part in the head that told it, or a fold in the choice of its own strength."""
+    inputs, correct = graded(600)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        shuffled = rng.permutation(correct)
+        folds = np.array_split(rng.permutation(len(correct)), 5)
+        pairs = [(np.setdiff1d(np.arange(len(correct)), fold), fold) for fold in folds]
+        z = np.concatenate([inputs.readings, _states(inputs)], axis=1)
+        z = (z - z.mean(0)) / z.std(0) / z.shape[1] ** 0.5
+        _, held = _cross_validated(_offset(inputs.logprob), z, shuffled.astype(float), pairs)
+        assert len(held) >= 4
+        noise = np.sqrt((1 / correct.sum() + 1 / (~correct).sum()) / 12)  # of the AUROC of grades that nothing tells
+        for told in held:
+            assert abs(rank_order(told, shuffled) - 0.5) < 4 * noise
+    assert rank_order(fit_head(inputs, correct, (1, 2), OURS)[1], correct) > 0.5 + 8 * noise  # where something does
+
+
+def rank_order(told, correct):
+    ranks = np.argsort(np.argsort(told))
+    return (ranks[correct].mean() - ranks[~correct].mean()) / len(told) + 0.5
+
+
+def test_main_directions_are_those_of_largest_variance():
+    rng = np.random.default_rng(0)
+    falling = np.linspace(3.0, 0.0, 300)
+    x = (rng.normal(size=(700, 300)) * np.exp(falling) @ np.linalg.qr(rng.normal(size=(300, 300)))[0]).astype(
+        np.float32
+    )
+    exact = np.linalg.svd(x, full_matrices=False)[2][:40]
+    found = _main_directions(x, 40)
+    assert found.shape == (40, 300)
+    np.testing.assert_allclose(found @ found.T, np.eye(40), atol=1e-4)
+    kept, best = (np.square(x @ one.T).sum() for one in (found, exact))
+    assert kept > 0.97 * best
+    np.testing.assert_allclose(
+        np.square(_main_directions(x, 300) @ x.T).sum(), np.square(x).sum(), rtol=1e-4
+    )  # all of it
 
 
 def test_kept_and_refused(tmp_path):

@@ -189,3 +189,20 @@ def test_a_run_that_only_trains_may_hold_records_out():
     assert len(splits["validation"]) == 20
     assert not ids(splits["validation"]) & ids(splits["train"])
     assert len(splits["train"]) > 1700
+
+
+def test_spare_questions_are_in_no_split_and_taught_by_none():
+    drops = DropReport()
+    splits = split_records(RECORDS, SIZES, 0, drops=drops, spare=True)
+    names = ("train", "calibration", "temperature", "certification", "test")
+    taken = {key for name in names for record in splits[name] for key in record.taught}
+    asked = [record.key for record in drops.spare]
+    assert len(set(asked)) == len(asked) > 0
+    assert taken.isdisjoint(asked)
+    wide = SIZES.model_copy(update={"train": None, "calibration": 0})
+    held_out = {split_of(record.key, 0) for record in drops.spare}
+    assert held_out == {"train", "calibration"}  # never of a split that certifies or tests
+    assert {record.key for record in split_records(RECORDS, wide, 0)["train"]} - taken <= set(asked)
+    drops = DropReport()
+    split_records(RECORDS, SIZES, 0, drops=drops)
+    assert drops.spare == []

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
+import torch
+
+from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.answered import Answered
 from calibtrain.config import RunConfig
 from calibtrain.data.loader import step_indices
 from calibtrain.data.templates import Template
+from calibtrain.distributed import World
 from calibtrain.errors import UserError
-from calibtrain.models.confidence_head import ConfidenceHead
+from calibtrain.models.confidence_head import READINGS, ConfidenceHead
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
 from calibtrain.models.reward import ValueLossModel
@@ -17,9 +24,11 @@ from calibtrain.pipeline.train import with_confidence_head
 from calibtrain.records import Message, Record
 from calibtrain.tasks.kinds import task_of
 from calibtrain.training.engine import optimizer_groups
-from calibtrain.training.head_fit import fresh_questions, unasked
+from calibtrain.training.head_fit import HeadFit, fresh_questions, unasked
 from calibtrain.training.losses import term_names
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_model
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def config(objective="sft", **sections):
@@ -100,6 +109,35 @@ def test_the_head_has_a_rate_of_its_own_and_stands_beside_a_value_head(kind):
     assert len(together) == len({id(one) for one in together}) == len([*model.parameters()])
     assert isinstance(model.confidence_head, ConfidenceHead)
     assert with_confidence_head(kind(Policy(tiny_model()), None), config()).confidence_head is None
+
+
+def test_with_no_weight_nothing_is_answered_for_it_along_the_run():
+    run = config(confidence_head={"weight": 0}, data={"splits": {"calibration": 0}})
+    assert not run.trains_head
+    assert run.penalties_on_answers == []
+    assert "confidence_head" not in term_names(run)
+    assert with_confidence_head(LossModel(Policy(tiny_model())), run).confidence_head is None
+    in_loss = config("grpo", confidence_head={"weight": 0}, rollouts={"reward": "log", "confidence": "head"})
+    assert in_loss.trains_head  # rollouts.score_weight is its weight there
+
+
+def test_then_it_is_solved_for_at_the_end_or_there_is_none(caplog):
+    rng = np.random.default_rng(0)
+
+    def answered(asked, layers):
+        states = torch.from_numpy(rng.normal(size=(len(asked), len(layers), 3, 8))).float()
+        right = [bool(one) for one in states[:, 0, 0, 0] > 0]
+        answers = [Answer(one.id, "?", "a", (-0.5,), y) for one, y in zip(asked, right, strict=True)]
+        return Answered(answers, None, states=states, readings=torch.zeros(len(asked), len(READINGS)))
+
+    engine = SimpleNamespace(module=SimpleNamespace(confidence_head=None))
+    head, told = HeadFit(engine, answered, records(400), (1, 2), 0, ALONE).solve()
+    assert (head.how, head.n, head.layers) == ("solved", 400, (1, 2))
+    assert head.gain > 2
+    assert told["calib/calibration/head/auroc"] > 0.7
+    assert HeadFit(engine, answered, records(9), (1, 2), 0, ALONE).solve() == (None, {})
+    assert "the run has none" in caplog.text
+    assert HeadFit(engine, answered, [], (1, 2), 0, ALONE).solve() == (None, {})
 
 
 def test_layers_and_tasks_that_it_cannot_read_are_told_before_training(tmp_path):

@@ -1,0 +1,99 @@
+"""The report's section on the confidence head: what it buys beside the likelihood with its calibrator, at equal promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibtrain.abstention.certificate import Certificate
+from calibtrain.calibration.intervals import Interval, paired_bootstrap, sample_ids, wilson
+from calibtrain.calibration.ranking import auroc
+from calibtrain.calibration.state import CalibrationState
+from calibtrain.confidence.head import graded_of
+from calibtrain.confidence.scorer import HEAD
+from calibtrain.errors import UserError
+from calibtrain.pipeline.calibration_file import Calibrated, read_calibration, served_source, source_folder
+from calibtrain.pipeline.evaluate import Measurement, measured_metrics
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCell:
+    """What one source answers under its certificate: of the certified questions, and counted on the test questions."""
+
+    certificate: Certificate | None
+    answered: int = 0
+    wrong: int = 0
+    low: float = 0.0  # 95% interval (Wilson) of the wrong among the answered
+    high: float = 0.0
+
+    @property
+    def coverage(self) -> float:
+        """Share of the certification questions that it answers."""
+        return 0.0 if self.certificate is None else self.certificate.coverage
+
+
+@dataclass(frozen=True, slots=True)
+class HeadReport:
+    """The section. `pairs`: of a right and a wrong answer taken at random, how often the right one is the surer (AUROC)."""
+
+    serves: bool
+    calibrated: Calibrated  # of the head
+    confidence: NDArray[np.float64]  # (n,) the head's, calibrated, of the test answers
+    graded: int  # answers that it was solved on
+    n: int  # test questions
+    risk: float  # the promise that is asked for
+    rows: tuple[tuple[float, HeadCell, HeadCell], ...]  # allowed risk, likelihood, head; ascending
+    pairs: tuple[float, float]  # likelihood, head
+    gain: Interval  # of pairs, on the same questions
+
+    @property
+    def asked(self) -> tuple[HeadCell, HeadCell] | None:
+        """Likelihood and head at the risk that is asked for; None where that is not among the rows."""
+        return next(((before, after) for risk, before, after in self.rows if abs(risk - self.risk) < 1e-9), None)
+
+
+def head_report(
+    output_dir: Path, test: Measurement, likelihood: Calibrated, confidence: NDArray[np.float64], replicates: int = 400
+) -> tuple[HeadReport | None, str]:
+    """The section, from what the head told of the test answers, and why it cannot be shown; (None, "") without a head.
+
+    confidence: the calibrated likelihood of the test answers.
+    """
+    if not (source_folder(output_dir, HEAD) / "calibration.json").is_file():
+        return None, ""
+    try:
+        by_head = read_calibration(output_dir, source=HEAD)
+        graded = graded_of(output_dir)
+    except UserError as error:
+        return None, str(error)
+    if test.told is None:
+        return None, "the test answers were given without it: run `calibtrain evaluate` with --output again"
+    told, correct = by_head.calibrator.apply(test.told), test.correct
+    ids = sample_ids([one.question_id for one in test.answers])
+
+    def order(state: CalibrationState) -> dict[str, float]:
+        return {"auroc": auroc(state)}
+
+    pair = paired_bootstrap(order, (confidence, correct), (told, correct), ids, replicates=replicates)["auroc"]
+    before, after = (measured_metrics(one, correct)["auroc"] for one in (confidence, told))
+    risks = sorted({*likelihood.curve, *by_head.curve})
+    rows = tuple(
+        (risk, _cell(likelihood, risk, confidence, correct), _cell(by_head, risk, told, correct)) for risk in risks
+    )
+    certificate = by_head.certification.certificate
+    risk = certificate.target_risk if certificate else (risks[-1] if risks else 0.0)
+    serves = served_source(output_dir) == HEAD
+    return HeadReport(serves, by_head, told, graded, len(correct), risk, rows, (before, after), pair), ""
+
+
+def _cell(calibrated: Calibrated, risk: float, confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> HeadCell:
+    found = calibrated.curve.get(risk)
+    certificate = None if found is None else found.certificate
+    if certificate is None:
+        return HeadCell(None)
+    kept = confidence >= certificate.threshold
+    answered, wrong = int(kept.sum()), int((kept & ~correct).sum())
+    return HeadCell(certificate, answered, wrong, *wilson(wrong, answered))

@@ -1,0 +1,126 @@
+"""The confidence head beside the likelihood: which of them serves, by what it is certified, and what the report says."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.head import HeadInputs, fit_head
+from calibtrain.config import RunConfig
+from calibtrain.config_file import dump_config, load_config
+from calibtrain.errors import UserError
+from calibtrain.models.confidence_head import POSITIONS, READINGS
+from calibtrain.pipeline import certify, collect
+from calibtrain.pipeline.calibration_file import file_hash, read_calibration, served_source, weights_hash
+from calibtrain.pipeline.evaluate import read_measurement, write_measurement
+from calibtrain.pipeline.head_calibration import calibrate_head, serving
+from calibtrain.pipeline.report import render_report
+from calibtrain.pipeline.source import load_scorer
+from tests.unit.pipeline.conftest import TEMPLATE, mark_of, measured
+
+KNOWS = 3.0
+"""Log-odds by which what the head tells of a right answer lies above that of a wrong one."""
+
+
+def told(n, seed):
+    """The run's answers, with what a head tells that knows more than the likelihood."""
+    found, rng = measured(n, seed), np.random.default_rng(seed + 100)
+    logit = KNOWS * (found.correct - 0.5) + rng.normal(size=n)
+    return replace(found, told=1 / (1 + np.exp(-logit)))
+
+
+def a_head(out, informative=True):
+    """Solved on made-up states that tell the grades, or that do not."""
+    rng = np.random.default_rng(0)
+    states, correct = rng.normal(size=(400, 1, len(POSITIONS), 8)), rng.random(400) < 0.5
+    states[:, 0, 0, 0] += 3 * informative * correct
+    inputs = HeadInputs(np.full(400, -0.7), np.zeros((400, len(READINGS))), states)
+    head, _ = fit_head(inputs, correct, (1,), Fingerprint(weights_hash(out / "model"), TEMPLATE))
+    head.save(out)
+    return head
+
+
+@pytest.fixture
+def served(out):
+    """The calibrated run with a head that serves."""
+    config = load_config(out / "config.yaml").model_dump(mode="json") | {"confidence_head": {"weight": 0}}
+    config = RunConfig.model_validate(config)
+    dump_config(config, out / "config.yaml")
+    head = a_head(out)
+    parts = {name: told(1200, seed) for name, seed in (("temperature", 0), ("certification", 1), ("test", 3))}
+    for name, one in parts.items():
+        write_measurement(one, out / "answers" / f"{name}.jsonl", mark_of(out))
+    content = json.loads((out / "calibration.json").read_text())
+    content["serves"] = serving(config, head)
+    content["fitted_on"] = file_hash(out / "answers" / "temperature.jsonl")
+    (out / "calibration.json").write_text(json.dumps(content))
+    facts = {key: content[key] for key in ("fitted_on", "parts", "serves")}
+    found = calibrate_head(config, out, head, parts, 0.1, 0.05, {"temperature": "a", "certification": "b"}, facts)
+    assert found is not None
+    (out / "run.json").write_text(json.dumps({"versions": {}, "git": None, "data_hash": None, "world_size": 1}))
+    return out
+
+
+def test_what_a_head_told_is_kept_with_the_answers(tmp_path):
+    one = told(20, 0)
+    write_measurement(one, tmp_path / "a.jsonl", "mark")
+    np.testing.assert_array_equal(read_measurement(tmp_path / "a.jsonl").told, one.told)
+    write_measurement(replace(one, told=None), tmp_path / "a.jsonl", "mark")
+    assert read_measurement(tmp_path / "a.jsonl").told is None
+    assert "told" not in (tmp_path / "a.jsonl").read_text()
+
+
+def test_it_serves_where_its_own_questions_found_it_better(served, tmp_path_factory):
+    """By cross-validation on the questions that it was solved on: the certificate and the test have no part in it."""
+    config = load_config(served / "config.yaml")
+    assert served_source(served) == "head"
+    assert serving(config, a_head(served, informative=False)) == "likelihood"
+    assert serving(config, None) == "likelihood"
+    never = config.model_copy(update={"confidence_head": config.confidence_head.model_copy(update={"serves": "never"})})
+    assert serving(never, a_head(served)) == "likelihood"
+    content = json.loads((served / "calibration.json").read_text())
+    del content["serves"]  # as earlier versions wrote it
+    (served / "calibration.json").write_text(json.dumps(content))
+    assert served_source(served) == "likelihood"
+    assert served_source(tmp_path_factory.mktemp("nothing")) == "likelihood"
+
+
+def test_its_calibration_is_read_as_any_source_is(served):
+    likelihood, by_head = read_calibration(served), read_calibration(served, source="head")
+    assert by_head.calibrator.method == "platt"
+    assert by_head.certification.certificate.coverage > likelihood.certification.certificate.coverage + 0.05
+    assert load_scorer(served, "head", Fingerprint(weights_hash(served / "model"), TEMPLATE)).name == "head"
+    (served / "confidence_head" / "head.json").write_text("{}")
+    with pytest.raises(UserError, match=r"head\.json has changed since"):
+        read_calibration(served, source="head")
+
+
+def test_certify_certifies_what_serves(served):
+    before = read_calibration(served)
+    found = certify.run(served, risk=0.2)
+    assert found == read_calibration(served, source="head")
+    assert found.certification.certificate.target_risk == 0.2
+    assert read_calibration(served) == before
+    plain = replace(read_measurement(served / "answers" / "certification.jsonl"), told=None)
+    write_measurement(plain, served / "answers" / "certification.jsonl", mark_of(served))
+    with pytest.raises(UserError, match="these answers were given without it"):
+        certify.run(served, risk=0.2)
+
+
+def test_the_report_says_what_it_bought(served):
+    data = replace(collect.report_data(served), bootstrap_replicates=10)
+    page = render_report(data)
+    likelihood, by_head = read_calibration(served), read_calibration(served, source="head")
+    assert data.certification == by_head.certification
+    assert [one.label for one in data.measured][-1] == "with confidence head"
+    before, after = (one.certification.certificate.coverage for one in (likelihood, by_head))
+    more = round(1000 * (data.head.asked[1].coverage - data.head.asked[0].coverage))
+    assert data.head.asked[1].coverage - data.head.asked[0].coverage == pytest.approx(after - before, abs=0.02)
+    assert f"{more} more of every 1,000" in " ".join(page.split())
+    assert "from 400 graded answers" in page
+    write_measurement(replace(told(1200, 3), told=None), served / "answers" / "test.jsonl", mark_of(served))
+    assert "the test answers were given without it" in render_report(
+        replace(collect.report_data(served), bootstrap_replicates=10)
+    )
