@@ -38,8 +38,9 @@ from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize import side_of
 from calibtrain.pipeline.quantize_full import own_answers
 from calibtrain.pipeline.quantize_table import changes, compare
-from calibtrain.quantization.blocks import Text
-from calibtrain.quantization.run import Settings, quantize_directory
+from calibtrain.quantization.blocks import Text, find_blocks
+from calibtrain.quantization.rotation import rotate_block, rotate_outside, rotation_of
+from calibtrain.quantization.run import ALPHA, ROTATED_ALPHA, Settings, quantize_directory
 from calibtrain.quantization.schemes import scheme_of
 from calibtrain.records import Record
 
@@ -49,18 +50,24 @@ CELLS = (
     (OURS, "w8a8", "minmax"),
     (OURS, "w8a8", "smoothquant"),
     (OURS, "w8a8", "preserve"),
+    (OURS, "w8a8", "minmax-rotated"),
+    (OURS, "w8a8", "smoothquant-rotated"),
+    (OURS, "w8a8", "preserve-rotated"),
+    (OURS, "full", "rotated"),
     (OURS, "w8a16", "minmax"),
     (OURS, "fp8", "minmax"),
     (OURS, "w4a16", "minmax"),
     (OURS, "w4a16", "awq"),
     (OURS, "w4a16", "preserve"),
+    (OURS, "w4a16", "preserve-rotated"),
     (PEER, "w8a8", "minmax"),
     (PEER, "w8a8", "smoothquant"),
     (PEER, "w4a16", "minmax"),
     (PEER, "w4a16", "awq"),
     (PEER, "w4a16", "gptq"),
 )
-"""(tool, scheme, method): 4 bits in symmetric groups of 32, SmoothQuant at .8."""
+"""(tool, scheme, method): 4 bits in symmetric groups of 32, SmoothQuant at .8, and at .5 where the stream is rotated.
+full, rotated: nothing is quantised, so that what the rotation itself costs is seen."""
 
 SHOWN = (
     *("model", "tool", "scheme", "method", "accuracy", "ece_old_calibrator", "ece_refitted", "auroc"),
@@ -128,9 +135,14 @@ def quantize(model: Model, cell: tuple[str, str, str], target: Path, work: Path,
     tool, scheme, method = cell
     shutil.rmtree(target, ignore_errors=True)
     started = time.monotonic()
+    if tool == OURS and scheme == "full":
+        write_rotated(model.path, target)
+        return time.monotonic() - started
     if tool == OURS:
+        plain, _, rotated = method.partition("-")
         group = GROUP if scheme.endswith("a16") else None
-        settings = Settings(scheme_of(scheme, group_size=group), method, alpha=0.8)
+        alpha = ROTATED_ALPHA if rotated else ALPHA
+        settings = Settings(scheme_of(scheme, group_size=group), plain, alpha=alpha, rotate=bool(rotated))
         quantize_directory(model.path, target, model.texts, settings)
         return time.monotonic() - started
     texts = work / model.name / "texts_peer.json"
@@ -141,6 +153,20 @@ def quantize(model: Model, cell: tuple[str, str, str], target: Path, work: Path,
     if done.returncode:
         raise SystemExit(f"{' '.join(cell)}: {done.stderr[-2000:]}")
     return float(json.loads(done.stdout.strip().splitlines()[-1])["seconds"])
+
+
+def write_rotated(source: Path, target: Path) -> None:
+    """A model directory with its stream rotated, in its own dtype."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    rotation = rotation_of(model)
+    for block in find_blocks(model)[1]:
+        rotate_block(model, block, rotation)
+    rotate_outside(model, rotation)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
 
 
 def row_of(model: Model, cell: tuple[str, str, str], work: Path, peer: str | None) -> dict[str, Any]:
@@ -200,7 +226,7 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def timed(model: Model, work: Path, peer: str | None, repeats: int) -> list[dict[str, Any]]:
     """Seconds of each pass, ours and the peer's in turn."""
-    cells = [cell for cell in CELLS if cell[2] != "minmax" and (peer or cell[0] == OURS)]
+    cells = [cell for cell in CELLS if cell[1] != "full" and cell[2] != "minmax" and (peer or cell[0] == OURS)]
     taken: dict[tuple[str, str, str], list[float]] = {cell: [] for cell in cells}
     for _ in range(repeats):
         for cell in cells:

@@ -74,10 +74,16 @@ def plan(name: str, texts: int = 256, tokens: int = 64) -> dict[str, Any]:
     moments = 4 * 2 * (inner * inner + hidden * inner)  # of the widest stage, two halves, float32
     solving = 4 * (3 * inner * inner + 4 * hidden * inner)  # damped, factor, inverse; weights in float32
     streams = 2 * 2 * texts * tokens * hidden  # bf16, rounded and full
+    wanted = 2 * texts * tokens * (5 * hidden + 2 * values + 2 * inner)  # what the full block's layers make, bf16
     kept = 2 * texts * tokens * hidden * blocks  # inputs of every block, while answers' gradients are found
-    whole = 3 * block + outside + moments + solving + streams
+    whole = 3 * block + outside + moments + solving + streams + wanted
     parts = {"three blocks": 3 * block, "embeddings and head": outside, "moments": moments, "solving": solving}
-    parts |= {"streams": streams, "inputs of all blocks, before": kept, "at once": max(whole, block + outside + kept)}
+    parts |= {
+        "streams": streams,
+        "outputs of a full block": wanted,
+        "inputs of all blocks, before": kept,
+        "at once": max(whole, block + outside + kept),
+    }
     return {"model": name, "blocks": blocks} | {f"{key} GB": value / 1e9 for key, value in parts.items()}
 
 

@@ -76,11 +76,24 @@ def quantize(
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Weights with a zero point.")] = False,
     static: Annotated[bool, typer.Option("--static", help="One range of activations for all tokens.")] = False,
+    observer: Annotated[
+        str | None, typer.Option(help="With --static: minmax (default), percentile (99.9 %) or mse finds the range.")
+    ] = None,
     kv_cache: Annotated[bool, typer.Option("--kv-cache", help="Keys and values in float8, too.")] = False,
     ignore: Annotated[
         list[str] | None, typer.Option(help="A layer that stays in full precision, by name or re:PATTERN; repeatable.")
     ] = None,
-    alpha: Annotated[float, typer.Option(min=0, max=1, help="SmoothQuant: how far outliers go to the weights.")] = 0.8,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="How far outliers go to the weights (smoothquant, preserve). Default: .8, with --rotate .5.",
+        ),
+    ] = None,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Turn the residual stream first; a tied head becomes a matrix of its own.")
+    ] = False,
     samples: Annotated[
         int | None, typer.Option(help="Calibration questions to quantise by, 128 to 512. Default: 256.")
     ] = None,
@@ -106,9 +119,11 @@ def quantize(
     from calibtrain.pipeline.quantize_source import Asked
     from calibtrain.quantization.schemes import scheme_of
 
-    bits = scheme_of(scheme, group_size=group_size, asymmetric=asymmetric, static=static, kv_cache=kv_cache)
+    bits = scheme_of(
+        scheme, group_size=group_size, asymmetric=asymmetric, static=static, observer=observer, kv_cache=kv_cache
+    )
     limits = parse_keep(keep)
-    asked = Asked(bits, method, tuple(ignore or ()), alpha, samples, limits, output, questions, template)
+    asked = Asked(bits, method, tuple(ignore or ()), alpha, rotate, samples, limits, output, questions, template)
     if not source.is_dir():
         raise UserError(f"{source}: no such directory; give the output_dir of a run or a Hugging Face directory")
     from calibtrain.pipeline.quantize import run

@@ -1,11 +1,7 @@
 """A tiny calibrated run to quantise, and a quantiser that only adds noise, for tests of what stands around the real one."""
 
-import importlib.util
 import json
 import shutil
-import sys
-import types
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from calibtrain.config_file import load_config
 from calibtrain.data.sources import load_records
+from calibtrain.pipeline import calibrate, quantize, quantize_table
+from calibtrain.pipeline.evaluate import Loaded
+from calibtrain.pipeline.quantize_source import Asked
+from calibtrain.quantization.schemes import scheme_of
 from calibtrain.tasks.matching import normalize
 from tests.distributed.jobs import write_job
 from tests.tiny import write_tiny_model
@@ -38,35 +38,6 @@ def noised(source, target, texts, settings, *, on_block):
     partial.rename(target)
     return {"label": settings.scheme.label, "samples": len(texts), "full_precision": ["lm_head"], "seconds": 0.1}
 
-
-def _install():
-    """Where the real quantiser is not built yet, noise takes its place, so that the job can be imported."""
-    from calibtrain import quantization
-
-    if importlib.util.find_spec("calibtrain.quantization.run") is not None:
-        return
-
-    @dataclass(frozen=True, slots=True)
-    class Settings:
-        scheme: object
-        method: str
-        ignore: tuple = ()
-        alpha: float = 0.5
-        seed: int = 0
-        trust_remote_code: bool = False
-
-    module = types.ModuleType("calibtrain.quantization.run")
-    module.METHODS = ("minmax", "smoothquant", "awq", "preserve")
-    module.Settings, module.quantize_directory = Settings, noised
-    sys.modules[module.__name__] = quantization.run = module
-
-
-_install()
-
-from calibtrain.pipeline import calibrate, quantize, quantize_table  # noqa: E402
-from calibtrain.pipeline.evaluate import Loaded  # noqa: E402
-from calibtrain.pipeline.quantize_source import Asked  # noqa: E402
-from calibtrain.quantization.schemes import scheme_of  # noqa: E402
 
 __all__ = ["Asked", "calibrate", "quantize"]
 

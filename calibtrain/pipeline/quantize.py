@@ -56,7 +56,7 @@ from calibtrain.pipeline.quantize_table import Side, compare
 from calibtrain.pipeline.quantize_words import print_table
 from calibtrain.pipeline.question import shapes_of
 from calibtrain.quantization import run as quantization
-from calibtrain.quantization.run import METHODS, Settings, quantize_directory
+from calibtrain.quantization.run import ALPHA, METHODS, ROTATED_ALPHA, Settings, quantize_directory
 from calibtrain.records import Record
 
 logger = logging.getLogger(__name__)
@@ -237,10 +237,17 @@ def _settings(subject: Subject, asked: Asked) -> Settings:
         scheme=asked.scheme,
         method=asked.method,
         ignore=tuple(asked.ignore),
-        alpha=asked.alpha,
+        alpha=_alpha_of(asked),
+        rotate=asked.rotate,
         seed=subject.config.seed,
         trust_remote_code=subject.config.model.trust_remote_code,
     )
+
+
+def _alpha_of(asked: Asked) -> float:
+    if asked.alpha is not None:
+        return asked.alpha
+    return ROTATED_ALPHA if asked.rotate else ALPHA
 
 
 def _kept_facts(path: Path, key: str, model: Path) -> dict[str, Any] | None:
@@ -299,9 +306,11 @@ def _settings_of(asked: Asked) -> dict[str, Any]:
         "group_size": scheme.group_size,
         "asymmetric": not scheme.weights.symmetric,
         "static": scheme.static,
+        "observer": scheme.observer if scheme.static else None,
         "kv_cache": scheme.kv_cache,
         "ignore": list(asked.ignore),
-        "alpha": asked.alpha,
+        "alpha": _alpha_of(asked),
+        "rotate": asked.rotate,
     }
 
 

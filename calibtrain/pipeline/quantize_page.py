@@ -186,6 +186,8 @@ def _facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [("Scheme", content["label"]), ("Method", content["method"]), ("Made of", content["source"])]
     if content["method"] == "smoothquant":
         found.append(("Alpha", f"{settings.get('alpha')}"))
+    if settings.get("rotate"):
+        found.append(("Rotated", "the residual stream and the values of every head; the head is a matrix of its own"))
     if by:
         found.append(("Quantised by", f"{by['n']} calibration questions with the model's own answers. {by['verdict']}"))
     if kept := made.get("full_precision"):

@@ -37,7 +37,8 @@ class Asked:
     scheme: Scheme
     method: str
     ignore: tuple[str, ...] = ()
-    alpha: float = 0.8
+    alpha: float | None = None  # None: ALPHA of quantization.run, or its ROTATED_ALPHA
+    rotate: bool = False
     samples: int | None = None  # None: DEFAULT, or as many as there are down to USUAL
     keep: Mapping[str, float] | None = None  # of quantize_gate
     output: Path | None = None

@@ -25,16 +25,14 @@ SEARCH_ROWS = 16  # at least, where texts are long
 CLIP_TOKENS = 512
 SMALLEST = 1e-4  # of a scale before it is normalised, as published
 
-Weights = Callable[[Inputs], Tensor]
-
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What a part of the block was called with, for some rows of a batch, and how much each token's error counts."""
+    """What a part of the block was called with, for some rows of a batch, and which of its tokens are no padding."""
 
     args: tuple[Any, ...]
     named: Mapping[str, Any]
-    weights: Tensor  # (rows, T), or (rows x T,) where a mixture reads its tokens in rows; 0 where padded
+    real: Tensor  # (rows, T) bool, or (rows x T,) where a mixture reads its tokens in rows
 
 
 @dataclass(slots=True)
@@ -45,7 +43,7 @@ class _Seen:
     count: dict[str, int] = field(default_factory=dict)
     low: dict[str, Tensor] = field(default_factory=dict)  # (in,)
     high: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, list[Tensor]] = field(default_factory=dict)  # some of them, each times the root of its weight
+    tokens: dict[str, list[Tensor]] = field(default_factory=dict)  # some of them
     calls: dict[str, list[_Call]] = field(default_factory=dict)
 
     def mean(self, name: str) -> Tensor:
@@ -64,20 +62,17 @@ def awq_block(
     folds: Sequence[Fold],
     scheme: Scheme,
     layers: Mapping[str, nn.Module],
-    *,
-    weights: Weights | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Search the scales of a block, fold them in place, then search the ranges of its weights (Lin et al. 2306.00978).
 
     layers: those that will be quantised, by full name; folds with no such target are left out, and other layers only
-    follow. weights: how much the error of each token counts, (B, T); None: alike. Returns (low, high), each
-    (out, groups) in float32, by full name, of every layer but those of queries and keys: ranges for `quantize_weight`.
-    Raises UserError where a layer reads NaN or infinite numbers.
+    follow. Returns (low, high), each (out, groups) in float32, by full name, of every layer but those of queries and keys:
+    ranges for `quantize_weight`. Raises UserError where a layer reads NaN or infinite numbers.
     """
     local = {id(module): name for name, module in block.named_modules()}
     names = {local[id(module)]: name for name, module in layers.items()}
     chosen = [fold for fold in folds if fold.observed is not None and any(name in names for name in fold.targets)]
-    seen = _look(block, index, batches, chosen, names, weights)
+    seen = _look(block, index, batches, chosen, names)
     for fold in chosen:
         targets = [block.get_submodule(name) for name in fold.targets if name in names]
         scale = _search_scale(block, index, fold, targets, seen, scheme)
@@ -150,7 +145,7 @@ def _search_scale(
             with _quantized(targets, scale, scheme, span, dtype):
                 found = [_run(part, call) for call in calls]
             each = zip(calls, found, expected, strict=True)
-            errors.append(sum((call.weights[..., None] * (a - b).square()).sum() for call, a, b in each))
+            errors.append(sum((call.real[..., None] * (a - b).square()).sum() for call, a, b in each))
     total = over_ranks(torch.stack([torch.as_tensor(error, device=mean.device) for error in errors]), dist.ReduceOp.SUM)
     if not torch.isfinite(total).any():
         raise UserError(f"block {index}, {fold.part}: gives NaN or infinite numbers; the model is broken or overflows")
@@ -212,12 +207,10 @@ def _look(
     batches: Sequence[Inputs],
     folds: Sequence[Fold],
     layers: Mapping[str, str],
-    weights: Weights | None,
 ) -> _Seen:
     """Run a block once over all batches and note what its layers read."""
     seen = _Seen()
     observed = {str(fold.observed) for fold in folds}
-    counts = [batch.real.float() if weights is None else weights(batch) * batch.real for batch in batches]
     tokens = sum(int(batch.real.sum()) for batch in batches)
 
     def see(name: str, x: Tensor, batch: Inputs) -> None:
@@ -231,20 +224,16 @@ def _look(
             _merge(seen.high, name, x32.amax(0), torch.maximum)
         if name in layers:
             every = -(-tokens // CLIP_TOKENS)
-            weight = counts[at][batch.real]
-            some = x[-done % every :: every].float()
-            if len(weight) == len(x):
-                some = some * weight[-done % every :: every, None].sqrt()
-            seen.tokens.setdefault(name, []).append(some)
+            seen.tokens.setdefault(name, []).append(x[-done % every :: every].float())
 
     row, texts = 0, sum(len(batch.real) for batch in batches)
     step = max(1, min(-(-tokens // SEARCH_TOKENS), texts // SEARCH_ROWS))
-    for at, batch in enumerate(batches):
+    for batch in batches:
         rows = torch.arange(-row % step, len(batch.real), step)
         row += len(batch.real)
         with ExitStack() as stack:
             for name in {fold.part for fold in folds} if len(rows) else ():
-                hook = _keeper(seen.calls.setdefault(name, []), counts[at], rows.to(batch.real.device))
+                hook = _keeper(seen.calls.setdefault(name, []), batch.real, rows.to(batch.real.device))
                 module = block.get_submodule(name)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             observe(block, index, [batch], {name: block.get_submodule(name) for name in {*layers, *observed}}, see)
@@ -255,18 +244,16 @@ def _merge(found: dict[str, Tensor], name: str, value: Tensor, how: Callable[[Te
     found[name] = how(found[name], value) if name in found else value
 
 
-def _keeper(calls: list[_Call], weights: Tensor, rows: Tensor) -> Callable[..., None]:
+def _keeper(calls: list[_Call], real: Tensor, rows: Tensor) -> Callable[..., None]:
     """A hook that keeps what a part is called with, for some rows of the batch, in float32."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = args[0] if args else named["hidden_states"]
-        if x.shape[:2] != weights.shape:  # tokens in rows: all of them
-            counts = weights.flatten() if len(x) == weights.numel() else x.new_ones(len(x), dtype=torch.float32)
+        if x.shape[:2] != real.shape:  # tokens in rows: all of them
+            counts = real.flatten() if len(x) == real.numel() else x.new_ones(len(x), dtype=torch.bool)
             calls.append(_Call(_float32(args), _float32(named), counts))
         else:
-            calls.append(
-                _Call(_float32(args, rows, weights.shape), _float32(named, rows, weights.shape), weights[rows])
-            )
+            calls.append(_Call(_float32(args, rows, real.shape), _float32(named, rows, real.shape), real[rows]))
 
     return hook
 

@@ -49,9 +49,9 @@ class ModelWriter:
     Blocks are kept beside the target in TARGET.partial, from which an interrupted run goes on; `finish` gathers them.
     """
 
-    def __init__(self, source: Path, target: Path, scheme: Scheme, mark: str) -> None:
+    def __init__(self, source: Path, target: Path, scheme: Scheme, mark: str, *, untied: bool = False) -> None:
         """source: Hugging Face directory of the model in full precision. mark: what the blocks are made from; blocks of
-        another mark are thrown away.
+        another mark are thrown away. untied: the head is no longer the embedding.
 
         Raises UserError where compressed-tensors is missing, the source is quantised, the target exists or cannot be
         written, or TARGET.partial is not this writer's.
@@ -59,7 +59,7 @@ class ModelWriter:
         self.source, self.target, self.scheme = Path(source), Path(target), scheme
         self.partial = self.target.with_name(self.target.name + ".partial")
         self.packing = packing_of(scheme)
-        self.settings = read_config(self.source)
+        self.settings = _untied(read_config(self.source)) if untied else read_config(self.source)
         if os.path.lexists(self.target):
             raise UserError(f"{self.target}: exists already; give another place, or move or remove it")
         progress = self.partial / "progress.json"
@@ -199,6 +199,12 @@ def read_config(source: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot be read ({error}); give a Hugging Face model directory") from error
     check_full_precision(source, settings)
     return settings
+
+
+def _untied(settings: dict[str, Any]) -> dict[str, Any]:
+    """A config whose head is a matrix of its own, said wherever the config speaks of it."""
+    nested = {key: _untied(one) for key, one in settings.items() if key == "text_config" and isinstance(one, dict)}
+    return {**settings, **nested, "tie_word_embeddings": False}
 
 
 def _stored_once(others: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -40,15 +40,27 @@ class Fold:
 
 def folds_of(model_or_config: Any, block: nn.Module) -> list[Fold]:
     """Every exact fold of a block, in the order it computes. None of an architecture without an entry: no guesses."""
-    config = _text_config(model_or_config)
+    config = text_config_of(model_or_config)
     entry = _TABLE.get(config.model_type)
     return entry(config, block) if entry else []
 
 
 def no_folds_reason(model_or_config: Any) -> str | None:
     """Why nothing can be folded in this model, in words for its user; None where its architecture has an entry."""
-    kind = _text_config(model_or_config).model_type
+    kind = text_config_of(model_or_config).model_type
     return None if kind in _TABLE else f"no exact folds are known for the architecture {kind!r}: no scale is moved"
+
+
+def writers_of(model_or_config: Any, block: nn.Module | None = None) -> tuple[str, ...]:
+    """Names within a block of what is added to the residual stream as it is; none where they are not known, or not all so.
+
+    Norms of these architectures have no mean and no bias, and none lies between a layer and the stream.
+    """
+    names = _WRITERS.get(text_config_of(model_or_config).model_type, ())
+    if block is None:
+        return names
+    found = [name for name in names if _has(block, name)]
+    return tuple(found)
 
 
 @torch.no_grad()
@@ -61,11 +73,11 @@ def apply_fold(block: nn.Module, fold: Fold, scale: Tensor) -> None:
     A norm's weight is rounded to its dtype first, and the columns are multiplied by the scale that it really took; so
     rounding a norm costs nothing, not even where 1 + w is small.
     """
-    scale = _high(scale)
+    scale = high(scale)
     taken = _divide_rows(block, fold, scale) if fold.form == "rows" else _divide_norm(block, fold, scale)
     for name in fold.targets:
         weight = weight_in(block, name)
-        weight.copy_(_high(weight) * taken[..., None, :])
+        weight.copy_(high(weight) * taken[..., None, :])
 
 
 def shared_by_heads(fold: Fold, statistic: Tensor, how: Literal["max", "mean"]) -> Tensor:
@@ -89,12 +101,12 @@ def weight_in(block: nn.Module, name: str) -> Tensor:
 def _divide_norm(block: nn.Module, fold: Fold, scale: Tensor) -> Tensor:
     norm: Any = block.get_submodule(fold.source)
     offset = 1.0 if fold.form == "norm plus one" else 0.0
-    before = _high(norm.weight) + offset
+    before = high(norm.weight) + offset
     norm.weight.copy_(before / scale - offset)
-    after = _high(norm.weight) + offset
+    after = high(norm.weight) + offset
     taken = torch.where((before != 0) & (after != 0), before / after, scale)
     if getattr(norm, "bias", None) is not None:
-        norm.bias.copy_(_high(norm.bias) / taken)
+        norm.bias.copy_(high(norm.bias) / taken)
     return taken
 
 
@@ -107,19 +119,28 @@ def _divide_rows(block: nn.Module, fold: Fold, scale: Tensor) -> Tensor:
         by = parts[:, 0].flatten()
     rows = slice(fold.first_row, fold.first_row + by.shape[-1])
     weight = weight_in(block, fold.source)[..., rows, :]
-    weight.copy_(_high(weight) / by[..., None])
+    weight.copy_(high(weight) / by[..., None])
     owner, _, last = fold.source.rpartition(".")
     bias = getattr(getattr(block.get_submodule(owner), last), "bias", None)
     if bias is not None:
-        bias[rows] = (_high(bias[rows]) / by).to(bias.dtype)
+        bias[rows] = (high(bias[rows]) / by).to(bias.dtype)
     return scale
 
 
-def _high(x: Tensor) -> Tensor:
+def _has(block: nn.Module, name: str) -> bool:
+    owner: Any = block
+    for part in name.split("."):
+        owner = getattr(owner, part, None)
+    return owner is not None
+
+
+def high(x: Tensor) -> Tensor:
+    """In at least float32, in which folds are computed."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _text_config(model_or_config: Any) -> Any:
+def text_config_of(model_or_config: Any) -> Any:
+    """The config of the language model, of a model or of its config."""
     return getattr(model_or_config, "config", model_or_config).get_text_config()
 
 
@@ -133,10 +154,11 @@ def _attention(config: Any, norm: Literal["norm", "norm plus one"] = "norm") -> 
 
 def _heads(config: Any) -> tuple[int, int] | None:
     shared = config.num_attention_heads // config.num_key_value_heads
-    return (shared, _head_dim(config)) if shared > 1 else None
+    return (shared, head_dim_of(config)) if shared > 1 else None
 
 
-def _head_dim(config: Any) -> int:
+def head_dim_of(config: Any) -> int:
+    """Width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -161,7 +183,7 @@ def _gemma2(config: Any, block: nn.Module) -> list[Fold]:
 
 
 def _phi3(config: Any, block: nn.Module) -> list[Fold]:
-    values = (config.num_attention_heads + config.num_key_value_heads) * _head_dim(config)
+    values = (config.num_attention_heads + config.num_key_value_heads) * head_dim_of(config)
     qkv, output = "self_attn.qkv_proj", "self_attn.o_proj"
     return [
         Fold("input_layernorm", (qkv,), "self_attn"),
@@ -211,3 +233,10 @@ _TABLE: dict[str, Callable[[Any, nn.Module], list[Fold]]] = {
     "qwen3_moe": _mixture,
 }
 """By config.model_type, as transformers 5 names the layers."""
+
+_DENSE = ("self_attn.o_proj", "mlp.down_proj")
+_SPARSE = (*_DENSE, "mlp.experts.down_proj", "mlp.shared_expert.down_proj")
+_WRITERS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "phi3"), _DENSE) | dict.fromkeys(
+    ("mixtral", "qwen2_moe", "qwen3_moe"), _SPARSE
+)
+"""By config.model_type: what writes into the residual stream. Gemma 2 and 3 have a norm between, GPT-2 norms with a mean."""

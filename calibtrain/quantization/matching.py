@@ -25,11 +25,15 @@ OWN_INPUT = ""
 """The block's own input, as a place in the residual stream; others are modules that read it."""
 
 
+class _SeenAllError(Exception):
+    """Ends a run of a block whose rest nobody looks at."""
+
+
 @dataclass(slots=True)
 class _Trace:
     """What one batch showed in a block."""
 
-    read: dict[str, Tensor] = field(default_factory=dict)  # by layer
+    read: dict[str, Tensor] = field(default_factory=dict)  # by layer, where it was asked for
     made: dict[str, Tensor] = field(default_factory=dict)  # by layer
     stream: dict[str, Tensor] = field(default_factory=dict)  # what each norm reads, and the block itself
     output: Tensor | None = None
@@ -54,6 +58,7 @@ def match_block(
     """
     twins = dict(zip(layers, _same_modules(block, reference, layers), strict=True))
     joins = joins_of(reference, index, references[0], twins)
+    wanted = [_wanted(reference, index, other, twins, set(joins.values())) for other in references]
     quantized: dict[str, QuantizedWeight] = {}
     scales: dict[str, Tensor] = {}
     for stage in stages_of(block, index, batches[0], layers):
@@ -61,15 +66,14 @@ def match_block(
         if scheme.static:
             scales |= static_input_scales(block, index, batches, some, scheme)
         moments = {name: Moments.of(matrix_of(one)) for name, one in some.items()}
-        for number, (batch, other) in enumerate(zip(batches, references, strict=True)):
-            wanted = trace(reference, index, other, {name: twins[name] for name in stage})
+        for number, (batch, other) in enumerate(zip(batches, wanted, strict=True)):
             with quantized_inputs(layers, scheme, scales):
-                found = trace(block, index, batch, some)
+                found = trace(block, index, batch, some, whole=False)
             for name in stage:
                 check_finite(found.read[name], index, name)
-                lacking = wanted.made[name].float() - found.made[name].float()
+                lacking = other.made.pop(name).float() - found.made[name].float()
                 if name in joins:
-                    lacking += wanted.stream[joins[name]].float() - found.stream[joins[name]].float()
+                    lacking += other.stream[joins[name]].float() - found.stream[joins[name]].float()
                 read, counted = found.read[name][batch.real], weights[name][number][batch.real]
                 moments[name].update(read, lacking[batch.real], counted)
         for name, one in some.items():
@@ -78,6 +82,14 @@ def match_block(
             quantized[name] = round_compensated(better, moments[name].inputs, scheme, DAMPING, matrix_of(one).dtype)
             matrix_of(one).copy_(quantized[name].dequantized())
     return quantized, scales
+
+
+def _wanted(
+    reference: nn.Module, index: int, batch: Inputs, layers: Mapping[str, nn.Module], places: set[str]
+) -> _Trace:
+    """What the layers should make, and the residual stream at the `places` to which some of it is added."""
+    found = trace(reference, index, batch, layers)
+    return _Trace(made=found.made, stream={one: found.stream[one] for one in places})
 
 
 def joins_of(block: nn.Module, index: int, batch: Inputs, layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -98,13 +110,20 @@ def joins_of(block: nn.Module, index: int, batch: Inputs, layers: Mapping[str, n
     return found
 
 
-def trace(block: nn.Module, index: int, batch: Inputs, layers: Mapping[str, nn.Module]) -> _Trace:
-    """Run a block on a batch and keep what its layers read and make, and the residual stream where a norm reads it."""
+def trace(
+    block: nn.Module, index: int, batch: Inputs, layers: Mapping[str, nn.Module], *, whole: bool = True
+) -> _Trace:
+    """Run a block on a batch and keep what its layers read and make, and the residual stream where a norm reads it.
+
+    whole: to its end; else until all of the layers have run.
+    """
     found = _Trace(stream={OWN_INPUT: batch.hidden})
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             found.read[name], found.made[name] = args[0], output
+            if not whole and len(found.made) == len(layers):
+                raise _SeenAllError
 
         return hook
 
@@ -120,6 +139,8 @@ def trace(block: nn.Module, index: int, batch: Inputs, layers: Mapping[str, nn.M
             handles.append(module.register_forward_pre_hook(keep_stream(name)))
     try:
         found.output = run_block(block, index, batch)
+    except _SeenAllError:
+        pass
     finally:
         for handle in handles:
             handle.remove()

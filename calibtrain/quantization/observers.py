@@ -170,11 +170,8 @@ def _first_at(counts: Tensor, rank: Tensor) -> Tensor:
     return torch.searchsorted(counts.cumsum(-1, dtype=torch.int64), rank[:, None])[:, 0]
 
 
-OBSERVERS = ("minmax", "percentile", "mse")
-
-
 def observer_of(kind: str, name: str, grid: Grid) -> MinMax:
-    """A fresh observer of one of OBSERVERS, over all numbers that layer `name` reads."""
+    """A fresh observer of one of `schemes.OBSERVERS`, over all numbers that layer `name` reads."""
     if kind == "minmax":
         return MinMax(name)
     return Percentile(name) if kind == "percentile" else LeastError(name, grid)
@@ -186,14 +183,13 @@ def static_input_scales(
     batches: Sequence[Inputs],
     layers: Mapping[str, nn.Module],
     scheme: Scheme,
-    observer: str = "minmax",
 ) -> dict[str, Tensor]:
     """The scale (1,) of each layer's inputs, one for all tokens of all ranks, in its dtype.
 
     Symmetric, as engines want it. Collective where there are ranks. Raises UserError as the observers do.
     """
     assert scheme.activations is not None
-    seen = {name: observer_of(observer, name, scheme.activations) for name in layers}
+    seen = {name: observer_of(scheme.observer, name, scheme.activations) for name in layers}
     observe(block, index, batches, layers, lambda name, x, _: seen[name].update(x))
     scales = {}
     for name, layer in layers.items():

@@ -28,7 +28,7 @@ from calibtrain.quantization.blocks import (
     run_block,
 )
 from calibtrain.quantization.directory import ModelWriter
-from calibtrain.quantization.folds import folds_of, no_folds_reason
+from calibtrain.quantization.folds import Fold, folds_of, no_folds_reason
 from calibtrain.quantization.matching import match_block
 from calibtrain.quantization.observers import first_token_outliers, static_input_scales
 from calibtrain.quantization.preserve import Weights, token_weights
@@ -41,21 +41,31 @@ from calibtrain.quantization.readers import (
     routers,
     stored_names,
 )
+from calibtrain.quantization.rotation import rotation_of, why_not_rotated
 from calibtrain.quantization.schemes import Scheme, fit_groups, is_ignored
 from calibtrain.quantization.smoothquant import smooth_block
 from calibtrain.quantization.streaming import StreamedModel
+
+ALPHA, ROTATED_ALPHA = 0.8, 0.5
+"""Of SmoothQuant where none is asked for; in a rotated model what its MLP multiplies alone is smoothed, and there .8 would
+give the weights more outliers than their rounding bears (docs/quantization.md)."""
 
 METHODS = ("minmax", "smoothquant", "awq", "preserve")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a model is quantised. ignore: layers left in full precision, as in `schemes.is_ignored`. alpha: SmoothQuant's."""
+    """How a model is quantised.
+
+    ignore: layers left in full precision, as in `schemes.is_ignored`. alpha: SmoothQuant's.
+    rotate: turn the residual stream first (`rotation`); a head that is the embedding becomes a matrix of its own.
+    """
 
     scheme: Scheme
     method: str
     ignore: tuple[str, ...] = ()
-    alpha: float = 0.8
+    alpha: float = ALPHA
+    rotate: bool = False
     seed: int = 0
     trust_remote_code: bool = False
 
@@ -95,7 +105,7 @@ def quantize_directory(
     fused = has_fused_experts(
         streamed.model
     )  # they are not read back from what is written, so that such runs start anew
-    writer = ModelWriter(source, target, scheme, _mark(source, texts, settings))
+    writer = ModelWriter(source, target, scheme, _mark(source, texts, settings), untied=settings.rotate)
     facts = _Facts()
     try:
         batches = references = first_inputs(streamed.model, texts, streamed.pad_id)
@@ -130,6 +140,7 @@ def quantize_directory(
         "full_precision": [*ignored, "embeddings, norms and head"],
         "folds": facts.folds,
         "no_folds": None if settings.method == "minmax" else no_folds_reason(streamed.model),
+        "rotated": settings.rotate,
         "massive_first_tokens": facts.massive,
         "seconds": round(time.monotonic() - started, 1),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
@@ -149,6 +160,10 @@ def _opened(source: Path, settings: Settings) -> tuple[StreamedModel, dict[str, 
     streamed = StreamedModel(source, trust_remote_code=settings.trust_remote_code, device=device)
     chosen, ignored = _chosen(streamed, settings)
     check_readable(streamed.model, settings.scheme)
+    if settings.rotate:
+        if (reason := why_not_rotated(streamed.model)) is not None:
+            raise UserError(f"--rotate: {reason}; leave the option out")
+        streamed.rotate(rotation_of(streamed.model, settings.seed))
     widths = {name: matrix_of(one).shape[1] for name, one in chosen.items()}
     return streamed, chosen, ignored, fit_groups(settings.scheme, widths | _experts_widths(streamed))
 
@@ -196,8 +211,7 @@ def _quantize_block(
     facts.massive |= {layer: asdict(one) for layer, one in massive.items()}
     ranges: Mapping[str, tuple[Tensor, Tensor]] = {}
     if settings.method == "smoothquant" or (settings.method == "preserve" and scheme.activations is not None):
-        further = settings.method == "preserve"
-        facts.folds[name] = smooth_block(block, index, batches, folds, settings.alpha, further=further)
+        facts.folds[name] = _smoothed(block, index, batches, folds, settings)
     elif settings.method == "awq":
         ranges = awq_block(block, index, batches, folds, scheme, layers)
         facts.folds[name] = [fold.source for fold in folds]
@@ -222,6 +236,16 @@ def _quantize_block(
     cache = cache_scales(block, index, name, batches, layers, scheme, scales) if scheme.kv_cache else None
     writer.add_block(index, quantized, others, scales, cache)
     return scales
+
+
+def _smoothed(
+    block: nn.Module, index: int, batches: Sequence[Inputs], folds: Sequence[Fold], settings: Settings
+) -> dict[str, Any]:
+    if not settings.rotate:
+        return smooth_block(block, index, batches, folds, settings.alpha, further=settings.method == "preserve")
+    # Turned, nothing stands out any more but what the MLP multiplies.
+    products = [fold for fold in folds if fold.form == "rows" and not fold.part.endswith("o_proj")]
+    return smooth_block(block, index, batches, products, settings.alpha, further=True)
 
 
 def _restore(

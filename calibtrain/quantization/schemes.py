@@ -10,6 +10,8 @@ from calibtrain.errors import UserError
 from calibtrain.quantization.affine import Grid
 
 GROUP_SIZES = (128, 64, 32)
+OBSERVERS = ("minmax", "percentile", "mse")
+"""How the range of static activations is found (`observers`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class Scheme:
     group_size: int | None = None  # inputs that share a scale; None: one scale an output channel
     activations: Grid | None = None  # None: activations stay in the model's dtype
     static: bool = False  # activations: one range for all tokens, observed beforehand; else each token has its own
+    observer: str = "minmax"  # of OBSERVERS, for static activations
     kv_cache: bool = False  # keys and values in float8, static, one scale a layer
 
     @property
@@ -44,7 +47,13 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def scheme_of(
-    name: str, *, group_size: int | None = None, asymmetric: bool = False, static: bool = False, kv_cache: bool = False
+    name: str,
+    *,
+    group_size: int | None = None,
+    asymmetric: bool = False,
+    static: bool = False,
+    observer: str | None = None,
+    kv_cache: bool = False,
 ) -> Scheme:
     """The named scheme with what is asked of it. Raises UserError for an unknown name and for what it cannot be."""
     if name not in SCHEMES:
@@ -64,6 +73,12 @@ def scheme_of(
         if scheme.activations is None:
             raise UserError(f"--static: {name} leaves activations as they are; it goes with w8a8 and fp8")
         scheme = replace(scheme, static=True)
+    if observer is not None:
+        if observer not in OBSERVERS:
+            raise UserError(f"--observer: {observer!r} is none of {', '.join(OBSERVERS)}")
+        if not static:
+            raise UserError("--observer: finds the one range of all tokens; it goes with --static")
+        scheme = replace(scheme, observer=observer)
     return replace(scheme, kv_cache=kv_cache)
 
 

@@ -12,6 +12,7 @@ from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
 from calibtrain.models.loading import answering_config, cause, load_settings
 from calibtrain.quantization.blocks import find_blocks
+from calibtrain.quantization.rotation import Rotation, rotate_block, rotate_outside
 from calibtrain.spectral.model_files import ModelFiles, open_model
 
 
@@ -40,6 +41,7 @@ class StreamedModel:
             self.model = self._whole(trust_remote_code)
             self.prefix, self.blocks = find_blocks(self.model)
         self.model.eval().requires_grad_(False)
+        self.rotation: Rotation | None = None
 
     @property
     def pad_id(self) -> int:
@@ -55,7 +57,16 @@ class StreamedModel:
         block = self.blocks[index]
         if self.streams:
             self._fill(block, f"{self.name_of(index)}.")
+            if self.rotation is not None:
+                rotate_block(self.model, block, self.rotation)
         return block
+
+    def rotate(self, rotation: Rotation) -> None:
+        """Turn the residual stream of what lies in memory now, and of every block that comes."""
+        self.rotation = rotation
+        rotate_outside(self.model, rotation)
+        for block in self.blocks if not self.streams else ():
+            rotate_block(self.model, block, rotation)
 
     def drop(self, index: int) -> None:
         """Let go of a block's weights."""

@@ -78,6 +78,8 @@ def test_a_loss_that_is_not_allowed_ends_with_3_and_no_artefact(run, tmp_path):
         (["--scheme", "w2a2", "--method", "awq"], "--scheme: 'w2a2' is none of"),
         (["--scheme", "w4a16", "--method", "magic"], "--method: 'magic' is none of"),
         (["--scheme", "w8a8", "--method", "awq", "--group-size", "32"], "--group-size: w8a8 has one scale"),
+        (["--scheme", "w8a8", "--method", "awq", "--observer", "mse"], "--observer: finds the one range of all tokens"),
+        (["--scheme", "w8a8", "--method", "awq", "--static", "--observer", "sum"], "--observer: 'sum' is none of"),
         (["--scheme", "w4a16", "--method", "awq", "--keep", "rouge=1"], "--keep: 'rouge' is none of"),
     ],
 )

@@ -17,7 +17,7 @@ from calibtrain.pipeline.calibration_file import made_by, read_calibration, weig
 from calibtrain.pipeline.evaluate import read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize_full import own_answers
-from calibtrain.pipeline.quantize_source import samples_of
+from calibtrain.pipeline.quantize_source import samples_of, subject_of
 from calibtrain.quantization.schemes import scheme_of
 from tests.quantize_cases import asked, few_resamples, noised, quantize, tiny_run
 from tests.tiny import write_tiny_model
@@ -201,6 +201,15 @@ def test_another_method_begins_anew_in_what_an_interrupted_run_left(out, monkeyp
     monkeypatch.setattr(quantize, "quantize_directory", spied)
     assert quantize.run(out, asked(output=out / "small", method="awq")).path == out / "small"
     assert seen == ["awq"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "alpha"), [({}, 0.8), ({"rotate": True}, 0.5), ({"rotate": True, "alpha": 0.3}, 0.3)]
+)
+def test_a_rotated_model_is_smoothed_less_unless_it_is_said(out, changes, alpha):
+    wanted = asked(**changes)
+    settings = quantize._settings(subject_of(out, wanted), wanted)
+    assert (settings.alpha, settings.rotate) == (alpha, wanted.rotate)
 
 
 def stop(*_args):

@@ -86,13 +86,6 @@ def logits(model):
         return model(input_ids=ids).logits
 
 
-@pytest.fixture
-def in_float64(monkeypatch):
-    """Norms and softmax in float64 too; the models' own code says float32."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_fold_is_exact_in_float64(name, request):
     model = build(name, torch.float64)

@@ -145,8 +145,8 @@ def inputs_of(model, outlier=1.0):
 def test_static_scales_of_a_block(dtype, observer):
     model = tiny_model().to(dtype)
     block, layers = model.model.layers[0], matrices_in(model.model.layers[0], "model.layers.0.")
-    scheme = scheme_of("w8a8", static=True)
-    scales = static_input_scales(block, 0, inputs_of(model), layers, scheme, observer)
+    scheme = scheme_of("w8a8", static=True, observer=observer)
+    scales = static_input_scales(block, 0, inputs_of(model), layers, scheme)
     assert scales.keys() == layers.keys()
     assert all(scale.shape == (1,) and scale.dtype == dtype for scale in scales.values())
     q, k, v = (scales[f"model.layers.0.self_attn.{one}_proj"] for one in "qkv")
