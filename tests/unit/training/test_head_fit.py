@@ -117,7 +117,7 @@ def test_with_no_weight_nothing_is_answered_for_it_along_the_run():
     assert run.penalties_on_answers == []
     assert "confidence_head" not in term_names(run)
     assert with_confidence_head(LossModel(Policy(tiny_model())), run).confidence_head is None
-    in_loss = config("grpo", confidence_head={"weight": 0}, rollouts={"reward": "log", "confidence": "head"})
+    in_loss = config("grpo", confidence_head={}, rollouts={"reward": "log", "confidence": "head"})
     assert in_loss.trains_head  # rollouts.score_weight is its weight there
 
 
