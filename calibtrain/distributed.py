@@ -61,6 +61,7 @@ def start_world() -> World:
     import deepspeed
 
     from calibtrain.build_locks import clear_abandoned_locks
+    from calibtrain.shared_buffers import clear_abandoned_buffers
 
     # DeepSpeed 0.19 calls names that torch 2.13 deprecates, once a step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -75,6 +76,10 @@ def start_world() -> World:
         torch.cuda.set_device(device)
     for line in clear_abandoned_locks():  # DeepSpeed builds next
         print(f"calibtrain: {line}", file=sys.stderr, flush=True)
+    if device.type == "cpu" and local_rank == 0 and (freed := clear_abandoned_buffers()):
+        print(
+            f"calibtrain: removed {freed >> 20} MiB of shared memory that killed runs left", file=sys.stderr, flush=True
+        )
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)

@@ -33,6 +33,7 @@ FLOORS = (
         "config_tasks",
         "lines",
         "records",
+        "shared_buffers",
         "shared_files",
         "version",
     },
