@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -109,6 +110,15 @@ def run_sharded(model: Any, dtype: torch.dtype, zero: dict[str, Any] | None = No
     settings = inference_settings(dtype, zero)
     engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False)
     return engine
+
+
+def let_go(engine: Any) -> None:
+    """Free the memory of what `run_sharded` made: DeepSpeed's hooks and the model refer to each other. Collective."""
+    engine.empty_partition_cache()
+    engine.destroy()
+    for one in engine.module.parameters():
+        one.data, one.ds_tensor.data = one.data.new_empty(0), one.ds_tensor.data.new_empty(0)
+    gc.collect()
 
 
 def replace_parameters(model: nn.Module, made: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:

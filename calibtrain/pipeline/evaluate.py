@@ -38,6 +38,7 @@ from calibtrain.pipeline.calibration_file import made_by, made_by_source, weight
 from calibtrain.pipeline.options import option_matrices, options_part, print_options
 from calibtrain.pipeline.prepare import prepare, with_examples
 from calibtrain.records import Record
+from calibtrain.training.deepspeed_config import sharding
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +102,16 @@ class Loaded:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.template = template_of(config, load_tokenizer(source))
         self.head: FittedHead | None = None  # whose scores `measure` gives as well
-        self.team, zero = team.current(), None
+        self.team, zero, dtype = team.current(), None, torch_dtype(source)
         if self.team is not None:
             self.team.load(self, config, model)
             self.device = self.team.world.device
-            # A run that divided its training has a model that may not fit into one process.
-            zero = inference_settings(torch_dtype(source)) if config.training.zero_stage == 3 else None
+            zero = sharding(config, 1)  # what was divided to be trained may fit into no single process
         self.lockstep = zero is not None  # all ranks run the same passes, on weights that lie in parts
-        module = LossModel(Policy(load_model(source, zero))).eval()
-        self._model = module.to(self.device) if zero is None else run_sharded(module, torch_dtype(source)).module
+        section = None if zero is None else zero["zero_optimization"]
+        parts = None if zero is None else inference_settings(dtype, section)
+        module = LossModel(Policy(load_model(source, parts))).eval()
+        self._model = module.to(self.device) if zero is None else run_sharded(module, dtype, section).module
         self._model(Call(lambda one: check_head(one.policy)))
 
     @property
@@ -167,9 +169,7 @@ class Loaded:
             return self.team.measure(self, records, shots, on_batch)
         return self.measure_alone(records, shots, on_batch)
 
-    def measure_alone(
-        self, records: Sequence[Record], shots: Sequence[Record] = (), on_batch: Any = lambda questions_done: None
-    ) -> Measurement:
+    def measure_alone(self, records: Sequence[Record], shots: Sequence[Record], on_batch: Any) -> Measurement:
         """Answer and grade `records` in this process; in lockstep every rank must ask as many."""
         by_token = self.config.calibration.method == "adaptive_temperature"
         answered = self.answer(records, shots, on_batch, () if self.head is None else self.head.layers)

@@ -33,7 +33,7 @@ from calibtrain.models.loading import answering_config, load_model, load_tokeniz
 from calibtrain.models.loss_model import Call, LossModel
 from calibtrain.models.policy import Policy, check_head
 from calibtrain.models.reward import RewardLossModel, ValueLossModel, check_classifier
-from calibtrain.models.sharding import full_shape, run_sharded
+from calibtrain.models.sharding import full_shape, let_go, run_sharded
 from calibtrain.models.value import OwnValueLossModel, load_value_model
 from calibtrain.pipeline.check import Checked, advice, check, check_rollout_engine
 from calibtrain.pipeline.examples import training_examples, with_reference
@@ -327,17 +327,18 @@ def _changing_examples(
 
 def _rollouts(config: RunConfig, train: Sequence[Record], answerer: Answerer, plan: BatchPlan) -> Rollouts:
     live = config.objective.needs.reference == "live" and config.model.lora is None
-    reference = starting_model(config, answerer.world) if live else None
+    reference = starting_model(config, answerer.world)[0] if live else None
     return Rollouts(config, answerer, train, plan, reference)
 
 
-def starting_model(config: RunConfig, world: World) -> LossModel:
-    """The frozen model that the run starts from, without adapters: in parts under ZeRO-3. Collective there."""
+def starting_model(config: RunConfig, world: World) -> tuple[LossModel, Any]:
+    """The frozen model that the run starts from, without adapters; under ZeRO-3 in parts, with its engine. Collective."""
     zero = sharding(config, world.size)
     model = LossModel(Policy(load_model(answering_config(config.model), zero))).eval().requires_grad_(False)
     if zero is None:
-        return model.to(world.device)
-    return run_sharded(model, torch_dtype(config.model), zero["zero_optimization"]).module.eval()
+        return model.to(world.device), None
+    engine = run_sharded(model, torch_dtype(config.model), zero["zero_optimization"])
+    return engine.module.eval(), engine
 
 
 def _add_rejected(config: RunConfig, prepared: Prepared, template: Template, world: World) -> None:
@@ -347,8 +348,9 @@ def _add_rejected(config: RunConfig, prepared: Prepared, template: Template, wor
         lockstep = config.training.zero_stage == 3
         mine = shard(records, world)
         more = [records[0]] if lockstep and len(mine) < -(-len(records) // world.size) else []  # as many on every rank
+        model, engine = starting_model(config, world)
         own = sample_answers(
-            starting_model(config, world),
+            model,
             template,
             [*mine, *more],
             config.evaluation,
@@ -358,6 +360,8 @@ def _add_rejected(config: RunConfig, prepared: Prepared, template: Template, wor
             device=world.device,
             all_done=(lambda done: all_agree(done, world.device)) if lockstep else bool,
         )
+        if engine is not None:
+            let_go(engine)
         return gather_lists(own[: len(mine)])
 
     add_own_wrong_answers(config, prepared, template, sample)
