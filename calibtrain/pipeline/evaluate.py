@@ -108,9 +108,8 @@ class Loaded:
             self.device = self.team.world.device
             zero = sharding(config, 1)  # what was divided to be trained may fit into no single process
         self.lockstep = zero is not None  # all ranks run the same passes, on weights that lie in parts
-        section = None if zero is None else zero["zero_optimization"]
-        parts = None if zero is None else inference_settings(dtype, section)
-        module = LossModel(Policy(load_model(source, parts))).eval()
+        section = {} if zero is None else zero["zero_optimization"]
+        module = LossModel(Policy(load_model(source, zero and inference_settings(dtype, section)))).eval()
         self._model = module.to(self.device) if zero is None else run_sharded(module, dtype, section).module
         self._model(Call(lambda one: check_head(one.policy)))
 
@@ -119,7 +118,7 @@ class Loaded:
         """The model, which this process holds whole. UserError where it lies in parts."""
         if self.lockstep:
             raise UserError(
-                "training.zero_stage: 3 divides the model over the processes, and this needs it whole in one: leave out "
+                "training.zero_stage: 3 divides the model over the processes, and this needs it whole: leave out "
                 "--num-processes, or let a server answer (--engine http://...)"
             )
         return self._model
@@ -131,10 +130,7 @@ class Loaded:
         on_batch: Any = lambda questions_done: None,
         layers: tuple[int, ...] = (),
     ) -> Answered:
-        """Graded answers to `records` with their hidden states, and with what a confidence head reads of `layers`.
-
-        In this process alone; in lockstep every rank must ask as many.
-        """
+        """Graded answers of this process with their hidden states, and with what a confidence head reads of `layers`."""
         return answer_questions(
             self._model,
             self.template,

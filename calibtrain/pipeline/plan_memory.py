@@ -118,7 +118,9 @@ def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> Held
             size.trainable * (master + 8) // (world if stage >= 1 else 1),
             HOST if training.offload_optimizer else DEVICE,
         ),
-        **({"starting model": (size.starting * width, DEVICE)} if size.starting else {}),
+        **(
+            {"starting model": (size.starting * width // (world if stage == 3 else 1), DEVICE)} if size.starting else {}
+        ),
         **({"reward models": (rewards, DEVICE)} if rewards else {}),
         NOT_HELD: (2 * logits, SAVED),
     }

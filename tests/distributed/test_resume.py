@@ -149,7 +149,9 @@ def test_wandb_file_of_two_ranks_holds_the_keys_in_step_order(runs):
     assert first["train/loss/nll"] == pytest.approx(logged_lines[1]["train/loss/nll"])
 
 
-@pytest.mark.parametrize(("name", "last"), [("whole0", 6), ("whole1", 6), ("no_export", 2)])  # 2 and 3 export an average
+@pytest.mark.parametrize(
+    ("name", "last"), [("whole0", 6), ("whole1", 6), ("no_export", 2)]
+)  # 2 and 3 export an average
 def test_the_last_checkpoint_compared_by_step_is_what_was_exported(runs, name, last):
     """Whole weights come out of every stage's shards, an adapter merged, with nothing rounded on the way."""
     folder = runs[0]
