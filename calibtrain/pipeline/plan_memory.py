@@ -20,6 +20,7 @@ from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled, torch_dtype
 from calibtrain.models.cost import Work, work_of
+from calibtrain.models.streamed_export import FILE_BYTES
 from calibtrain.training.deepspeed_config import BUCKET_ELEMENTS, BatchPlan
 
 DEVICE, HOST, SAVED = "device", "host memory", "saved"
@@ -278,7 +279,7 @@ def phases(config: RunConfig, size: ModelSize, plan: BatchPlan, saved: Activatio
         "training": {**states, **buffers, **_of_a_step(config, size, plan, saved)},
         "answering while training": {**states, **buffers, **answering},
         "evaluating": {"parameters": (whole, DEVICE), **answering},
-        "export": {**states, "the whole model, on rank 0": (whole, HOST)},
+        "export": {**states, "a file on its way, on rank 0": (min(2 * whole, 2 * FILE_BYTES), HOST)},
     }
 
 

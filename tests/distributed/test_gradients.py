@@ -110,6 +110,22 @@ def test_same_gradients_and_trajectory(results, name, ranks):
     assert found["said"] == expected["said"]
 
 
+@pytest.mark.slow
+def test_four_ranks_that_read_a_quarter_each_take_the_same_steps(results):
+    folder, known = results
+    names = ("stage3", "stage3_read_whole", "lora_stage3", "untied_stage3", "ppo_own_stage3", "sampled_stage3")
+    script = str(__file__).replace("test_gradients", "gradient_cases")
+    ended = run(torchrun(4, script, str(folder), ",".join(names)), folder)
+    assert ended.code == 0, ended.output[-6000:]
+    for name in names:
+        found = torch.load(folder / f"{name}-4.pt", weights_only=True)
+        expected = known[REFERENCE[CASES[name].family], 1]
+        for one, reference in zip(found["gradients"], expected["gradients"], strict=True):
+            assert error(one, reference) < 1e-6, name
+        assert error(found["weights"], expected["weights"]) < 1e-6, name
+        assert found["said"] == expected["said"]
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_passes_left_out_of_deepspeed_change_no_bit(results, stage):
     found, expected = (results[1][f"bf16_stage{stage}{suffix}", 1] for suffix in ("", "_deepspeed"))
