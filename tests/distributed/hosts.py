@@ -21,7 +21,7 @@ def obstacle() -> str:
         if made.returncode:
             return f"no network namespaces: {made.stderr.strip()}"
         tried = subprocess.run(
-            ["ip", "netns", "exec", name, "ip", "link", "add", "a", "type", "veth", "peer", "name", "b"],
+            ["ip", "netns", "exec", name, "ip", "link", "add", "try0", "type", "veth", "peer", "name", "try1"],
             capture_output=True, text=True,
         )  # fmt: skip
         subprocess.run(["ip", "netns", "del", name], check=True)
