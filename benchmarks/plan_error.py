@@ -83,7 +83,7 @@ def child(name: str, place: str, dtype: str, stage: str, target: str) -> None:
     from calibtrain.losses.terms import CHOSEN
     from calibtrain.models.cost import Device
     from calibtrain.models.loss_model import TrainStep
-    from calibtrain.pipeline.plan_memory import SAVED, activations, counted, memory_estimate, model_size
+    from calibtrain.pipeline.plan_memory import SAVED, activations, counted, memory_estimate, model_size, width_of
     from calibtrain.pipeline.plan_time import PRODUCTS, Cluster, step_time
     from calibtrain.pipeline.train import build_model
     from calibtrain.training.deepspeed_config import batch_plan
@@ -129,7 +129,11 @@ def child(name: str, place: str, dtype: str, stage: str, target: str) -> None:
             "states_mib": states / 2**20,
             "states_mib_planned": sum(count for count, where in planned.values() if where != SAVED) / 2**20,
             "activations_mib": sum(saved.values()) / 2**20,
-            "activations_mib_planned": activations(config, LENGTH).of(ROWS, size.layers, checkpointing=False) / 2**20,
+            "activations_mib_planned": (
+                activations(config, LENGTH).of(ROWS, size.layers, checkpointing=False)
+                + ROWS * LENGTH * (size.hidden_size or 0) * width_of(config)  # the head's input
+            )
+            / 2**20,
             "seconds": seconds[-1],
             "seconds_planned": time_planned.longest,
             "gflops": rate / 1e9,

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from calibtrain.build_locks import extensions_root
+
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 
@@ -40,7 +42,9 @@ class Hosts:
 
     def environment(self, base: dict[str, str]) -> dict[str, str]:
         """For a launcher on the first host."""
-        return {**base, "PATH": f"{self.bin}{os.pathsep}{base['PATH']}", "HOME": str(self.home(0))}
+        # What DeepSpeed compiles is this machine's: in two new homes it would be built twice, for a minute each.
+        built = {"TORCH_EXTENSIONS_DIR": str(extensions_root())}
+        return {**base, **built, "PATH": f"{self.bin}{os.pathsep}{base['PATH']}", "HOME": str(self.home(0))}
 
     def home(self, number: int) -> Path:
         """Of one host."""
