@@ -6,6 +6,7 @@ The deepspeed launcher reaches the machines by pdsh and ssh. output_dir must be 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -58,9 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def slots_of(hostfile: Path) -> int:
     """Processes of all machines of a hostfile."""
-    lines = [line.partition("#")[0].split() for line in hostfile.read_text("utf-8").splitlines()]
     total = 0
-    for words in filter(None, lines):
+    for words in _entries(hostfile):
         name, _, slots = words[-1].partition("=")
         if len(words) != 2 or name != "slots" or not slots.isdecimal():
             raise UserError(f"{hostfile}: {' '.join(words)!r}: each line is `machine slots=8`, see hostfile.example")
@@ -70,6 +70,25 @@ def slots_of(hostfile: Path) -> int:
     return total
 
 
+def _entries(hostfile: Path) -> list[list[str]]:
+    """The words of each line that is no comment."""
+    lines = [line.partition("#")[0].split() for line in hostfile.read_text("utf-8").splitlines()]
+    return [words for words in lines if words]
+
+
+def check_every_machine_sees(file: Path, hostfile: Path) -> None:
+    """Raise UserError unless every machine sees a file that lies in output_dir here; else they would wait for each other."""
+    hosts = ",".join(words[0] for words in _entries(hostfile))
+    argv = ["pdsh", "-S", "-w", hosts, f"test -r {shlex.quote(str(file))}"]
+    done = subprocess.run(argv, env={**os.environ, "PDSH_RCMD_TYPE": "ssh"}, capture_output=True, text=True)
+    if done.returncode:
+        told = "; ".join(line for line in done.stderr.splitlines() if line.strip())[:500]
+        raise UserError(
+            f"output_dir: {file.parents[1]} is not seen by every machine of {hostfile}: give a path on a disk that all of "
+            f"them mount ({told or f'pdsh ended with {done.returncode}'})"
+        )
+
+
 def _launch(hostfile: Path, config: RunConfig) -> int:
     launch_directory = config.output_dir / "launch"
     clear_errors(config.output_dir)
@@ -77,6 +96,7 @@ def _launch(hostfile: Path, config: RunConfig) -> int:
     environment_file = write_environment_file(launch_directory / "environment.json", os.environ)
     argv = multinode_argv(hostfile, launch_directory / "config.yaml", environment_file, port=free_port())
     try:
+        check_every_machine_sees(environment_file, hostfile)
         code = watch(subprocess.Popen(argv), config.output_dir)
     finally:
         environment_file.unlink(missing_ok=True)

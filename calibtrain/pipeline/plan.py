@@ -148,12 +148,12 @@ def ways(config: RunConfig, world: int) -> Iterator[RunConfig]:
         return
     per_rank = training.global_batch_size // world
     sizes = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
-    stages = [training.zero_stage] if training.deepspeed is not None else [1, 2, 3]
+    stages, offloads = [1, 2, 3], [(False, False), (True, False), (True, True)]
+    if training.deepspeed is not None:  # a JSON of one's own says both
+        stages, offloads = [training.zero_stage], [(training.offload_optimizer, training.offload_parameters)]
     if training.average_last or config.model.compile:
         stages = [stage for stage in stages if stage < 3]
-    for stage, size, (optimizer, parameters), again in itertools.product(
-        stages, sizes, ((False, False), (True, False), (True, True)), (False, True)
-    ):
+    for stage, size, (optimizer, parameters), again in itertools.product(stages, sizes, offloads, (False, True)):
         if parameters and stage < 3:
             continue
         changes = {

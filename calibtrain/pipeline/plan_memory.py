@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -149,13 +150,26 @@ def activations(config: RunConfig, length: int) -> Activations:
     """
     model, masked = settled(config).model, config.data.packing_tokens is not None or config.shares_prompts
 
-    def of_a_row(layers: int) -> int:  # of a single row some tensors are views of others
-        two, three = (saved_bytes(model, rows, length, layers, masked=masked) for rows in (2, 3))
-        return three - two
+    sizes = {size for shape in _shapes(config.model) for size in shape}
+    # Of a single row some tensors are views of others; and a weight must not look like the tokens of all rows.
+    rows = next(n for n in itertools.count(2) if not {n * length, (n + 1) * length} & sizes)
+
+    def of_a_row(layers: int) -> int:
+        fewer, more = (saved_bytes(model, n, length, layers, masked=masked) for n in (rows, rows + 1))
+        return more - fewer
 
     one, two = of_a_row(1), of_a_row(2)
     hidden = int(_settings(config.model, 1).get_text_config().hidden_size)
     return Activations(length, two - one, max(0, 2 * one - two), length * hidden * width_of(config))
+
+
+def _shapes(config: ModelConfig) -> set[torch.Size]:
+    """Of the parameters of one layer and of what stands around the layers."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_settings(config, 1), trust_remote_code=config.trust_remote_code)
+    return {parameter.shape for parameter in model.parameters()}
 
 
 def _settings(config: ModelConfig, layers: int) -> Any:
@@ -234,7 +248,10 @@ def _place(model: torch.nn.Module) -> None:
 
 
 class counted:
-    """Within it, bytes of each storage that autograd saves, beside the model's parameters: storage -> bytes."""
+    """Within it, bytes of each storage that autograd saves, beside the model's parameters: storage -> bytes.
+
+    Parameters are told by their storage, and by their shape: of fake tensors another object may be saved.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._own = {parameter.shape for parameter in model.parameters()}

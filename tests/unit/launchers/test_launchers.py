@@ -163,11 +163,14 @@ def test_the_job_is_given_time_to_end():
     assert {"#SBATCH --requeue", "#SBATCH --signal=TERM@300"} <= set(lines)
 
 
-@pytest.mark.parametrize("code", [0, 3])
+@pytest.mark.parametrize("code", [0, 2, 3])
 def test_multinode_reaches_pdsh_without_keys_on_the_command_line(tmp_path, code):
     out = tmp_path / "out"
     keep = f"import shutil; shutil.copy({str(out / 'launch' / 'environment.json')!r}, {str(tmp_path / 'env.json')!r})\n"
-    fake(tmp_path / "bin", "pdsh", keep + seen(tmp_path / "seen.json", code))
+    looks = (
+        f"import sys\nif sys.argv[-1] == 'test -r {out}/launch/environment.json': sys.exit({1 if code == 2 else 0})\n"
+    )
+    fake(tmp_path / "bin", "pdsh", looks + keep + seen(tmp_path / "seen.json", code))
     fake(tmp_path / "bin", "ssh", "print('10.0.0.1')\n")
     hosts = tmp_path / "hosts"
     hosts.write_text((ROOT / "launchers" / "hostfile.example").read_text())
@@ -178,6 +181,11 @@ def test_multinode_reaches_pdsh_without_keys_on_the_command_line(tmp_path, code)
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
+    assert not (out / "launch" / "environment.json").exists()
+    if code == 2:  # a machine that does not see what lies in output_dir: nothing is launched
+        assert f"output_dir: {out} is not seen by every machine" in done.stderr
+        assert not (tmp_path / "seen.json").exists()
+        return
     argv, _ = json.loads((tmp_path / "seen.json").read_text())
     words = " ".join(argv)
     assert argv[argv.index("-w") + 1] == "node-1,node-2"
@@ -187,7 +195,6 @@ def test_multinode_reaches_pdsh_without_keys_on_the_command_line(tmp_path, code)
     assert "a b;c" not in words
     assert "a b;c" in (out / "launch" / "config.yaml").read_text()
     assert json.loads((tmp_path / "env.json").read_text())["WANDB_API_KEY"] == "secret"
-    assert not (out / "launch" / "environment.json").exists()
 
 
 def test_multinode_looks_before_it_launches(tmp_path, capsys):

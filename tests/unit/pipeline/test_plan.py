@@ -146,6 +146,45 @@ def test_phases_say_where_memory_is(tmp_path):
     assert (rows_of(one, four), rows_of(packed, four)) == (4, 2)
 
 
+QWEN_32B = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 5120, "head_dim": 128,
+            "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8,
+            "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "stated"), [("sft_70b_2nodes", 2, "70,553,706,496"), ("sft_32b_lora", 1, "32,762")]
+)
+def test_the_large_configs_fit_where_they_say_and_a_dry_run_needs_weights_last(tmp_path, name, nodes, stated):
+    source = written(tmp_path / "m", "70B")
+    if nodes == 1:
+        (source / "config.json").write_text(json.dumps(QWEN_32B))
+    planned = make_plan(load_config(name, [f"model.source={source}"]), cluster(nodes=nodes), host_gib=1000)
+    assert planned.as_configured is not None
+    assert planned.as_configured.fits(planned.cluster, 1000)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"What is {i}?", "answers": [f"{i}"]}) + "\n" for i in range(99)))
+    here = [f"data.source={{kind: file, path: {rows}}}", "data.questions=null", f"output_dir={tmp_path / 'out'}"]
+    none = [f"data.splits.{split}=0" for split in ("calibration", "temperature", "certification", "test")]
+    less = ["penalties=[]", "training.evaluate_every=null"]
+    command = [
+        "train",
+        name,
+        "--dry-run",
+        "--num-processes",
+        str(8 * nodes),
+        f"model.source={source}",
+        *here,
+        *none,
+        *less,
+    ]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, UserError)
+    assert "holds no weights" in str(done.exception)
+    assert f"{stated}" in done.output  # parameters, counted all the same
+    assert '"stage": 3' in done.output
+    assert done.output.count("micro-batches") >= 1
+
+
 def test_the_command_prints_writes_and_refuses(tmp_path):
     source = written(tmp_path / "8B", "8B")
     run = ["plan", "sft", f"model.source={source}", "training.global_batch_size=64", "--json", str(tmp_path / "p.json")]
