@@ -1,4 +1,4 @@
-"""Graded answers with what a confidence head reads of them, on disk: made once, read memory-mapped.
+"""Graded answers with what a confidence head reads of them, on disk: made once, in blocks, so that a cut run goes on.
 
 A folder holds blocks of BLOCK answers, `00000.safetensors`, `02048.safetensors`, ...: states (float16), readings, log-probs,
 grades, the log-prob at each temperature of the grid, and as metadata the questions' ids and texts.
@@ -108,7 +108,7 @@ def answer_into(
 
 
 def read(folder: Path) -> Graded:
-    """What `answer_into` left; states stay on disk until they are read."""
+    """What `answer_into` left."""
     parts = [_block(path) for path in sorted(folder.glob("*.safetensors"))]
     if not parts:
         raise SystemExit(f"{folder}: no graded answers")

@@ -51,6 +51,14 @@ NUMBERS = (256, 512, 1024, 2048, 4096, 8192)
 WITHIN_3, WITHIN_10 = 4096, 8192
 """Graded answers of the demo's head, and of the larger one."""
 COMPARED = (1024, 4096)
+SHOWN = (
+    *("arm", "graded", "accuracy", "auroc", "gain", "low", "high", "aurc", "ece_debiased"),
+    *("certified_0.1", "certified_0.2", "answered_0.2", "wrong_0.2", "answering", "solving"),
+    *("shared_by_id", "shared_by_content", "shared_by_alias", "auroc_shuffled", "noise"),
+    *("broken_of_200_at_0.1", "broken_of_200_at_0.2"),
+    *("likelihood", "halves", "all", "mean_of_halves", "rank_agreement", "if_it_were_true"),
+)
+"""Columns of the tables; the file holds more."""
 SPLITS = 200
 
 
@@ -89,7 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--regimes", nargs="+", default=["repeated", "fresh", *UNTRAINED])
-    parser.add_argument("--work", type=Path, required=True, help="runs are kept here and gone on with")
+    parser.add_argument(
+        "--work", type=Path, default=Path("knows_when_work"), help="runs are kept here and gone on with"
+    )
     parser.add_argument("--run", nargs=3, action="append", default=[], metavar=("REGIME", "SEED", "DIRECTORY"))
     parser.add_argument("--fuel", type=int, default=FUEL, help="graded answers of each run")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes to every run")
@@ -117,13 +127,15 @@ def main() -> None:
     parts |= {"leak": leaks} if arguments.leaks else {}
     parts |= {"oracle": oracle} if arguments.oracle else {}
     for name, part in parts.items():
-        found = [{"part": name, **run.named, **row} for run in runs for row in part(run)]
-        print_table(f"{name}s", [{k: v for k, v in row.items() if k != "part"} for row in found])
-        rows += found
-    result = summary([row for row in rows if row["part"] == "arm"])
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        write_json(arguments.json, rows, result)
+        for run in runs:
+            found = [{"part": name, **run.named, **row} for row in part(run)]
+            rows += found
+            print_table(
+                f"{run.regime} {run.seed}, {name}s", [{key: row[key] for key in SHOWN if key in row} for row in found]
+            )
+            if arguments.json:
+                write_json(arguments.json, rows, summary([row for row in rows if row["part"] == "arm"]))
+    print(json.dumps(summary([row for row in rows if row["part"] == "arm"]), indent=2))
 
 
 def arms(run: Run) -> list[dict[str, Any]]:

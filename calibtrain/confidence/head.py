@@ -264,7 +264,8 @@ def _columns(inputs: HeadInputs) -> tuple[_Columns, tuple[Array, Array]]:
     """Columns with mean 0; a reading has variance 1, all states together as well. Rotated, which no penalty sees."""
     states, readings = _states(inputs), inputs.readings.astype(np.float64)
     count = readings.shape[1]
-    mean, scale = (np.concatenate([fold(readings), fold(states)]) for fold in (_mean, _deviation))
+    mean = np.concatenate([readings.mean(0), states.mean(0)])
+    scale = np.concatenate([readings.std(0), states.std(0)])
     scale[scale < 1e-6 * np.maximum(np.abs(mean), 1e-6)] = np.inf  # a constant column says nothing
     scale[count:] *= states.shape[1] ** 0.5
     x = ((states - mean[count:]) / scale[count:]).astype(np.float32)
@@ -273,14 +274,6 @@ def _columns(inputs: HeadInputs) -> tuple[_Columns, tuple[Array, Array]]:
     directions[:count, :count], directions[count:, count:] = np.eye(count), main
     z = np.concatenate([(readings - mean[:count]) / scale[:count], (x @ main.T).astype(np.float64)], axis=1)
     return _Columns(z, directions), (mean, scale)
-
-
-def _mean(x: Array) -> Array:
-    return np.asarray(x.mean(0))
-
-
-def _deviation(x: Array) -> Array:
-    return np.asarray(x.std(0))
 
 
 def _main_directions(x: NDArray[np.float32], most: int) -> NDArray[np.float32]:

@@ -145,9 +145,10 @@ def _check(held_out: Measurement, path: Path, fitted_on: Path, by: str | None, *
 
 
 def _check_untrained(config: RunConfig, held_out: Measurement, path: Path) -> None:
-    """UserError for an answer to a question that the model has learned from."""
-    splits = prepare(config).splits
-    trained = {record.id for split in ("train", "calibration") for record in splits[split]}
+    """UserError for an answer to a question that the model, or its confidence head, has learned from."""
+    prepared = prepare(config)
+    trained = {record.id for split in ("train", "calibration") for record in prepared.splits[split]}
+    trained |= {record.id for record in prepared.drops.spare}  # of which a confidence head is solved
     for number, answer in enumerate(held_out.answers, start=1):
         if answer.question_id in trained:
             raise UserError(

@@ -45,14 +45,10 @@ class HeadReport:
     graded: int  # answers that it was solved on
     n: int  # test questions
     risk: float  # the promise that is asked for
+    asked: tuple[HeadCell, HeadCell]  # likelihood and head at that promise alone
     rows: tuple[tuple[float, HeadCell, HeadCell], ...]  # allowed risk, likelihood, head; ascending
     pairs: tuple[float, float]  # likelihood, head
     gain: Interval  # of pairs, on the same questions
-
-    @property
-    def asked(self) -> tuple[HeadCell, HeadCell] | None:
-        """Likelihood and head at the risk that is asked for; None where that is not among the rows."""
-        return next(((before, after) for risk, before, after in self.rows if abs(risk - self.risk) < 1e-9), None)
 
 
 def head_report(
@@ -79,19 +75,19 @@ def head_report(
 
     pair = paired_bootstrap(order, (confidence, correct), (told, correct), ids, replicates=replicates)["auroc"]
     before, after = (measured_metrics(one, correct)["auroc"] for one in (confidence, told))
-    risks = sorted({*likelihood.curve, *by_head.curve})
+    scores = ((likelihood, confidence), (by_head, told))
     rows = tuple(
-        (risk, _cell(likelihood, risk, confidence, correct), _cell(by_head, risk, told, correct)) for risk in risks
+        (risk, *(_cell(one.curve[risk].certificate, q, correct) for one, q in scores))
+        for risk in sorted(likelihood.curve.keys() & by_head.curve.keys())
     )
-    certificate = by_head.certification.certificate
-    risk = certificate.target_risk if certificate else (risks[-1] if risks else 0.0)
+    main = [one.certification.certificate for one, _ in scores]
+    asked = _cell(main[0], confidence, correct), _cell(main[1], told, correct)
+    risk = next((one.target_risk for one in reversed(main) if one is not None), 0.0)
     serves = served_source(output_dir) == HEAD
-    return HeadReport(serves, by_head, told, graded, len(correct), risk, rows, (before, after), pair), ""
+    return HeadReport(serves, by_head, told, graded, len(correct), risk, asked, rows, (before, after), pair), ""
 
 
-def _cell(calibrated: Calibrated, risk: float, confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> HeadCell:
-    found = calibrated.curve.get(risk)
-    certificate = None if found is None else found.certificate
+def _cell(certificate: Certificate | None, confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> HeadCell:
     if certificate is None:
         return HeadCell(None)
     kept = confidence >= certificate.threshold

@@ -16,6 +16,7 @@ from calibtrain.pipeline import certify, collect
 from calibtrain.pipeline.calibration_file import file_hash, read_calibration, served_source, weights_hash
 from calibtrain.pipeline.evaluate import read_measurement, write_measurement
 from calibtrain.pipeline.head_calibration import calibrate_head, serving
+from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.report import render_report
 from calibtrain.pipeline.source import load_scorer
 from tests.unit.pipeline.conftest import TEMPLATE, mark_of, measured
@@ -117,10 +118,19 @@ def test_the_report_says_what_it_bought(served):
     assert [one.label for one in data.measured][-1] == "with confidence head"
     before, after = (one.certification.certificate.coverage for one in (likelihood, by_head))
     more = round(1000 * (data.head.asked[1].coverage - data.head.asked[0].coverage))
-    assert data.head.asked[1].coverage - data.head.asked[0].coverage == pytest.approx(after - before, abs=0.02)
+    assert data.head.asked[1].coverage - data.head.asked[0].coverage == after - before
     assert f"{more} more of every 1,000" in " ".join(page.split())
     assert "from 400 graded answers" in page
     write_measurement(replace(told(1200, 3), told=None), served / "answers" / "test.jsonl", mark_of(served))
     assert "the test answers were given without it" in render_report(
         replace(collect.report_data(served), bootstrap_replicates=10)
     )
+
+
+def test_nothing_is_certified_by_questions_that_the_head_was_solved_on(served):
+    spare = prepare(load_config(served / "config.yaml")).drops.spare
+    found = told(300, 5)
+    answers = [replace(found.answers[0], question_id=spare[0].id), *found.answers[1:]]
+    write_measurement(replace(found, answers=answers), served / "new.jsonl", mark_of(served))
+    with pytest.raises(UserError, match=r"new\.jsonl:1: the model was trained on this question"):
+        certify.run(served, risk=0.2, answers=served / "new.jsonl")
