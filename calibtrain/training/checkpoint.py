@@ -6,7 +6,6 @@ final name is always whole. DeepSpeed's own shards are pickles: resume only from
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import pickle
@@ -25,52 +24,18 @@ from calibtrain.config import RunConfig
 from calibtrain.distributed import World, all_agree, on_main
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
-from calibtrain.models.arithmetic import settled
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.best import Best
 from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint_files import damage_of, newest_undamaged, note_files
 from calibtrain.training.engine import Engine
+from calibtrain.training.trajectory import changed_keys, refused
 
 logger = logging.getLogger(__name__)
 
-ENGINE_KEYS = ("address", "launch", "python", "arguments", "environment", "host", "directory", "wait", "tolerance")
-"""Where and how the engine of rollouts runs, not who it is and when it samples."""
 AVERAGE = "average/"
 """Before the names of a rank's averaged weights among its tensors."""
-FREE_TO_CHANGE = (
-    "name",
-    "output_dir",
-    "tracking",
-    "abstention",
-    "model.gradient_checkpointing",
-    *(f"rollouts.engine.{key}" for key in ENGINE_KEYS),
-    "rollouts.measure_reward_model",
-    "data.strict",
-    "data.examples",  # they are in the hash of the data
-    "data.max_dropped",
-    "training.resume",
-    "training.new_trajectory",
-    "training.log_every",
-    "training.keep_checkpoints",
-    "training.checkpoint_every",
-    "training.evaluate_every",
-    "training.evaluate_questions",
-    "training.evaluate_loss_every",
-    "training.max_skipped_steps",
-    "training.profile_steps",
-)
-"""Config keys that may differ on resume; every other one shapes the trajectory."""
-RESHAPING = (
-    "training.learning_rate",
-    "training.schedule",
-    "training.warmup_ratio",
-    "training.max_steps",
-    "training.epochs",
-    "training.micro_batch_size",
-)
-"""Of these, what training.new_trajectory lets differ: the loop reads them anew. Optimizer and data go on as they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +235,7 @@ def _complete(partial: Path, final: Path, keep: int, best: Path | None) -> None:
     _drop_others(final.parent, final, keep, best)
 
 
-def _drop_others(directory: Path, newest: Path, keep: int, best: Path | None) -> None:
+def _drop_others(directory: Path, newest: Path, keep: int, best: Path | None = None) -> None:
     """Delete what is older than the last `keep`, and what a run that went back to an earlier step had written beyond it."""
     found = complete_checkpoints(directory)
     place = found.index(newest) + 1
@@ -372,34 +337,3 @@ def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-def refused(old: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """The differences from an earlier run's config that keep this one from going on with it."""
-    found = changed_keys(old, config)
-    if not config.training.new_trajectory:
-        hint = " (training.new_trajectory=true goes on with the new one)"
-        return [one + hint if one.partition(" ")[0] in RESHAPING else one for one in found]
-    return [one for one in found if one.partition(" ")[0] not in RESHAPING]
-
-
-def changed_keys(old: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Where an earlier run's resolved config makes another run; keys that it did not know yet have their defaults."""
-    with contextlib.suppress(ValueError):  # of a version that knew keys which are gone
-        old = RunConfig.model_validate(old).resolved()
-    return differences(old, settled(config).resolved())
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where two resolved configs make different runs, a phrase a key; FREE_TO_CHANGE is left out."""
-    found = []
-    for key in sorted({*old, *new}):
-        dotted = f"{prefix}{key}"
-        if dotted in FREE_TO_CHANGE:
-            continue
-        left, right = old.get(key), new.get(key)
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            found += differences(left, right, f"{dotted}.")
-        elif left != right:
-            found.append(f"{dotted} was {left!r}, is {right!r}")
-    return found

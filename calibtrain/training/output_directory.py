@@ -11,7 +11,8 @@ import yaml
 
 from calibtrain.config import RunConfig
 from calibtrain.errors import UserError, short
-from calibtrain.training.checkpoint import changed_keys, complete_checkpoints, refused
+from calibtrain.training.checkpoint import complete_checkpoints
+from calibtrain.training.trajectory import changed_keys, refused
 
 WAYS_OUT = "give another output_dir, or move or remove this one"
 

@@ -107,3 +107,11 @@ def test_the_newest_written_and_the_one_before_it_stay(tmp_path, newest, left):
     folder = tmp_path / "checkpoints"
     _drop_others(folder, folder / f"step-{newest:07d}", 2)
     assert [int(path.name[5:]) for path in complete_checkpoints(folder)] == left
+
+
+def test_that_of_the_best_evaluation_stays_as_well(tmp_path):
+    for step in (2, 4, 6, 8):
+        write(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    _drop_others(folder, folder / "step-0000008", 2, best=folder / "step-0000002")
+    assert [int(path.name[5:]) for path in complete_checkpoints(folder)] == [2, 6, 8]
