@@ -68,6 +68,11 @@ class LoRAConfig(Section):
     """On the adapter's input."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers to adapt, or all of them but the head."""
+    rank_stabilized: bool = False
+    """The adapter's output is scaled by alpha / sqrt(r), so that a higher rank learns more (arXiv 2312.03732)."""
+    dora: bool = False
+    """Train the length of each row of the adapted weight apart from its direction (DoRA, arXiv 2402.09353); needs weights
+    that are whole in a layer's forward, so zero_stage 0, 1 or 2."""
 
 
 class OFTConfig(Section):
@@ -279,6 +284,13 @@ class RunConfig(Section):
         held = [penalty.name for penalty in self.weight_penalties]
         if len(set(held)) != len(held):
             raise ValueError(f"weight_penalties: each may appear once, got {held}")
+        if self.model.lora is not None and self.model.lora.dora:
+            if self.training.zero_stage == 3:
+                raise ValueError("model.lora.dora reads whole weights beside their layers: take zero_stage 0, 1 or 2")
+            if held or self.tracking.spectra_every:
+                raise ValueError(
+                    "weight_penalties and tracking.spectra_every do not know the lengths of model.lora.dora"
+                )
         if held and self.model.adapter is not None:
             raise ValueError("weight_penalties act on weights or LoRA; model.adapter is a constraint already")
         if self.tracking.spectra_every and self.model.adapter is not None:

@@ -33,6 +33,8 @@ def add_lora(model: Any, config: ModelConfig) -> Any:
                 lora_dropout=lora.dropout,
                 target_modules=targets,
                 task_type="CAUSAL_LM",
+                use_rslora=lora.rank_stabilized,
+                use_dora=lora.dora,
             ),
             autocast_adapter_dtype=False,
         )

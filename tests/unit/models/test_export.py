@@ -124,7 +124,7 @@ def test_head_that_does_something_else_is_refused():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("lora", [None, {"r": 2, "alpha": 8.0}])
+@pytest.mark.parametrize("lora", [None, {"r": 2, "alpha": 8.0}, {"r": 4, "rank_stabilized": True, "dora": True}])
 def test_exported_directory_loads_plainly(tmp_path, tied, lora, dtype):
     from transformers import AutoModelForCausalLM
 
@@ -151,6 +151,7 @@ ADAPTED = {
     "bf16": {"dtype": "bf16"},
     "lora": {"lora": {"r": 2, "alpha": 8.0}},
     "lora bf16": {"dtype": "bf16", "lora": {"r": 2, "alpha": 8.0}},
+    "dora": {"dtype": "bf16", "lora": {"r": 2, "rank_stabilized": True, "dora": True}},
     "lora of embeddings": {"lora": {"r": 2, "target_modules": ["embed_tokens", "q_proj"]}},
     "oft": {"dtype": "bf16", "adapter": {"kind": "oft", "block_size": 8, "target_modules": ["q_proj"]}},
     "rotation": {"dtype": "bf16", "adapter": {"kind": "shared_rotation", "rank": 4}},
@@ -198,10 +199,11 @@ def test_files_written_a_layer_at_a_time_hold_what_the_whole_model_would_save(ki
     assert all(one.is_meta for one in merger(policy, config).parameters.values())
 
 
-def test_the_adapter_alone_makes_the_trained_model_of_the_one_it_started_from(tmp_path):
+@pytest.mark.parametrize("lora", [{"r": 2, "alpha": 8.0}, {"r": 4, "rank_stabilized": True, "dora": True}])
+def test_the_adapter_alone_makes_the_trained_model_of_the_one_it_started_from(tmp_path, lora):
     from peft import PeftModel
 
-    config = ModelConfig(source=str(write_tiny_model(tmp_path / "tiny")), dtype="fp32", lora={"r": 2, "alpha": 8.0})
+    config = ModelConfig(source=str(write_tiny_model(tmp_path / "tiny")), dtype="fp32", lora=lora)
     model = load_model(config)
     with torch.no_grad():
         for parameter in model.parameters():
