@@ -62,7 +62,7 @@ class Partition:
     """Makes weights that lie in parts from the start: no rank ever holds one whole.
 
     `zero` is the DeepSpeed config that the engine gets (`deepspeed_dict`), or one of `inference_settings`. Of `zero.Init` it
-    takes what makes the parts: as a context it would make every weight whole, send it around, and change the dtype of buffers.
+    takes what makes the parts: as a context it would make each weight whole, send it around, and change dtypes of buffers.
     """
 
     def __init__(self, zero: dict[str, Any]) -> None:
