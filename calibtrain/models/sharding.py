@@ -61,7 +61,8 @@ def unsharded(find: Callable[[], Iterable[nn.Module]]) -> Iterator[None]:
 class Partition:
     """Makes weights that lie in parts from the start: no rank ever holds one whole.
 
-    `zero` is the DeepSpeed config that the engine gets (`deepspeed_dict`), or one of `inference_settings`.
+    `zero` is the DeepSpeed config that the engine gets (`deepspeed_dict`), or one of `inference_settings`. Of `zero.Init` it
+    takes what makes the parts: as a context it would make each weight whole, send it around, and change dtypes of buffers.
     """
 
     def __init__(self, zero: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def write_in_files(
 
     for units, name in zip(files, names, strict=True):
         whole = [whole_weights(unit, keep=main) for unit in units]
-        wait_for_main(lambda units=whole, name=name: write(units, name, name == names[-1]))  # type: ignore[misc]
+        wait_for_main(partial(write, whole, name, name == names[-1]))
+        del whole  # before the next file's come
 
 
 def write_beside(model: Any, target: Path) -> None:

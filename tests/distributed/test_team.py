@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -114,9 +115,12 @@ def test_a_process_that_is_killed_ends_the_others(folders, tmp_path):
         "2",
     ]
     with subprocess.Popen(command, env=environment()) as process:
-        while len(children := psutil.Process(process.pid).children()) < 2:
+        ranks = {}
+        while "1" not in ranks:
             assert process.poll() is None
-        rank_1 = next(one for one in children if one.environ().get("RANK") == "1")
-        rank_1.kill()
+            time.sleep(0.1)
+            children = psutil.Process(process.pid).children()
+            ranks = {one.environ().get("RANK"): one for one in children}
+        ranks["1"].kill()
         assert process.wait(60) == 1
-        assert not any(one.is_running() and one.status() != "zombie" for one in children)
+        assert not any(one.is_running() and one.status() != "zombie" for one in ranks.values())
