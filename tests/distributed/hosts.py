@@ -44,7 +44,8 @@ class Hosts:
         """For a launcher on the first host."""
         # What DeepSpeed compiles is this machine's: in two new homes it would be built twice, for a minute each.
         built = {"TORCH_EXTENSIONS_DIR": str(next(extensions_root().glob("py*_cpu"), extensions_root()))}
-        return {**base, **built, "PATH": f"{self.bin}{os.pathsep}{base['PATH']}", "HOME": str(self.home(0))}
+        path = os.pathsep.join([str(self.bin), str(Path(sys.executable).parent), base["PATH"]])
+        return {**base, **built, "PATH": path, "HOME": str(self.home(0))}
 
     def home(self, number: int) -> Path:
         """Of one host."""
