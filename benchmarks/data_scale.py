@@ -33,16 +33,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write machine, versions, rows and summary here")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--work", type=Path, help="keep files below this directory; default: a temporary one")
+    parser.add_argument("--again", action="store_true", help="only run again, on the caches that --work holds")
     args = parser.parse_args()
     folder = args.work or Path(tempfile.mkdtemp(prefix="data-scale-"))
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     try:
-        model = write_model(folder / "model")
+        model = folder / "model" if args.again else write_model(folder / "model")
         for count in args.rows:
-            data = write_rows(folder / f"rows-{count}.jsonl", count)
-            shutil.rmtree(folder / "cache", ignore_errors=True)
-            for run in ("first", "again"):
+            data = folder / f"rows-{count}.jsonl"
+            if not args.again:  # the file's time is part of what its records are known by
+                write_rows(data, count)
+            if not args.again:
+                shutil.rmtree(folder / "cache", ignore_errors=True)
+            for run in ("again",) if args.again else ("first", "again"):
                 rows.append({"rows": count, "run": run, **measured(folder, model, data)})
                 print(rows[-1], flush=True)
     finally:
@@ -52,12 +56,15 @@ def main() -> None:
     again = [row for row in rows if row["run"] == "again"]
     summary = {
         "seconds_to_first_step_again": again[-1]["seconds_to_first_step"],
+        "cpu_seconds_to_first_step_again": again[-1]["cpu_seconds_to_first_step"],
         "peak_mib_of_fewest": again[0]["peak_anonymous_mib"],
         "peak_mib_of_most": again[-1]["peak_anonymous_mib"],
         "bytes_a_row_beyond": (again[-1]["peak_anonymous_mib"] - again[0]["peak_anonymous_mib"])
         * 2**20
         / max(1, again[-1]["rows"] - again[0]["rows"]),
-        "same_losses": all(a["losses"] == b["losses"] for a, b in zip(rows[::2], rows[1::2], strict=True)),
+        "same_losses": all(
+            len({str(row["losses"]) for row in rows if row["rows"] == count}) == 1 for count in args.rows
+        ),
     }
     print(summary)
     if args.json:
@@ -90,7 +97,7 @@ def write_model(path: Path) -> Path:
     return path
 
 
-def write_rows(path: Path, count: int) -> Path:
+def write_rows(path: Path, count: int) -> None:
     words = ["river", "stone", "market", "winter", "harbour", "letter", "garden", "engine", "signal", "paper", "sea"]
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
@@ -98,7 +105,6 @@ def write_rows(path: Path, count: int) -> Path:
             asked = f"Tell of case {i}: {' '.join(draw.choices(words, k=10))}?"
             said = f"In case {i} it was the {' '.join(draw.choices(words, k=8))}."
             file.write(json.dumps({"prompt": asked, "completion": said}) + "\n")
-    return path
 
 
 def measured(folder: Path, model: Path, data: Path) -> dict[str, Any]:
@@ -120,25 +126,33 @@ def measured(folder: Path, model: Path, data: Path) -> dict[str, Any]:
     }
     path = folder / "run.json"  # YAML reads it
     path.write_text(json.dumps(config))
-    environment = {**os.environ, "CALIBTRAIN_CACHE": str(folder / "cache"), "DS_ACCELERATOR": "cpu"}
-    started, first, peak = time.monotonic(), None, 0
+    built = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}  # by the first run of all, whoever else builds here
+    environment = {**os.environ, **built, "CALIBTRAIN_CACHE": str(folder / "cache"), "DS_ACCELERATOR": "cpu"}
+    started, first, peak, busy = time.monotonic(), None, 0, 0.0
     command = [sys.executable, "-m", "calibtrain.launchers.train", str(path)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, anonymous(process.pid))
         if first is None and losses(out):
-            first = time.monotonic() - started
+            first, busy = time.monotonic() - started, cpu_seconds(process.pid)
         time.sleep(BETWEEN_LOOKS)
     if process.returncode or first is None:
         raise SystemExit(f"the run on {data} failed")
     kept = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
     return {
         "seconds_to_first_step": first,
+        "cpu_seconds_to_first_step": busy,
         "peak_anonymous_mib": peak / 2**20,
         "cache_mib": kept / 2**20,
         "file_mib": data.stat().st_size / 2**20,
         "losses": losses(out),
     }
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of a process so far, in user and system mode, all threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def anonymous(pid: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import logging
 import os
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A rank that waits longer for the others gives up; it must outlast the slowest rank's share of an evaluation."""
 WAIT_SECONDS = 0.2
 """Between two looks for the word of a rank that is waited for."""
+BEAT_SECONDS = 5.0
+"""Between two signs of life of a rank that works while others wait."""
 CLOSE_SECONDS = 10.0
 """A process that leaves waits no longer than this for its workers, and as long for its group: a peer may be dead."""
 
@@ -190,8 +193,9 @@ def wait_for_main(call: Callable[[], None]) -> None:
 def wait_for(ranks: Sequence[int], call: Callable[[], None]) -> None:
     """Call on these ranks, however long it takes; all wait for their word, not by a clock. Collective.
 
-    Where one fails, the others raise its UserError, an OSError for one of the file system's, or a RuntimeError; where rank 0
-    dies, its store is gone, and they fail with it.
+    Where one fails, the others raise its UserError, an OSError for one of the file system's, or a RuntimeError. One that
+    works shows that it lives: where nothing is heard of it for COLLECTIVE_TIMEOUT, they raise a RuntimeError. Where rank 0
+    dies, its store is gone, and they fail.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return call()
@@ -199,14 +203,12 @@ def wait_for(ranks: Sequence[int], call: Callable[[], None]) -> None:
     failure: BaseException | None = None
     if rank in ranks:
         try:
-            call()
+            with _beating(store, f"{key}/{rank}/beats"):
+                call()
         except BaseException as error:
             failure = error
         store.set(f"{key}/{rank}", "done" if failure is None else f"{_kind(failure)}\n{failure}")
-    keys = [f"{key}/{one}" for one in ranks]
-    while not store.check(keys):
-        time.sleep(WAIT_SECONDS)
-    told = [store.get(one).decode().partition("\n") for one in keys]
+    told = [_word_of(store, key, one) for one in ranks]
     barrier()  # rank 0 holds the store: it stays until all have read
     if failure is not None:
         raise failure
@@ -221,6 +223,38 @@ def wait_for(ranks: Sequence[int], call: Callable[[], None]) -> None:
 def _kind(error: BaseException) -> str:
     """Name of an error's class; of one of the file system's that of them all."""
     return OSError.__name__ if isinstance(error, OSError) else type(error).__name__
+
+
+@contextlib.contextmanager
+def _beating(store: Any, key: str) -> Iterator[None]:
+    """Count up in the store, every BEAT_SECONDS, while something is done."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT_SECONDS):
+            store.add(key, 1)
+
+    thread = threading.Thread(target=beat, name="beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _word_of(store: Any, key: str, rank: int) -> tuple[str, str, str]:
+    """What a rank said at its end. Raises RuntimeError where it is silent."""
+    beats, heard = 0, time.monotonic()
+    while not store.check([f"{key}/{rank}"]):
+        time.sleep(WAIT_SECONDS)
+        if (now := store.add(f"{key}/{rank}/beats", 0)) != beats:
+            beats, heard = now, time.monotonic()
+        elif time.monotonic() - heard > COLLECTIVE_TIMEOUT.total_seconds():
+            raise RuntimeError(
+                f"nothing has been heard of rank {rank} for {COLLECTIVE_TIMEOUT}: it is dead, or cut off"
+            )
+    return store.get(f"{key}/{rank}").decode().partition("\n")  # type: ignore[no-any-return]
 
 
 def check_alike(facts: Mapping[str, str], world: World) -> None:

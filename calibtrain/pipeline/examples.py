@@ -39,7 +39,7 @@ REFERENCE_BATCH = 16
 """Sequences at once of which the starting model's log-probs are measured."""
 KEPT_STEPS = 4
 """Of so many steps the sequences that were read stay in memory."""
-SHAPES_NO_TOKEN = {"source", "questions", "splits", "max_dropped", "packing_tokens"}
+SHAPES_NO_TOKEN = {"source", "questions", "splits", "max_dropped", "few_shot_raw", "packing_tokens", "shared_prefix"}
 """Keys of `data` beside the records themselves that encoding does not read."""
 
 
@@ -121,7 +121,7 @@ def cache_key(config: RunConfig, train: Sequence[Record], template: Template) ->
     facts = [
         data,
         task,
-        config.evaluation.model_dump(mode="json"),
+        [config.evaluation.max_new_tokens, config.evaluation.stop],
         [config.trains_on_pairs, config.trains_unpaired],
         template.hash,
         _tokenizer_hash(template),

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from calibtrain.build_locks import extensions_root
-
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 
@@ -42,9 +40,10 @@ class Hosts:
 
     def environment(self, base: dict[str, str]) -> dict[str, str]:
         """For a launcher on the first host."""
-        # What DeepSpeed compiles is this machine's: in two new homes it would be built twice, for a minute each.
-        built = {"TORCH_EXTENSIONS_DIR": str(next(extensions_root().glob("py*_cpu"), extensions_root()))}
-        return {**base, **built, "PATH": f"{self.bin}{os.pathsep}{base['PATH']}", "HOME": str(self.home(0))}
+        # In two new homes DeepSpeed's op would be built twice, for a minute each.
+        built = {"TORCH_EXTENSIONS_DIR": str(self.folder / "extensions")}
+        path = os.pathsep.join([str(self.bin), str(Path(sys.executable).parent), base["PATH"]])
+        return {**base, **built, "PATH": path, "HOME": str(self.home(0))}
 
     def home(self, number: int) -> Path:
         """Of one host."""
