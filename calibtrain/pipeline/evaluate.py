@@ -341,6 +341,8 @@ def read_measurement(path: Path) -> Measurement:
             table.append(row.pop("logprobs_at"))
             marks.add(row.pop("made_by", None))
             if (said := row.pop("told", None)) is not None:
+                if not 0.0 <= float(said) <= 1.0:
+                    raise ValueError(f"`told` is {said!r}; it is a probability")
                 told.append(float(said))
             answers.append(Answer.from_dict(row))
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -75,14 +75,16 @@ def head_report(
 
     pair = paired_bootstrap(order, (confidence, correct), (told, correct), ids, replicates=replicates)["auroc"]
     before, after = (measured_metrics(one, correct)["auroc"] for one in (confidence, told))
-    scores = ((likelihood, confidence), (by_head, told))
+
+    def both(one: Certificate | None, other: Certificate | None) -> tuple[HeadCell, HeadCell]:
+        return _cell(one, confidence, correct), _cell(other, told, correct)
+
     rows = tuple(
-        (risk, *(_cell(one.curve[risk].certificate, q, correct) for one, q in scores))
+        (risk, *both(likelihood.curve[risk].certificate, by_head.curve[risk].certificate))
         for risk in sorted(likelihood.curve.keys() & by_head.curve.keys())
     )
-    main = [one.certification.certificate for one, _ in scores]
-    asked = _cell(main[0], confidence, correct), _cell(main[1], told, correct)
-    risk = next((one.target_risk for one in reversed(main) if one is not None), 0.0)
+    main = likelihood.certification.certificate, by_head.certification.certificate
+    asked, risk = both(*main), next((one.target_risk for one in reversed(main) if one is not None), 0.0)
     serves = served_source(output_dir) == HEAD
     return HeadReport(serves, by_head, told, graded, len(correct), risk, asked, rows, (before, after), pair), ""
 

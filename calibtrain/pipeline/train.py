@@ -57,7 +57,7 @@ from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint import Progress, find_checkpoint, load_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, sharding
 from calibtrain.training.engine import Engine, start_engine
-from calibtrain.training.head_fit import HeadFit, fresh_questions
+from calibtrain.training.head_fit import HeadFit, askable, fresh_questions
 from calibtrain.training.held_out import HeldOut, encode_held_out
 from calibtrain.training.host_memory import release_freed_memory
 from calibtrain.training.losses import build_losses, check_learns, measure_names, term_names
@@ -273,9 +273,8 @@ def _trainer(
     if config.confidence_head is not None:
         fresh = fresh_questions(config, train, steps, plan.global_batch_size)
         fresh = fresh if len(examples) == len(train) else []  # else a step's index is not that of a record
-        able = [one for one in (*questions, *fresh, *prepared.drops.spare) if template.task.gradable(one)]
-        most, layers = config.confidence_head.fit_questions, head_layers(config, engine.module)
-        head_fit = HeadFit(engine, answerer, able[:most], layers, config.seed, world)
+        able = askable((*questions, *fresh, *prepared.drops.spare), template, config.confidence_head.fit_questions)
+        head_fit = HeadFit(engine, answerer, able, head_layers(config, engine.module), config.seed, world)
     measured = HeldOut(config, validation, template.pad_id, world, **layout) if validation else None
     if config.training.best is not None:
         check_metric(config.training.best, [] if measured is None else measured.keys(engine.module))

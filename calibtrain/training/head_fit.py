@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
@@ -16,6 +17,7 @@ from calibtrain.confidence.features import Fingerprint
 from calibtrain.confidence.head import FittedHead, HeadInputs, fit_head, trained_head
 from calibtrain.config import RunConfig
 from calibtrain.data.loader import step_indices
+from calibtrain.data.templates import Template
 from calibtrain.distributed import World, on_main, wait_for_main
 from calibtrain.errors import UserError
 from calibtrain.models.export import gathered_weights
@@ -71,6 +73,18 @@ def fresh_questions(config: RunConfig, records: Sequence[Record], steps: int, ba
     """Training records that no step learns from; none where that is only known as they are taken."""
     chosen_anew = config.trains_on_rollouts and config.rollouts.dynamic_sampling > 0
     return [] if config.data.streams or chosen_anew else unasked(records, steps, batch, config.seed)
+
+
+def askable(records: Iterable[Record], template: Template, most: int) -> list[Record]:
+    """The first `most` that can be graded and asked: one that cannot is not to end a run behind its last step."""
+
+    def fits(record: Record) -> bool:
+        try:
+            return template.task.gradable(record) and bool(template.prompt_ids(record))
+        except UserError:
+            return False
+
+    return list(islice(filter(fits, records), most))
 
 
 def unasked(records: Sequence[Record], steps: int, batch: int, seed: int) -> list[Record]:

@@ -71,6 +71,9 @@ def test_what_a_head_told_is_kept_with_the_answers(tmp_path):
     write_measurement(replace(one, told=None), tmp_path / "a.jsonl", "mark")
     assert read_measurement(tmp_path / "a.jsonl").told is None
     assert "told" not in (tmp_path / "a.jsonl").read_text()
+    write_measurement(replace(one, told=np.full(20, np.nan)), tmp_path / "a.jsonl", "mark")
+    with pytest.raises(UserError, match=r"a\.jsonl:1: .*`told` is nan; it is a probability"):
+        read_measurement(tmp_path / "a.jsonl")
 
 
 def test_it_serves_where_its_own_questions_found_it_better(served, tmp_path_factory):

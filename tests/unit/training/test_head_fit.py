@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,7 @@ from calibtrain.pipeline.train import with_confidence_head
 from calibtrain.records import Message, Record
 from calibtrain.tasks.kinds import task_of
 from calibtrain.training.engine import optimizer_groups
-from calibtrain.training.head_fit import HeadFit, fresh_questions, unasked
+from calibtrain.training.head_fit import HeadFit, askable, fresh_questions, unasked
 from calibtrain.training.losses import term_names
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_model
 
@@ -138,6 +139,16 @@ def test_then_it_is_solved_for_at_the_end_or_there_is_none(caplog):
     assert HeadFit(engine, answered, records(9), (1, 2), 0, ALONE).solve() == (None, {})
     assert "the run has none" in caplog.text
     assert HeadFit(engine, answered, [], (1, 2), 0, ALONE).solve() == (None, {})
+
+
+def test_a_question_that_cannot_be_asked_does_not_end_the_run():
+    good = records(5)
+    bad = [replace(good[0], accepted=()), replace(good[1], tools=({"name": "f"},))]
+    template = Template("plain", tiny_tokenizer())
+    with pytest.raises(UserError):
+        template.prompt_ids(bad[1])
+    assert askable([*bad, *good], template, 3) == good[:3]
+    assert askable(iter(good), template, 9) == good
 
 
 def test_layers_and_tasks_that_it_cannot_read_are_told_before_training(tmp_path):
