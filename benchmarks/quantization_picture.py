@@ -47,7 +47,7 @@ def drawn(rows: list[dict[str, Any]]) -> str:
         y, share = TOP + ROW * number, one["changed_answers"] / 1000
         kind = "ours" if one["tool"] == "calibtrain" else "peer"
         low, high, middle = (place(one[f"auroc_delta{end}"]) for end in ("_low", "_high", ""))
-        name = one["method"].replace("-rotated", ", rotated")
+        name = one["method"].replace("-rotated", " --rotate")
         first = number == 0 or chosen[number - 1]["scheme"] != one["scheme"]
         if first:
             parts.append(

@@ -100,7 +100,7 @@ def run(source: Path, asked: Asked) -> Outcome:
         raise UserError("data.splits.test: 0 questions; the comparison needs some")
     samples = samples_of(asked.samples, len(prepared.splits["calibration"]))
     quantization.check(subject.model, _settings(subject, asked))
-    check_space(subject, asked.scheme)
+    check_space(subject, asked.scheme, rotate=asked.rotate)
     try:
         return _run(subject, asked, prepared, samples)
     except Exception as error:

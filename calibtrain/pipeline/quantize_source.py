@@ -18,7 +18,7 @@ from calibtrain.data.drops import DropReport
 from calibtrain.data.sources import load_records
 from calibtrain.data.splits import EVALUATION_SPLITS, split_of, unique_records
 from calibtrain.errors import UserError
-from calibtrain.models.loading import answering_config
+from calibtrain.models.loading import answering_config, load_settings
 from calibtrain.pipeline.calibration_file import read_calibration, weights_hash
 from calibtrain.quantization.schemes import Scheme
 from calibtrain.records import Record
@@ -184,11 +184,15 @@ def _check_target(subject: Subject) -> None:
         raise UserError(f"{target}: a quantised model of other weights than {subject.model}; {elsewhere}")
 
 
-def check_space(subject: Subject, scheme: Scheme) -> None:
-    """UserError where the disk has no room for the artefact while it is made."""
+def check_space(subject: Subject, scheme: Scheme, *, rotate: bool = False) -> None:
+    """UserError where the disk has no room for the artefact while it is made. rotate: a tied head is written beside it."""
     size = sum(file.stat().st_size for file in subject.model.glob("*.safetensors"))
     # Blocks are written one by one and then joined, beside what stays in full precision.
     needed = int(size * min(1.0, (scheme.weights.bits + 2) / 16) * 2) + (64 << 20)
+    if rotate:
+        source = answering_config(subject.config.model, subject.model)
+        settings = load_settings(source).get_text_config()
+        needed += 2 * settings.vocab_size * settings.hidden_size
     folder = next(one for one in (subject.target, *subject.target.parents) if one.exists())
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: cannot be written to; give another --output")

@@ -52,15 +52,12 @@ def no_folds_reason(model_or_config: Any) -> str | None:
 
 
 def writers_of(model_or_config: Any, block: nn.Module | None = None) -> tuple[str, ...]:
-    """Names within a block of what is added to the residual stream as it is; none where they are not known, or not all so.
+    """Names of what is added to the residual stream as it is, within any block or this one; none where they are not known.
 
     Norms of these architectures have no mean and no bias, and none lies between a layer and the stream.
     """
     names = _WRITERS.get(text_config_of(model_or_config).model_type, ())
-    if block is None:
-        return names
-    found = [name for name in names if _has(block, name)]
-    return tuple(found)
+    return names if block is None else tuple(name for name in names if _has(block, name))
 
 
 @torch.no_grad()

@@ -47,8 +47,8 @@ from calibtrain.quantization.smoothquant import smooth_block
 from calibtrain.quantization.streaming import StreamedModel
 
 ALPHA, ROTATED_ALPHA = 0.8, 0.5
-"""Of SmoothQuant where none is asked for; in a rotated model what its MLP multiplies alone is smoothed, and there .8 would
-give the weights more outliers than their rounding bears (docs/quantization.md)."""
+"""Of SmoothQuant where none is asked for; in a rotated model what its MLP multiplies alone is smoothed, and there .8 gives
+the weights worse outliers than it takes from the activations."""
 
 METHODS = ("minmax", "smoothquant", "awq", "preserve")
 
