@@ -89,6 +89,22 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def import_libraries() -> None:
+    """What a phase would import, and the process group: memory that no model takes."""
+    import deepspeed
+    import torch
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    from calibtrain.distributed import start_world
+
+    world = start_world()
+    layer = torch.nn.Linear(8, 8)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    engine, *_ = deepspeed.initialize(model=layer, config=settings, dist_init_required=False)
+    engine(torch.zeros(1, 8, device=world.device))
+    engine.destroy()
+
+
 def rank_trains(config_path: str, folder: Path) -> None:
     """One rank of a training run; writes FOLDER/train-<rank>.json."""
     from calibtrain.config_file import load_config
@@ -96,6 +112,7 @@ def rank_trains(config_path: str, folder: Path) -> None:
     from calibtrain.pipeline import train
     from calibtrain.training.trainer import Trainer
 
+    import_libraries()
     watch = Watch()
     build, start = train.build_model, train.start_engine
     train._add_rejected = watch.around("sampling", train._add_rejected)
@@ -116,6 +133,7 @@ def rank_evaluates(config_path: str, folder: Path) -> None:
     config = load_config(config_path)
     model = config.output_dir / "model"
     ranks = int(os.environ.get("WORLD_SIZE", 1))
+    import_libraries()
     watch = Watch()
     with watch.phase("evaluating"):
         if ranks == 1:
@@ -197,6 +215,8 @@ def measure(
         **os.environ,
         "PYTHONPATH": str(checkout), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
         "CALIBTRAIN_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false",
+        # What is freed goes back to the system at once: what the heap would keep is no part of a peak.
+        "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
     }  # fmt: skip
 
     def launch(count: int, part: str) -> None:
