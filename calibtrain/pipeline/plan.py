@@ -202,7 +202,11 @@ def show(plan: Plan) -> None:
         )
         if (alone := total(choice.phases["evaluating"], DEVICE)) > cluster.gib * 2**30 * ROOM:
             console.print(
-                f"after training one GPU cannot answer with it ({alone / 2**30:.0f} GiB): ask through a server (--engine)"
+                f"after training it cannot be asked on these GPUs ({alone / 2**30:.0f} GiB each): ask a server (--engine)"
+            )
+        elif choice.config.training.zero_stage == 3:
+            console.print(
+                "after training: evaluate and calibrate with --num-processes, so that none holds the model whole"
             )
     console.print(
         f"Assumed: products at {PRODUCTS:.0%} of the peak, links at {BYTES:.0%} of theirs, every row full. docs/scale.md "

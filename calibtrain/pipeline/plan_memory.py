@@ -278,7 +278,7 @@ class counted:
 
 
 def phases(config: RunConfig, size: ModelSize, plan: BatchPlan, saved: Activations) -> dict[str, Held]:
-    """What each rank holds while it loads, trains and answers, and rank 0 alone when it evaluates and exports.
+    """What each rank holds while it loads, trains, answers and exports; evaluating, on as many ranks (--num-processes).
 
     Rows are as long as they may be (data.packing_tokens, else data.max_length), so that nothing is larger in training.
     """
@@ -289,13 +289,14 @@ def phases(config: RunConfig, size: ModelSize, plan: BatchPlan, saved: Activatio
     states = {name: held for name, held in memory_estimate(config, size, plan).items() if held[1] != SAVED}
     buffers = {**_buffers(config, size, world), "CUDA context and libraries": (2**30, DEVICE)}
     answering = _answering(config, size, width)
+    gathered: Held = {"a layer, gathered": (size.largest * width, DEVICE)} if sharded else {}
     loading: Held = {"parameters": (own, HOST if training.offload_parameters else DEVICE)}
     loading["weights on their way"] = (size.largest * width if sharded else whole, HOST)
     return {
         "loading": loading,
         "training": {**states, **buffers, **_of_a_step(config, size, plan, saved)},
         "answering while training": {**states, **buffers, **answering},
-        "evaluating": {"parameters": (whole, DEVICE), **answering},
+        "evaluating": {"parameters": (own, DEVICE), **gathered, **answering},
         "export": {**states, "a file on its way, on rank 0": (min(2 * whole, 2 * FILE_BYTES), HOST)},
     }
 

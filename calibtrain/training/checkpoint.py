@@ -165,6 +165,11 @@ def load_checkpoint(
     if rollouts is not None:
         rollouts.load_state_dict(state["rollouts"])
     if average is not None:
+        if not any(name.startswith(AVERAGE) for name in tensors):
+            raise UserError(
+                f"training.resume: {path} keeps its averaged weights as an earlier version did; go on with that version, or "
+                "begin anew from its weights with model.source"
+            )
         average.load({name.removeprefix(AVERAGE): one for name, one in tensors.items() if name.startswith(AVERAGE)})
     hooks.load_state_dict(_with_tensors(state["hooks"], tensors))
     run = _read_run(path)

@@ -137,7 +137,12 @@ def test_phases_say_where_memory_is(tmp_path):
     assert set(found) == {"loading", "training", "answering while training", "evaluating", "export"}
     assert found["training"]["parameters"] == (PARAMETERS["8B"] * 2 // 8, HOST)
     assert found["training"]["optimizer states (fp32 master, two moments)"] == (PARAMETERS["8B"] * 12 // 8, HOST)
-    assert found["evaluating"]["parameters"] == (PARAMETERS["8B"] * 2, DEVICE)
+    assert found["evaluating"]["parameters"] == (PARAMETERS["8B"] * 2 // 8, DEVICE)
+    whole = one.model_copy(update={"training": type(one.training)(zero_stage=1)})
+    assert phases(whole, size, plan, activations(one, 2048))["evaluating"]["parameters"] == (
+        PARAMETERS["8B"] * 2,
+        DEVICE,
+    )
     assert total(found["export"], HOST) > PARAMETERS["8B"] * 2
     packed = one.model_copy(update={"data": one.data.model_copy(update={"packing_tokens": 4096})})
     four = batch_plan(one.training.model_copy(update={"micro_batch_size": 4}), 8)
