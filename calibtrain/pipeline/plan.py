@@ -151,7 +151,7 @@ def ways(config: RunConfig, world: int) -> Iterator[RunConfig]:
     stages, offloads = [1, 2, 3], [(False, False), (True, False), (True, True)]
     if training.deepspeed is not None:  # a JSON of one's own says both
         stages, offloads = [training.zero_stage], [(training.offload_optimizer, training.offload_parameters)]
-    if training.average_last or config.model.compile:
+    if config.model.compile or (config.model.lora is not None and config.model.lora.dora):
         stages = [stage for stage in stages if stage < 3]
     for stage, size, (optimizer, parameters), again in itertools.product(stages, sizes, offloads, (False, True)):
         if parameters and stage < 3:
@@ -202,7 +202,8 @@ def show(plan: Plan) -> None:
         )
         if (alone := total(choice.phases["evaluating"], DEVICE)) > cluster.gib * 2**30 * ROOM:
             console.print(
-                f"after training one GPU cannot answer with it ({alone / 2**30:.0f} GiB): ask through a server (--engine)"
+                f"after training one GPU cannot answer with it ({alone / 2**30:.0f} GiB): with zero_stage 3 several can "
+                "(--num-processes), else a server (--engine)"
             )
     console.print(
         f"Assumed: products at {PRODUCTS:.0%} of the peak, links at {BYTES:.0%} of theirs, every row full. docs/scale.md "
