@@ -7,6 +7,7 @@ Rank 0 runs the command, as `calibtrain` would, and the others answer their shar
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,12 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 0
             from calibtrain.cli import app
 
-            code = int(app(list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False) or 0)
+            try:
+                app(list(sys.argv[1:] if arguments is None else arguments))
+            except SystemExit as ended:
+                code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
     except UserError as error:
         print(told(str(error)), file=sys.stderr)
         code = 2
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
     if code:
         end_within(END_GRACE_SECONDS, code)
     return code
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def launch(arguments: Sequence[str], num_processes: int) -> int:
     """Run a command on `num_processes` processes of this machine; returns rank 0's exit code.
 
-    Where another of them dies first (killed for memory, say), all are ended, and it is 1.
+    Where another of them dies first (killed for memory, say), all are ended, and it is 1. So they are by SIGTERM.
     """
     shared = local_environment(os.environ, num_processes=num_processes, gpus=gpu_count())
     shared |= {
@@ -62,13 +64,12 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         "MASTER_PORT": str(free_port()),
         MEMBER: "1",
     }
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", MODULE, *arguments], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(num_processes)
-    ]
+    previous = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # not to leave them behind
+    started: list[subprocess.Popen[bytes]] = []
     try:
+        for rank in range(num_processes):
+            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(subprocess.Popen([sys.executable, "-m", MODULE, *arguments], env=own))
         while started[0].poll() is None:
             died = next((one for one in started[1:] if one.poll()), None)
             if died is not None:
@@ -90,6 +91,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
             if one.poll() is None:
                 one.kill()
                 one.wait()
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

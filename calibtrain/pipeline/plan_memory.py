@@ -80,8 +80,8 @@ def _size_of(config: ModelConfig) -> ModelSize:
     text = model.config.get_text_config()
     model = add_adapter(add_lora(model, config), config, find_bases=False)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    heads = int(text.num_attention_heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    heads = int(getattr(text, "num_attention_heads", None) or 0)  # some models have no attention
+    width = int(getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0))
     layers = int(text.num_hidden_layers)
     return ModelSize(
         sum(parameters),
@@ -124,6 +124,11 @@ def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> Held
             {"starting model": (size.starting * width // (world if stage == 3 else 1), DEVICE)} if size.starting else {}
         ),
         **({"reward models": (rewards, DEVICE)} if rewards else {}),
+        **(
+            {"averaged weights": (size.trainable * 4 // world, HOST if training.offload_parameters else DEVICE)}
+            if training.average_last
+            else {}
+        ),
         NOT_HELD: (2 * logits, SAVED),
     }
 

@@ -26,7 +26,10 @@ from calibtrain.records import Record
 if TYPE_CHECKING:
     from calibtrain.pipeline.evaluate import Loaded, Measurement
 
-FAILED = "calibtrain/team/failed"
+FAILED, ENDED, LEFT = (f"calibtrain/team/{word}" for word in ("failed", "ended", "left"))
+"""Why one of the others gave up; that rank 0 did; how many of the others know it, or gave up themselves."""
+LEAVE_SECONDS = 10.0
+"""So long rank 0, which holds the store, lets the others find out that it has failed."""
 OnBatch = Callable[[int], None]
 
 
@@ -76,21 +79,31 @@ class Team:
         """Do what rank 0 asks for, until it has ended."""
         from calibtrain.pipeline.evaluate import Loaded
 
-        while (order := self._hear()) is not None:
-            if isinstance(order, Load):
-                Loaded(order.config, order.model)
-            else:
-                loaded = self.loaded[order.model]
-                loaded.head, loaded.graded = order.head, order.graded
-                self._share(loaded, order.records, order.shots, lambda done: None)
+        try:
+            while (order := self._hear()) is not None:
+                if isinstance(order, Load):
+                    Loaded(order.config, order.model)
+                else:
+                    loaded = self.loaded[order.model]
+                    loaded.head, loaded.graded = order.head, order.graded
+                    self._share(loaded, order.records, order.shots, lambda done: None)
+        except MainFailed:  # it tells why
+            self.store.add(LEFT, 1)
 
     def end(self) -> None:
         """Let the others go. On rank 0."""
         self._tell(None)
 
     def failed(self, error: BaseException) -> None:
-        """Tell rank 0 why this rank gives up."""
-        self.store.set(FAILED, f"{type(error).__name__}\n{error}")
+        """Tell the others that this rank gives up, and rank 0 why. Rank 0 waits until they know, for LEAVE_SECONDS."""
+        if not self.world.is_main:
+            self.store.set(FAILED, f"{type(error).__name__}\n{error}")
+            self.store.add(LEFT, 1)
+            return
+        self.store.set(ENDED, "")
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while self.store.add(LEFT, 0) < self.world.size - 1 and time.monotonic() < deadline:
+            time.sleep(WAIT_SECONDS)
 
     def _share(
         self, loaded: Loaded, records: Sequence[Record], shots: Sequence[Record], on_batch: OnBatch
@@ -114,12 +127,18 @@ class Team:
         return found or []
 
     def _tell(self, order: Load | Answer | None) -> None:
+        self._look()
         self.store.set(self._order_key(), "told")
-        dist.broadcast_object_list([order], src=0)
+        try:
+            dist.broadcast_object_list([order], src=0)
+        except RuntimeError:
+            self._look()  # who has just failed has closed its connection
+            raise
 
     def _hear(self) -> Load | Answer | None:
         key = self._order_key()
         while not self.store.check([key]):
+            self._look()
             time.sleep(WAIT_SECONDS)
         order: list[Any] = [None]
         dist.broadcast_object_list(order, src=0)
@@ -130,19 +149,26 @@ class Team:
         return f"calibtrain/team/order/{self.orders}"
 
     def _meet(self) -> None:
-        """Wait for every rank, however long it takes; UserError or RuntimeError where one has given up."""
+        """Wait for every rank, however long it takes. Raises as `_look` where one has given up."""
         self.meetings += 1
         key = f"calibtrain/team/meeting/{self.meetings}"
         self.store.add(key, 1)
         while self.store.add(key, 0) < self.world.size:
-            if self.store.check([FAILED]):
-                kind, _, words = self.store.get(FAILED).decode().partition("\n")
-                raise (
-                    UserError(words)
-                    if kind == UserError.__name__
-                    else RuntimeError(f"a process failed: {kind}: {words}")
-                )
+            self._look()
             time.sleep(WAIT_SECONDS)
+
+    def _look(self) -> None:
+        """Raise MainFailed where rank 0 has given up; on rank 0 what another one gave up for, UserError or RuntimeError."""
+        if not self.world.is_main:
+            if self.store.check([ENDED]):
+                raise MainFailed
+        elif self.store.check([FAILED]):
+            kind, _, words = self.store.get(FAILED).decode().partition("\n")
+            raise UserError(words) if kind == UserError.__name__ else RuntimeError(f"a process failed: {kind}: {words}")
+
+
+class MainFailed(Exception):
+    """Rank 0 has given up."""
 
 
 _TEAM: list[Team] = []
@@ -160,14 +186,13 @@ def joined() -> Iterator[Team]:
     _TEAM.append(team)
     try:
         yield team
+        if team.world.is_main:
+            team.end()
     except BaseException as error:
-        if not team.world.is_main:
-            team.failed(error)
+        team.failed(error)
         raise
     finally:
         _TEAM.remove(team)
-        if team.world.is_main:
-            team.end()
 
 
 def deal(lengths: Sequence[int], batch_size: int, ranks: int) -> list[list[int]]:

@@ -13,6 +13,9 @@ from calibtrain.calibration.state import state_of
 from calibtrain.config_training import BestConfig
 from calibtrain.errors import UserError
 
+OF_ANSWERS = "calib/calibration/"
+"""How the metrics of answers in training begin."""
+
 
 @dataclass(frozen=True, slots=True)
 class Best:
@@ -45,7 +48,7 @@ def is_over(best: Best | None, config: BestConfig) -> bool:
 def check_metric(config: BestConfig, losses: Collection[str]) -> None:
     """Raise UserError unless an evaluation measures the metric; `losses` are the names of those on held-out records."""
     empty = state_of(torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([True, False]))
-    answers = [f"calib/calibration/likelihood/{name}" for name in summary(empty)]
+    answers = [f"{OF_ANSWERS}likelihood/{name}" for name in summary(empty)]
     known = sorted(losses) if config.metric.startswith("eval/") else answers
     if config.metric not in known:
         raise UserError(f"training.best.metric: {config.metric} is not measured; there are {', '.join(known)}")

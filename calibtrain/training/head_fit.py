@@ -88,12 +88,14 @@ def askable(records: Iterable[Record], template: Template, most: int) -> list[Re
 
 
 def unasked(records: Sequence[Record], steps: int, batch: int, seed: int) -> list[Record]:
-    """Those of the training records that no step of a run takes, whatever else says the same left out."""
+    """Those of the training records that no step of a run takes, without the questions that those which are taken teach:
+    their own under any system text or order of options, and those of a conversation's earlier turns.
+    """
     if steps * batch >= len(records):
         return []
     taken = {index for step in range(steps) for index in step_indices(step, batch, len(records), seed)}
-    known = {records[index].id for index in taken}
-    return [one for index, one in enumerate(records) if index not in taken and one.id not in known]
+    known = {key for index in taken for key in records[index].taught}
+    return [one for index, one in enumerate(records) if index not in taken and one.key not in known]
 
 
 def _weights(engine: Engine, *, keep: bool) -> dict[str, torch.Tensor]:

@@ -76,13 +76,15 @@ class Trainer:
         Raises UserError after too many steps with non-finite gradients, and Preempted, behind a checkpoint, where the run
         was asked to `stop`.
         """
-        training = self.config.training
+        training, first = self.config.training, progress.step
         self.engine.module.train()
         trace = Trace(training.profile_steps, self.output_dir / "profile", self.world.rank)
         for step in range(progress.step, self.total_steps):
             if training.best is not None and is_over(progress.best, training.best):
                 logger.info("training ends at step %d: no better evaluation for %d", step, training.best.patience)
                 trace.after_step(last=True)
+                if step > first and step % training.log_every:
+                    self.hooks.reduce_and_log(step, self.total_steps)
                 break
             started = time.perf_counter()
             if stop is not None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
+from calibtrain.pipeline.check import check
 from calibtrain.training.checkpoint import complete_checkpoints
 from tests.distributed.jobs import metrics, sharded, write_job
 
@@ -24,6 +25,7 @@ TRAINING = {
     "evaluate_loss_every": 1,
     "learning_rate": 3e-2,
     "schedule": "constant",
+    "log_every": 5,
 }
 
 
@@ -50,6 +52,8 @@ def test_the_best_weights_are_exported_and_what_gets_no_better_ends(tmp_path):
     value, best = min((value, step) for step, value in measured)
     assert 1 < best < 10
     assert [step for step, _ in measured] == list(range(1, best + 3))  # two evaluations behind it were no better
+    logged = [line["step"] for line in metrics(tmp_path / "run") if line["event"] == "log"]
+    assert logged == sorted({*range(5, best + 2, 5), best + 2})  # what came behind the last interval is told, too
     assert exported == (best + 2, pytest.approx(value, rel=1e-6))  # behind the last step, of the weights before it
 
     plain = train.run(load_config(job(tmp_path, "plain", **engine | {"max_steps": best})))
@@ -105,4 +109,7 @@ def test_a_metric_that_nothing_measures_is_told_before_the_first_step(tmp_path, 
 
     with pytest.raises(UserError, match=rf"{metric} is not measured.*{message}"):
         train.run(load_config(job(tmp_path, "run", best={"metric": metric}, evaluate_every=2, zero_stage=1)))
+    if metric.startswith("calib/"):  # before a model is loaded
+        with pytest.raises(UserError, match=f"{metric} is not measured"):
+            check(load_config(tmp_path / "run.yaml"), 1)
     assert not (tmp_path / "run" / "checkpoints").exists()

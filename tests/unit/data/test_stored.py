@@ -2,6 +2,9 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from threading import Barrier
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -75,6 +78,26 @@ def test_the_splits_are_those_in_memory(folder, tmp_path, monkeypatch, case):
     assert stored.drops.unfit == loaded.drops.unfit
     assert stored.composition == loaded.composition
     assert stored.data_hash == prepare(config(folder, True, **changes)).data_hash
+
+
+def test_without_locks_two_that_read_at_once_write_apart(folder, tmp_path, monkeypatch):
+    """As two machines do, whose process ids may be the same, on a file system that knows no locks."""
+    both, directory = Barrier(2, timeout=20), tmp_path / "records"
+
+    def survey(*given, plain=stored._survey):
+        both.wait()
+        assert len(list(directory.glob("*.part-*"))) == 2
+        both.wait()
+        return plain(*given)
+
+    monkeypatch.setattr(stored, "_survey", survey)
+    monkeypatch.setattr(stored, "one_at_a_time", lambda path: nullcontext(False))
+    source = FileSource(kind="file", path=folder / "rows.jsonl")
+    made = Made(0, False, "", lambda record: record, lambda record: True)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda _: list(stored_records(source, made, directory, DropReport())), range(2)))
+    assert found[0] == found[1] != []
+    assert not list(directory.glob("*.part-*"))
 
 
 def test_graded_questions_may_have_a_source_of_their_own(folder, tmp_path, monkeypatch):

@@ -6,12 +6,14 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from calibtrain.errors import UserError
-from calibtrain.launchers import environment, errors, local, multinode, train
+from calibtrain.launchers import environment, errors, local, multinode, team, train
 
 ROOT = Path(__file__).parents[3]
 
@@ -238,3 +240,34 @@ def test_a_rank_that_dies_ends_the_job_with_its_cause(tmp_path, monkeypatch):
         code = local.launch(how, [str(out)], num_processes=2, output_dir=out)
         assert code not in (0, None)
         assert words in local.explain(code, out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [(["calibrate", "--bogus"], 2, "--bogus"), (["version"], 0, ""), (["evaluate", "none.yaml"], 2, "none.yaml")],
+)
+def test_a_team_tells_a_users_mistake_as_the_command_would(monkeypatch, capsys, arguments, code, told):
+    monkeypatch.setenv(team.MEMBER, "1")
+    monkeypatch.setattr(team, "end_within", lambda seconds, code: None)
+    main = SimpleNamespace(world=SimpleNamespace(is_main=True))
+    monkeypatch.setattr("calibtrain.pipeline.team.joined", lambda: nullcontext(main))
+    assert team.main(arguments) == code
+    error = capsys.readouterr().err
+    assert told in error
+    assert "Traceback" not in error
+
+
+def test_a_terminated_team_leaves_no_process_behind(tmp_path):
+    member = "import os, time; open('pid' + os.environ['RANK'], 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"from calibtrain.launchers import team; team.MODULE = 'timeit'; team.launch(['-n1', '-r1', {member!r}], 2)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment) as process:
+        files = [tmp_path / f"pid{rank}" for rank in (0, 1)]
+        while not all(file.is_file() and file.read_text() for file in files):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(30) == 143
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)

@@ -18,6 +18,7 @@ from calibtrain.models.loading import (
     answering_config,
     cause,
     check_positions,
+    check_weights,
     load_model,
     load_settings,
     load_tokenizer,
@@ -224,3 +225,24 @@ def test_a_refused_attention_names_the_key_that_mends_it():
     theirs = ValueError('Gemma2 does not support SDPA. Load with `attn_implementation="eager"`: e.g. a long example')
     assert cause(theirs) == "Gemma2 does not support SDPA; set model.attention, e.g. to eager"
     assert cause(ValueError("attention_bias is odd. More\nrest")) == "attention_bias is odd. More"
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+PARTS = {"zero_optimization": {"stage": 3}}
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda whole: b"", lambda whole: POINTER])
+def test_damaged_weights_are_a_users_mistake_and_told_before_the_start(tmp_path, damage):
+    file = write_tiny_model(tmp_path) / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    config = ModelConfig(source=str(tmp_path), dtype="fp32")
+    for load in (check_weights, load_model, lambda one: load_model(one, PARTS)):
+        with pytest.raises(UserError, match=r"model.source: cannot load .*damaged or not all there.*git lfs pull"):
+            load(config)
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": {"a": 1}}', "{"])
+def test_an_index_that_is_none_is_a_users_mistake(tmp_path, index):
+    (write_tiny_model(tmp_path) / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"model.source: cannot load"):
+        load_model(ModelConfig(source=str(tmp_path), dtype="fp32"), PARTS)

@@ -249,3 +249,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
     del weights["score.weight"]
     save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
     refused(headless, "would score by chance", load=True)
+    (headless / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    refused(headless, "damaged or not all there", load=True)
+    with pytest.raises(UserError, match=r"rollouts.reward_model: cannot load .*damaged or not all there"):
+        RewardScorer(source(headless), "rollouts.reward_model", torch.float32, WORLD, zero={"stage": 3})

@@ -12,12 +12,13 @@ from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.models.cost import DEVICES
 from calibtrain.models.loading import load_model
-from calibtrain.pipeline.plan import ROOM, make_plan
+from calibtrain.pipeline.plan import ROOM, make_plan, ways
 from calibtrain.pipeline.plan_memory import (
     DEVICE,
     HOST,
     activations,
     counted,
+    memory_estimate,
     model_size,
     phases,
     rows_of,
@@ -147,6 +148,38 @@ def test_phases_say_where_memory_is(tmp_path):
     packed = one.model_copy(update={"data": one.data.model_copy(update={"packing_tokens": 4096})})
     four = batch_plan(one.training.model_copy(update={"micro_batch_size": 4}), 8)
     assert (rows_of(one, four), rows_of(packed, four)) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({"model": {"lora": {"dora": True}}}, {1, 2}),
+        ({"model": {"compile": True}}, {1, 2}),
+        ({"training": {"average_last": 0.2}}, {1, 2, 3}),
+    ],
+)
+def test_no_way_is_planned_that_a_config_refuses(tmp_path, changes, stages):
+    one = config(written(tmp_path / "8B", "8B"), **changes)
+    found = list(ways(one, 8))
+    assert {way.training.zero_stage for way in found} == stages
+    for way in found:
+        assert RunConfig.model_validate(way.model_dump()) == way
+
+
+def test_averaged_weights_are_counted(tmp_path):
+    one = config(written(tmp_path / "8B", "8B"), training={"average_last": 0.2})
+    size, plan = model_size(one), batch_plan(one.training, 8)
+    assert memory_estimate(one, size, plan)["averaged weights"] == (PARAMETERS["8B"] * 4 // 8, DEVICE)
+
+
+def test_a_model_without_attention_is_counted(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 99}
+        )
+    )
+    found = model_size(config(tmp_path, model={"attention": "eager"}))
+    assert (found.cached, found.layers, found.vocabulary) == (0, 2, 99)
 
 
 QWEN_32B = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 5120, "head_dim": 128,

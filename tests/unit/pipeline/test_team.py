@@ -1,12 +1,19 @@
 """How the questions of a command are dealt to its processes, and their answers put together."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 from calibtrain.calibration.scores import TokenScores
-from calibtrain.pipeline.team import deal, first, merged
+from calibtrain.distributed import World
+from calibtrain.errors import UserError
+from calibtrain.pipeline import team as team_module
+from calibtrain.pipeline.team import LEAVE_SECONDS, Team, deal, first, joined, merged
 from tests.unit.pipeline.conftest import measured
 
 
@@ -53,3 +60,37 @@ def test_answers_of_all_ranks_are_those_of_one_in_their_order(ranks):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     for name in ("table", "hidden", "answer"):
         np.testing.assert_array_equal(getattr(found.tokens, name), getattr(expected.tokens, name))
+
+
+@pytest.fixture
+def members(monkeypatch):
+    """Rank 0 and rank 1 of one team at one store; neither may enter a collective."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: pytest.fail("waits for a rank that is gone"))
+    return [Team(World(rank, 2, 0, torch.device("cpu"))) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("wait", [lambda team: None, lambda team: team._meet()], ids=["for an order", "for the others"])
+def test_when_rank_0_fails_the_others_leave_and_its_own_error_is_told(members, monkeypatch, wait):
+    main, other = members
+    monkeypatch.setattr(team_module, "start_world", lambda: main.world)
+    monkeypatch.setattr(other, "_hear", lambda hear=other._hear: (wait(other), hear())[1])
+    with ThreadPoolExecutor() as pool:
+        working = pool.submit(other.work)
+        began = time.monotonic()
+        with pytest.raises(UserError, match="mine"), joined():
+            raise UserError("mine")
+        assert time.monotonic() - began < LEAVE_SECONDS
+        assert working.result(5) is None
+
+
+@pytest.mark.parametrize("ask", [lambda team: team._tell(None), lambda team: team._meet()])
+def test_rank_0_tells_why_another_failed(members, ask):
+    main, other = members
+    other.failed(UserError("no room on rank 1"))
+    with pytest.raises(UserError, match="no room on rank 1"):
+        ask(main)
+    other.failed(ValueError("a bug"))
+    with pytest.raises(RuntimeError, match="ValueError: a bug"):
+        ask(main)

@@ -56,6 +56,19 @@ def test_unasked_questions_are_those_that_no_step_takes():
     assert fresh_questions(asks_others, twice, 3, 4) == []  # whichever questions it asks in the place of others
 
 
+def test_a_question_that_was_learnt_in_other_words_around_it_is_not_unasked():
+    [taken] = step_indices(0, 1, 3, seed=0)
+    turns = Message("user", "What is 1?"), Message("assistant", "1"), Message("user", "And the next?")
+    conversation = Record(prompt=turns, chosen="2", accepted=("2",), learned=(-3, -1))
+    alone = records(2)[1]
+    under_a_system = Record(prompt=(Message("system", "Be brief."), *alone.prompt), accepted=("1",))
+    other = records(9)[8]
+    for learnt in (conversation, alone):
+        left = [under_a_system, other]
+        left.insert(taken, learnt)
+        assert unasked(left, 1, 1, seed=0) == [other]
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
