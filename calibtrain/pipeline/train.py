@@ -133,9 +133,9 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     try:
         with StopRequests(world) as stop:
             progress = trainer.fit(progress, stop)
-        trainer.take_best(progress)
         if last_weights is not None:
             export_run(config, engine, template, last_weights, 1.0, world)
+        trainer.take_best(progress)
         head = trainer.finish(progress.step)
         export_run(config, engine, template, target, engine.module.policy.scale, world, head)
     except Preempted as caught:

@@ -17,7 +17,7 @@ from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate, row_tokens
 from calibtrain.data.encode import Encoded
 from calibtrain.data.loader import epoch_at, rank_micro_batches, step_indices
-from calibtrain.distributed import World, gather_lists
+from calibtrain.distributed import World, gather_lists, on_main
 from calibtrain.errors import EngineFailure, Preempted, UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.hooks.records import CheckpointRecord, EvaluationRecord, MicroBatchRecord, SpectraRecord, StepRecord
@@ -29,6 +29,7 @@ from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.best import is_over, judged
 from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint import Progress, checkpoint_of, load_weights, save_checkpoint
+from calibtrain.training.checkpoint_files import damage_of
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.engine import Engine
 from calibtrain.training.head_fit import HeadFit
@@ -147,7 +148,11 @@ class Trainer:
             logger.warning("training.best: %s was no number at any evaluation; the last weights stay", wanted.metric)
             return
         if best.step != progress.step:
-            load_weights(checkpoint_of(self.output_dir / "checkpoints", best.step), self.engine)
+            path = checkpoint_of(self.output_dir / "checkpoints", best.step)
+            if (damage := on_main(lambda: damage_of(path) if path.is_dir() else "it is gone")) is not None:
+                logger.warning("training.best: %s is damaged (%s); the last weights are exported", path, damage)
+                return
+            load_weights(path, self.engine)
         logger.info(
             "the weights of step %d are kept: %s %.6g, the %s", best.step, wanted.metric, best.value, wanted.goal
         )
