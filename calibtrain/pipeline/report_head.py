@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from calibtrain.abstention.certificate import Certificate
+from calibtrain.abstention.certificate import Certificate, Certification
 from calibtrain.calibration.intervals import Interval, paired_bootstrap, sample_ids, wilson
 from calibtrain.calibration.ranking import auroc
 from calibtrain.calibration.state import CalibrationState
@@ -79,18 +79,29 @@ def head_report(
 
     pair = paired_bootstrap(order, (confidence, correct), (told, correct), ids, replicates=replicates)["auroc"]
     before, after = (measured_metrics(one, correct)["auroc"] for one in (confidence, told))
-    both = ((likelihood, confidence), (by_head, told))
-    rows = tuple(
-        (risk, *(_cell(one.curve[risk].certificate, q, correct) for one, q in both))
-        for risk in sorted(likelihood.curve.keys() & by_head.curve.keys())
-    )
-    main = [one.certification.certificate for one, _ in both]
-    asked = _cell(main[0], confidence, correct), _cell(main[1], told, correct)
+
+    def cells(one: Certification, two: Certification) -> tuple[HeadCell, HeadCell]:
+        return _cell(one.certificate, confidence, correct), _cell(two.certificate, told, correct)
+
+    risks = sorted(likelihood.curve.keys() & by_head.curve.keys())
+    rows = tuple((risk, *cells(likelihood.curve[risk], by_head.curve[risk])) for risk in risks)
+    asked = cells(likelihood.certification, by_head.certification)
+    main = [one.certification.certificate for one in (likelihood, by_head)]
     risk = next((one.target_risk for one in reversed(main) if one is not None), 0.0)
-    if not _comparable(likelihood, by_head):
-        asked, rows = None, ()
+    same = _comparable(likelihood, by_head)
     serves = served_source(output_dir) == HEAD
-    return HeadReport(serves, by_head, told, head.n, len(correct), risk, asked, rows, (before, after), pair), ""
+    return HeadReport(
+        serves,
+        by_head,
+        told,
+        head.n,
+        len(correct),
+        risk,
+        asked if same else None,
+        rows if same else (),
+        (before, after),
+        pair,
+    ), ""
 
 
 def _comparable(one: Calibrated, two: Calibrated) -> bool:
