@@ -32,6 +32,10 @@ MEASURED = {
 """How a metric's name begins, with what has it measured."""
 
 
+HIGHER = ("acc", "auroc", "brier_skill", "res", "cov@0.05", "cov@0.1", "cov@0.2")
+"""Metrics of answers of which more is better: by the lowest the worst weights would be exported."""
+
+
 def unfit_best(config: RunConfig) -> str | None:
     """What keeps `training.best` from being found."""
     training = config.training
@@ -44,6 +48,8 @@ def unfit_best(config: RunConfig) -> str | None:
     if not found:
         starts = " or ".join(f"{start}..." for start in MEASURED)
         return f"training.best.metric: {metric} is no metric of an evaluation in training: take one of {starts}"
+    if training.best.goal == "lowest" and metric.rpartition("/")[2] in HIGHER:
+        return f"training.best.goal: of {metric} the highest is best, and lowest is asked for: set goal: highest"
     key, told = found[0]
     if getattr(training, key) is None:
         return f"training.best.metric: {metric} is measured by {told}: set training.{key}"

@@ -178,15 +178,6 @@ def has_head(output_dir: Path) -> bool:
     return (output_dir / FOLDER / f"{STEM}.json").is_file()
 
 
-def graded_of(output_dir: Path) -> int:
-    """Graded answers that a run's head was solved on. UserError where that cannot be read."""
-    path = output_dir / FOLDER / f"{STEM}.json"
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["n"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-
-
 def fit_head(
     inputs: HeadInputs, correct: ArrayLike, layers: Sequence[int], fingerprint: Fingerprint, *, seed: int = 0
 ) -> tuple[FittedHead, Array]:

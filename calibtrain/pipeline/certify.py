@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.head import FittedHead
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
@@ -71,7 +75,9 @@ def run(
     if answers is not None:
         _check_untrained(config, held_out, answers)
     file = None if answers is None else answers.name
-    confidence = before.calibrator.apply(_scores(held_out, path, source, asked))
+    by_likelihood = source == LIKELIHOOD
+    scores = held_out.scores(config.calibration.domain) if by_likelihood else _told(held_out, path, output_dir, before)
+    confidence = before.calibrator.apply(scores)
     risk, delta = abstention.target_risk, abstention.delta
     found = certified_claims(
         asked, before.calibrator, confidence, held_out.answers, risk, delta, file, before.parts, audit
@@ -96,16 +102,16 @@ def run(
     return calibrated
 
 
-def _scores(held_out: Measurement, path: Path, source: str, config: RunConfig) -> Any:
-    """What the calibrator of the source that serves reads of these answers."""
-    if source == LIKELIHOOD:
-        return held_out.scores(config.calibration.domain)
-    if held_out.told is None:
+def _told(held_out: Measurement, path: Path, output_dir: Path, before: Calibrated) -> NDArray[np.float64]:
+    """What the run's confidence head told of these answers."""
+    fitted = before.calibrator
+    told = held_out.told_of(FittedHead.load(output_dir, Fingerprint(fitted.weights_hash, fitted.template_hash)))
+    if told is None:
         raise UserError(
-            f"{path}: the run answers by its confidence {source}, and these answers were given without it; let the model "
-            "answer with `calibtrain evaluate --output FILE`, or calibrate again"
+            f"{path}: the run answers by its confidence head, and these answers were given without it, or with another "
+            "one; let the model answer with `calibtrain evaluate --output FILE`, or calibrate again"
         )
-    return held_out.told
+    return told
 
 
 def _asked(

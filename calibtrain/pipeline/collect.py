@@ -12,13 +12,22 @@ import numpy as np
 
 from calibtrain.abstention.strata import group_risks
 from calibtrain.calibration.calibrators import Calibrator
+from calibtrain.confidence.scorer import HEAD
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.data.calibration_set import Composition
 from calibtrain.errors import UserError
 from calibtrain.hooks.jsonl import read_metrics
 from calibtrain.hooks.wandb import attach
-from calibtrain.pipeline.calibration_file import made_by, made_by_source, read_calibration, weights_hash, write_json
+from calibtrain.pipeline.calibration_file import (
+    made_by,
+    made_by_source,
+    read_calibration,
+    served_source,
+    source_folder,
+    weights_hash,
+    write_json,
+)
 from calibtrain.pipeline.evaluate import Measurement, measured_metrics, read_measurement
 from calibtrain.pipeline.options import options_part
 from calibtrain.pipeline.prepare import prepare
@@ -32,7 +41,7 @@ from calibtrain.pipeline.reward_audit import read_audit
 from calibtrain.pipeline.spectra_page import read_spectra, write_page
 from calibtrain.tasks.kinds import task_of
 
-NUMBERS = ("certificate", "certification", "claims", "hallucination", "answering", "data_hashes", "words")
+NUMBERS = ("source", "certificate", "certification", "claims", "hallucination", "answering", "data_hashes", "words")
 """Of calibration.json, what goes to W&B without tracking.log_answers, beside the calibrator's and the curve's numbers."""
 
 
@@ -46,7 +55,7 @@ def run(output_dir: Path) -> Path:
     config = load_config(output_dir / "config.yaml")
     described = {**data.config, "world_size": _facts(output_dir).get("world_size", 1)}
     with TemporaryDirectory() as folder:
-        files = [output_dir / "calibration.json", report]
+        files = [_served_calibration(output_dir), report]
         if not config.tracking.log_answers:
             files = _without_answers(output_dir, data, Path(folder))
         if data.spectra:  # anew, so that the report's link leads to what the report shows
@@ -57,7 +66,7 @@ def run(output_dir: Path) -> Path:
 
 def _without_answers(output_dir: Path, data: ReportData, folder: Path) -> list[Path]:
     """calibration.json and report.html without questions, answers and names of groups: what may leave the machine."""
-    content = json.loads((output_dir / "calibration.json").read_text(encoding="utf-8"))
+    content = json.loads(_served_calibration(output_dir).read_text(encoding="utf-8"))
     numbers = {key: content[key] for key in NUMBERS if key in content}
     fitted = content["calibrator"]
     parameters = {name: value for name, value in fitted["parameters"].items() if isinstance(value, float | int)}
@@ -70,6 +79,11 @@ def _without_answers(output_dir: Path, data: ReportData, folder: Path) -> list[P
     parts = data.parts and replace(data.parts, fields=(), left_out=0)  # a reply may have made up a field's name
     bare = replace(data, samples=False, scope=scope, group_risks=(), groups=None, composition=(), parts=parts)
     return [folder / "calibration.json", write_report(folder / "report.html", replace(bare, composition_verdict=""))]
+
+
+def _served_calibration(output_dir: Path) -> Path:
+    """Of the source that serves, of which the report is."""
+    return source_folder(output_dir, served_source(output_dir)) / "calibration.json"
 
 
 def _summary(data: ReportData) -> dict[str, float]:
@@ -118,6 +132,8 @@ def report_data(output_dir: Path) -> ReportData:
         measured.append(Measured("quantised, old calibrator", test.answers, kept))
         measured.append(Measured("quantised, refitted", test.answers, confidence.tolist()))
     head, no_head = head_report(output_dir, test, calibrated, confidence)
+    if no_head and served_source(output_dir) == HEAD:
+        raise UserError(f"{output_dir}: answers by its confidence head, which the report cannot show: {no_head}")
     if head is not None and head.serves and quantized is None:
         measured.append(Measured("with confidence head", test.answers, head.confidence.tolist()))
         calibrated, confidence = head.calibrated, head.confidence

@@ -51,6 +51,7 @@ class Measurement:
     made_by: str | None = None  # mark of the model and template that gave all of them, where a file says so
     states: NDArray[np.float32] | None = None  # (answers, H): `Answered.asked`; not in a file
     told: NDArray[np.float64] | None = None  # (answers,) what the run's confidence head tells, where asked
+    told_by: str | None = None  # mark of that head
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -61,6 +62,10 @@ class Measurement:
     def confidence(self) -> NDArray[np.float64]:
         """Likelihood of each answer (answers,), before any temperature."""
         return np.array([answer.confidence for answer in self.answers], dtype=np.float64)
+
+    def told_of(self, head: FittedHead) -> NDArray[np.float64] | None:
+        """What this very head told of the answers (answers,); None where another one did, or none."""
+        return self.told if self.told_by == head.mark else None
 
     def scores(self, domain: str | None = None) -> Scores:
         """What a calibrator sees; `domain` names the stratum that is a question's domain ("" where it has none)."""
@@ -169,18 +174,20 @@ class Loaded:
         """Answer and grade `records` in this process; in lockstep every rank must ask as many."""
         by_token = self.config.calibration.method == "adaptive_temperature"
         answered = self.answer(records, shots, on_batch, () if self.head is None else self.head.layers)
-        told = None if self.head is None else self.head.score(answered).values
+        by_head: dict[str, Any] = {}
+        if self.head is not None:
+            by_head = {"told": self.head.score(answered).values, "told_by": self.head.mark}
         features = answered.features
         asked = None if answered.asked is None else answered.asked.numpy()
         if not by_token:
             whole = answer_table(self._model, answered, TEMPERATURE_GRID, self.device)
-            return Measurement(answered.answers, whole.numpy(), states=asked, told=told)
+            return Measurement(answered.answers, whole.numpy(), states=asked, **by_head)
         per_token = token_logprob_table(self._model, features, TEMPERATURE_GRID, self.device).numpy()
         owner = features.sequence_ids.numpy()
         table = np.zeros((len(answered.answers), len(TEMPERATURE_GRID)))
         np.add.at(table, owner, per_token)
         tokens = TokenScores(per_token, features.hidden.float().numpy(), owner)
-        return Measurement(answered.answers, table, tokens, states=asked, told=told)
+        return Measurement(answered.answers, table, tokens, states=asked, **by_head)
 
 
 def run(
@@ -263,7 +270,7 @@ def measured_again(loaded: Answering, records: Sequence[Record], path: Path, mad
     found = left or with_progress(loaded, records, (), f"answering {split}", settle=False)
     write_measurement(found, path, made_by)
     loaded.template.task.settle()
-    return replace(read_measurement(path), states=found.states, told=found.told)
+    return replace(read_measurement(path), states=found.states, told=found.told, told_by=found.told_by)
 
 
 def _left_ungraded(loaded: Answering, records: Sequence[Record], path: Path, made_by: str) -> Measurement | None:
@@ -274,7 +281,9 @@ def _left_ungraded(loaded: Answering, records: Sequence[Record], path: Path, mad
         return None
     task = loaded.template.task
     config = loaded.config.output_dir / "config.yaml"
-    ours = left.made_by == made_by and [one.question_id for one in left.answers] == [record.id for record in records]
+    head = loaded.head if isinstance(loaded, Loaded) else None
+    ours = (left.made_by, left.told_by) == (made_by, head and head.mark)
+    ours = ours and [one.question_id for one in left.answers] == [record.id for record in records]
     if not ours or all(one.correct is not None for one in left.answers):
         return None
     if not config.is_file() or config.stat().st_mtime > path.stat().st_mtime:
@@ -297,7 +306,8 @@ def write_measurement(measurement: Measurement, path: Path, made_by: str | None 
     """One JSON object per answer, whole or not at all; `logprobs_at` is its log-prob at each temperature of the grid.
 
     made_by: mark of the model and template, without which nothing can be certified by these answers. `told`: what the
-    confidence head told, where it did. Scores of the tokens, where kept, lie beside it as .tokens.safetensors.
+    confidence head told, where it did, and `told_by` its mark. Scores of the tokens, where kept, lie beside it as
+    .tokens.safetensors.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -307,7 +317,7 @@ def write_measurement(measurement: Measurement, path: Path, made_by: str | None 
         told = told if measurement.told is None else measurement.told.tolist()
         for answer, row, said in zip(measurement.answers, measurement.table.tolist(), told, strict=True):
             line = {**answer.as_dict(), "logprobs_at": [round(value, 6) for value in row], "made_by": made_by}
-            line |= {} if said is None else {"told": said}
+            line |= {} if said is None else {"told": said, "told_by": measurement.told_by}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     _tokens_file(path).unlink(missing_ok=True)  # an earlier file's
     if measurement.tokens is not None:
@@ -332,7 +342,7 @@ def read_measurement(path: Path) -> Measurement:
     """Answers that `write_measurement` wrote. Raises UserError when the file is missing or not its work."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; run `calibtrain calibrate` first")
-    answers, table, marks, told = [], [], set(), []
+    answers, table, marks, told, heads = [], [], set(), [], set()
     for number, line in enumerate(lines_of(_text(path)), start=1):
         try:
             row = json.loads(line)
@@ -340,6 +350,7 @@ def read_measurement(path: Path) -> Measurement:
                 raise ValueError(f"`correct` is {row['correct']!r}; say true, false or null")
             table.append(row.pop("logprobs_at"))
             marks.add(row.pop("made_by", None))
+            heads.add(row.pop("told_by", None))
             if (said := row.pop("told", None)) is not None:
                 if not 0.0 <= float(said) <= 1.0:
                     raise ValueError(f"`told` is {said!r}; it is a probability")
@@ -353,8 +364,10 @@ def read_measurement(path: Path) -> Measurement:
     tokens = TokenScores(**load_file(_tokens_file(path))) if _tokens_file(path).is_file() else None
     width = 0 if table and not any(table) else len(TEMPERATURE_GRID)
     grid = np.array(table, dtype=np.float64).reshape(len(answers), width)
-    by_head = np.array(told) if answers and len(told) == len(answers) else None
-    return Measurement(answers, grid, tokens, marks.pop() if len(marks) == 1 else None, told=by_head)
+    by_head: dict[str, Any] = {}
+    if answers and len(told) == len(answers) and len(heads) == 1:
+        by_head = {"told": np.array(told), "told_by": heads.pop()}
+    return Measurement(answers, grid, tokens, marks.pop() if len(marks) == 1 else None, **by_head)
 
 
 def _text(path: Path) -> str:

@@ -20,10 +20,17 @@ from calibtrain.abstention.monitor import RiskAlarm
 from calibtrain.abstention.words import Scale, WordAudit, audit_words, scale_of, word_for
 from calibtrain.calibration.intervals import wilson
 from calibtrain.confidence.outside import ALPHA, largest_share
+from calibtrain.confidence.scorer import HEAD
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
-from calibtrain.pipeline.calibration_file import read_calibration, served_source, source_folder, write_json
+from calibtrain.pipeline.calibration_file import (
+    LIKELIHOOD,
+    read_calibration,
+    served_source,
+    source_folder,
+    write_json,
+)
 from calibtrain.pipeline.scope import at_most
 
 STATE = "monitor.json"
@@ -60,10 +67,12 @@ class Service:
 def run(output_dir: Path, audited: Path, *, source: str | None = None, uncertified: bool = False) -> Service:
     """Count the new lines of an audit log, print the rates and say whether the certificate still holds.
 
-    After another certificate the counts and the alarm start anew, with the lines not counted yet. uncertified: where nothing
+    After another certificate, or where another source serves now, the counts and the alarm start anew, with the lines not
+    counted yet. uncertified: where nothing
     is certified, watch the config's target_risk. Raises UserError naming file, line and key for a bad line, for a log
     without lines or whose counted ones have changed, and where nothing is certified.
     """
+    named = source is not None
     source = served_source(output_dir) if source is None else source
     abstention = load_config(output_dir / "config.yaml").abstention
     calibrated = read_calibration(output_dir, source=source)
@@ -84,6 +93,8 @@ def run(output_dir: Path, audited: Path, *, source: str | None = None, uncertifi
     restarted = bool(state) and state["certificate"] != key
     logs: dict[str, Any] = dict(state.get("logs", {}))
     lines = _lines(audited)
+    if not named:
+        _add_counted(logs, output_dir, audited.name, lines)
     rows = _rows(audited, lines, _counted(audited, lines, logs))
     goes_on = bool(state) and not restarted
     alarm = RiskAlarm.from_json(json.dumps(state["alarm"])) if goes_on else RiskAlarm(risk, delta)
@@ -101,6 +112,16 @@ def run(output_dir: Path, audited: Path, *, source: str | None = None, uncertifi
     write_json(folder / STATE, kept)
     _print(service, certificate)
     return service
+
+
+def _add_counted(logs: dict[str, Any], output_dir: Path, name: str, lines: list[str]) -> None:
+    """Note what of a log was counted while the other source served: those answers were given by that one's certificate."""
+    for source in (LIKELIHOOD, HEAD):
+        other = _read(source_folder(output_dir, source) / STATE).get("logs", {}).get(name)
+        if other is None or _hash(lines[: other["lines"]]) != other["sha256"]:
+            continue
+        if name not in logs or other["lines"] > logs[name]["lines"]:
+            logs[name] = other
 
 
 def _outside(state: dict[str, Any], n: int, delta: float) -> RiskAlarm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibtrain.confidence.scorer import HEAD
 from calibtrain.config import FileSource, RunConfig, SFTConfig, SplitSizes
 from calibtrain.config_data import DataConfig
 from calibtrain.config_file import load_config
@@ -19,9 +21,11 @@ from calibtrain.data.sources import load_records
 from calibtrain.data.splits import EVALUATION_SPLITS, split_of, unique_records
 from calibtrain.errors import UserError
 from calibtrain.models.loading import answering_config, load_settings
-from calibtrain.pipeline.calibration_file import read_calibration, weights_hash
+from calibtrain.pipeline.calibration_file import read_calibration, served_source, weights_hash
 from calibtrain.quantization.schemes import Scheme
 from calibtrain.records import Record
+
+logger = logging.getLogger(__name__)
 
 DATA_FILE = "quantization.json"
 FULL_ANSWERS = "full_test.jsonl"
@@ -92,6 +96,12 @@ def _of_run(source: Path, asked: Asked, target: Path) -> Subject:
         raise UserError(f"{source}: no exported model (model/config.json); train first")
     _check_model(source / "model", source)
     read_calibration(source)  # what is lost is told from it
+    if served_source(source) == HEAD:
+        logger.warning(
+            "%s answers by its confidence head, which holds for its own weights alone: likelihoods are compared, and the "
+            "quantised model answers by its likelihood",
+            source,
+        )
     return Subject(
         source / "model", load_config(source / "config.yaml"), source, (asked.output or target).resolve(), source
     )

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from calibtrain.abstention.certificate import Certificate
+from calibtrain.abstention.certificate import Certificate, Certification
 from calibtrain.calibration.intervals import Interval, paired_bootstrap, sample_ids, wilson
 from calibtrain.calibration.ranking import auroc
 from calibtrain.calibration.state import CalibrationState
-from calibtrain.confidence.head import graded_of
+from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.head import FittedHead
 from calibtrain.confidence.scorer import HEAD
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import Calibrated, read_calibration, served_source, source_folder
@@ -45,8 +46,10 @@ class HeadReport:
     graded: int  # answers that it was solved on
     n: int  # test questions
     risk: float  # the promise that is asked for
-    asked: tuple[HeadCell, HeadCell]  # likelihood and head at that promise alone
-    rows: tuple[tuple[float, HeadCell, HeadCell], ...]  # allowed risk, likelihood, head; ascending
+    asked: (
+        tuple[HeadCell, HeadCell] | None
+    )  # likelihood and head at that promise alone; None where they promise other things
+    rows: tuple[tuple[float, HeadCell, HeadCell], ...]  # allowed risk, likelihood, head; ascending; () as `asked`
     pairs: tuple[float, float]  # likelihood, head
     gain: Interval  # of pairs, on the same questions
 
@@ -62,12 +65,13 @@ def head_report(
         return None, ""
     try:
         by_head = read_calibration(output_dir, source=HEAD)
-        graded = graded_of(output_dir)
+        fitted = by_head.calibrator
+        head = FittedHead.load(output_dir, Fingerprint(fitted.weights_hash, fitted.template_hash))
     except UserError as error:
         return None, str(error)
-    if test.told is None:
+    if (scores := test.told_of(head)) is None:
         return None, "the test answers were given without it: run `calibtrain evaluate` with --output again"
-    told, correct = by_head.calibrator.apply(test.told), test.correct
+    told, correct = fitted.apply(scores), test.correct
     ids = sample_ids([one.question_id for one in test.answers])
 
     def order(state: CalibrationState) -> dict[str, float]:
@@ -76,17 +80,38 @@ def head_report(
     pair = paired_bootstrap(order, (confidence, correct), (told, correct), ids, replicates=replicates)["auroc"]
     before, after = (measured_metrics(one, correct)["auroc"] for one in (confidence, told))
 
-    def both(one: Certificate | None, other: Certificate | None) -> tuple[HeadCell, HeadCell]:
-        return _cell(one, confidence, correct), _cell(other, told, correct)
+    def cells(one: Certification, two: Certification) -> tuple[HeadCell, HeadCell]:
+        return _cell(one.certificate, confidence, correct), _cell(two.certificate, told, correct)
 
-    rows = tuple(
-        (risk, *both(likelihood.curve[risk].certificate, by_head.curve[risk].certificate))
-        for risk in sorted(likelihood.curve.keys() & by_head.curve.keys())
-    )
-    main = likelihood.certification.certificate, by_head.certification.certificate
-    asked, risk = both(*main), next((one.target_risk for one in reversed(main) if one is not None), 0.0)
+    risks = sorted(likelihood.curve.keys() & by_head.curve.keys())
+    rows = tuple((risk, *cells(likelihood.curve[risk], by_head.curve[risk])) for risk in risks)
+    asked = cells(likelihood.certification, by_head.certification)
+    main = [one.certification.certificate for one in (likelihood, by_head)]
+    risk = next((one.target_risk for one in reversed(main) if one is not None), 0.0)
+    same = _comparable(likelihood, by_head)
     serves = served_source(output_dir) == HEAD
-    return HeadReport(serves, by_head, told, graded, len(correct), risk, asked, rows, (before, after), pair), ""
+    return HeadReport(
+        serves,
+        by_head,
+        told,
+        head.n,
+        len(correct),
+        risk,
+        asked if same else None,
+        rows if same else (),
+        (before, after),
+        pair,
+    ), ""
+
+
+def _comparable(one: Calibrated, two: Calibrated) -> bool:
+    """Whether two calibrations promise the same by the same graded answers: `certify` renews the one that serves alone."""
+    both = (one, two)
+    graded = [(found.scope, (found.audit or {}).get("audited")) for found in both]
+    made = [certificate for found in both if (certificate := found.certification.certificate)]
+    promises = {(certificate.target_risk, certificate.delta) for certificate in made}
+    deltas = {found.certificate.delta for side in both for found in side.curve.values() if found.certificate}
+    return graded[0] == graded[1] and len(promises) <= 1 and len(deltas) <= 1
 
 
 def _cell(certificate: Certificate | None, confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> HeadCell:

@@ -93,6 +93,10 @@ def test_a_best_step_that_could_not_be_kept_is_not_gone_back_to(tmp_path, monkey
         ({"best": {"metric": "eval/loss"}, "evaluate_loss_every": None}, "set training.evaluate_loss_every"),
         ({"best": {"metric": "calib/calibration/likelihood/brier"}}, "set training.evaluate_every"),
         ({"best": {}, "average_last": 0.5}, "set one of them"),
+        (
+            {"best": {"metric": "calib/calibration/likelihood/auroc"}, "evaluate_every": 2},
+            "the highest is best, and lowest is asked for: set goal: highest",
+        ),
     ],
 )
 def test_what_cannot_be_found_best_is_told_before(tmp_path, training, message):

@@ -12,13 +12,15 @@ from calibtrain.config import RunConfig
 from calibtrain.config_file import dump_config, load_config
 from calibtrain.errors import UserError
 from calibtrain.models.confidence_head import POSITIONS, READINGS
-from calibtrain.pipeline import certify, collect
+from calibtrain.pipeline import certify, collect, monitor
 from calibtrain.pipeline.calibration_file import file_hash, read_calibration, served_source, weights_hash
 from calibtrain.pipeline.evaluate import read_measurement, write_measurement
 from calibtrain.pipeline.head_calibration import calibrate_head, serving
 from calibtrain.pipeline.prepare import prepare
+from calibtrain.pipeline.quantize_source import Asked, subject_of
 from calibtrain.pipeline.report import render_report
 from calibtrain.pipeline.source import load_scorer
+from calibtrain.quantization.schemes import SCHEMES
 from tests.unit.pipeline.conftest import TEMPLATE, mark_of, measured
 
 KNOWS = 3.0
@@ -50,7 +52,8 @@ def served(out):
     config = RunConfig.model_validate(config)
     dump_config(config, out / "config.yaml")
     head = a_head(out)
-    parts = {name: told(1200, seed) for name, seed in (("temperature", 0), ("certification", 1), ("test", 3))}
+    seeds = {"temperature": 0, "certification": 1, "test": 3}
+    parts = {name: replace(told(1200, seed), told_by=head.mark) for name, seed in seeds.items()}
     for name, one in parts.items():
         write_measurement(one, out / "answers" / f"{name}.jsonl", mark_of(out))
     content = json.loads((out / "calibration.json").read_text())
@@ -113,6 +116,27 @@ def test_certify_certifies_what_serves(served):
         certify.run(served, risk=0.2)
 
 
+def test_what_another_head_of_the_same_weights_told_is_nothing_to_this_one(served):
+    """A model that is trained again without gradients for its head has the same weights, and maybe another head."""
+    for name in ("certification", "test"):
+        path = served / "answers" / f"{name}.jsonl"
+        write_measurement(replace(read_measurement(path), told_by="f" * 16), path, mark_of(served))
+    with pytest.raises(UserError, match="or with another one"):
+        certify.run(served, risk=0.2)
+    with pytest.raises(UserError, match="answers by its confidence head, which the report cannot show"):
+        collect.report_data(served)
+
+
+def test_unlike_promises_are_not_compared(served):
+    certify.run(served, risk=0.2)  # the head's alone
+    data = replace(collect.report_data(served), bootstrap_replicates=10)
+    assert data.head.asked is None
+    assert data.head.rows == ()
+    page = render_report(data)
+    assert "of every 1,000" not in page
+    assert "are not compared" in page
+
+
 def test_the_report_says_what_it_bought(served):
     data = replace(collect.report_data(served), bootstrap_replicates=10)
     page = render_report(data)
@@ -125,9 +149,12 @@ def test_the_report_says_what_it_bought(served):
     assert f"{more} more of every 1,000" in " ".join(page.split())
     assert "from 400 graded answers" in page
     write_measurement(replace(told(1200, 3), told=None), served / "answers" / "test.jsonl", mark_of(served))
-    assert "the test answers were given without it" in render_report(
-        replace(collect.report_data(served), bootstrap_replicates=10)
-    )
+    with pytest.raises(UserError, match="the test answers were given without it"):
+        collect.report_data(served)
+    content = json.loads((served / "calibration.json").read_text()) | {"serves": "likelihood"}
+    (served / "calibration.json").write_text(json.dumps(content))
+    page = render_report(replace(collect.report_data(served), bootstrap_replicates=10))
+    assert "the test answers were given without it" in page
 
 
 def test_nothing_is_certified_by_questions_that_the_head_was_solved_on(served):
@@ -137,3 +164,22 @@ def test_nothing_is_certified_by_questions_that_the_head_was_solved_on(served):
     write_measurement(replace(found, answers=answers), served / "new.jsonl", mark_of(served))
     with pytest.raises(UserError, match=r"new\.jsonl:1: the model was trained on this question"):
         certify.run(served, risk=0.2, answers=served / "new.jsonl")
+
+
+def test_answers_that_were_given_by_the_likelihood_are_not_counted_against_the_head(served, tmp_path):
+    path, line = tmp_path / "audit.jsonl", json.dumps({"abstained": False, "correct": False}) + "\n"
+    content = json.loads((served / "calibration.json").read_text())
+    (served / "calibration.json").write_text(json.dumps(content | {"serves": "likelihood"}))
+    path.write_text(line * 200)
+    assert monitor.run(served, path).failed
+    (served / "calibration.json").write_text(json.dumps(content))
+    path.write_text(line * 203)
+    now = monitor.run(served, path)
+    assert (now.n, now.n_new) == (3, 3)
+    (served / "calibration.json").write_text(json.dumps(content | {"serves": "likelihood"}))
+    assert monitor.run(served, path).n_new == 0
+
+
+def test_who_quantises_is_told_that_the_head_stays_behind(served, caplog):
+    subject_of(served, Asked(SCHEMES["w8a8"], "minmax"))
+    assert "answers by its confidence head, which holds for its own weights alone" in caplog.text
