@@ -58,11 +58,13 @@ def on_processes(number: int | None, *, alone: str | None = None) -> None:
     """
     from calibtrain.launchers.team import MEMBER, launch
 
-    if number in (None, 1):
+    member = MEMBER in os.environ
+    if number in (None, 1) and not member:
         return
     if alone is not None:
-        raise UserError(f"--num-processes: {alone} asks in one process; leave one of them out")
-    if MEMBER not in os.environ:
+        started = "several processes" if number in (None, 1) else "--num-processes"
+        raise UserError(f"{started}: {alone} asks in one process; leave one of them out")
+    if not member:
         import typer
 
         raise typer.Exit(launch(sys.argv[1:], number or 1))

@@ -21,6 +21,8 @@ from calibtrain.launchers.local import free_port, gpu_count, local_environment
 MODULE = "calibtrain.launchers.team"
 MEMBER = "CALIBTRAIN_TEAM"
 """Set in the processes of a team, so that the command which they run starts no others."""
+DIVIDED = ("evaluate", "calibrate")
+"""Commands that divide their questions; the others would wait for a word that rank 0 does not give."""
 LOOK_SECONDS = 0.2
 CLOSE_SECONDS = 20.0
 """How long the others may take to end once rank 0 has."""
@@ -30,10 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run as one of the team and return the exit code: that of the command, 2 for a user's mistake, 1 for anything else."""
     adopt_slurm_ranks(os.environ)
     os.environ[MEMBER] = "1"
+    given = list(sys.argv[1:] if arguments is None else arguments)
     from calibtrain.pipeline.team import joined
 
     code = 0
     try:
+        if given[:1] and given[0] not in DIVIDED:
+            raise UserError(f"{given[0]} asks in one process: start `calibtrain {given[0]}` without torchrun")
         with joined() as team:
             if not team.world.is_main:
                 team.work()
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from calibtrain.cli import app
 
             try:
-                app(list(sys.argv[1:] if arguments is None else arguments))
+                app(given)
             except SystemExit as ended:
                 code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
     except UserError as error:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from calibtrain.cli_checks import on_processes
 from calibtrain.errors import UserError
 from calibtrain.launchers import environment, errors, local, multinode, team, train
 
@@ -244,7 +245,12 @@ def test_a_rank_that_dies_ends_the_job_with_its_cause(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
-    [(["calibrate", "--bogus"], 2, "--bogus"), (["version"], 0, ""), (["evaluate", "none.yaml"], 2, "none.yaml")],
+    [
+        (["calibrate", "--bogus"], 2, "--bogus"),
+        (["calibrate", "--help"], 0, ""),
+        (["evaluate", "none.yaml"], 2, "none.yaml"),
+        (["confidence", "out"], 2, "confidence asks in one process: start `calibtrain confidence` without torchrun"),
+    ],
 )
 def test_a_team_tells_a_users_mistake_as_the_command_would(monkeypatch, capsys, arguments, code, told):
     monkeypatch.setenv(team.MEMBER, "1")
@@ -255,6 +261,16 @@ def test_a_team_tells_a_users_mistake_as_the_command_would(monkeypatch, capsys, 
     error = capsys.readouterr().err
     assert told in error
     assert "Traceback" not in error
+
+
+def test_what_is_asked_in_one_process_is_refused_in_a_team(monkeypatch):
+    on_processes(None, alone="--source")
+    with pytest.raises(UserError, match="--num-processes: --source asks in one process"):
+        on_processes(2, alone="--source")
+    monkeypatch.setenv(team.MEMBER, "1")
+    on_processes(None)
+    with pytest.raises(UserError, match="several processes: --source asks in one process"):
+        on_processes(None, alone="--source")
 
 
 def test_a_terminated_team_leaves_no_process_behind(tmp_path):
