@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from calibtrain.config_abstention import AbstentionConfig, CalibrationConfig
-from calibtrain.config_base import BelowOne, Count, Fraction, Positive, Section, Weight
+from calibtrain.config_base import BelowOne, Count, Positive, Section
 from calibtrain.config_checks import unfit_answers, unfit_for_objective
 from calibtrain.config_data import DataConfig, FileSource, GeographySource, HubSource, MixtureSource, SplitSizes
 from calibtrain.config_head import ConfidenceHeadConfig
@@ -31,7 +31,7 @@ from calibtrain.config_losses import (
 from calibtrain.config_rollouts import GRPOConfig, PolicyGradientConfig, PPOConfig, RLOOConfig, RolloutsConfig
 from calibtrain.config_tasks import ShortAnswerTask, TaskConfig
 from calibtrain.config_tracking import TrackingConfig
-from calibtrain.config_training import BestConfig, unfit_best
+from calibtrain.config_training import TrainingConfig, unfit_best
 
 __all__ = [
     "AnswerScoreConfig",
@@ -53,6 +53,7 @@ __all__ = [
     "SFTConfig",
     "SplitSizes",
     "TrackingConfig",
+    "TrainingConfig",
     "WeightPenaltyConfig",
 ]
 
@@ -124,79 +125,6 @@ class ModelConfig(Section):
     def _one_adapter(self) -> ModelConfig:
         if self.lora is not None and self.adapter is not None:
             raise ValueError("lora and adapter exclude each other; set one of them to null")
-        return self
-
-
-class TrainingConfig(Section):
-    """The optimiser, the schedule and the DeepSpeed engine."""
-
-    micro_batch_size: Count = 4
-    """Records (pairs, where preferences are compared) in one forward pass of one rank."""
-    global_batch_size: Count = 8
-    """Records in one optimiser step over all ranks; gradient accumulation is derived."""
-    epochs: Positive = 1.0
-    """Passes over the training split; a fraction is allowed."""
-    max_steps: Count | None = None
-    """Optimiser steps, in the place of `epochs`, fewer or more."""
-    learning_rate: Positive = 2e-5
-    """Peak of the schedule."""
-    adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    """AdamW's decay of the first and second moment."""
-    adam_epsilon: Positive = 1e-8
-    """AdamW's denominator is never smaller."""
-    weight_decay: Weight = 0.0
-    """Decoupled; biases and norms are left out."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after warmup; cosine and linear end at 0."""
-    warmup_ratio: Fraction = 0.1
-    """Share of the steps over which the learning rate rises from 0."""
-    max_grad_norm: Weight = 1.0
-    """Global gradient norm is clipped to this; 0 turns clipping off."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """What DeepSpeed shards over the ranks: 1 optimizer states, 2 also gradients, 3 also parameters."""
-    offload_optimizer: bool = False
-    """Keep the optimizer states in CPU memory."""
-    offload_parameters: bool = False
-    """Keep the parameters in CPU memory (ZeRO-3)."""
-    deepspeed: Path | None = None
-    """A DeepSpeed JSON of your own; its batch sizes, precision and stage must agree with this file's, or say "auto"."""
-    average_last: Fraction = 0.0
-    """Export the mean of the weights over this last share of the steps (arXiv 1803.05407); 0 exports the last ones."""
-    log_every: Count = 5
-    """Optimiser steps between two lines of metrics."""
-    evaluate_every: Count | None = None
-    """Optimiser steps between two evaluations; null evaluates only after training."""
-    evaluate_loss_every: Count | None = None
-    """Optimiser steps between two measurements of the loss on data.splits.validation; null measures at the end alone."""
-    evaluate_questions: Count = 128
-    """Questions of the calibration split answered at each evaluation during training."""
-    best: BestConfig | None = None
-    """Export the weights of the evaluation that was best; null exports the last ones."""
-    checkpoint_every: Count | None = None
-    """Optimiser steps between two checkpoints; null writes none."""
-    keep_checkpoints: Count = 2
-    """Older checkpoints are deleted once a newer one is complete."""
-    resume: Path | Literal["auto"] | None = None
-    """A checkpoint directory, or `auto`: the newest complete one of output_dir, if any; null refuses one with a run."""
-    new_trajectory: bool = False
-    """Go on from a checkpoint although learning rate, schedule, number of steps or micro-batch are others than it was made
-    with; what changed, and at which step, is kept in the checkpoints that follow."""
-    profile_steps: Count | None = None
-    """Trace so many optimiser steps with torch's profiler, from the third of a launch on, into profile/rank<k>.json.gz of
-    output_dir (for chrome://tracing or Perfetto); null traces none."""
-    max_skipped_steps: Count = 10
-    """Consecutive steps with non-finite gradients before training gives up."""
-
-    @model_validator(mode="after")
-    def _offload_needs_stage(self) -> TrainingConfig:
-        if self.offload_parameters and self.zero_stage != 3:
-            raise ValueError("offload_parameters needs zero_stage: 3")
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise ValueError("offload_optimizer needs zero_stage: 1, 2 or 3")
-        if self.micro_batch_size > self.global_batch_size:
-            raise ValueError(
-                f"micro_batch_size: {self.micro_batch_size} is more than global_batch_size: {self.global_batch_size}"
-            )
         return self
 
 
