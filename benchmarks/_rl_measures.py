@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,17 @@ def stated_answers(loaded: Any, answers: Sequence[Any], records: Sequence[Any]) 
         row = {"correct": bool(grade.correct), "stated": stated, "likelihood": math.exp(min(0.0, likelihood))}
         found.append({**row, "missing": one.confidence is None})
     return found
+
+
+def head_beside(model: Path, loaded: Any) -> Any:
+    """The confidence head of the run, if it has one."""
+    from calibtrain.confidence.features import Fingerprint
+    from calibtrain.confidence.head import FittedHead, has_head
+    from calibtrain.pipeline.calibration_file import weights_hash
+
+    if not has_head(model.parent):
+        return None
+    return FittedHead.load(model.parent, Fingerprint(weights_hash(model), loaded.template.hash))
 
 
 def metrics(

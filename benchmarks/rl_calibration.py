@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -29,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from _report import print_table, write_json
-from _rl_measures import confidences, divergence
+from _report import write_json
+from _rl_measures import confidences, divergence, head_beside, metrics
+from _rl_tables import mean_row, print_tables, summary
 
 SIZES = "data.splits={{train: {train}, calibration: 512, temperature: 512, certification: 1000, test: 1000}}"
 SFT_ROWS = 1600
@@ -90,7 +89,7 @@ def on_reward_model(path: str, *changes: str, **facts: Any) -> Arm:
     return arm("grpo_geography", RL, paid, *changes, **facts)
 
 
-HELD = ("objective.beta=0.05", "training.learning_rate=5.0e-6")
+HELD = "objective.beta=1.0"
 SAID = ("rollouts.confidence=stated", "rollouts.decoupled=false")
 
 
@@ -105,6 +104,9 @@ ARMS: dict[str, Arm] = {
     "rl_accuracy": arm("grpo_geography", RL, "rollouts.reward=accuracy"),
     "rl_log": arm("grpo_geography", RL, "rollouts.reward=log"),
     "rl_log_accuracy": arm("grpo_geography", RL, "rollouts={reward: log, accuracy_weight: 0.5}"),
+    "rl_head": arm(
+        "grpo_geography", RL, "rollouts={reward: log, confidence: head}", "confidence_head={fit_questions: 2048}"
+    ),
     "rl_stated": arm("grpo_rlcr", RL, after="sft_stated", stated=True),
     "dpo": arm("dpo", PAIRS, "penalties=[]", steps=False),
     "dpo_scored": arm("dpo", PAIRS, steps=False),
@@ -113,15 +115,16 @@ ARMS: dict[str, Arm] = {
     "reward_model_m": arm("reward_model", PAIRS, "objective.confidence_statements=added", answers=False, steps=False),
     "ppo_reward_model": on_reward_model("{reward_model}"),
     "ppo_reward_model_scored": on_reward_model("{reward_model}", "penalties=[{name: answer_score, moves: all}]"),
-    # The same, held near where it starts: a quarter of the rate, and a price on the distance.
-    "ppo_held": on_reward_model("{reward_model}", *HELD),
-    "ppo_held_scored": on_reward_model("{reward_model}", *HELD, "penalties=[{name: answer_score, moves: all}]"),
+    # The same, held near where it starts: a nat of reward pays for a nat of distance, so that what earns most in the end is
+    # the start's probability times exp(reward), as if the reward were evidence.
+    "ppo_held": on_reward_model("{reward_model}", HELD),
+    "ppo_held_scored": on_reward_model("{reward_model}", HELD, "penalties=[{name: answer_score, moves: all}]"),
     "ppo_m": on_reward_model("{reward_model_m}", *SAID, after="sft_stated", stated=True),
     "ppo_c": on_reward_model("{reward_model}", *SAID, *shifted("threshold"), after="sft_stated", stated=True),
     "ppo_c_proper": on_reward_model("{reward_model}", *SAID, *shifted("proper"), after="sft_stated", stated=True),
 }
 CHOSEN = (
-    "sft", "rl_accuracy", "rl_log", "rl_stated", "dpo", "dpo_scored",
+    "sft", "rl_accuracy", "rl_log", "rl_head", "rl_stated", "dpo", "dpo_scored",
     "ppo_reward_model", "ppo_reward_model_scored", "ppo_held", "ppo_held_scored", "ppo_m", "ppo_c", "ppo_c_proper",
 )  # fmt: skip
 """Arms of the study; the others are asked for by name."""
@@ -315,70 +318,20 @@ def measured(job: Job, model: Path) -> dict[str, Any]:
     splits = prepare(asking).splits
     test, certifying = ("calibration", "temperature") if job.validate else ("test", "certification")
     loaded = Loaded(asking, model)
-    answered = {split: loaded.answer(splits[split]).answers for split in (test, certifying)}
+    head = head_beside(model, loaded)
+    both = {
+        split: loaded.answer(splits[split], layers=() if head is None else head.layers) for split in (test, certifying)
+    }
+    answered = {split: one.answers for split, one in both.items()}
     found: dict[str, Any] = {"n": len(answered[test]), "split": test}
+    if head is not None:
+        told = [(head.score(one).values.tolist(), [bool(a.correct) for a in one.answers]) for one in both.values()]
+        found |= metrics("head", *told)
     found |= confidences(answered[test], answered[certifying], loaded, splits[test], splits[certifying], one.stated)
     if one.after is not None:
         begin = job.directory / one.after / "model"
         found["kl"] = divergence(loaded, Loaded(asking, begin), splits[test][:KL_QUESTIONS], job.seed)
     return found
-
-
-SHARED = ("seconds", "cpu_seconds", "measuring", "answers_a_second", "n", "accuracy", "kl", "stated_missing")
-KINDS = ("confidence", "ece", "auroc", "aurc", "brier", "certified")
-MEASURES = (*SHARED, *(f"{who}_{kind}" for who in ("likelihood", "stated") for kind in KINDS))
-
-
-def mean_row(name: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means of an arm over its seeds, with `_sd` beside each."""
-    row: dict[str, Any] = {"arm": name, "seeds": len(found), "steps": found[0]["steps"] if found else 0}
-    for key in MEASURES if found else ():
-        values = np.array([one.get(key, math.nan) for one in found], dtype=float)
-        row[key] = float(values.mean())
-        row[f"{key}_sd"] = float(values.std(ddof=1)) if len(found) > 1 else math.nan
-    return row
-
-
-def print_tables(rows: Sequence[dict[str, Any]]) -> None:
-    """The arms by the likelihood, and those that state a confidence by that."""
-    seeds = max(row["seeds"] for row in rows)
-    cost = ("steps", "seconds", "answers_a_second")
-    for who, title in (("likelihood", "by the likelihood of the answer"), ("stated", "by the stated confidence")):
-        more = cost if who == "likelihood" else ("stated_missing",)
-        keys = ("accuracy", *(f"{who}_{kind}" for kind in KINDS), "kl", *more)
-        shown = [row for row in rows if not math.isnan(row[f"{who}_ece"])]
-        named = [{key.removeprefix(f"{who}_"): row[key] for key in keys} for row in shown]
-        table = [{"arm": row["arm"], "seeds": row["seeds"], **one} for row, one in zip(shown, named, strict=True)]
-        if table:
-            print_table(f"{int(rows[0]['n'])} questions, {title}; mean of up to {seeds} seeds", table)
-
-
-COMPARED = {
-    "ece_plain_rl": ("rl_accuracy", "likelihood_ece"),
-    "ece_calibrated_rl": ("rl_log", "likelihood_ece"),
-    "ece_stated_rl": ("rl_stated", "stated_ece"),
-    "ece_dpo": ("dpo", "likelihood_ece"),
-    "ece_dpo_calibrated": ("dpo_scored", "likelihood_ece"),
-    "ece_ppo_reward_model": ("ppo_reward_model", "likelihood_ece"),
-    "ece_ppo_reward_model_calibrated": ("ppo_reward_model_scored", "likelihood_ece"),
-}
-DELTAS = {"accuracy_delta": "accuracy", "auroc_delta": "likelihood_auroc"}
-
-
-def summary(found: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over seeds with `_sd`; the deltas are rl_log less rl_accuracy, on the same questions of each seed."""
-    by_arm = {name: {one["seed"]: one for one in found if one["arm"] == name} for name in ARMS}
-    values = {key: [one[measure] for one in by_arm.get(name, {}).values()] for key, (name, measure) in COMPARED.items()}
-    plain, ours = by_arm["rl_accuracy"], by_arm["rl_log"]
-    for key, measure in DELTAS.items():
-        values[key] = [ours[seed][measure] - plain[seed][measure] for seed in sorted(plain.keys() & ours.keys())]
-    result: dict[str, float] = {"seeds": max((len(some) for some in values.values()), default=0)}
-    for key, some in values.items():
-        if some:
-            result[key] = float(np.mean(some))
-        if len(some) > 1:
-            result[f"{key}_sd"] = float(np.std(some, ddof=1))
-    return result
 
 
 if __name__ == "__main__":
