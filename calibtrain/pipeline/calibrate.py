@@ -113,6 +113,9 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
         write_calibration(output_dir / "calibration.json", calibrated, config, data_hashes, facts)
     show(calibrated, output_dir / "calibration.json", written=not stays, note=outside.told(detector, why))
     if head is None or stays:
+        if head is not None:
+            own = f"`calibtrain certify {output_dir} --risk {certificate_risk:g}` tries it on the answers that are kept"
+            print(f"The confidence head's calibration stays as well; where it serves, {own}.")
         return calibrated
     by_head = calibrate_head(
         config, output_dir, head, measured, certificate_risk, certificate_delta, data_hashes, facts, audit
