@@ -35,7 +35,11 @@ def asked_to_stop(folder, name, ranks, whom):
 
 @pytest.mark.parametrize(
     ("ranks", "whom", "goes_on"),
-    [(1, lambda pid: pid, False), (2, lambda pid: pid, False), (2, lambda pid: ranks_of(pid)[1], True)],
+    [
+        pytest.param(1, lambda pid: pid, False, marks=pytest.mark.slow),  # one rank of two goes the same way
+        (2, lambda pid: pid, False),
+        (2, lambda pid: ranks_of(pid)[1], True),
+    ],
     ids=["one process", "the launcher of two", "one rank of two"],
 )
 def test_a_stopped_run_ends_in_order_and_goes_on_bit_for_bit(tmp_path, ranks, whom, goes_on):
