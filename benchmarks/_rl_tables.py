@@ -62,7 +62,7 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, float]:
     named = {one["arm"] for one in found}
     by_arm = {name: {one["seed"]: one for one in found if one["arm"] == name} for name in named}
     values = {key: [one[measure] for one in by_arm.get(name, {}).values()] for key, (name, measure) in COMPARED.items()}
-    plain, ours = by_arm["rl_accuracy"], by_arm["rl_log"]
+    plain, ours = by_arm.get("rl_accuracy", {}), by_arm.get("rl_log", {})
     for key, measure in DELTAS.items():
         values[key] = [ours[seed][measure] - plain[seed][measure] for seed in sorted(plain.keys() & ours.keys())]
     result: dict[str, float] = {"seeds": max((len(some) for some in values.values()), default=0)}

@@ -100,6 +100,11 @@ def test_a_statement_is_read_apart_from_the_answer_and_its_likelihood(study):
     assert second["likelihood"] == pytest.approx(math.exp(-0.75))
 
 
+def test_a_summary_of_a_few_arms_speaks_of_these(study):
+    found = study.summary([{"arm": "rl_head", "seed": 0, "head_ece": 0.01, "head_auroc": 0.8}])
+    assert found == {"seeds": 1, "ece_head_rl": 0.01, "auroc_head_rl": 0.8}
+
+
 def test_summary_compares_the_arms_of_one_seed(study):
     def found(arm, seed, accuracy, ece):
         return {"arm": arm, "seed": seed, "accuracy": accuracy, "likelihood_ece": ece, "likelihood_auroc": 0.8}
