@@ -106,8 +106,6 @@ MEASURED = {
     "calib/calibration/": ("evaluate_every", "answers to questions"),
 }
 """How a metric's name begins, with what has it measured."""
-
-
 HIGHER = ("acc", "auroc", "brier_skill", "res", "cov@0.05", "cov@0.1", "cov@0.2")
 """Metrics of answers of which more is better: by the lowest the worst weights would be exported."""
 
@@ -117,10 +115,8 @@ def unfit_best(config: RunConfig) -> str | None:
     training = config.training
     if training.best is None:
         return None
-    metric, found = (
-        training.best.metric,
-        [one for start, one in MEASURED.items() if training.best.metric.startswith(start)],
-    )
+    metric = training.best.metric
+    found = [one for start, one in MEASURED.items() if metric.startswith(start)]
     if not found:
         starts = " or ".join(f"{start}..." for start in MEASURED)
         return f"training.best.metric: {metric} is no metric of an evaluation in training: take one of {starts}"
