@@ -53,6 +53,11 @@ COMPARED = {
     "ece_dpo_calibrated": ("dpo_scored", "likelihood_ece"),
     "ece_ppo_reward_model": ("ppo_reward_model", "likelihood_ece"),
     "ece_ppo_reward_model_calibrated": ("ppo_reward_model_scored", "likelihood_ece"),
+    "ece_ppo_held": ("ppo_held", "likelihood_ece"),
+    "ece_ppo_stated": ("ppo_stated", "stated_ece"),
+    "ece_ppo_m": ("ppo_m", "stated_ece"),
+    "ece_ppo_c": ("ppo_c", "stated_ece"),
+    "ece_ppo_c_proper": ("ppo_c_proper", "stated_ece"),
 }
 DELTAS = {"accuracy_delta": "accuracy", "auroc_delta": "likelihood_auroc"}
 

@@ -119,13 +119,16 @@ ARMS: dict[str, Arm] = {
     # the start's probability times exp(reward), as if the reward were evidence.
     "ppo_held": on_reward_model("{reward_model}", HELD),
     "ppo_held_scored": on_reward_model("{reward_model}", HELD, "penalties=[{name: answer_score, moves: all}]"),
-    "ppo_m": on_reward_model("{reward_model_m}", *SAID, after="sft_stated", stated=True),
-    "ppo_c": on_reward_model("{reward_model}", *SAID, *shifted("threshold"), after="sft_stated", stated=True),
-    "ppo_c_proper": on_reward_model("{reward_model}", *SAID, *shifted("proper"), after="sft_stated", stated=True),
+    # Stated confidence, held alike: nothing is done about it, a reward model that reads statements, a reward shifted by them.
+    "ppo_stated": on_reward_model("{reward_model}", HELD, *SAID, after="sft_stated", stated=True),
+    "ppo_m": on_reward_model("{reward_model_m}", HELD, *SAID, after="sft_stated", stated=True),
+    "ppo_c": on_reward_model("{reward_model}", HELD, *SAID, *shifted("threshold"), after="sft_stated", stated=True),
+    "ppo_c_proper": on_reward_model("{reward_model}", HELD, *SAID, *shifted("proper"), after="sft_stated", stated=True),
 }
 CHOSEN = (
     "sft", "rl_accuracy", "rl_log", "rl_head", "rl_stated", "dpo", "dpo_scored",
-    "ppo_reward_model", "ppo_reward_model_scored", "ppo_held", "ppo_held_scored", "ppo_m", "ppo_c", "ppo_c_proper",
+    "ppo_reward_model", "ppo_reward_model_scored", "ppo_held", "ppo_held_scored",
+    "ppo_stated", "ppo_m", "ppo_c", "ppo_c_proper",
 )  # fmt: skip
 """Arms of the study; the others are asked for by name."""
 
