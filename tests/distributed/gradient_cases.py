@@ -188,7 +188,7 @@ CASES = {
     # And of these, groups alike are thrown away: as many others are asked, however many ranks there are.
     "chosen_stage0": Case("chosen", training={"zero_stage": 0}, objective="chosen"),
     "chosen_stage3": Case("chosen", training={"zero_stage": 3}, zero=SHARDED, objective="chosen"),
-    # Two ranks have one micro-batch, and half of its positions each.
+    # Ranks have one micro-batch in common, and a part of its positions each.
     "shared_stage0": Case("orpo", training={"zero_stage": 0, "sequence_parallel_size": 2}),
     "shared_checkpointed_stage3": Case(
         "orpo",
@@ -209,6 +209,10 @@ CASES = {
     "kto_shared_stage1": Case("kto", training={"zero_stage": 1, "sequence_parallel_size": 2}, objective="kto"),
     "untied_shared_stage3": Case(
         "untied", training={"zero_stage": 3, "sequence_parallel_size": 2}, zero=SHARDED, checkpoint="untied"
+    ),
+    "shared_by_four_stage1": Case("orpo", training={"zero_stage": 1, "sequence_parallel_size": 4}),
+    "sft_shared_by_four_stage3": Case(
+        "sft", training={"zero_stage": 3, "sequence_parallel_size": 4}, zero=SHARDED, objective="sft"
     ),
     "rollouts_shared_stage3": Case(
         "rollouts", training={"zero_stage": 3, "sequence_parallel_size": 2}, zero=SHARDED, objective="grpo"
