@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from calibtrain.config_abstention import AbstentionConfig, CalibrationConfig
 from calibtrain.config_base import BelowOne, Count, Positive, Section
-from calibtrain.config_checks import unfit_answers, unfit_for_objective
+from calibtrain.config_checks import unfit_answers, unfit_for_objective, unfit_for_shared_rows
 from calibtrain.config_data import DataConfig, FileSource, GeographySource, HubSource, MixtureSource, SplitSizes
 from calibtrain.config_head import ConfidenceHeadConfig
 from calibtrain.config_losses import (
@@ -204,7 +204,7 @@ class RunConfig(Section):
             )
         if self.model.compile and self.training.zero_stage == 3:
             raise ValueError("model.compile needs weights that are whole in a layer's forward: zero_stage 0, 1 or 2")
-        if problem := unfit_for_objective(self):
+        if problem := unfit_for_objective(self) or unfit_for_shared_rows(self):
             raise ValueError(problem)
         names = [getattr(penalty, "loss", penalty.name) for penalty in self.penalties]
         if len(set(names)) != len(names):

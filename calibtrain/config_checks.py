@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from calibtrain.config import RunConfig
 
+SHARED_ATTENTION = ("sdpa", "flash_attention_2")
+"""Attention whose heads may lie on several ranks."""
+
 
 def unfit_answers(config: RunConfig) -> str | None:
     """What penalties on own answers, and a confidence head, cannot do without."""
@@ -111,4 +114,24 @@ def _unfit_rounds(config: RunConfig) -> str | None:
         return "rollouts.dynamic_sampling: a score in the loss learns from groups alike as well: set it to 0"
     if rollouts.correction.startswith("token") and needs.whole_answers:
         return f"rollouts.correction: {name} weighs whole answers: sequence_truncate or sequence_mask"
+    return None
+
+
+def unfit_for_shared_rows(config: RunConfig) -> str | None:
+    """What training.sequence_parallel_size cannot be combined with: what reads hidden states beside attention and head."""
+    size, model = config.training.sequence_parallel_size, config.model
+    if size == 1:
+        return None
+    here = f"training.sequence_parallel_size: {size}"
+    if (module := config.objective.needs.module) != "plain":
+        return (
+            f"{here}: objective.name: {config.objective.name} trains a {module}, which reads whole rows; objectives of the "
+            "language model alone share them: sft, orpo, dpo, kto, refusal, grpo, rloo and their like"
+        )
+    if config.trains_head:
+        return f"{here}: a confidence_head reads the states of whole answers: set its weight to 0, or leave it out"
+    if model.attention not in SHARED_ATTENTION:
+        return f"{here}: model.attention: {model.attention} is not shared: take {' or '.join(SHARED_ATTENTION)}"
+    if model.compile:
+        return f"{here}: model.compile knows no exchange between ranks in the middle of a layer: set it to false"
     return None

@@ -32,9 +32,12 @@ class TrainingConfig(Section):
     """The optimiser, the schedule and the DeepSpeed engine."""
 
     micro_batch_size: Count = 4
-    """Records (pairs, where preferences are compared) in one forward pass of one rank."""
+    """Records (pairs, where preferences are compared) in one forward pass of one rank, or of those that share rows."""
     global_batch_size: Count = 8
     """Records in one optimiser step over all ranks; gradient accumulation is derived."""
+    sequence_parallel_size: Count = 1
+    """Ranks that share each row, 1/N of its positions on each (Ulysses, arXiv 2309.14509): for rows whose activations are
+    too many for one GPU; must divide the attention heads (docs/scale.md)."""
     epochs: Positive = 1.0
     """Passes over the training split; a fraction is allowed."""
     max_steps: Count | None = None

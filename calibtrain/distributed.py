@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +54,10 @@ class World:
     def is_main(self) -> bool:
         """Whether this is global rank 0, the only one that writes shared files."""
         return self.rank == 0
+
+    def groups_of(self, size: int) -> World:
+        """This process as its group of `size` neighbours, which have the same micro-batches, among the groups."""
+        return replace(self, rank=self.rank // size, size=self.size // size)
 
 
 def start_world() -> World:

@@ -67,7 +67,7 @@ def show(config: RunConfig, world_size: int) -> None:
     console.print(table)
     console.print(
         f"{plan.global_batch_size} records a step = {plan.micro_batch_size} x {plan.accumulation_steps} micro-batches "
-        f"x {plan.world_size} processes"
+        f"x {_groups(plan)}"
     )
     console.rule("data")
     try:
@@ -82,6 +82,14 @@ def show(config: RunConfig, world_size: int) -> None:
         _show_memory(config, size, plan, console)
     if mistake is not None:
         raise mistake
+
+
+def _groups(plan: BatchPlan) -> str:
+    """Who passes micro-batches, in words."""
+    shared = plan.sequence_parallel_size
+    return (
+        f"{plan.world_size} processes" if shared == 1 else f"{plan.groups} groups of {shared} processes that share rows"
+    )
 
 
 def show_data(config: RunConfig, world_size: int, console: Console) -> None:

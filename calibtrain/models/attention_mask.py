@@ -73,9 +73,14 @@ def attention_mask(batch: Batch, model: Any) -> Tensor | BlockMask | None:
 def block_mask_obstacle(model: Any, longest: int) -> str | None:
     """Why a mask of ours may not replace the model's own for sequences of up to `longest` tokens; None if it may."""
     config = model.config.get_text_config()
-    name = f"the attention of {config.model_type}"
     if config._attn_implementation not in IMPLEMENTATIONS:
-        return f"{name} ({config._attn_implementation}) takes no block masks"
+        return f"the attention of {config.model_type} ({config._attn_implementation}) takes no block masks"
+    return rule_of_its_own(config, longest)
+
+
+def rule_of_its_own(config: Any, longest: int) -> str | None:
+    """What beside causality says which positions see which in sequences of up to `longest` tokens; None if nothing does."""
+    name = f"the attention of {config.model_type}"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"{name} has layers of the kind {', '.join(sorted(kinds))}, which block masks do not reach"

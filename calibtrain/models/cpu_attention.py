@@ -22,9 +22,11 @@ def register() -> str:
     """Make the attention known to transformers. Returns its name."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    if NAME not in ALL_ATTENTION_FUNCTIONS:  # what stands there may have been wrapped (sequence_parallel)
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
     return NAME
 
 

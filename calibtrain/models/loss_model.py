@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from calibtrain.losses.terms import Batch, LossTerm, Objective, sequence_token_counts
 from calibtrain.models.confidence_head import ConfidenceHead
 from calibtrain.models.policy import Policy
+from calibtrain.models.sequence_parallel import SequenceGroup
 from calibtrain.ops import TokenStats
 
 
@@ -134,6 +135,7 @@ class LossModel(nn.Module):
         self.penalties = nn.ModuleList(penalties)
         self.confidence_head: ConfidenceHead | None = None
         self.release: Callable[[], None] | None = None  # of the engine that shards it
+        self.shared_by: SequenceGroup | None = None  # the ranks that share each row of a TrainStep
 
     def settle(self) -> None:
         """Give back the weights that ZeRO-3 fetched ahead for a pass that did not come.
@@ -162,6 +164,8 @@ class LossModel(nn.Module):
         LogprobStep log-probs (N,) and values (N,) or None, a HiddenStep a tuple of (B, T, H), one for each layer, a
         SpreadStep the entropy (N,) in nats and the two largest log-probs (N, 2), float32, a Call what its function returns.
         """
+        if self.shared_by is not None:
+            self.shared_by.active = False  # only a TrainStep's rows are in parts
         if isinstance(step, TrainStep):
             return self._train(step)
         if isinstance(step, LogprobStep):
@@ -194,15 +198,23 @@ class LossModel(nn.Module):
                 term.after_step()
 
     def _train(self, step: TrainStep) -> tuple[Tensor, StepStatistics]:
-        head = self.confidence_head
-        hidden, states = self.policy.states_at_targets(step.batch, () if head is None else head.layers)
-        batch = self.scored(hidden, step.batch)
-        stats = self.policy.token_stats(hidden, batch.targets)
+        head, shared = self.confidence_head, self.shared_by
+        layers = () if head is None else head.layers
+        if shared is None:
+            hidden, states = self.policy.states_at_targets(step.batch, layers)
+            batch, targets = self.scored(hidden, step.batch), step.batch.targets
+        else:  # the loss reads the whole batch, of which this rank passes its part
+            part, given = shared.part(step.batch, self.policy.model)
+            hidden, states = self.policy.states_at_targets(part, layers, given)
+            batch, targets = step.batch, part.targets
+        read = self.policy.token_stats(hidden, targets)
+        stats = read if shared is None else shared.joined_stats(read)
         terms: dict[str, LossTerm] = {}
         for term in self._terms():
             more: tuple[Tensor, ...] = ()
             if (token_set := getattr(term, "token_set", None)) is not None:
-                more = (self.policy.token_set_logprobs(hidden, batch.targets, stats, token_set),)
+                found = self.policy.token_set_logprobs(hidden, targets, read, token_set)
+                more = (found if shared is None else shared.joined(found),)
             terms.update(term(stats, batch, *more))
         if head is not None:
             terms.update(head.terms(head(stats, states, batch), batch))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -47,17 +47,23 @@ def unwrapped(model: Any) -> Any:
 
 
 def states_at_targets(
-    model: Any, backbone: Callable[..., Any], batch: Batch, layers: Sequence[int] = ()
+    model: Any,
+    backbone: Callable[..., Any],
+    batch: Batch,
+    layers: Sequence[int] = (),
+    given: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Hidden states of a model's `backbone` at `batch.target_positions`, in its dtype.
 
     Returns the final ones (N, H) and those of `layers` (N, layers, H); layer 0 is the embeddings, k follows block k.
+    `given` beside the tokens, in place of what the batch's own rows ask for.
     """
-    mask = attention_mask(batch, model)
-    # Without a mask of ours the model counts positions itself; padding on the right is behind every target.
-    blocked = {} if mask is None else {"attention_mask": mask, "position_ids": batch.position_ids}
+    if given is None:
+        mask = attention_mask(batch, model)
+        # Without a mask of ours the model counts positions itself; padding on the right is behind every target.
+        given = {} if mask is None else {"attention_mask": mask, "position_ids": batch.position_ids}
     more = {"output_hidden_states": True} if layers else {}
-    output = backbone(input_ids=batch.input_ids, use_cache=False, **blocked, **more)
+    output = backbone(input_ids=batch.input_ids, use_cache=False, **given, **more)
     hidden = output.last_hidden_state.flatten(0, 1)[batch.target_positions]
     found = [output.hidden_states[layer].flatten(0, 1)[batch.target_positions] for layer in layers]
     return hidden, torch.stack(found, dim=1) if found else hidden[:, None][:, :0]
@@ -90,9 +96,14 @@ class Policy(nn.Module):
         """Hidden states that predict the batch's targets. (N, H) in the model's dtype."""
         return self.states_at_targets(batch)[0]
 
-    def states_at_targets(self, batch: Batch, layers: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """The same, and the states of `layers` there, (N, layers, H); layer 0 is the embeddings, k follows block k."""
-        return states_at_targets(self.model, self.backbone, batch, layers)
+    def states_at_targets(
+        self, batch: Batch, layers: Sequence[int] = (), given: Mapping[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the states of `layers` there, (N, layers, H); layer 0 is the embeddings, k follows block k.
+
+        `given`: what the backbone gets beside the tokens, where the batch's own rows do not say it.
+        """
+        return states_at_targets(self.model, self.backbone, batch, layers, given)
 
     def token_stats(self, hidden: Tensor, targets: Tensor) -> TokenStats:
         """Statistics of `targets` (N,) from `hidden` (N, H)."""

@@ -26,8 +26,9 @@ from calibtrain.distributed import World
 from calibtrain.engines import VLLMServer, interpreter
 from calibtrain.errors import Unreachable, UserError
 from calibtrain.models.adapters import add_lora
-from calibtrain.models.loading import check_positions, check_weights, described_model, load_tokenizer
+from calibtrain.models.loading import check_positions, check_weights, described_model, load_settings, load_tokenizer
 from calibtrain.models.reward import padding_token
+from calibtrain.models.sequence_parallel import check_sharing
 from calibtrain.models.value import check_value_source
 from calibtrain.pipeline.prepare import (
     Prepared,
@@ -127,6 +128,7 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
         check_graded(config, template.task, train)
         check_sources(config, train)
     check_positions(config.model, config.data.max_length)
+    check_sharing(load_settings(config.model), config.training.sequence_parallel_size, config.data.max_length)
     _check_layers(config)
     if config.objective.needs.module == "reward head":
         padding_token(tokenizer, template.end_id)
@@ -226,7 +228,7 @@ def count_tokens(config: RunConfig, checked: Checked) -> Tokens:
         indices = step_indices(step, plan.global_batch_size, len(examples), config.seed)
         lengths = [row_tokens(examples[index], data.packing_tokens, shared) for index in indices]
         ranks = rank_micro_batches(
-            indices, lengths, plan.world_size, plan.micro_batch_size, packed=data.packing_tokens is not None
+            indices, lengths, plan.groups, plan.micro_batch_size, packed=data.packing_tokens is not None
         )
         for micro_batch in (one for rank in ranks for one in rank):
             sequences = [sequence for index in micro_batch for sequence in examples[index]]

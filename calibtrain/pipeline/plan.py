@@ -144,9 +144,10 @@ def make_plan(config: RunConfig, cluster: Cluster, host_gib: float | None = None
 def ways(config: RunConfig, world: int) -> Iterator[RunConfig]:
     """The config with every stage, micro-batch, offload and checkpointing that it may have on so many ranks."""
     training = config.training
-    if training.global_batch_size % world:
+    groups = world // training.sequence_parallel_size
+    if world % training.sequence_parallel_size or training.global_batch_size % groups:
         return
-    per_rank = training.global_batch_size // world
+    per_rank = training.global_batch_size // groups
     sizes = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
     stages, offloads = [1, 2, 3], [(False, False), (True, False), (True, True)]
     if training.deepspeed is not None:  # a JSON of one's own says both

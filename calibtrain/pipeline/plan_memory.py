@@ -108,7 +108,7 @@ def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> Held
     accumulated = 4 if stage >= 2 else width
     master = 4 if width == 2 or stage else 0  # ZeRO keeps its flat fp32 copy in fp32 training, too
     sequences = plan.micro_batch_size * config.sequences_per_record
-    logits = sequences * config.data.max_length * size.vocabulary * 4
+    logits = sequences * config.data.max_length * size.vocabulary * 4 // plan.sequence_parallel_size
     rewards = size.rewards * width // (world if stage == 3 else 1)
     return {
         "parameters": (
@@ -308,8 +308,9 @@ def phases(config: RunConfig, size: ModelSize, plan: BatchPlan, saved: Activatio
 
 def _of_a_step(config: RunConfig, size: ModelSize, plan: BatchPlan, saved: Activations) -> Held:
     width, rows = width_of(config), rows_of(config, plan)
-    tokens, hidden = rows * saved.length, size.hidden_size or 0
-    held = saved.of(rows, size.layers, checkpointing=config.model.gradient_checkpointing)
+    # Ranks that share rows hold 1/N of their positions; in attention, of their heads.
+    tokens, hidden = rows * saved.length // plan.sequence_parallel_size, size.hidden_size or 0
+    held = saved.of(rows, size.layers, checkpointing=config.model.gradient_checkpointing) // plan.sequence_parallel_size
     return {
         "activations": (held, DEVICE),
         "hidden states of the head and their gradient": (2 * tokens * hidden * width, DEVICE),

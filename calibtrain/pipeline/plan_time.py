@@ -77,11 +77,11 @@ def step_time(config: RunConfig, size: ModelSize, plan: BatchPlan, cluster: Clus
     again = size.work.forward(tokens, 0, attended) if config.model.gradient_checkpointing else 0.0
     peak = cluster.device.bf16 if width_of(config) == 2 else cluster.device.fp32
     return StepTime(
-        (once + again) / (peak * PRODUCTS),
-        _communication(config, size, plan, cluster),
+        (once + again) / plan.sequence_parallel_size / (peak * PRODUCTS),
+        _communication(config, size, plan, cluster) + _exchanges(config, size, plan, cluster, tokens),
         _optimizer(config, size, cluster),
-        tokens * plan.world_size,
-        once * plan.world_size,
+        tokens * plan.groups,
+        once * plan.groups,
     )
 
 
@@ -102,6 +102,14 @@ def _communication(config: RunConfig, size: ModelSize, plan: BatchPlan, cluster:
     if config.training.offload_parameters:
         seconds += micro * 2 * size.parameters * width / world / (TO_HOST * BYTES)
     return seconds
+
+
+def _exchanges(config: RunConfig, size: ModelSize, plan: BatchPlan, cluster: Cluster, tokens: int) -> float:
+    """Seconds in which ranks that share `tokens` exchange positions for heads, and results back."""
+    shared, hidden = plan.sequence_parallel_size, size.hidden_size or 0
+    passes = 3 if config.model.gradient_checkpointing else 2
+    elements = tokens / shared * (2 * hidden * size.layers + size.cached)
+    return passes * elements * width_of(config) * (shared - 1) / shared / cluster.bandwidth
 
 
 def _optimizer(config: RunConfig, size: ModelSize, cluster: Cluster) -> float:

@@ -33,6 +33,7 @@ from calibtrain.models.loading import answering_config, load_model, load_tokeniz
 from calibtrain.models.loss_model import Call, LossModel
 from calibtrain.models.policy import Policy, check_head
 from calibtrain.models.reward import RewardLossModel, ValueLossModel, check_classifier
+from calibtrain.models.sequence_parallel import begin_sequence_group, check_in_parts, share_attention
 from calibtrain.models.sharding import full_shape, let_go, run_sharded
 from calibtrain.models.value import OwnValueLossModel, load_value_model
 from calibtrain.pipeline.check import Checked, advice, check, check_rollout_engine
@@ -183,6 +184,10 @@ def begin_engine(config: RunConfig, template: Template, world: World) -> tuple[E
     model = build_model(config, template, world.device, sharding(config, world.size))
     engine = start_engine(model, config, world)  # first: what reads weights in parts runs within its forward alone
     engine.module(Call(lambda module: check_head(module.policy)))
+    if (shared := begin_sequence_group(config.training.sequence_parallel_size)) is not None:
+        share_attention(model.policy.model, shared)
+        engine.module(Call(lambda module: check_in_parts(module.policy, shared)))
+        model.shared_by = shared
     return engine, engine.module(Call(lambda module: row_layout(config, module.policy)))
 
 

@@ -9,7 +9,8 @@ neither. What the trainer must know about the engine's arithmetic (deepspeed 0.1
 - gradients are averaged over the data-parallel ranks in every stage (`gradient_allreduce_op: mean`).
 
 So a loss that is already divided by its global count is multiplied by the world size before
-`engine.backward(loss, scale_wrt_gas=False)`, and by nothing else.
+`engine.backward(loss, scale_wrt_gas=False)`, and by nothing else. With `sequence_parallel_size` all ranks stay
+data-parallel to DeepSpeed (no `mpu`): ZeRO shards over all of them, and averages the part of the gradient that each has.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "data_efficiency": (lambda v: _enabled(v), "the data order is calibtrain's own, so that resuming is exact"),
     "managed_gradient_accumulation": (lambda v: v is False, "the trainer relies on DeepSpeed counting micro-batches"),
     "gradient_allreduce_op": (lambda v: v not in ("mean", "auto"), "the loss is scaled for the mean over ranks"),
-    "sequence_parallel_size": (lambda v: v not in (1, "auto"), "sequence parallelism is not supported"),
     "tensor_parallel": (
         lambda v: isinstance(v, dict) and v.get("autotp_size", 0) not in (0, 1),
         "tensor parallelism is not supported: shard the parameters with ZeRO-3",
@@ -54,29 +54,44 @@ class BatchPlan:
     micro_batch_size: int
     accumulation_steps: int
     world_size: int
+    sequence_parallel_size: int = 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of ranks, each with micro-batches of its own; of one rank each, unless ranks share their rows."""
+        return self.world_size // self.sequence_parallel_size
 
     @property
     def global_batch_size(self) -> int:
         """Records in one optimiser step over all ranks."""
-        return self.micro_batch_size * self.accumulation_steps * self.world_size
+        return self.micro_batch_size * self.accumulation_steps * self.groups
 
 
 def batch_plan(training: TrainingConfig, world_size: int) -> BatchPlan:
-    """Accumulation steps for `world_size` ranks. Raises UserError when global_batch_size cannot be cut up evenly."""
-    micro, total = training.micro_batch_size, training.global_batch_size
-    if total % (micro * world_size) == 0:
-        return BatchPlan(micro, total // (micro * world_size), world_size)
-    step = micro * world_size
+    """Accumulation steps for `world_size` ranks.
+
+    Raises UserError when global_batch_size cannot be cut up evenly, or the ranks make no whole groups.
+    """
+    micro, total, shared = training.micro_batch_size, training.global_batch_size, training.sequence_parallel_size
+    if world_size % shared:
+        raise UserError(
+            f"training.sequence_parallel_size: {shared} ranks share each row, and {world_size} process(es) make no whole "
+            f"groups of {shared}: start a multiple of {shared}, or set {_nearest_divisor(world_size, shared)}"
+        )
+    groups = world_size // shared
+    if total % (micro * groups) == 0:
+        return BatchPlan(micro, total // (micro * groups), world_size, shared)
+    step = micro * groups
     totals = [size for size in (total // step * step, (total // step + 1) * step) if size > 0]
     ways = [f"training.global_batch_size={' or '.join(map(str, totals))}"]
-    if total % world_size == 0:
-        per_rank = total // world_size
-        ways.append(f"training.micro_batch_size={_nearest_divisor(per_rank, micro)}")
+    if total % groups == 0:
+        ways.append(f"training.micro_batch_size={_nearest_divisor(total // groups, micro)}")
     if total % micro == 0:
-        ways.append(f"{_nearest_divisor(total // micro, world_size)} process(es)")
+        ways.append(f"{_nearest_divisor(total // micro, groups) * shared} process(es)")
+    where = f"{groups} group(s) of {shared}" if shared > 1 else f"{world_size}"
     raise UserError(
         f"training.global_batch_size: {total} cannot be cut into micro-batches of {micro} "
-        f"(training.micro_batch_size) on {world_size} process(es): it must be a multiple of {step}. "
+        f"(training.micro_batch_size) on {where} process(es): it must be a multiple of {step}. "
         f"Nearest ways: {'; or '.join(ways)}."
     )
 
@@ -133,6 +148,8 @@ def _derived(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
         "zero_optimization": zero,
         "steps_per_print": None,  # progress is a hook's work
     }
+    if plan.sequence_parallel_size > 1:
+        resolved["sequence_parallel_size"] = plan.sequence_parallel_size  # DeepSpeed counts batches by it, and no more
     if training.offload_optimizer:
         resolved["zero_force_ds_cpu_optimizer"] = False  # ours is torch's AdamW, nothing is compiled at the first step
     if bf16 and training.zero_stage >= 2:
@@ -179,6 +196,8 @@ def _contradictions(theirs: dict[str, Any], ours: dict[str, Any], config: RunCon
         ("gradient_clipping", theirs.get("gradient_clipping", "auto"), training.max_grad_norm,
          "training.max_grad_norm"),
         ("zero_optimization.stage", zero.get("stage", "auto"), training.zero_stage, "training.zero_stage"),
+        ("sequence_parallel_size", theirs.get("sequence_parallel_size", "auto"), training.sequence_parallel_size,
+         "training.sequence_parallel_size"),
     ]  # fmt: skip
     for name in ("bf16", "bfloat16"):
         enabled = theirs.get(name, {}).get("enabled", "auto")

@@ -68,11 +68,12 @@ class HeldOut:
 
     def _mine(self) -> list[list[tuple[Encoded, ...]]]:
         """Micro-batches of this rank, of like length; where another rank has one more, an empty one stands for it."""
-        size, ranks = self.config.training.micro_batch_size, self.world.size
+        training = self.config.training
+        size, group = training.micro_batch_size, self.world.groups_of(training.sequence_parallel_size)
         ordered = sorted(self.examples, key=lambda group: -max(len(one.ids) for one in group))
         cut = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        mine = cut[self.world.rank :: ranks]
-        return [*mine, *([[]] * (-(-len(cut) // ranks) - len(mine)))]
+        mine = cut[group.rank :: group.size]
+        return [*mine, *([[]] * (-(-len(cut) // group.size) - len(mine)))]
 
     def _batch(self, examples: Sequence[tuple[Encoded, ...]]) -> Batch:
         sequences = [sequence for group in examples for sequence in group]

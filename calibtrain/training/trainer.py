@@ -101,8 +101,9 @@ class Trainer:
             for micro_batch in window:
                 loss, output = self.engine.deepspeed(micro_batch)
                 self.engine.backward(loss, last=micro_batch is window[-1])
-                record = MicroBatchRecord.of(output.stats, output.batch, output.terms, output.measures)
-                self.hooks.dispatch("on_micro_batch", record)
+                if self._tells:
+                    record = MicroBatchRecord.of(output.stats, output.batch, output.terms, output.measures)
+                    self.hooks.dispatch("on_micro_batch", record)
                 outputs.append(output)
             if self.weight_penalties is not None:
                 self.weight_penalties.arm(step)
@@ -278,20 +279,28 @@ class Trainer:
         self.meter.begin()
         indices = self._indices(step)
         lengths = [row_tokens(self.examples[index], self.packing_tokens, self.shared_prefix) for index in indices]
+        group = self.world.groups_of(self.plan.sequence_parallel_size)
         mine = rank_micro_batches(
             indices,
             lengths,
-            self.world.size,
+            group.size,
             self.plan.micro_batch_size,
             packed=self.packing_tokens is not None,
-        )[self.world.rank]
+        )[group.rank]
         batches = [self._micro_batch(step, number, len(mine), chosen) for number, chosen in enumerate(mine)]
         self.meter.batches_made()
         totals = global_counts(self.engine.module, [one.batch for one in batches])  # type: ignore[arg-type]
         self.meter.others_came()
-        # DeepSpeed averages gradients over ranks, so the global mean is the sum over ranks times their number.
-        divisors = {name: (divisor(total) / self.world.size).float() for name, total in totals.items()}
+        # DeepSpeed averages gradients over ranks, so the global mean is the sum over ranks times their number. Ranks that
+        # share their rows have counted each of them, and each has its part of the gradient.
+        ranks = self.world.size * self.plan.sequence_parallel_size
+        divisors = {name: (divisor(total) / ranks).float() for name, total in totals.items()}
         return [replace(one, divisors=divisors) for one in batches]
+
+    @property
+    def _tells(self) -> bool:
+        """Whether this rank speaks for those that have the same micro-batches, so that none is counted twice."""
+        return self.world.rank % self.plan.sequence_parallel_size == 0
 
     def _indices(self, step: int) -> list[int]:
         """Which of the examples a step learns from, over all ranks."""
@@ -302,7 +311,7 @@ class Trainer:
     def _micro_batch(self, step: int, number: int, count: int, indices: Sequence[int]) -> TrainStep:
         sequences = [sequence for index in indices for sequence in self.examples[index]]
         if self.stream is not None and self.stream.in_loss:
-            sequences += self.stream.share(step, number, count, self.world)
+            sequences += self.stream.share(step, number, count, self.world.groups_of(self.plan.sequence_parallel_size))
         batch = collate(
             sequences,
             self.answerer.template.pad_id,
@@ -312,12 +321,14 @@ class Trainer:
         )
         if self.rollouts is not None:
             batch = self.rollouts.fill(batch, indices)
-        self.meter.see(batch)
+        if self._tells:
+            self.meter.see(batch)
         return TrainStep(batch.to(self.world.device), {})
 
     def _report_skip(self, progress: Progress, outputs: Sequence[StepStatistics]) -> None:
         """Name the records whose log-probs were not finite; end a run that no longer learns. Collective."""
-        named = gather_lists(sorted({self._origin(output.batch, i) for output in outputs for i in _non_finite(output)}))
+        own = {self._origin(output.batch, i) for output in outputs for i in _non_finite(output)}
+        named = gather_lists(sorted(own) if self._tells else [])
         cause = f"records {', '.join(named[:8])}" if named else "every log-prob was finite, a gradient overflowed"
         if self.world.is_main:
             logger.warning("step %d skipped: gradients were not finite (%s)", progress.step, cause)

@@ -41,6 +41,7 @@ RESHAPING = (
     "training.max_steps",
     "training.epochs",
     "training.micro_batch_size",
+    "training.sequence_parallel_size",
 )
 """Of these, what training.new_trajectory lets differ: the loop reads them anew. Optimizer and data go on as they were."""
 

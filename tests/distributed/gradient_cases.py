@@ -27,9 +27,10 @@ from calibtrain.hooks.base import HookList
 from calibtrain.losses import build_loss
 from calibtrain.models.export import gathered_weights
 from calibtrain.models.loading import load_model, load_tokenizer
-from calibtrain.models.loss_model import LossModel
+from calibtrain.models.loss_model import Call, LossModel
 from calibtrain.models.policy import Policy
 from calibtrain.models.reward import ValueLossModel
+from calibtrain.models.sequence_parallel import begin_sequence_group, check_in_parts, share_attention
 from calibtrain.models.sharding import is_sharded
 from calibtrain.models.value import OwnValueLossModel, load_value_model
 from calibtrain.pipeline.prepare import learned_records
@@ -187,6 +188,38 @@ CASES = {
     # And of these, groups alike are thrown away: as many others are asked, however many ranks there are.
     "chosen_stage0": Case("chosen", training={"zero_stage": 0}, objective="chosen"),
     "chosen_stage3": Case("chosen", training={"zero_stage": 3}, zero=SHARDED, objective="chosen"),
+    # Ranks have one micro-batch in common, and a part of its positions each.
+    "shared_stage0": Case("orpo", training={"zero_stage": 0, "sequence_parallel_size": 2}),
+    "shared_checkpointed_stage3": Case(
+        "orpo",
+        model={"gradient_checkpointing": True},
+        training={"zero_stage": 3, "sequence_parallel_size": 2},
+        zero=SHARDED,
+    ),
+    "shared_packed_stage1": Case(
+        "orpo", data={"packing_tokens": 130}, training={"zero_stage": 1, "sequence_parallel_size": 2}
+    ),
+    "shared_separate_rows_stage2": Case(
+        "orpo", data={"shared_prefix": False}, training={"zero_stage": 2, "sequence_parallel_size": 2}
+    ),
+    "sft_shared_stage1": Case("sft", training={"zero_stage": 1, "sequence_parallel_size": 2}, objective="sft"),
+    "dpo_shared_stage3": Case(
+        "dpo", model=LORA, training={"zero_stage": 3, "sequence_parallel_size": 2}, zero=SHARDED, objective="dpo"
+    ),
+    "kto_shared_stage1": Case("kto", training={"zero_stage": 1, "sequence_parallel_size": 2}, objective="kto"),
+    "untied_shared_stage3": Case(
+        "untied", training={"zero_stage": 3, "sequence_parallel_size": 2}, zero=SHARDED, checkpoint="untied"
+    ),
+    "shared_by_four_stage1": Case("orpo", training={"zero_stage": 1, "sequence_parallel_size": 4}),
+    "sft_shared_by_four_stage3": Case(
+        "sft", training={"zero_stage": 3, "sequence_parallel_size": 4}, zero=SHARDED, objective="sft"
+    ),
+    "rollouts_shared_stage3": Case(
+        "rollouts", training={"zero_stage": 3, "sequence_parallel_size": 2}, zero=SHARDED, objective="grpo"
+    ),
+    "sampled_shared_stage1": Case(
+        "sampled", training={"zero_stage": 1, "sequence_parallel_size": 2}, objective="sampled"
+    ),
     "reference_ops": Case("orpo", training={"zero_stage": 0}, ops="reference"),
     "torch_ops_stage3": Case("orpo", training={"zero_stage": 3}, zero=SHARDED, ops="torch"),
 }
@@ -383,6 +416,11 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
         started = start_engine(build(config, zero), config, world)
     finally:
         engine_module.deepspeed_dict, engine_module.leave_out_passes = plain, passes
+    shared = begin_sequence_group(config.training.sequence_parallel_size)
+    if shared is not None:
+        share_attention(started.module.policy.model, shared)
+        started.module(Call(lambda module: check_in_parts(module.policy, shared)))
+        started.module.shared_by = shared
     engine = Recording(started.deepspeed, started.stage, started.full_gradients)
     engine.gradients, engine.norms = [], []  # type: ignore[attr-defined]
     template = Template("plain", load_tokenizer(config.model))

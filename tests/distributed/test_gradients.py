@@ -69,7 +69,11 @@ REFERENCE = {
 WRITTEN_OUT = tuple(family for family in REFERENCE if not family.startswith(("ppo", "sampled", "chosen")))
 """Families whose loss is written out below; what a round's credit is, tests/unit/training/test_rollout_rounds.py says."""
 BF16 = tuple(name for name in CASES if name.startswith("bf16"))
-RUNS = [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in CASES if name not in BF16)]
+SHARED_AT_ONCE = ("shared_checkpointed_stage3", "shared_packed_stage1", "sft_shared_stage1")
+"""Ranks share rows: these in every run of the tests, the others in slow ones."""
+SHARED_SLOW = tuple(name for name in CASES if "shared_" in name and name not in SHARED_AT_ONCE)
+ON_TWO_RANKS = tuple(name for name in CASES if name not in BF16 + SHARED_SLOW)
+RUNS = [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in ON_TWO_RANKS)]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,7 @@ def results(tmp_path_factory):
     write_tiny_model(folder / "model")
     write_tiny_model(folder / "untied", tied=False)
     write_tiny_model(folder / "biased", tied=False, attention_bias=True)
-    for ranks, names in ((1, (*ON_ONE_RANK, *BF16)), (2, tuple(name for name in CASES if name not in BF16))):
+    for ranks, names in ((1, (*ON_ONE_RANK, *BF16)), (2, ON_TWO_RANKS)):
         script = str(__file__).replace("test_gradients", "gradient_cases")
         ended = run(torchrun(ranks, script, str(folder), ",".join(names)), folder)
         assert ended.code == 0, ended.output[-6000:]
@@ -112,13 +116,26 @@ def test_same_gradients_and_trajectory(results, name, ranks):
 
 @pytest.mark.slow
 def test_four_ranks_that_read_a_quarter_each_take_the_same_steps(results):
-    folder, known = results
     names = ("stage3", "stage3_read_whole", "lora_stage3", "untied_stage3", "ppo_own_stage3", "sampled_stage3")
+    check_steps(results, 4, names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_share_rows_take_the_same_steps(results, ranks):
+    """On four ranks two groups of two, or one of four, which is twice as many as there are heads of keys."""
+    alike = ("shared_separate_rows_stage2", "sft_shared_stage1", "untied_shared_stage3", "sampled_shared_stage1")
+    by_four = tuple(name for name in SHARED_SLOW if "by_four" in name)
+    check_steps(results, ranks, tuple(set(SHARED_SLOW) - set(by_four)) if ranks == 2 else (*by_four, *alike))
+
+
+def check_steps(results, ranks, names):
+    folder, known = results
     script = str(__file__).replace("test_gradients", "gradient_cases")
-    ended = run(torchrun(4, script, str(folder), ",".join(names)), folder)
+    ended = run(torchrun(ranks, script, str(folder), ",".join(names)), folder)
     assert ended.code == 0, ended.output[-6000:]
     for name in names:
-        found = torch.load(folder / f"{name}-4.pt", weights_only=True)
+        found = torch.load(folder / f"{name}-{ranks}.pt", weights_only=True)
         expected = known[REFERENCE[CASES[name].family], 1]
         for one, reference in zip(found["gradients"], expected["gradients"], strict=True):
             assert error(one, reference) < 1e-6, name

@@ -34,6 +34,21 @@ def test_batch_plan_suggests_numbers_that_work():
         batch_plan(TrainingConfig(**{"micro_batch_size": 4, "global_batch_size": 12, **training}), world)
 
 
+def test_ranks_that_share_rows_count_as_one():
+    training = {"micro_batch_size": 2, "global_batch_size": 12, "sequence_parallel_size": 4}
+    plan = batch_plan(TrainingConfig(**training), 8)
+    assert (plan.groups, plan.accumulation_steps, plan.global_batch_size) == (2, 3, 12)
+    resolved = deepspeed_dict(config(**training), 8)
+    assert resolved["sequence_parallel_size"] == 4
+    assert "sequence_parallel_size" not in deepspeed_dict(config(), 2)
+    with pytest.raises(UserError, match=r"no whole groups of 4: start a multiple of 4, or set 3"):
+        batch_plan(TrainingConfig(**training), 6)
+    with pytest.raises(UserError, match=r"on 2 group\(s\) of 4 process") as caught:
+        batch_plan(TrainingConfig(**{**training, "global_batch_size": 10}), 8)
+    assert "4 process(es)" in str(caught.value)
+    batch_plan(TrainingConfig(**{**training, "global_batch_size": 10}), 4)
+
+
 def test_suggestions_take_no_time_whatever_the_numbers():
     with pytest.raises(UserError, match=r"or 1 process"):
         batch_plan(TrainingConfig(micro_batch_size=1, global_batch_size=2**31 - 1), 7)

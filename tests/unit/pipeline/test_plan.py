@@ -16,6 +16,7 @@ from calibtrain.pipeline.plan import ROOM, make_plan, ways
 from calibtrain.pipeline.plan_memory import (
     DEVICE,
     HOST,
+    Activations,
     activations,
     counted,
     memory_estimate,
@@ -25,7 +26,7 @@ from calibtrain.pipeline.plan_memory import (
     saved_bytes,
     total,
 )
-from calibtrain.pipeline.plan_time import Cluster
+from calibtrain.pipeline.plan_time import Cluster, step_time
 from calibtrain.training.deepspeed_config import batch_plan
 from tests.tiny import write_tiny_model
 
@@ -187,16 +188,33 @@ QWEN_32B = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidde
             "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False}  # fmt: skip
 
 
+def test_ranks_that_share_rows_hold_a_part_of_their_activations(tmp_path):
+    source = written(tmp_path / "8B", "8B")
+    alone, shared = (config(source, training={"sequence_parallel_size": size}) for size in (1, 4))
+    size, saved = model_size(alone), Activations(2048, 10**9, 10**8, 10**7)
+    held, part = (phases(one, size, batch_plan(one.training, 8), saved)["training"] for one in (alone, shared))
+    for what in ("activations", "hidden states of the head and their gradient", "gradients within one layer"):
+        assert part[what] == (held[what][0] // 4, DEVICE)
+    assert part["optimizer states (fp32 master, two moments)"] == held["optimizer states (fp32 master, two moments)"]
+    whole, quarter = (step_time(one, size, batch_plan(one.training, 8), cluster(), 2048) for one in (alone, shared))
+    assert quarter.tokens == whole.tokens  # of a step, over all ranks
+    assert quarter.products == pytest.approx(whole.products)
+    assert quarter.communication > whole.communication
+    assert {way.training.micro_batch_size for way in ways(shared, 8)} == {1, 2, 4, 8, 16, 32}
+    assert not list(ways(shared, 6))
+
+
 @pytest.mark.parametrize(
     ("name", "nodes", "stated"),
     [
         ("sft_70b_2nodes", 2, "70,553,706,496"),
         pytest.param("sft_32b_lora", 1, "32,762,", marks=pytest.mark.slow),  # PEFT wraps 450 layers
+        ("sft_reasoning_8gpu", 1, "8,030,261,248"),
     ],
 )
 def test_the_large_configs_fit_where_they_say_and_a_dry_run_needs_weights_last(tmp_path, name, nodes, stated):
-    source = written(tmp_path / "m", "70B")
-    if nodes == 1:
+    source = written(tmp_path / "m", "8B" if "reasoning" in name else "70B")
+    if "32b" in name:
         (source / "config.json").write_text(json.dumps(QWEN_32B))
     planned = make_plan(load_config(name, [f"model.source={source}"]), cluster(nodes=nodes), host_gib=1000)
     assert planned.as_configured is not None
