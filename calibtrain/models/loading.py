@@ -21,6 +21,7 @@ from calibtrain.models import cpu_attention
 from calibtrain.models.adapters import add_adapter, add_lora
 from calibtrain.models.arithmetic import dtype_name, torch_dtype
 from calibtrain.models.compiled import compile_layers
+from calibtrain.models.four_bit import is_four_bit, keep_layout, loading_options, packed_layers, require_bitsandbytes
 from calibtrain.models.quantized import (
     COMPRESSED_TENSORS,
     check_full_precision,
@@ -77,6 +78,9 @@ def check_weights(config: ModelConfig) -> None:
         except (OSError, SafetensorError) as error:
             raise UserError(f"model.source: cannot load {config.source}: {file.name}: {cause(error)}") from None
     check_full_precision(f"model.source: {config.source}", load_settings(config))
+    if is_four_bit(config):
+        require_bitsandbytes()
+        packed_layers(described_model(config))
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -175,14 +179,20 @@ def _load_whole(config: ModelConfig) -> Any:
     packed = quantisation_of(load_settings(config)) == COMPRESSED_TENSORS
     if packed:
         require_compressed_tensors()
+    four_bit: dict[str, Any] = {}
+    if is_four_bit(config):
+        require_bitsandbytes()
+        four_bit = loading_options(torch_dtype(config))
     with without_bars() if packed else nullcontext():
         model = _from_pretrained(
             AutoModelForCausalLM,
             config,
             dtype=torch_dtype(config),
             attn_implementation=attention_implementation(config),
+            **four_bit,
         )
     decompress(model)
+    keep_layout(model)
     return model
 
 
