@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
 
-PACKED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Of a packed weight, with its share of the scales."""
+SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
+"""Of scales, for each packed weight, which itself takes half a byte."""
+
+CPU_LAYOUT = "support_avx512bf16_for_cpu"
+"""What bitsandbytes' layers are asked by themselves before they pack their weights otherwise."""
 
 
 def is_four_bit(config: ModelConfig) -> bool:
@@ -53,8 +56,8 @@ def keep_layout(model: nn.Module) -> None:
     It would not pack them back for training: no gradient would pass a layer after the first answers.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, CPU_LAYOUT):
+            setattr(module, CPU_LAYOUT, False)
 
 
 def packed_layers(model: Any) -> list[nn.Linear]:

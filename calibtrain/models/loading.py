@@ -153,12 +153,13 @@ def load_model(config: ModelConfig, zero: dict[str, Any] | None = None) -> Any:
     """Causal language model in the config's dtype, with LoRA adapters when asked for.
 
     `zero` is a DeepSpeed config of stage 3: the weights then lie in parts on the ranks from the start, and no rank holds the
-    model. Collective with it. A quantised model computes as its scheme says, on dense weights. Raises UserError where it
-    cannot be loaded.
+    model, but for one in four bits. Collective with it. A quantised model computes as its scheme says, on dense weights.
+    Raises UserError where it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    model = None if zero is None else load_sharded(AutoModelForCausalLM, config, zero)
+    # Packed weights are cut by the engine alone: each rank packs the whole model first.
+    model = None if zero is None or is_four_bit(config) else load_sharded(AutoModelForCausalLM, config, zero)
     if model is None:
         model = _load_whole(config)
     model.config.use_cache = False

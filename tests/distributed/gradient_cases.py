@@ -201,16 +201,37 @@ FOUR_BIT_CASES = {
         training={"zero_stage": 2, "max_steps": 3},
         objective="sft",
     ),
+    "four_bit_checkpointed_stage3": Case(
+        "four_bit",
+        model={**FOUR_BIT, "gradient_checkpointing": True},
+        training={"zero_stage": 3, "max_steps": 3},
+        zero=SHARDED,
+        objective="sft",
+        whole_load=True,
+    ),
     "four_bit_untied_stage0": Case(
         "four_bit_untied", model=FOUR_BIT, training={"zero_stage": 0}, checkpoint="untied", ops="reference"
     ),
-    "four_bit_untied_stage2": Case(
-        "four_bit_untied", model=FOUR_BIT, training={"zero_stage": 2}, checkpoint="untied"
+    "four_bit_untied_offload_stage3": Case(
+        "four_bit_untied",
+        model=FOUR_BIT,
+        training={"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+        zero=SHARDED,
+        checkpoint="untied",
+        whole_load=True,
     ),
-    "four_bit_sampled_stage0": Case("four_bit_sampled", model=FOUR_BIT, training={"zero_stage": 0}, objective="sampled"),
-    "four_bit_sampled_stage2": Case("four_bit_sampled", model=FOUR_BIT, training={"zero_stage": 2}, objective="sampled"),
-    "four_bit_ppo_own_stage0": Case("four_bit_ppo_own", model=FOUR_BIT, training={"zero_stage": 0}, objective="ppo_own"),
-    "four_bit_ppo_own_stage1": Case("four_bit_ppo_own", model=FOUR_BIT, training={"zero_stage": 1}, objective="ppo_own"),
+    **{
+        f"four_bit_{name}_stage{stage}": Case(
+            f"four_bit_{name}",
+            model=FOUR_BIT,
+            training={"zero_stage": stage},
+            zero=SHARDED if stage == 3 else {},
+            objective=name,
+            whole_load=stage == 3,
+        )
+        for name in ("sampled", "ppo_own")
+        for stage in (0, 2, 3)
+    },
 }
 """On a base in four bits; they need bitsandbytes, and are run by test_four_bit."""
 
@@ -406,6 +427,8 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
         started = start_engine(build(config, zero), config, world)
     finally:
         engine_module.deepspeed_dict, engine_module.leave_out_passes = plain, passes
+    if case.zero is SHARDED:
+        assert not any(one.numel() for one in started.module.parameters())
     engine = Recording(started.deepspeed, started.stage, started.full_gradients)
     engine.gradients, engine.norms = [], []  # type: ignore[attr-defined]
     template = Template("plain", load_tokenizer(config.model))

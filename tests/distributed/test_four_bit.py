@@ -1,7 +1,5 @@
 """QLoRA: one trajectory however it is cut up, and that of PEFT and transformers on the same base."""
 
-import math
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
