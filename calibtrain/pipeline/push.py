@@ -144,6 +144,8 @@ def run(push: Push, repo: str, *, private: bool = False, revision: str | None = 
     sources: dict[str, Any] = {**push.files, **push.staged}
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo).private:
+            raise UserError(f"--private: {repo} is there already and public; push to another, or make it private first")
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         added = [CommitOperationAdd(name, source) for name, source in sorted(sources.items())]
