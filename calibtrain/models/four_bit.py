@@ -50,14 +50,21 @@ def loading_options(dtype: torch.dtype) -> dict[str, Any]:
     return {"quantization_config": four_bits}
 
 
-def keep_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing weights otherwise in evaluation mode, as it does on CPUs that multiply bf16.
+def keep_packed(model: nn.Module) -> None:
+    """Hold the weights of a model in four bits as they are: in one layout, and out of what is saved. Nothing for others.
 
-    It would not pack them back for training: no gradient would pass a layer after the first answers.
+    On CPUs that multiply bf16 bitsandbytes packs them otherwise in evaluation mode, and not back for training: no gradient
+    would pass a layer after the first answers. And a checkpoint is to hold none of a frozen weight, its scales neither.
     """
     for module in model.modules():
-        if hasattr(module, CPU_LAYOUT):
+        if is_packed(getattr(module, "weight", None)):
             setattr(module, CPU_LAYOUT, False)
+            module.register_state_dict_post_hook(_leave_out_scales)
+
+
+def _leave_out_scales(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
+        del state[name]
 
 
 def packed_layers(model: Any) -> list[nn.Linear]:

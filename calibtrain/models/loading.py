@@ -21,7 +21,7 @@ from calibtrain.models import cpu_attention
 from calibtrain.models.adapters import add_adapter, add_lora
 from calibtrain.models.arithmetic import dtype_name, torch_dtype
 from calibtrain.models.compiled import compile_layers
-from calibtrain.models.four_bit import is_four_bit, keep_layout, loading_options, packed_layers, require_bitsandbytes
+from calibtrain.models.four_bit import is_four_bit, keep_packed, loading_options, packed_layers, require_bitsandbytes
 from calibtrain.models.quantized import (
     COMPRESSED_TENSORS,
     check_full_precision,
@@ -193,7 +193,7 @@ def _load_whole(config: ModelConfig) -> Any:
             **four_bit,
         )
     decompress(model)
-    keep_layout(model)
+    keep_packed(model)
     return model
 
 

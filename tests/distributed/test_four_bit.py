@@ -1,13 +1,18 @@
 """QLoRA: one trajectory however it is cut up, and that of PEFT and transformers on the same base."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from calibtrain.data.loader import step_indices
 from calibtrain.data.templates import Template
+from calibtrain.pipeline.spectra import at_step
 from calibtrain.training.engine import schedule_factor
-from tests.distributed.gradient_cases import FOUR_BIT_CASES, build, config_of, examples_of
+from tests.distributed.gradient_cases import FOUR_BIT, FOUR_BIT_CASES, build, config_of, examples_of
+from tests.distributed.jobs import trained, write_job
 from tests.distributed.ranks import run, torchrun
 from tests.distributed.test_gradients import answer_score, error
 from tests.tiny import tiny_tokenizer, write_tiny_model
@@ -15,6 +20,7 @@ from tests.tiny import tiny_tokenizer, write_tiny_model
 pytestmark = [pytest.mark.distributed, pytest.mark.peer]
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="packs the base in four bits")
 
+STAGES = (2, 3)
 ON_ONE_RANK = tuple(name for name in FOUR_BIT_CASES if name.endswith("stage0"))
 
 
@@ -84,10 +90,56 @@ def test_the_steps_are_those_of_peft_and_transformers(results):
         optimizer.param_groups[0]["lr"] = training.learning_rate * schedule_factor(step, 3, training)
         optimizer.step()
         optimizer.zero_grad()
-    trained = {f"model.{name}": one.detach() for name, one in adapters.items()}
-    assert error({name: mine["weights"][name] for name in trained}, trained) < 1e-5
-    moved = error({f"model.{name}": ours[name].detach() for name in adapters}, trained)
+    ended_at = {f"model.{name}": one.detach() for name, one in adapters.items()}
+    assert error({name: mine["weights"][name] for name in ended_at}, ended_at) < 1e-5
+    moved = error({f"model.{name}": ours[name].detach() for name in adapters}, ended_at)
     assert moved > 1e-2
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Whole jobs of two ranks, and what they end with when they go on from their second checkpoint."""
+    folder = tmp_path_factory.mktemp("jobs")
+    model = {"source": str(folder / "untied"), "dtype": "bf16", "gradient_checkpointing": True, **FOUR_BIT}
+    configs = [
+        write_job(folder, f"stage{stage}", model=model, training={"zero_stage": stage, "keep_checkpoints": 9})
+        for stage in STAGES
+    ]
+    ended = run(trained(2, *configs), folder)
+    assert ended.code == 0, ended.output[-6000:]
+    for stage in STAGES:
+        output = folder / f"stage{stage}"
+        (output / "model").rename(folder / f"model{stage}")
+        shutil.rmtree(output / "checkpoints" / "step-0000006")
+    ended = run([*trained(2, *configs), "training.resume=auto"], folder)
+    assert ended.code == 0, ended.output[-6000:]
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_goes_on_bit_for_bit(runs, stage):
+    output = runs / f"stage{stage}"
+    expected = load_file(runs / f"model{stage}" / "model.safetensors")
+    found = load_file(output / "model" / "model.safetensors")
+    start = load_file(runs / "untied" / "model.safetensors")
+    assert found.keys() == expected.keys() == start.keys()
+    assert all(found[name].equal(expected[name]) for name in found)
+    assert {one.dtype for one in found.values()} == {torch.bfloat16}
+    moved = {name for name in start if not found[name].equal(start[name].bfloat16())}
+    assert moved == {name for name in start if "proj" in name}
+    held = sum(path.stat().st_size for path in (output / "checkpoints" / "step-0000004" / "engine").rglob("*.pt"))
+    trained_elements = sum(one.numel() for one in load_file(output / "adapter" / "adapter_model.safetensors").values())
+    assert held < 20 * trained_elements + 2**18  # not the base
+
+
+def test_a_checkpoint_is_compared_with_what_the_run_started_from(runs):
+    """What is frozen comes from the source again, and is unpacked as the run's layers did."""
+    with at_step(runs / "stage2", 4) as compared:
+        found = load_file(compared.tuned / "model.safetensors")
+    start = load_file(runs / "untied" / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert found["lm_head.weight"].equal(start["lm_head.weight"])
+    assert 0 < (found[name] - start[name]).norm() < 0.2 * start[name].norm()
 
 
 def sft_loss(model, config, step):

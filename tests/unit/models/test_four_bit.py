@@ -10,7 +10,7 @@ from torch import nn
 from calibtrain.config import LoRAConfig, ModelConfig, RunConfig
 from calibtrain.errors import UserError
 from calibtrain.models.export import export_adapter, export_model, gathered_weights
-from calibtrain.models.four_bit import SCALE_BYTES, dense, is_packed, keep_layout, packed_layers
+from calibtrain.models.four_bit import SCALE_BYTES, dense, is_packed, keep_packed, packed_layers
 from calibtrain.models.loading import check_weights, load_model, load_tokenizer
 from calibtrain.models.policy import Policy, check_head
 from tests.tiny import tiny_model, write_tiny_model
@@ -76,6 +76,10 @@ def adapted(folder, dtype, tied=False, **lora):
     return policy, config
 
 
+def plain_names(module):
+    return {name for name, _ in module.named_parameters()}
+
+
 @torch.no_grad()
 def said(model):
     return model(input_ids=IDS, use_cache=False).logits[0].float().log_softmax(-1)
@@ -116,6 +120,9 @@ class TestWithBitsandbytes:
             assert dense(one).dtype == start.dtype
         assert packed == 2 * 7
         assert not is_packed(policy.causal_model.get_output_embeddings().weight)
+        assert policy.state_dict().keys() - plain_names(policy) <= {
+            "model.base_model.model.lm_head.weight"
+        }  # a tied one
 
     def test_what_a_packed_weight_takes(self, tmp_path):
         from bitsandbytes.functional import quantize_4bit
@@ -179,7 +186,7 @@ class TestWithBitsandbytes:
             bnb_4bit_compute_dtype=torch.float32,
         )
         base = AutoModelForCausalLM.from_pretrained(config.source, dtype=torch.float32, quantization_config=four_bits)
-        keep_layout(base)  # else bitsandbytes computes in bf16 on some CPUs
+        keep_packed(base)  # else bitsandbytes computes in bf16 on some CPUs
         loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
         torch.testing.assert_close(said(loaded), said(policy.model), atol=1e-5, rtol=1e-5)
 
