@@ -13,6 +13,7 @@ from calibtrain.cli_checks import asks, check_model, on_processes, shares
 from calibtrain.cli_checks import existing as _existing
 from calibtrain.cli_checks import trained as _trained
 from calibtrain.cli_plan import plan
+from calibtrain.cli_push import push
 from calibtrain.cli_weights import quantize, spectra
 from calibtrain.errors import PREEMPTED, Preempted, UserError, told
 
@@ -270,7 +271,7 @@ def confidence(
     run(_trained(output_dir), sources=parse_sources(sources), questions=questions)
 
 
-for _command in (plan, spectra, quantize):
+for _command in (plan, spectra, quantize, push):
     app.command()(_command)
 
 

@@ -74,6 +74,9 @@ class LoRAConfig(Section):
     dora: bool = False
     """Train the length of each row of the adapted weight apart from its direction (DoRA, arXiv 2402.09353); needs weights
     that are whole in a layer's forward, so zero_stage 0, 1 or 2."""
+    load_in_4bit: bool = False
+    """Hold the frozen linear layers in four bits (QLoRA, arXiv 2305.14314): NF4 with double quantisation, through
+    bitsandbytes. The exported model is of the unpacked layers."""
 
 
 class OFTConfig(Section):
@@ -218,6 +221,15 @@ class RunConfig(Section):
             if held or self.tracking.spectra_every:
                 raise ValueError(
                     "weight_penalties and tracking.spectra_every do not know the lengths of model.lora.dora"
+                )
+        if self.model.lora is not None and self.model.lora.load_in_4bit:
+            if held or self.tracking.spectra_every:
+                raise ValueError(
+                    "weight_penalties and tracking.spectra_every cannot read weights that model.lora.load_in_4bit packs"
+                )
+            if self.model.compile:
+                raise ValueError(
+                    "model.compile: false is needed by model.lora.load_in_4bit, whose layers unpack weights"
                 )
         if held and self.model.adapter is not None:
             raise ValueError("weight_penalties act on weights or LoRA; model.adapter is a constraint already")

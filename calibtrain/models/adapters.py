@@ -9,6 +9,7 @@ import torch
 
 from calibtrain.config import ModelConfig
 from calibtrain.errors import UserError
+from calibtrain.models.arithmetic import torch_dtype
 from calibtrain.models.sharding import full_shape, gathered
 from calibtrain.spectral.shared_rotation import add_shared_rotations
 
@@ -25,7 +26,7 @@ def add_lora(model: Any, config: ModelConfig) -> Any:
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
     try:
-        return get_peft_model(
+        adapted = get_peft_model(
             model,
             LoraConfig(
                 r=lora.r,
@@ -40,6 +41,10 @@ def add_lora(model: Any, config: ModelConfig) -> Any:
         )
     except ValueError as error:
         raise UserError(f"model.lora.target_modules: {error}") from error
+    if lora.load_in_4bit:  # PEFT makes adapters in the dtype of the weight beside them, and leaves those of packed ones
+        for one in adapted.parameters():
+            one.data = one.data.to(torch_dtype(config)) if one.requires_grad else one.data
+    return adapted
 
 
 def add_adapter(model: Any, config: ModelConfig, *, find_bases: bool = True) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from calibtrain.models.sharding import full_shape
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -78,7 +80,7 @@ def work_of(model: Any, names: Iterable[tuple[str, Any]] | None = None) -> Work:
     share = (getattr(settings, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
     body = learns = 0.0
     for name, parameter in names or model.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
+        shape = full_shape(parameter)
         if id(parameter) in tables or len(shape) < 2:
             continue
         elements = shape.numel() * (share if ".experts." in name else 1.0)
@@ -86,7 +88,7 @@ def work_of(model: Any, names: Iterable[tuple[str, Any]] | None = None) -> Work:
         learns += elements * parameter.requires_grad
     heads = int(getattr(settings, "num_attention_heads", None) or 0)  # some models have no attention
     size = int(getattr(settings, "head_dim", None) or (settings.hidden_size // heads if heads else 0))
-    table = 0 if head is None else getattr(head.weight, "ds_shape", head.weight.shape).numel()
+    table = 0 if head is None else full_shape(head.weight).numel()
     trains = head is not None and head.weight.requires_grad
     return Work(int(body), int(learns), table, int(settings.num_hidden_layers) * heads * size, trains)
 

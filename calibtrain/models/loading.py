@@ -21,6 +21,7 @@ from calibtrain.models import cpu_attention
 from calibtrain.models.adapters import add_adapter, add_lora
 from calibtrain.models.arithmetic import dtype_name, torch_dtype
 from calibtrain.models.compiled import compile_layers
+from calibtrain.models.four_bit import is_four_bit, keep_packed, loading_options, packed_layers, require_bitsandbytes
 from calibtrain.models.quantized import (
     COMPRESSED_TENSORS,
     check_full_precision,
@@ -77,6 +78,9 @@ def check_weights(config: ModelConfig) -> None:
         except (OSError, SafetensorError) as error:
             raise UserError(f"model.source: cannot load {config.source}: {file.name}: {cause(error)}") from None
     check_full_precision(f"model.source: {config.source}", load_settings(config))
+    if is_four_bit(config):
+        require_bitsandbytes()
+        packed_layers(described_model(config))
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -149,12 +153,13 @@ def load_model(config: ModelConfig, zero: dict[str, Any] | None = None) -> Any:
     """Causal language model in the config's dtype, with LoRA adapters when asked for.
 
     `zero` is a DeepSpeed config of stage 3: the weights then lie in parts on the ranks from the start, and no rank holds the
-    model. Collective with it. A quantised model computes as its scheme says, on dense weights. Raises UserError where it
-    cannot be loaded.
+    model, but for one in four bits. Collective with it. A quantised model computes as its scheme says, on dense weights.
+    Raises UserError where it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    model = None if zero is None else load_sharded(AutoModelForCausalLM, config, zero)
+    # Packed weights are cut by the engine alone: each rank packs the whole model first.
+    model = None if zero is None or is_four_bit(config) else load_sharded(AutoModelForCausalLM, config, zero)
     if model is None:
         model = _load_whole(config)
     model.config.use_cache = False
@@ -175,14 +180,20 @@ def _load_whole(config: ModelConfig) -> Any:
     packed = quantisation_of(load_settings(config)) == COMPRESSED_TENSORS
     if packed:
         require_compressed_tensors()
+    four_bit: dict[str, Any] = {}
+    if is_four_bit(config):
+        require_bitsandbytes()
+        four_bit = loading_options(torch_dtype(config))
     with without_bars() if packed else nullcontext():
         model = _from_pretrained(
             AutoModelForCausalLM,
             config,
             dtype=torch_dtype(config),
             attn_implementation=attention_implementation(config),
+            **four_bit,
         )
     decompress(model)
+    keep_packed(model)
     return model
 
 

@@ -16,8 +16,9 @@ Read = Callable[[int, int], Tensor]
 
 
 def full_shape(parameter: Any) -> torch.Size:
-    """Shape of a weight as the model has it, also of one that lies in parts, whose own shape is (0,)."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+    """Shape of a weight as the model has it, also of one that lies in parts, whose own shape is (0,), or in four bits."""
+    packed = getattr(parameter, "quant_state", None)
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape) if packed is None else packed.shape)
 
 
 def is_sharded(parameter: Any) -> bool:

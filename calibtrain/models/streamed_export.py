@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from calibtrain.config import ModelConfig
 from calibtrain.distributed import is_main_rank, wait_for_main
+from calibtrain.models.four_bit import dense, is_four_bit, is_packed
 from calibtrain.models.policy import Policy, unwrapped
 from calibtrain.models.sharding import full_shape, gathered
 from calibtrain.spectral.shared_rotation import SharedRotationLinear
@@ -106,8 +107,9 @@ class LayerMerger:
         finish: Callable[[Any], None] = lambda model: None,
     ) -> None:
         self.policy, self.dtype, self.carries, self.finish = Policy(model), dtype, carries, finish
-        # Merged in fp32: bf16 products of nearly the identity would lose the rotation.
-        self.wide = config.adapter is not None
+        # Merged in fp32: bf16 products of nearly the identity would lose the rotation; and a base in four bits is rounded
+        # once already.
+        self.wide = config.adapter is not None or is_four_bit(config)
         self.wrappers = dict(_wrappers(self.policy))
         self.prefix = "model.base_model.model." if hasattr(model, "get_base_model") else "model."
         self.places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
@@ -194,7 +196,7 @@ def _files(policy: Policy, most: int) -> list[list[Unit]]:
     size = 0
     for _, group in groupby(policy.named_parameters(), key=lambda one: _layer(one[0])):
         unit = list(group)
-        own = sum(full_shape(one).numel() * one.element_size() for _, one in unit)
+        own = sum(full_shape(one).numel() * _width(one) for _, one in unit)
         if files[-1] and size + own > most:
             files.append([])
             size = 0
@@ -203,15 +205,20 @@ def _files(policy: Policy, most: int) -> list[list[Unit]]:
     return files
 
 
+def _width(parameter: Any) -> int:
+    """Bytes of an element as it is exported."""
+    return int((parameter.quant_state if is_packed(parameter) else parameter).dtype.itemsize)
+
+
 def _layer(name: str) -> str:
     found = re.match(r".*?\.\d+\.", name)
     return "" if found is None else found[0]
 
 
 def whole_weights(unit: Unit, *, keep: bool) -> dict[str, Tensor]:
-    """A layer's weights on the CPU, on the ranks that `keep` them. Collective."""
+    """A layer's weights on the CPU, unpacked, on the ranks that `keep` them. Collective."""
     with gathered(one for _, one in unit):
-        return {name: one.detach().cpu().clone() for name, one in unit} if keep else {}
+        return {name: dense(one).cpu().clone() for name, one in unit} if keep else {}
 
 
 def _as_saved(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -75,10 +75,15 @@ def _without_answers(output_dir: Path, data: ReportData, folder: Path) -> list[P
         {"target_risk": one["target_risk"], "certificate": one["certificate"]} for one in content["curve"]
     ]
     write_json(folder / "calibration.json", numbers)
+    return [folder / "calibration.json", write_report(folder / "report.html", bare(data))]
+
+
+def bare(data: ReportData) -> ReportData:
+    """The report without questions, answers and names of groups."""
     scope = data.scope and replace(data.scope, examples=())
     parts = data.parts and replace(data.parts, fields=(), left_out=0)  # a reply may have made up a field's name
-    bare = replace(data, samples=False, scope=scope, group_risks=(), groups=None, composition=(), parts=parts)
-    return [folder / "calibration.json", write_report(folder / "report.html", replace(bare, composition_verdict=""))]
+    kept = replace(data, samples=False, scope=scope, group_risks=(), groups=None, composition=(), parts=parts)
+    return replace(kept, composition_verdict="")
 
 
 def _served_calibration(output_dir: Path) -> Path:

@@ -218,7 +218,8 @@ def show(plan: Plan) -> None:
 def _nothing_fits(plan: Plan) -> str:
     if plan.why_not:
         return "nothing was tried: the batch cannot be cut up"
-    return "nothing fits: take more GPUs, a shorter data.max_length, a smaller evaluation.batch_size, or model.lora"
+    ways_out = "more GPUs, a shorter data.max_length, a smaller evaluation.batch_size, model.lora or its load_in_4bit"
+    return f"nothing fits: take {ways_out}"
 
 
 def _yaml(value: object) -> str:

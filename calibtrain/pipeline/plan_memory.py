@@ -21,6 +21,7 @@ from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled, torch_dtype
 from calibtrain.models.cost import Work, work_of
+from calibtrain.models.four_bit import SCALE_BYTES, is_four_bit, packed_layers
 from calibtrain.models.streamed_export import FILE_BYTES
 from calibtrain.training.deepspeed_config import BUCKET_ELEMENTS, BatchPlan
 
@@ -48,6 +49,14 @@ class ModelSize:
     layers: int = 0
     intermediate_size: int = 0
     work: Work | None = None
+    packed: int = 0  # of the parameters, those that are held in four bits while training
+
+    def bytes_in_training(self, width: int, ranks: int = 1) -> int:
+        """Of the parameters on each of `ranks` that share them: `width` bytes each, but for those in four bits.
+
+        DeepSpeed cuts what is packed, not the scales beside it.
+        """
+        return ((self.parameters - self.packed) * width + self.packed // 2) // ranks + round(self.packed * SCALE_BYTES)
 
 
 def model_size(config: RunConfig) -> ModelSize:
@@ -65,7 +74,12 @@ def model_size(config: RunConfig) -> ModelSize:
         size = replace(size, starting=size.parameters)
     if config.objective.needs.module == "value model":
         value = _size_of(value_config(config))
-        size = replace(size, parameters=size.parameters + value.parameters, trainable=size.trainable + value.trainable)
+        size = replace(
+            size,
+            parameters=size.parameters + value.parameters,
+            trainable=size.trainable + value.trainable,
+            packed=size.packed + value.packed,
+        )
     if config.trains_on_rollouts:
         size = replace(size, rewards=sum(reward_parameters(source, key) for key, source in models_of(config)))
     return size
@@ -77,6 +91,8 @@ def _size_of(config: ModelConfig) -> ModelSize:
 
     model = described_model(config)
     parameters = [parameter.numel() for parameter in model.parameters()]
+    packed = packed_layers(model) if is_four_bit(config) else []
+    in_four_bits = sum(layer.weight.numel() for layer in packed)
     text = model.config.get_text_config()
     model = add_adapter(add_lora(model, config), config, find_bases=False)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -93,6 +109,7 @@ def _size_of(config: ModelConfig) -> ModelSize:
         layers=layers,
         intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
         work=work_of(model),
+        packed=in_four_bits,
     )
 
 
@@ -112,7 +129,7 @@ def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> Held
     rewards = size.rewards * width // (world if stage == 3 else 1)
     return {
         "parameters": (
-            size.parameters * width // (world if stage == 3 else 1),
+            size.bytes_in_training(width, world if stage == 3 else 1),
             HOST if training.offload_parameters else DEVICE,
         ),
         "gradients": (size.trainable * accumulated // (world if stage >= 2 else 1), DEVICE),
@@ -295,8 +312,10 @@ def phases(config: RunConfig, size: ModelSize, plan: BatchPlan, saved: Activatio
     buffers = {**_buffers(config, size, world), "CUDA context and libraries": (2**30, DEVICE)}
     answering = _answering(config, size, width)
     gathered: Held = {"a layer, gathered": (size.largest * width, DEVICE)} if sharded else {}
-    loading: Held = {"parameters": (own, HOST if training.offload_parameters else DEVICE)}
-    loading["weights on their way"] = (size.largest * width if sharded else whole, HOST)
+    # In four bits each rank packs the whole model, weight by weight on its device, before it is cut.
+    held = size.bytes_in_training(width) if size.packed else own
+    loading: Held = {"parameters": (held, HOST if training.offload_parameters and not size.packed else DEVICE)}
+    loading["weights on their way"] = (size.largest * width if sharded or size.packed else whole, HOST)
     return {
         "loading": loading,
         "training": {**states, **buffers, **_of_a_step(config, size, plan, saved)},
@@ -333,8 +352,8 @@ def _buffers(config: RunConfig, size: ModelSize, world: int) -> Held:
         return {}
     found: Held = {"gradients on their way": (2 * BUCKET_ELEMENTS * (4 if stage >= 2 else width), DEVICE)}
     if stage == 3:
-        live = min(size.parameters, max(_live(config), 2 * size.largest))
-        found["gathered parameters"] = (live * width, DEVICE)
+        live = max(_live(config), 2 * size.largest) * width
+        found["gathered parameters"] = (min(size.bytes_in_training(width), live), DEVICE)
     return found
 
 

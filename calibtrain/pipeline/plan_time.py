@@ -97,10 +97,10 @@ def _communication(config: RunConfig, size: ModelSize, plan: BatchPlan, cluster:
     elif stage == 2:
         moved = micro * gradients + size.trainable * width * share
     else:  # gathered for the forward and for the backward pass of each micro-batch
-        moved = micro * (2 * size.parameters * width * share + gradients)
+        moved = micro * (2 * size.bytes_in_training(width) * share + gradients)
     seconds = moved / cluster.bandwidth
     if config.training.offload_parameters:
-        seconds += micro * 2 * size.parameters * width / world / (TO_HOST * BYTES)
+        seconds += micro * 2 * size.bytes_in_training(width) / world / (TO_HOST * BYTES)
     return seconds
 
 

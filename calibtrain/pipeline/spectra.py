@@ -119,13 +119,14 @@ def at_step(output_dir: Path, step: int) -> Iterator[Compared]:
 
 def _frozen(config: ModelConfig) -> dict[str, Tensor]:
     """What a run does not train, by name: checkpoints do not hold it."""
+    from calibtrain.models.four_bit import dense
     from calibtrain.models.loading import load_model
     from calibtrain.models.policy import Policy
 
     if config.lora is None and config.adapter is None:
         return {}
     policy = Policy(load_model(config))
-    return {name: weight.detach() for name, weight in policy.named_parameters() if not weight.requires_grad}
+    return {name: dense(weight) for name, weight in policy.named_parameters() if not weight.requires_grad}
 
 
 def run(

@@ -223,6 +223,50 @@ CASES = {
     "reference_ops": Case("orpo", training={"zero_stage": 0}, ops="reference"),
     "torch_ops_stage3": Case("orpo", training={"zero_stage": 3}, zero=SHARDED, ops="torch"),
 }
+FOUR_BIT = {"lora": {"r": 4, "alpha": 8.0, "load_in_4bit": True}}
+FOUR_BIT_CASES = {
+    "four_bit_stage0": Case("four_bit", model=FOUR_BIT, training={"zero_stage": 0, "max_steps": 3}, objective="sft"),
+    "four_bit_stage1": Case("four_bit", model=FOUR_BIT, training={"zero_stage": 1, "max_steps": 3}, objective="sft"),
+    "four_bit_packed_checkpointed_stage2": Case(
+        "four_bit",
+        model={**FOUR_BIT, "gradient_checkpointing": True},
+        data={"packing_tokens": 128},
+        training={"zero_stage": 2, "max_steps": 3},
+        objective="sft",
+    ),
+    "four_bit_checkpointed_stage3": Case(
+        "four_bit",
+        model={**FOUR_BIT, "gradient_checkpointing": True},
+        training={"zero_stage": 3, "max_steps": 3},
+        zero=SHARDED,
+        objective="sft",
+        whole_load=True,
+    ),
+    "four_bit_untied_stage0": Case(
+        "four_bit_untied", model=FOUR_BIT, training={"zero_stage": 0}, checkpoint="untied", ops="reference"
+    ),
+    "four_bit_untied_offload_stage3": Case(
+        "four_bit_untied",
+        model=FOUR_BIT,
+        training={"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+        zero=SHARDED,
+        checkpoint="untied",
+        whole_load=True,
+    ),
+    **{
+        f"four_bit_{name}_stage{stage}": Case(
+            f"four_bit_{name}",
+            model=FOUR_BIT,
+            training={"zero_stage": stage},
+            zero=SHARDED if stage == 3 else {},
+            objective=name,
+            whole_load=stage == 3,
+        )
+        for name in ("sampled", "ppo_own")
+        for stage in (0, 2, 3)
+    },
+}
+"""On a base in four bits; they need bitsandbytes, and are run by test_four_bit."""
 
 
 def records() -> list[Record]:
@@ -416,6 +460,8 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
         started = start_engine(build(config, zero), config, world)
     finally:
         engine_module.deepspeed_dict, engine_module.leave_out_passes = plain, passes
+    if case.zero is SHARDED:
+        assert not any(one.numel() for one in started.module.parameters())
     shared = begin_sequence_group(config.training.sequence_parallel_size)
     if shared is not None:
         share_attention(started.module.policy.model, shared)
@@ -458,7 +504,7 @@ def make_trainer(config: RunConfig, engine: Engine, template: Template, world: W
         examples=examples,
         origins=[one.origin for one in learned_records(config, records(), DropReport())],
         plan=plan,
-        total_steps=STEPS,
+        total_steps=config.training.max_steps or STEPS,
         world=world,
         answerer=answerer,
         hooks=HookList([]),
@@ -481,8 +527,9 @@ if __name__ == "__main__":
     folder, names = Path(sys.argv[1]), sys.argv[2].split(",")
     world = start_world()
     for name in names:
-        os.environ["CALIBTRAIN_OPS"] = CASES[name].ops
-        result = run_case(CASES[name], folder / CASES[name].checkpoint, world)
+        case = {**CASES, **FOUR_BIT_CASES}[name]
+        os.environ["CALIBTRAIN_OPS"] = case.ops
+        result = run_case(case, folder / case.checkpoint, world)
         if world.is_main:
             assert all(math.isfinite(norm) for norm in result["norms"])
             torch.save(result, folder / f"{name}-{world.size}.pt")

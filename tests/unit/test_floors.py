@@ -47,6 +47,7 @@ FLOORS = (
         "cli",
         "cli_checks",
         "cli_plan",
+        "cli_push",
         "cli_weights",
         "app",
         "demo",

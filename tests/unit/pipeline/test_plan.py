@@ -183,6 +183,51 @@ def test_a_model_without_attention_is_counted(tmp_path):
     assert (found.cached, found.layers, found.vocabulary) == (0, 2, 99)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_base_in_four_bits_is_counted_with_its_scales(tmp_path, tied):
+    source = write_tiny_model(tmp_path / "m", tied=tied, hidden=64)
+    lora = {"r": 4, "load_in_4bit": True}
+    one, dense = (config(source, model={"lora": {**lora, "load_in_4bit": packed}}) for packed in (True, False))
+    size, plan = model_size(one), batch_plan(one.training, 2)
+    attention, mlp, table = 2 * 64 * 64 + 2 * 32 * 64, 3 * 64 * 128, 400 * 64
+    packed = 2 * (attention + mlp)
+    rest = (1 if tied else 2) * table + 5 * 64
+    assert (size.packed, size.parameters) == (packed, packed + rest)
+    scales = packed / 64 + 4 * packed / (64 * 256)
+    assert size.bytes_in_training(2) == pytest.approx(2 * rest + packed / 2 + scales, abs=1)
+    assert size.bytes_in_training(2, 2) == pytest.approx(rest + packed / 4 + scales, abs=1)
+    assert memory_estimate(one, size, plan)["parameters"] == (size.bytes_in_training(2), DEVICE)
+    whole = memory_estimate(dense, model_size(dense), plan)
+    assert {name: held for name, held in memory_estimate(one, size, plan).items() if name != "parameters"} == {
+        name: held for name, held in whole.items() if name != "parameters"
+    }
+    saved = activations(dense, 64)
+    found = phases(one, size, plan, saved)
+    assert found["training"]["parameters"] == (size.bytes_in_training(2), DEVICE)
+    assert found["evaluating"]["parameters"] == (2 * size.parameters, DEVICE)  # the exported model is dense
+
+
+QWEN_8B = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "head_dim": 128,
+           "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False}  # fmt: skip
+
+
+@pytest.mark.slow  # PEFT wraps 252 layers
+def test_the_config_in_four_bits_fits_the_gpu_that_it_names(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_8B))
+    one = load_config("sft_8b_qlora", [f"model.source={tmp_path}"])
+    planned = make_plan(one, cluster(gpus=1, gib=24, device="a10"))
+    assert planned.as_configured is not None
+    assert planned.as_configured.fits(planned.cluster, 64)
+    needs = {name: total(held, DEVICE) / 2**30 for name, held in planned.as_configured.phases.items()}
+    stated = {"loading": 5.7, "training": 9.5, "answering while training": 11.7, "evaluating": 19.8}  # docs/scale.md
+    assert {name: round(needs[name], 1) for name in stated} == stated
+    done = CliRunner().invoke(app, ["train", "sft_8b_qlora", "--dry-run", "--num-processes", "1",
+                                    f"model.source={tmp_path}"])  # fmt: skip
+    assert isinstance(done.exception, UserError)
+    assert "8,190,735,360 parameters, 43,646,976 trained" in done.output
+
+
 QWEN_32B = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 5120, "head_dim": 128,
             "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8,
             "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False}  # fmt: skip
