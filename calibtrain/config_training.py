@@ -80,8 +80,8 @@ class TrainingConfig(Section):
     resume: Path | Literal["auto"] | None = None
     """A checkpoint directory, or `auto`: the newest complete one of output_dir, if any; null refuses one with a run."""
     new_trajectory: bool = False
-    """Go on from a checkpoint although learning rate, schedule, number of steps or micro-batch are others than it was made
-    with; what changed, and at which step, is kept in the checkpoints that follow."""
+    """Go on from a checkpoint although learning rate, schedule or number of steps are others than it was made with; what
+    changed, and at which step, is kept in the checkpoints that follow."""
     profile_steps: Count | None = None
     """Trace so many optimiser steps with torch's profiler, from the third of a launch on, into profile/rank<k>.json.gz of
     output_dir (for chrome://tracing or Perfetto); null traces none."""
