@@ -60,7 +60,8 @@ def write_shard(
         tensors |= {f"{piece.name}/{key}": one for key, one in piece.tensors.items()}
     for number, whole in enumerate(wholes):
         index["wholes"][whole.key] = {"place": f"whole/{number}", "scalars": dict(whole.scalars)}
-        tensors |= {f"whole/{number}/{key}": one for key, one in whole.tensors.items()}
+        # Clones: safetensors refuses tensors that share memory, as tables of an optimiser's do.
+        tensors |= {f"whole/{number}/{key}": one.clone() for key, one in whole.tensors.items()}
     host = {name: one.detach().cpu().contiguous() for name, one in tensors.items()}
     save_file(host, directory / FILE.format(rank), {INDEX: json.dumps(index)})
 

@@ -26,7 +26,7 @@ RUNS = {  # sections; the checkpoint at step 3 is inside a log interval and, of 
     "ppo": {
         "objective": {"name": "ppo", "value_model": "own", "value_learning_rate": 3e-3},
         "rollouts": {**ROUNDS, "truncated": "graded"},
-        "confidence_head": {"trains_backbone": True, "layers": [0, 2]},
+        "confidence_head": {"trains_backbone": True, "layers": [0, 2], "fit_questions": 8},
         "penalties": [],
     },
 }
@@ -52,7 +52,6 @@ def job(folder, kind, layout, name, **training):
     if "rollouts" in sections:
         config["evaluation"]["max_new_tokens"] = 1
     if "confidence_head" in sections:
-        config["data"]["splits"].update(calibration=60, temperature=30, certification=30)
         config["task"] = {"kind": "short_answer", "match": "exact_match"}
     path.write_text(yaml.safe_dump(config))
     return path
