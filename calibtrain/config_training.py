@@ -75,6 +75,9 @@ class TrainingConfig(Section):
     """Export the weights of the evaluation that was best; null exports the last ones."""
     checkpoint_every: Count | None = None
     """Optimiser steps between two checkpoints; null writes none."""
+    checkpoint_in_background: bool = False
+    """Write checkpoints while training goes on: what they hold is copied first, 12 bytes a trained parameter of host memory
+    over all ranks. The end of a run, and of one that is asked to stop, wait until the last one is whole."""
     keep_checkpoints: Count = 2
     """Older checkpoints are deleted once a newer one is complete."""
     resume: Path | Literal["auto"] | None = None

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from calibtrain.training.checkpoint_files import damage_of, newest_undamaged, no
 from calibtrain.training.engine import Engine
 from calibtrain.training.engine_state import follow, module_state, state_of, take_up, take_up_module_state
 from calibtrain.training.rank_state import load_rank_states, rank_state, read_rank_state, set_random_state, write_json
-from calibtrain.training.shards import Shards, write_shard
+from calibtrain.training.shards import Shards, on_host, write_shard
 from calibtrain.training.trajectory import changed_keys, rearranged, refused
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,25 @@ class Progress:
     best: Best | None = None  # evaluation, whose checkpoint is kept
 
 
-def save_checkpoint(
+@dataclass
+class Writing:
+    """A checkpoint whose files this rank writes, in `thread` while training goes on, or has written."""
+
+    step: int
+    final: Path
+    keep: int
+    kept: Path | None  # of the best evaluation
+    problem: str | None = None  # which kept all ranks from beginning
+    error: Exception | None = None  # of this rank
+    thread: threading.Thread | None = None
+
+    @property
+    def partial(self) -> Path:
+        """Where it lies until it is whole."""
+        return self.final.with_name(self.final.name + ".partial")
+
+
+def begin_checkpoint(
     directory: Path,
     progress: Progress,
     engine: Engine,
@@ -61,42 +80,70 @@ def save_checkpoint(
     data_hash: str,
     world: World,
     rollouts: ChangingExamples | None = None,
-) -> Path | None:
-    """Write `directory`/step-N and drop the oldest beyond keep_checkpoints, but for the best. Collective.
+    *,
+    background: bool = False,
+) -> Writing:
+    """Write this rank's files of `directory`/step-N; in the `background` a copy, held in host memory. Collective.
 
-    Returns None, with a warning, when a rank could not write (disk full): older checkpoints stay, training can go on.
+    `end_checkpoint` comes next, on all ranks, before another begins.
     """
-    final = checkpoint_of(directory, progress.step)
-    kept = None if progress.best is None else checkpoint_of(directory, progress.best.step)
-    partial = final.with_name(final.name + ".partial")
-    problem = on_main(lambda: _failure(_begin, partial))
-    if problem is None:
-        error: Exception | None = None  # a failed write must not keep this rank from what the others wait at
+    best = None if progress.best is None else checkpoint_of(directory, progress.best.step)
+    writing = Writing(progress.step, checkpoint_of(directory, progress.step), config.training.keep_checkpoints, best)
+    writing.problem = on_main(lambda: _failure(_begin, writing.partial))
+    if writing.problem is not None:
+        return writing
+    more = {"module": module_state(engine)} if world.is_main else {}
+    counted = {} if average is None else {"averaged": average.count}
+    state = rank_state(stream, rollouts, hooks, more | counted, world)
+    pieces, wholes, facts = state_of(engine, world)
+    pieces += [] if average is None else average.pieces()
+    if background:
+        pieces, wholes = [on_host(one) for one in pieces], [on_host(one) for one in wholes]
+    told = _run_state(progress, config, data_hash, engine, world)
+
+    def write() -> None:
         try:
-            more = {"module": module_state(engine)} if world.is_main else {}
-            counted = {} if average is None else {"averaged": average.count}
-            state = rank_state(stream, rollouts, hooks, more | counted, world)
-            pieces, wholes, facts = state_of(engine, world)
-            pieces += [] if average is None else average.pieces()
-            write_shard(partial / ENGINE, world.rank, world.size, pieces, wholes, facts)
-            state.write(partial, world.rank)
+            write_shard(writing.partial / ENGINE, world.rank, world.size, pieces, wholes, facts)
+            state.write(writing.partial, world.rank)
             if world.is_main:
-                _write_run_state(partial, progress, config, data_hash, engine, world)
-        except (OSError, SafetensorError) as caught:
-            error = caught
-        if error is not None:
-            logger.warning("rank %d could not write checkpoint %s: %s", world.rank, partial, error)
+                write_json(writing.partial / "run.json", told)
+        except Exception as error:  # it must not keep this rank from what the others wait at
+            writing.error = error
+
+    if background:
+        writing.thread = threading.Thread(target=write, name="checkpoint")
+        writing.thread.start()
+    else:
+        write()
+    return writing
+
+
+def end_checkpoint(writing: Writing, world: World, *, wait: bool = True) -> tuple[bool, Path | None]:
+    """(whether every rank has written, where the checkpoint is), and give it its name then. Collective.
+
+    Without `wait` it may be that they have not. No path, with a warning, where a rank could not write (disk full): older
+    checkpoints stay, training can go on. What is older than the last `keep_checkpoints` is dropped, but for the best.
+    """
+    if writing.thread is not None:
+        if wait:
+            writing.thread.join()
+        if not all_agree(not writing.thread.is_alive(), world.device):
+            return False, None
+    problem, error = writing.problem, writing.error
+    if error is not None:
+        logger.warning("rank %d could not write checkpoint %s: %s", world.rank, writing.partial, error)
+    if problem is None:
         if all_agree(error is None, world.device):
-            problem = on_main(lambda: _failure(_complete, partial, final, config.training.keep_checkpoints, kept))
+            problem = on_main(lambda: _failure(_complete, writing.partial, writing.final, writing.keep, writing.kept))
         else:
             problem = "a rank could not write"
-            on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            on_main(lambda: shutil.rmtree(writing.partial, ignore_errors=True))
     if problem is None:
-        return final
+        return True, writing.final
     if world.is_main:
         told = "no checkpoint at step %d (%s); the last good one stays: free some disk space"
-        logger.warning(told, progress.step, problem)
-    return None
+        logger.warning(told, writing.step, problem)
+    return True, None
 
 
 def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> Path | None:
@@ -269,26 +316,16 @@ def _drop_others(directory: Path, newest: Path, keep: int, best: Path | None = N
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_run_state(
-    partial: Path,
-    progress: Progress,
-    config: RunConfig,
-    data_hash: str,
-    engine: Engine,
-    world: World,
-) -> None:
+def _run_state(progress: Progress, config: RunConfig, data_hash: str, engine: Engine, world: World) -> dict[str, Any]:
     """What is the same on every rank. run.json makes a checkpoint whole, and comes last."""
-    write_json(
-        partial / "run.json",
-        {
-            "layout": LAYOUT,
-            "step": progress.step,
-            "skipped_in_a_row": progress.skipped_in_a_row,
-            "changes": list(progress.changes),
-            "best": progress.best and asdict(progress.best),
-            "world_size": world.size,
-            "zero_stage": engine.stage,
-            "data_hash": data_hash,
-            "config": config.resolved(),
-        },
-    )
+    return {
+        "layout": LAYOUT,
+        "step": progress.step,
+        "skipped_in_a_row": progress.skipped_in_a_row,
+        "changes": list(progress.changes),
+        "best": progress.best and asdict(progress.best),
+        "world_size": world.size,
+        "zero_stage": engine.stage,
+        "data_hash": data_hash,
+        "config": config.resolved(),
+    }

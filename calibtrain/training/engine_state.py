@@ -122,7 +122,7 @@ def state_of(engine: Engine, world: World) -> tuple[list[Piece], list[Whole], di
         pieces += _pieces(holder, tensors, scalars, world)
         mine = not holder.replicated or number % world.size == world.rank
         if rest is not None and mine:
-            wholes.append(Whole(holder.key, *rest))
+            wholes.append(Whole(holder.key, tuple(part.name for part in holder.parts), *rest))
     facts = {
         "stage": engine.stage,
         "optimizer": _optimizer_of(engine),
@@ -204,7 +204,7 @@ def _take_up_state(holder: Holder, shards: Shards) -> None:
         holder.state.update(scalars)
         return
     scalars = {key: value for part in holder.parts for key, value in shards.scalars[part.name].items()}
-    if any(shards.keys[part.name] == {WEIGHT} for part in holder.parts) and shards.has_wholes:
+    if any(part.name in shards.uncut for part in holder.parts):
         raise UserError(
             f"{shards.directory} holds moments of {shards.facts['optimizer']} that cannot be cut anew for other ranks: "
             f"go on with as many processes as wrote it, and at training.zero_stage: {shards.facts['stage']}"

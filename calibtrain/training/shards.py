@@ -10,9 +10,9 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,11 +42,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """Tensors that cannot be cut anew, and the key under which just the same layout finds them again."""
+    """Tensors of the parameters `names` that cannot be cut anew; just the same layout finds them again, by their `key`."""
 
     key: str
+    names: tuple[str, ...]
     tensors: Mapping[str, Tensor]
     scalars: Mapping[str, float]
+
+
+T = TypeVar("T", Piece, Whole)
 
 
 def write_shard(
@@ -59,11 +63,16 @@ def write_shard(
         index["pieces"][piece.name] = {"shape": piece.shape, "start": piece.start, "scalars": dict(piece.scalars)}
         tensors |= {f"{piece.name}/{key}": one for key, one in piece.tensors.items()}
     for number, whole in enumerate(wholes):
-        index["wholes"][whole.key] = {"place": f"whole/{number}", "scalars": dict(whole.scalars)}
+        index["wholes"][whole.key] = {"place": f"whole/{number}", "names": whole.names, "scalars": dict(whole.scalars)}
         # Clones: safetensors refuses tensors that share memory, as tables of an optimiser's do.
         tensors |= {f"whole/{number}/{key}": one.clone() for key, one in whole.tensors.items()}
     host = {name: one.detach().cpu().contiguous() for name, one in tensors.items()}
     save_file(host, directory / FILE.format(rank), {INDEX: json.dumps(index)})
+
+
+def on_host(one: T) -> T:
+    """A copy of a Piece or a Whole in host memory, which stays as it is while training goes on."""
+    return replace(one, tensors={key: held.detach().to("cpu", copy=True) for key, held in one.tensors.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,7 @@ class Shards:
         self.keys: dict[str, set[str]] = {}  # of each parameter
         self.scalars: dict[str, dict[str, float]] = {}
         self._held: dict[tuple[str, str], list[_Held]] = {}
+        self.uncut: set[str] = set()  # parameters of which there is a Whole
         self._wholes: dict[str, tuple[Any, dict[str, Any]]] = {}
         self._open = contextlib.ExitStack()
 
@@ -128,11 +138,6 @@ class Shards:
         tensors = {one.removeprefix(prefix): file.get_tensor(one) for one in file.keys() if one.startswith(prefix)}  # noqa: SIM118
         return tensors, told["scalars"]
 
-    @property
-    def has_wholes(self) -> bool:
-        """Whether there are tensors that only the layout that wrote them can take up."""
-        return bool(self._wholes)
-
     def full(self, name: str, key: str) -> Tensor:
         """All elements of a parameter, in its shape, float32."""
         shape = self.shapes[name]
@@ -155,5 +160,7 @@ class Shards:
                 self.keys.setdefault(name, set()).add(key)
                 (size,) = file.get_slice(one).get_shape()
                 self._held.setdefault((name, key), []).append(_Held(file, told["start"], told["start"] + size))
-        self._wholes |= {key: (file, told) for key, told in index["wholes"].items()}
+        for key, told in index["wholes"].items():
+            self._wholes[key] = file, told
+            self.uncut |= set(told["names"])
         return int(index["ranks"])

@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
     "training.log_every",
     "training.keep_checkpoints",
     "training.checkpoint_every",
+    "training.checkpoint_in_background",
     "training.evaluate_every",
     "training.evaluate_questions",
     "training.evaluate_loss_every",

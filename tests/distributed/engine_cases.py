@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,19 @@ def poisoned(config: RunConfig, world: World) -> dict[str, Any]:
 
 
 def full_disk(config: RunConfig, world: World) -> dict[str, Any]:
-    """Rank 1's writes fail at the second checkpoint; at the third they work again; at the fourth rank 0 cannot begin."""
+    """Rank 1's writes fail at the second checkpoint; at the third they work again; at the fourth rank 0 cannot begin.
+
+    In the background the first and the third are written when the step after has been trained.
+    """
     trainer, _ = begin(config, world)
     plain = checkpoint_module.write_shard
     saved = []
+    behind = {step: threading.Event() for step in (2, 6)} if config.training.checkpoint_in_background else {}
 
     def full(directory: Path, *what: Any) -> None:
+        for step, stepped in behind.items():
+            if f"step-{step:07d}" in str(directory):
+                assert stepped.wait(100)
         if world.rank == 1 and "step-0000004" in str(directory):
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(directory, *what)
@@ -159,6 +167,8 @@ def full_disk(config: RunConfig, world: World) -> dict[str, Any]:
         name = "kept"
 
         def on_step(self, record: Any) -> None:
+            if record.step - 1 in behind:  # only now may that checkpoint be written
+                behind[record.step - 1].set()
             saved.append((record.step, [one.name for one in complete_checkpoints(config.output_dir / "checkpoints")]))
 
     trainer = replace(trainer, hooks=HookList([Kept()]))

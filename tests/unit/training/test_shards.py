@@ -53,14 +53,16 @@ def test_what_is_missing_is_told(tmp_path):
 
 def test_what_cannot_be_cut_is_found_by_its_layout_alone(tmp_path):
     shared = torch.arange(3)
-    wholes = [Whole(f"a.b[{i}:5]@0", {"codes": shared, "scales": torch.ones(2)}, {"step": 3}) for i in range(2)]
+    wholes = [
+        Whole(f"a.b[{i}:5]@0", ("a.b",), {"codes": shared, "scales": torch.ones(2)}, {"step": 3}) for i in range(2)
+    ]
     with Shards(write(tmp_path / "engine", [(0, 10)], wholes)) as shards:
         tensors, scalars = shards.whole("a.b[1:5]@0")
         assert scalars == {"step": 3}
         assert tensors.keys() == {"codes", "scales"}
         assert torch.equal(tensors["codes"], shared)
         assert shards.whole("a.b[0:10]@0") is None
-        assert shards.has_wholes
+        assert shards.uncut == {"a.b"}
 
 
 def test_answers_drawn_ahead_are_dealt_to_other_ranks():
