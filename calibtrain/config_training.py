@@ -78,13 +78,16 @@ class TrainingConfig(Section):
     """Export the weights of the evaluation that was best; null exports the last ones."""
     checkpoint_every: Count | None = None
     """Optimiser steps between two checkpoints; null writes none."""
+    checkpoint_in_background: bool = False
+    """Write checkpoints while training goes on: what they hold is copied first, 12 bytes a trained parameter of host memory
+    over all ranks. The end of a run, and of one that is asked to stop, wait until the last one is whole."""
     keep_checkpoints: Count = 2
     """Older checkpoints are deleted once a newer one is complete."""
     resume: Path | Literal["auto"] | None = None
     """A checkpoint directory, or `auto`: the newest complete one of output_dir, if any; null refuses one with a run."""
     new_trajectory: bool = False
-    """Go on from a checkpoint although learning rate, schedule, number of steps or micro-batch are others than it was made
-    with; what changed, and at which step, is kept in the checkpoints that follow."""
+    """Go on from a checkpoint although learning rate, schedule or number of steps are others than it was made with; what
+    changed, and at which step, is kept in the checkpoints that follow."""
     profile_steps: Count | None = None
     """Trace so many optimiser steps with torch's profiler, from the third of a launch on, into profile/rank<k>.json.gz of
     output_dir (for chrome://tracing or Perfetto); null traces none."""

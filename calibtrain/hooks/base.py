@@ -41,6 +41,10 @@ EVENTS: Mapping[str, type] = {
 """Every event there is, with the record it carries."""
 
 
+CARRIED = ""
+"""Among the states of hooks, whose names are not empty."""
+
+
 class Hook:
     """Observes training and never changes it. Override what you need; every method here does nothing.
 
@@ -115,6 +119,7 @@ class HookList:
             for key, tensor in sorted(hook.sums().items())
         ]
         self._summing = sorted({name for name, _, _ in self._layout})
+        self._carried: Tensor | None = None  # sums of ranks that are no more, until the next log
 
     def dispatch(self, event: str, record: Any) -> None:
         """Tell every enabled hook. Raises UserError for an event that does not exist or a record of another event."""
@@ -146,22 +151,48 @@ class HookList:
         for name, hook in self.hooks.items():
             if (state := self._guard(name, "state_dict", _plain_state, hook)) is not None:
                 states[name] = state
-        return states
+        return states if self._carried is None else {**states, CARRIED: self._carried}
 
-    def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Restore hooks by name; a hook that the checkpoint does not know starts afresh, with a warning."""
+    def load_state_dict(
+        self, states: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = (), *, begins: bool = False
+    ) -> None:
+        """Restore hooks by name; a hook that the checkpoint does not know starts afresh, with a warning.
+
+        `others` are the states of ranks that are no more: their sums are part of the next log. `begins`: the states are
+        another rank's, and this one, which is new, has no sums yet.
+        """
+        carried = []
+        for other in others:
+            self._load(other)
+            carried.append(self._flat_sums(torch.device("cpu")))
+        self._load(states)
+        if begins:
+            for name in self._summing:
+                self._guard(name, "reset", self.hooks[name].reset)
+        kept = [one[CARRIED] for one in ([] if begins else [states, *others]) if CARRIED in one]
+        kept = [one for one in [*carried, *kept] if one.shape == self._flat_sums(torch.device("cpu")).shape]
+        self._carried = torch.stack(kept).sum(dim=0) if kept else None
+        for name in [] if begins else sorted(self.hooks.keys() - states.keys()):
+            logger.warning("hook %s has no state in this checkpoint and starts afresh", name)
+
+    def _load(self, states: Mapping[str, Any]) -> None:
         for name, hook in self.hooks.items():
             if name in states:
                 self._guard(name, "load_state_dict", hook.load_state_dict, states[name])
-            else:
-                logger.warning("hook %s has no state in this checkpoint and starts afresh", name)
+
+    def _flat_sums(self, device: torch.device) -> Tensor:
+        """Every hook's sums, one behind the other, float64."""
+        own = {name: self._own_sums(name) for name in self._summing}
+        parts = [own[name][key].to(device, torch.float64).reshape(-1) for name, key, _ in self._layout]
+        return torch.cat([torch.zeros(0, dtype=torch.float64, device=device), *parts])
 
     def _merged_sums(self) -> dict[str, dict[str, Tensor]]:
-        own = {name: self._own_sums(name) for name in self._summing}
         device = _reduction_device()
-        parts = [own[name][key].to(device, torch.float64).reshape(-1) for name, key, _ in self._layout]
+        sums = self._flat_sums(device)
+        if self._carried is not None:
+            sums, self._carried = sums + self._carried.to(device), None
         running = torch.tensor([float(name not in self.disabled) for name in self._summing], dtype=torch.float64)
-        vector = torch.cat([*parts, running.to(device)])
+        vector = torch.cat([sums, running.to(device)])
         world_size = 1
         if dist.is_available() and dist.is_initialized():
             world_size = dist.get_world_size()

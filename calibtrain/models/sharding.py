@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 Read = Callable[[int, int], Tensor]
@@ -149,3 +150,10 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = plain  # type: ignore[method-assign]
+
+
+def part_range(parameter: Any) -> tuple[int, int]:
+    """(start, stop) of this rank's part of a weight that lies in parts, in the row-major flat weight, without padding."""
+    each = int(parameter.ds_tensor.ds_numel)
+    start = min(int(parameter.ds_numel), each * dist.get_rank(group=parameter.ds_process_group))
+    return start, min(start + each, int(parameter.ds_numel))

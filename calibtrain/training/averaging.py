@@ -6,7 +6,7 @@ what it memorised, and costs one more copy of the weights. It observes: the traj
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from calibtrain.losses.rotation_step import share
-from calibtrain.models.sharding import is_sharded
+from calibtrain.models.sharding import full_shape, is_sharded, part_range
+from calibtrain.training.shards import Piece
 
+AVERAGE, MEAN = "average/", "mean"
+"""How the means are named among a checkpoint's tensors."""
 SNAPSHOTS = 50
 """Weights of about so many steps, evenly spaced, enter the mean; more cost time and change nothing."""
 
@@ -69,15 +72,29 @@ class WeightAverage:
                 mean = whole
             parameter.copy_(mean.view_as(parameter))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """State of this rank for a checkpoint."""
-        return {"count": torch.tensor(self.count), **{f"mean/{name}": mean for name, mean in self.means.items()}}
+    def pieces(self) -> list[Piece]:
+        """This rank's part of the means, for a checkpoint."""
+        found = []
+        for name, mean in self.means.items():
+            start, stop = self._range(self.parameters[name])
+            if stop > start:
+                found.append(
+                    Piece(AVERAGE + name, full_shape(self.parameters[name]), start, {MEAN: mean[: stop - start]})
+                )
+        return found
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up the state of a checkpoint, each mean where its weight lies."""
-        self.count = int(tensors["count"])
-        saved = {name.removeprefix("mean/"): mean for name, mean in tensors.items() if name.startswith("mean/")}
-        self.means = {name: mean.to(self._own(self.parameters[name]).device, copy=True) for name, mean in saved.items()}
+    def load(self, count: int, read: Callable[[str, str, int, Tensor], None]) -> None:
+        """Take up the means of a checkpoint, each where its weight lies; `read` as `Shards.read`."""
+        self.count, self.means = count, {}
+        for name, parameter in self.parameters.items() if count else ():
+            start, stop = self._range(parameter)
+            mean = torch.zeros_like(self._own(parameter), dtype=torch.float32)
+            read(AVERAGE + name, MEAN, start, mean[: stop - start])
+            self.means[name] = mean
+
+    def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """(start, stop) of this rank's elements of a weight."""
+        return part_range(parameter) if is_sharded(parameter) else share(parameter.numel(), self.rank, self.ranks)
 
     def _own(self, parameter: Any) -> Tensor:
         """This rank's elements of a weight as they are now, flat."""

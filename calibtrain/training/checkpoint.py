@@ -1,27 +1,26 @@
-"""Checkpoints that resume bit for bit: the engine's shards, and per rank what DeepSpeed does not keep.
+"""Checkpoints that resume bit for bit, and on another number of ranks or ZeRO stage up to the rounding of sums.
 
 A checkpoint is written beside its final name and renamed when every rank has finished, so that a directory with the
-final name is always whole. DeepSpeed's own shards are pickles: resume only from directories that your own runs wrote.
+final name is always whole. It holds safetensors and JSON alone: `engine/` the weights and the optimiser's moments in pieces
+(`shards`), rank<k> what each rank keeps beside them (`rank_state`), run.json what all share.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from calibtrain.config import RunConfig
-from calibtrain.distributed import World, all_agree, on_main
+from calibtrain.distributed import World, all_agree, gather_lists, on_main
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
 from calibtrain.training.answer_stream import AnswerStream
@@ -30,12 +29,16 @@ from calibtrain.training.best import Best
 from calibtrain.training.changing_examples import ChangingExamples
 from calibtrain.training.checkpoint_files import damage_of, newest_undamaged, note_files
 from calibtrain.training.engine import Engine
-from calibtrain.training.trajectory import changed_keys, refused
+from calibtrain.training.engine_state import follow, module_state, state_of, take_up, take_up_module_state
+from calibtrain.training.rank_state import load_rank_states, rank_state, read_rank_state, set_random_state, write_json
+from calibtrain.training.shards import Shards, on_host, write_shard
+from calibtrain.training.trajectory import changed_keys, rearranged, refused
 
 logger = logging.getLogger(__name__)
 
-AVERAGE = "average/"
-"""Before the names of a rank's averaged weights among its tensors."""
+LAYOUT = 2
+"""Of a checkpoint's files; 1, which had no number, were DeepSpeed's own."""
+ENGINE = "engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,25 @@ class Progress:
     best: Best | None = None  # evaluation, whose checkpoint is kept
 
 
-def save_checkpoint(
+@dataclass
+class Writing:
+    """A checkpoint whose files this rank writes, in `thread` while training goes on, or has written."""
+
+    step: int
+    final: Path
+    keep: int
+    kept: Path | None  # of the best evaluation
+    problem: str | None = None  # which kept all ranks from beginning
+    error: Exception | None = None  # of this rank
+    thread: threading.Thread | None = None
+
+    @property
+    def partial(self) -> Path:
+        """Where it lies until it is whole."""
+        return self.final.with_name(self.final.name + ".partial")
+
+
+def begin_checkpoint(
     directory: Path,
     progress: Progress,
     engine: Engine,
@@ -59,37 +80,70 @@ def save_checkpoint(
     data_hash: str,
     world: World,
     rollouts: ChangingExamples | None = None,
-) -> Path | None:
-    """Write `directory`/step-N and drop the oldest beyond keep_checkpoints, but for the best. Collective.
+    *,
+    background: bool = False,
+) -> Writing:
+    """Write this rank's files of `directory`/step-N; in the `background` a copy, held in host memory. Collective.
 
-    Returns None, with a warning, when a rank could not write (disk full): older checkpoints stay, training can go on.
+    `end_checkpoint` comes next, on all ranks, before another begins.
     """
-    final = checkpoint_of(directory, progress.step)
-    kept = None if progress.best is None else checkpoint_of(directory, progress.best.step)
-    partial = final.with_name(final.name + ".partial")
-    problem = on_main(lambda: _failure(_begin, partial))
+    best = None if progress.best is None else checkpoint_of(directory, progress.best.step)
+    writing = Writing(progress.step, checkpoint_of(directory, progress.step), config.training.keep_checkpoints, best)
+    writing.problem = on_main(lambda: _failure(_begin, writing.partial))
+    if writing.problem is not None:
+        return writing
+    more = {"module": module_state(engine)} if world.is_main else {}
+    counted = {} if average is None else {"averaged": average.count}
+    state = rank_state(stream, rollouts, hooks, more | counted, world)
+    pieces, wholes, facts = state_of(engine, world)
+    pieces += [] if average is None else average.pieces()
+    if background:
+        pieces, wholes = [on_host(one) for one in pieces], [on_host(one) for one in wholes]
+    told = _run_state(progress, config, data_hash, engine, world)
+
+    def write() -> None:
+        try:
+            write_shard(writing.partial / ENGINE, world.rank, world.size, pieces, wholes, facts)
+            state.write(writing.partial, world.rank)
+            if world.is_main:
+                write_json(writing.partial / "run.json", told)
+        except Exception as error:  # it must not keep this rank from what the others wait at
+            writing.error = error
+
+    if background:
+        writing.thread = threading.Thread(target=write, name="checkpoint")
+        writing.thread.start()
+    else:
+        write()
+    return writing
+
+
+def end_checkpoint(writing: Writing, world: World, *, wait: bool = True) -> tuple[bool, Path | None]:
+    """(whether every rank has written, where the checkpoint is), and give it its name then. Collective.
+
+    Without `wait` it may be that they have not. No path, with a warning, where a rank could not write (disk full): older
+    checkpoints stay, training can go on. What is older than the last `keep_checkpoints` is dropped, but for the best.
+    """
+    if writing.thread is not None:
+        if wait:
+            writing.thread.join()
+        if not all_agree(not writing.thread.is_alive(), world.device):
+            return False, None
+    problem, error = writing.problem, writing.error
+    if error is not None:
+        logger.warning("rank %d could not write checkpoint %s: %s", world.rank, writing.partial, error)
     if problem is None:
-        error = _write_engine(engine, partial)
-        if error is None:
-            try:
-                _write_rank_state(partial, engine, stream, average, hooks, world, rollouts)
-                if world.is_main:
-                    _write_run_state(partial, progress, config, data_hash, world)
-            except (OSError, SafetensorError) as caught:
-                error = caught
-        if error is not None:
-            logger.warning("rank %d could not write checkpoint %s: %s", world.rank, partial, error)
         if all_agree(error is None, world.device):
-            problem = on_main(lambda: _failure(_complete, partial, final, config.training.keep_checkpoints, kept))
+            problem = on_main(lambda: _failure(_complete, writing.partial, writing.final, writing.keep, writing.kept))
         else:
             problem = "a rank could not write"
-            on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            on_main(lambda: shutil.rmtree(writing.partial, ignore_errors=True))
     if problem is None:
-        return final
+        return True, writing.final
     if world.is_main:
         told = "no checkpoint at step %d (%s); the last good one stays: free some disk space"
-        logger.warning(told, progress.step, problem)
-    return None
+        logger.warning(told, writing.step, problem)
+    return True, None
 
 
 def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> Path | None:
@@ -97,7 +151,7 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> P
 
     data_hash: None while the data are not known yet.
 
-    Raises UserError when it is no whole checkpoint, or was written by another world size, config or data set.
+    Raises UserError when it is no whole checkpoint, or was written by another config or on another data set.
     """
     resume = config.training.resume
     if resume is None:
@@ -117,10 +171,10 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> P
         elif damage := damage_of(path):
             raise UserError(f"training.resume: {path} is damaged: {damage}")
     run = _read_run(path)
-    if run["world_size"] != world.size:
+    if run.get("layout") != LAYOUT:
         raise UserError(
-            f"training.resume: {path} was written by {run['world_size']} process(es), this run has {world.size}; start "
-            "as many, or begin anew from its exported weights with model.source"
+            f"training.resume: {path} was written by another version, in a layout that this one does not read; go on with "
+            "that version, or begin anew from the exported weights with model.source"
         )
     differing = refused(run["config"], config)
     if differing:
@@ -128,7 +182,10 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> P
             f"training.resume: {path} was written by another config; these keys differ: " + "; ".join(differing)
         )
     if data_hash is not None and run["data_hash"] != data_hash:
-        raise UserError(f"training.resume: {path} was trained on other data: data.source has changed since")
+        raise UserError(
+            f"training.resume: {path} was trained on other data: data.source, or the wrong answers sampled for it, "
+            "have changed since"
+        )
     return path
 
 
@@ -146,58 +203,68 @@ def load_checkpoint(
 
     Raises UserError, on every rank, when one of them does not see its part of it.
     """
-    whole = all((path / f"rank{world.rank}{ending}").is_file() for ending in (".json", ".safetensors"))
-    if not all_agree(whole, world.device):
+    if not all_agree(_is_seen(path), world.device):
         raise UserError(
             f"training.resume: {path} is not seen whole by every process: output_dir must be on a disk that all machines "
             "share"
         )
+    run = _read_run(path)
+    step, written_by = run["step"], run["world_size"]
     try:
-        load_weights(path, engine)
+        load_weights(path, engine, average)
     except UserError as error:
         raise UserError(
-            f"training.resume: {error}; move it away, and training.resume=auto takes the one before"
+            f"training.resume: {error}; where it is damaged, move it away, and training.resume=auto takes the one before"
         ) from error
-    tensors = load_file(path / f"rank{world.rank}.safetensors")
-    state = json.loads((path / f"rank{world.rank}.json").read_text(encoding="utf-8"))
-    if stream is not None:
-        stream.load_state_dict(state["stream"])
-    if rollouts is not None:
-        rollouts.load_state_dict(state["rollouts"])
-    if average is not None:
-        if not any(name.startswith(AVERAGE) for name in tensors):
-            raise UserError(
-                f"training.resume: {path} keeps its averaged weights as an earlier version did; go on with that version, or "
-                "begin anew from its weights with model.source"
-            )
-        average.load({name.removeprefix(AVERAGE): one for name, one in tensors.items() if name.startswith(AVERAGE)})
-    hooks.load_state_dict(_with_tensors(state["hooks"], tensors))
-    run = _read_run(path)
-    # Last: loading draws random numbers.
-    torch.set_rng_state(tensors["rng/cpu"])
-    if "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"], world.device)
-    changed = [f"after step {run['step']}: {one}" for one in changed_keys(run["config"], config)]
-    for one in changed if world.is_main else []:
-        logger.warning("another trajectory from here on, %s", one)
+    own = load_rank_states(path, written_by, stream, rollouts, hooks, world)
+    set_random_state(own, written_by, config.seed, step, world)  # last: loading draws random numbers
+    changed = changed_keys(run["config"], config)
+    elsewhere = rearranged(run["config"], config, written_by, world.size)
+    if world.is_main:
+        for one in changed:
+            logger.warning("another trajectory from here on, after step %d: %s", step, one)
+        for one in elsewhere:
+            logger.info("the same run in another layout, after step %d: %s", step, one)
     best = run.get("best")
     return Progress(
-        run["step"],
+        step,
         run["skipped_in_a_row"],
-        (*run.get("changes", ()), *changed),
+        (*run.get("changes", ()), *(f"after step {step}: {one}" for one in [*changed, *elsewhere])),
         None if best is None else Best(**best),
     )
 
 
-def load_weights(path: Path, engine: Engine) -> None:
-    """Put a checkpoint's weights, and the state of their optimiser, in place. Collective. UserError where they cannot be."""
-    frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
-    engine.module.settle()
+def _is_seen(path: Path) -> bool:
+    """Whether this process sees a checkpoint whole."""
     try:
-        engine.deepspeed.load_checkpoint(str(path), tag="engine", load_module_strict=not frozen)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be loaded ({reason})") from error
+        ranks = range(_read_run(path)["world_size"])
+    except UserError:
+        return False
+    whole = all((path / f"rank{rank}{ending}").is_file() for rank in ranks for ending in (".json", ".safetensors"))
+    return whole and damage_of(path) is None
+
+
+def load_weights(path: Path, engine: Engine, average: WeightAverage | None = None) -> None:
+    """Put a checkpoint's weights, the state of their optimiser and of the losses, in place, and of `average`. Collective.
+
+    Raises UserError, on every rank, where one of them cannot.
+    """
+    engine.module.settle()
+    problems = []
+    try:
+        first = read_rank_state(path, 0)
+        with Shards(path / ENGINE) as shards:
+            take_up(engine, shards)
+            if average is not None:
+                average.load(first["averaged"], shards.read)
+        take_up_module_state(engine, first["module"])
+    except UserError as error:
+        problems.append(str(error))
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        problems.append(f"{path} cannot be loaded ({type(error).__name__}: {error})")
+    if told := gather_lists(problems):
+        raise UserError(told[0])
+    follow(engine)
 
 
 def checkpoint_of(directory: Path, step: int) -> Path:
@@ -230,7 +297,7 @@ def _failure(call: Callable[..., None], *arguments: Any) -> str | None:
 
 def _begin(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    (partial / ENGINE).mkdir(parents=True)
 
 
 def _complete(partial: Path, final: Path, keep: int, best: Path | None) -> None:
@@ -249,96 +316,16 @@ def _drop_others(directory: Path, newest: Path, keep: int, best: Path | None = N
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_engine(engine: Engine, partial: Path) -> Exception | None:
-    """DeepSpeed's shards. A failed write must not keep this rank from the barriers that the others wait at."""
-    writer = engine.deepspeed.checkpoint_engine
-    errors: list[OSError] = []
-    original = writer.save
-
-    def guarded(state_dict: Any, path: str) -> Any:
-        try:
-            return original(state_dict, path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            errors.append(OSError(str(error)))
-            return None
-
-    writer.save = guarded
-    try:
-        # What is frozen (LoRA's base) comes from model.source, also on resume.
-        engine.deepspeed.save_checkpoint(str(partial), tag="engine", save_latest=False, exclude_frozen_parameters=True)
-    finally:
-        writer.save = original
-    return errors[0] if errors else None
-
-
-def _write_rank_state(
-    partial: Path,
-    engine: Engine,
-    stream: AnswerStream | None,
-    average: WeightAverage | None,
-    hooks: HookList,
-    world: World,
-    rollouts: ChangingExamples | None,
-) -> None:
-    tensors = {"rng/cpu": torch.get_rng_state()}
-    if average is not None:
-        tensors |= {f"{AVERAGE}{name}": one for name, one in average.tensors().items()}
-    if world.device.type == "cuda":
-        tensors["rng/cuda"] = torch.cuda.get_rng_state(world.device)
-    plain = _without_tensors(hooks.state_dict(), "hooks", tensors)
-    # Clones, because safetensors refuses tensors that share memory.
-    save_file(
-        {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()},
-        partial / f"rank{world.rank}.safetensors",
-    )
-    state = {
-        name: None if one is None else one.state_dict() for name, one in (("stream", stream), ("rollouts", rollouts))
-    }
-    _write_json(partial / f"rank{world.rank}.json", {"hooks": plain, **state})
-
-
-def _write_run_state(
-    partial: Path,
-    progress: Progress,
-    config: RunConfig,
-    data_hash: str,
-    world: World,
-) -> None:
+def _run_state(progress: Progress, config: RunConfig, data_hash: str, engine: Engine, world: World) -> dict[str, Any]:
     """What is the same on every rank. run.json makes a checkpoint whole, and comes last."""
-    _write_json(
-        partial / "run.json",
-        {
-            "step": progress.step,
-            "skipped_in_a_row": progress.skipped_in_a_row,
-            "changes": list(progress.changes),
-            "best": progress.best and asdict(progress.best),
-            "world_size": world.size,
-            "data_hash": data_hash,
-            "config": config.resolved(),
-        },
-    )
-
-
-def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        tensors[path] = value
-        return {"__tensor__": path}
-    if isinstance(value, Mapping):
-        return {str(key): _without_tensors(inner, f"{path}/{key}", tensors) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_tensors(inner, f"{path}/{index}", tensors) for index, inner in enumerate(value)]
-    return value
-
-
-def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    if isinstance(value, Mapping):
-        if set(value) == {"__tensor__"}:
-            return tensors[value["__tensor__"]]
-        return {key: _with_tensors(inner, tensors) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_with_tensors(inner, tensors) for inner in value]
-    return value
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    return {
+        "layout": LAYOUT,
+        "step": progress.step,
+        "skipped_in_a_row": progress.skipped_in_a_row,
+        "changes": list(progress.changes),
+        "best": progress.best and asdict(progress.best),
+        "world_size": world.size,
+        "zero_stage": engine.stage,
+        "data_hash": data_hash,
+        "config": config.resolved(),
+    }

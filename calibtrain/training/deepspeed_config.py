@@ -213,6 +213,11 @@ def _contradictions(theirs: dict[str, Any], ours: dict[str, Any], config: RunCon
                 f"zero_optimization.{key}.device: {offload[key]!r}, but training.{setting} is "
                 f"{str(getattr(training, setting)).lower()}; change one of them"
             )
+    problems += [
+        f'zero_optimization.{key}.device: "nvme" is not supported: checkpoints keep what is in memory; "cpu" is'
+        for key, device in offload.items()
+        if device == "nvme"
+    ]
     problems += [f"{key}: {why}" for key, (harms, why) in REFUSED.items() if key in theirs and harms(theirs[key])]
     return problems + _optimizer_problems(theirs, training)
 

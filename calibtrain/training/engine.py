@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,12 +62,6 @@ class Engine:
     deepspeed: Any
     stage: int
     full_gradients: bool  # fp32 below ZeRO-1: gradients are whole on every rank and nothing else checks them
-    rate_scales: tuple[float, ...] = field(
-        init=False
-    )  # of the config's groups: a checkpoint brings those of its own run
-
-    def __post_init__(self) -> None:
-        self.rate_scales = tuple(group.get("rate_scale", 1.0) for group in self.deepspeed.optimizer.param_groups)
 
     @property
     def module(self) -> LossModel:
@@ -77,8 +71,8 @@ class Engine:
     def set_learning_rate(self, step: int, total_steps: int, training: TrainingConfig) -> float:
         """Set and return the policy's rate of the coming step, a pure function of the step."""
         rate = training.learning_rate * schedule_factor(step, total_steps, training)
-        for group, scale in zip(self.deepspeed.optimizer.param_groups, self.rate_scales, strict=True):
-            group["lr"] = rate * scale
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate * group.get("rate_scale", 1.0)
         return rate
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from calibtrain.distributed import World
 from calibtrain.losses.rotation_step import Held, share
+from calibtrain.models.sharding import part_range
 from calibtrain.spectral.polar import polar_factor
 from calibtrain.training.engine import Engine
 
@@ -122,7 +123,8 @@ def held_master(parameter: nn.Parameter, engine: Engine, world: World) -> Held:
 def _sharded_master(parameter: Any, shape: tuple[int, int]) -> Held:
     from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
-    start, size = _zero3_range(parameter)
+    start, stop = part_range(parameter)
+    size = stop - start
 
     def read() -> Tensor:
         return safe_get_local_fp32_param(parameter).detach().view(-1)[:size]  # the last shard may end in padding
@@ -134,18 +136,11 @@ def _sharded_master(parameter: Any, shape: tuple[int, int]) -> Held:
     return Held(shape, start, read, write)
 
 
-def _zero3_range(parameter: Any) -> tuple[int, int]:
-    """(start, size) of this rank's ZeRO-3 shard in the row-major flat parameter, without its padding."""
-    each = int(parameter.ds_tensor.ds_numel)
-    start = min(parameter.ds_numel, each * dist.get_rank(group=parameter.ds_process_group))
-    return start, min(each, parameter.ds_numel - start)
-
-
 def _frozen_piece(parameter: Any, world: World) -> tuple[Tensor, int]:
     """This rank's part of a frozen matrix: its ZeRO-3 shard, or a share of what every rank holds whole."""
     if hasattr(parameter, "ds_tensor"):
-        start, size = _zero3_range(parameter)
-        return parameter.ds_tensor.detach().view(-1)[:size], start
+        start, stop = part_range(parameter)
+        return parameter.ds_tensor.detach().view(-1)[: stop - start], start
     begin, end = share(parameter.numel(), world.rank, world.size)
     return parameter.detach().view(-1)[begin:end], begin
 

@@ -28,7 +28,14 @@ from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.best import is_over, judged
 from calibtrain.training.changing_examples import ChangingExamples
-from calibtrain.training.checkpoint import Progress, checkpoint_of, load_weights, save_checkpoint
+from calibtrain.training.checkpoint import (
+    Progress,
+    Writing,
+    begin_checkpoint,
+    checkpoint_of,
+    end_checkpoint,
+    load_weights,
+)
 from calibtrain.training.checkpoint_files import damage_of
 from calibtrain.training.deepspeed_config import BatchPlan
 from calibtrain.training.engine import Engine
@@ -70,6 +77,7 @@ class Trainer:
     rollouts: ChangingExamples | None = None  # then these are the examples
     head_fit: HeadFit | None = None  # of a confidence head
     meter: Meter = field(default_factory=lambda: Meter(torch.device("cpu")))
+    writings: list[Writing] = field(default_factory=list)  # the checkpoint that is written while training goes on
 
     def fit(self, progress: Progress, stop: StopRequests | None = None) -> Progress:
         """Train from `progress` to the last step, or to where it gets no better.
@@ -138,6 +146,7 @@ class Trainer:
             progress = self._after_step(progress)
             if stop is not None and stop.made() and progress.step < self.total_steps:
                 self._end_early(progress)
+        self._end_writing()
         return progress
 
     def take_best(self, progress: Progress) -> None:
@@ -199,6 +208,7 @@ class Trainer:
         """Tell, evaluate and keep what is due. The progress with the best evaluation so far. Collective."""
         training, step = self.config.training, progress.step
         last = step == self.total_steps
+        self._end_writing(wait=False)
         if self.world.device.type == "cpu" and (step % RELEASE_EVERY == 0 or last):
             release_freed_memory()
         if step % training.log_every == 0 or last:
@@ -227,7 +237,9 @@ class Trainer:
         if wanted is not None:
             progress = replace(progress, best=judged(progress.best, wanted, measured, step))
         better = progress.best is not None and progress.best.step == step < self.total_steps
-        if (better or self._checkpoint_is_due(step)) and self._save(progress) is None and better:
+        # Whether the best one could be kept is known before the next is judged.
+        wait = better or step == self.total_steps or not self.config.training.checkpoint_in_background
+        if (better or self._checkpoint_is_due(step)) and not self._save(progress, wait=wait) and better:
             return before  # what was not kept cannot be gone back to
         return progress
 
@@ -235,9 +247,10 @@ class Trainer:
         every = self.config.training.checkpoint_every
         return every is not None and (step % every == 0 or step == self.total_steps)
 
-    def _save(self, progress: Progress) -> Path | None:
-        """Write a checkpoint and tell the hooks. None where it could not be written. Collective."""
-        path = save_checkpoint(
+    def _save(self, progress: Progress, *, wait: bool = True) -> bool:
+        """Write a checkpoint, or begin to where there is no `wait`. False where it could not be written. Collective."""
+        self._end_writing()
+        writing = begin_checkpoint(
             self.output_dir / "checkpoints",
             progress,
             self.engine,
@@ -248,10 +261,23 @@ class Trainer:
             self.data_hash,
             self.world,
             self.rollouts,
+            background=not wait,
         )
+        self.writings.append(writing)
+        return self._end_writing(wait=wait)
+
+    def _end_writing(self, *, wait: bool = True) -> bool:
+        """Name the checkpoint that has been written and tell the hooks. False where it could not be. Collective."""
+        if not self.writings:
+            return True
+        (writing,) = self.writings
+        written, path = end_checkpoint(writing, self.world, wait=wait)
+        if not written:
+            return True
+        self.writings.clear()
         if path is not None:
-            self.hooks.dispatch("on_checkpoint", CheckpointRecord(progress.step, path))
-        return path
+            self.hooks.dispatch("on_checkpoint", CheckpointRecord(writing.step, path))
+        return path is not None
 
     def _prepare_examples(self, examples: ChangingExamples, progress: Progress) -> None:
         """Make the examples of the coming step; where their engine is lost, end with what was learnt. Collective."""
@@ -268,8 +294,9 @@ class Trainer:
 
     def _kept(self, progress: Progress) -> str:
         """Write a checkpoint, where there is none of this step; which step it is and how to go on, in words. Collective."""
+        self._end_writing()
         directory = checkpoint_of(self.output_dir / "checkpoints", progress.step)
-        kept = directory.is_dir() if self._checkpoint_is_due(progress.step) else self._save(progress) is not None
+        kept = directory.is_dir() if self._checkpoint_is_due(progress.step) else self._save(progress)
         told = f"checkpoint: {directory}" if kept else "its checkpoint could not be written, the one before stays"
         again = "The same command with training.resume=auto goes on from there"
         return f"step {progress.step} of {self.total_steps}; {told}. {again}"
@@ -333,6 +360,7 @@ class Trainer:
         if self.world.is_main:
             logger.warning("step %d skipped: gradients were not finite (%s)", progress.step, cause)
         if progress.skipped_in_a_row >= self.config.training.max_skipped_steps:
+            self._end_writing()
             raise UserError(
                 f"training stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row had non-finite "
                 f"gradients ({cause}); lower training.learning_rate, or look at these records"

@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
     "training.log_every",
     "training.keep_checkpoints",
     "training.checkpoint_every",
+    "training.checkpoint_in_background",
     "training.evaluate_every",
     "training.evaluate_questions",
     "training.evaluate_loss_every",
@@ -40,10 +41,18 @@ RESHAPING = (
     "training.warmup_ratio",
     "training.max_steps",
     "training.epochs",
-    "training.micro_batch_size",
-    "training.sequence_parallel_size",
 )
 """Of these, what training.new_trajectory lets differ: the loop reads them anew. Optimizer and data go on as they were."""
+
+REARRANGING = (
+    "training.micro_batch_size",
+    "training.sequence_parallel_size",
+    "training.zero_stage",
+    "training.offload_optimizer",
+    "training.offload_parameters",
+    "training.deepspeed",
+)
+"""Keys that may differ as the number of ranks may: what is computed is the same, in sums of another order."""
 
 
 def refused(old: Mapping[str, Any], config: RunConfig) -> list[str]:
@@ -62,12 +71,23 @@ def changed_keys(old: Mapping[str, Any], config: RunConfig) -> list[str]:
     return differences(old, settled(config).resolved())
 
 
+def rearranged(old: Mapping[str, Any], config: RunConfig, ranks_then: int, ranks_now: int) -> list[str]:
+    """How the same run is laid out otherwise than it was, a phrase a key."""
+    new = settled(config).resolved()["training"]
+    found = [] if ranks_then == ranks_now else [f"{ranks_then} process(es) before, {ranks_now} now"]
+    for key in (one.removeprefix("training.") for one in REARRANGING):
+        then = old["training"].get(key, new[key])
+        if then != new[key]:
+            found.append(f"training.{key} was {then!r}, is {new[key]!r}")
+    return found
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where two resolved configs make different runs, a phrase a key; FREE_TO_CHANGE is left out."""
+    """Where two resolved configs make different runs, a phrase a key; FREE_TO_CHANGE and REARRANGING are left out."""
     found = []
     for key in sorted({*old, *new}):
         dotted = f"{prefix}{key}"
-        if dotted in FREE_TO_CHANGE:
+        if dotted in FREE_TO_CHANGE or dotted in REARRANGING:
             continue
         left, right = old.get(key), new.get(key)
         if isinstance(left, Mapping) and isinstance(right, Mapping):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,18 +136,24 @@ def poisoned(config: RunConfig, world: World) -> dict[str, Any]:
 
 
 def full_disk(config: RunConfig, world: World) -> dict[str, Any]:
-    """Rank 1's writes fail at the second checkpoint; at the third they work again; at the fourth rank 0 cannot begin."""
+    """Rank 1's writes fail at the second checkpoint; at the third they work again; at the fourth rank 0 cannot begin.
+
+    In the background the first and the third are written when the step after has been trained.
+    """
     trainer, _ = begin(config, world)
-    writer = trainer.engine.deepspeed.checkpoint_engine
-    plain = writer.save
+    plain = checkpoint_module.write_shard
     saved = []
+    behind = {step: threading.Event() for step in (2, 6)} if config.training.checkpoint_in_background else {}
 
-    def full(state: Any, path: str) -> Any:
-        if world.rank == 1 and "step-0000004" in str(path):
+    def full(directory: Path, *what: Any) -> None:
+        for step, stepped in behind.items():
+            if f"step-{step:07d}" in str(directory):
+                assert stepped.wait(100)
+        if world.rank == 1 and "step-0000004" in str(directory):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return plain(state, path)
+        plain(directory, *what)
 
-    writer.save = full
+    checkpoint_module.write_shard = full
     begin_writing = checkpoint_module._begin
 
     def refused(partial: Path) -> None:
@@ -160,11 +167,13 @@ def full_disk(config: RunConfig, world: World) -> dict[str, Any]:
         name = "kept"
 
         def on_step(self, record: Any) -> None:
+            if record.step - 1 in behind:  # only now may that checkpoint be written
+                behind[record.step - 1].set()
             saved.append((record.step, [one.name for one in complete_checkpoints(config.output_dir / "checkpoints")]))
 
     trainer = replace(trainer, hooks=HookList([Kept()]))
     progress = trainer.fit(Progress())
-    checkpoint_module._begin = begin_writing
+    checkpoint_module._begin, checkpoint_module.write_shard = begin_writing, plain
     found = sorted(one.name for one in (config.output_dir / "checkpoints").iterdir())
     return {"kept": saved, "step": progress.step, "left": found}
 
@@ -234,6 +243,7 @@ def disagreements(world: World, folder: Path) -> list[str]:
     mine.mkdir(exist_ok=True)
     for name in ("rank0.json", "rank0.safetensors", "rank1.json", "rank1.safetensors")[: 4 - world.rank]:
         (mine / name).touch()
+    (mine / "run.json").write_text('{"world_size": 2}')
     check_alike({"config": "a", "data set": "b"}, world)
     calls: list[Any] = [
         lambda: on_main(refuse),

@@ -5,6 +5,7 @@ Usage: pooled_cases.py FOLDER. Rank 0 writes FOLDER/results-<ranks>.pt.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from deepspeed.utils import safe_get_full_grad
 from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
-from calibtrain.distributed import World, barrier, leave_world, start_world
+from calibtrain.distributed import World, barrier, leave_world, on_main, start_world
 from calibtrain.losses.brier import TokenizedBrierLoss
 from calibtrain.losses.calibration_tuning import CorrectnessQueryLoss
 from calibtrain.losses.pooled import MMCELoss, SoftBinnedECELoss
@@ -27,6 +28,8 @@ from calibtrain.models.loading import load_model
 from calibtrain.models.loss_model import LossModel, TrainStep
 from calibtrain.models.policy import Policy
 from calibtrain.training.engine import Engine, start_engine
+from calibtrain.training.engine_state import follow, module_state, state_of, take_up, take_up_module_state
+from calibtrain.training.shards import Shards, write_shard
 from tests.distributed.jobs import sharded
 
 STEPS, MICRO_BATCHES, PAD = 3, 8, 2
@@ -135,12 +138,19 @@ def run_stage(folder: Path, stage: int, world: World) -> dict[str, Any]:
     engine = start(folder, stage, world)
     steps = [run_step(engine, step, world) for step in range(STEPS - 1)]
     checkpoint = folder / f"checkpoint-{stage}-{world.size}"
-    engine.deepspeed.save_checkpoint(str(checkpoint), tag="engine", save_latest=False)
+    on_main(lambda: checkpoint.mkdir())
+    pieces, wholes, facts = state_of(engine, world)
+    write_shard(checkpoint, world.rank, world.size, pieces, wholes, facts)
+    kept = copy.deepcopy(module_state(engine))
+    barrier()
     steps.append(run_step(engine, STEPS - 1, world))
     agreed = same_banks(steps[-1]["banks"], world)
     engine.deepspeed.destroy()
     resumed = start(folder, stage, world)
-    resumed.deepspeed.load_checkpoint(str(checkpoint), tag="engine")
+    with Shards(checkpoint) as shards:
+        take_up(resumed, shards)
+    take_up_module_state(resumed, kept)
+    follow(resumed)
     agreed = agreed and same_banks(banks(resumed), world)
     after = run_step(replace(resumed), STEPS - 1, world)
     resumed.deepspeed.destroy()

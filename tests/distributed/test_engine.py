@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.distributed.jobs import write_job
 from tests.distributed.ranks import run, torchrun
@@ -24,7 +25,9 @@ def results(tmp_path_factory):
     for name in POISONED:
         training = {"zero_stage": int(name[6]), "max_skipped_steps": 3, "max_steps": 4, "checkpoint_every": None}
         write_job(folder, name, model={"dtype": "bf16" if "bf16" in name else "fp32"}, training=training)
-    write_job(folder, "disk", training={"zero_stage": 2, "keep_checkpoints": 1, "max_steps": 8})
+    for name, behind in (("disk", False), ("disk_behind", True)):
+        training = {"zero_stage": 2, "keep_checkpoints": 1, "max_steps": 8, "checkpoint_in_background": behind}
+        write_job(folder, name, training=training)
     write_job(folder, "homes", objective={"name": "orpo"}, penalties=[])
     script = str(__file__).replace("test_engine", "engine_cases")
     for ranks in (1, 2):
@@ -104,18 +107,34 @@ def test_training_that_no_longer_learns_ends_with_the_records(results, name):
         assert not found["changed"]
 
 
-def test_a_full_disk_on_one_rank_keeps_the_last_good_checkpoint_and_training_goes_on(results):
+@pytest.mark.parametrize("name", ["disk", "disk_behind"])
+def test_a_full_disk_on_one_rank_keeps_the_last_good_checkpoint_and_training_goes_on(results, name):
     for rank in (0, 1):
-        found = results[1][2, rank]["disk"]
+        found = results[1][2, rank][name]
         assert found["step"] == 8
         kept = dict(found["kept"])
         assert kept[5] == ["step-0000002"]
         assert found["left"] == ["step-0000006"]
-    assert any("No space left on device" in line for line in results[1][2, 1]["disk"]["warnings"])
-    told = [line for line in results[1][2, 0]["disk"]["warnings"] if "last good one stays" in line]
+    assert any("No space left on device" in line for line in results[1][2, 1][name]["warnings"])
+    told = [line for line in results[1][2, 0][name]["warnings"] if "last good one stays" in line]
     assert len(told) == 2
     assert "step 8" in told[1]
     assert "Read-only file system" in told[1]
+
+
+def test_a_checkpoint_written_in_the_background_is_of_its_own_step(results):
+    """It is written after the step that follows; what it holds is what was copied before that."""
+    folder, found = results
+    kept = dict(found[2, 0]["disk_behind"]["kept"])
+    assert kept[3] == []
+    assert kept[7] == ["step-0000002"]  # that of step 6 is not whole yet
+    files = sorted((folder / "disk" / "checkpoints" / "step-0000006").rglob("*.safetensors"))
+    assert len(files) == 4
+    for file in files:
+        expected = load_file(file)
+        tensors = load_file(folder / "disk_behind" / file.relative_to(folder / "disk"))
+        assert expected.keys() == tensors.keys()
+        assert all(torch.equal(tensors[name], one) for name, one in expected.items())
 
 
 def test_rank_0_alone_looks_into_the_cache_of_sampled_answers(results):

@@ -131,13 +131,12 @@ def logs(lines):
 
 def test_checkpoints_of_adapters_do_not_hold_the_frozen_model(runs):
     folder, _ = runs
-    for name, pattern in (("grpo1", "mp_rank_*_model_states.pt"), ("grpo3", "zero_pp_rank_*_model_states.pt")):
-        files = list((folder / name / "checkpoints" / "step-0000003" / "engine").glob(pattern))
-        for states in (torch.load(file, weights_only=False) for file in files):
-            assert any("lora_" in key for key in states["module"])
-            assert not any("base_layer" in key or "embed" in key for key in states["module"])
-            assert not states.get("frozen_param_fragments")
-        assert files
+    for name in ("grpo1", "grpo3"):
+        files = list((folder / name / "checkpoints" / "step-0000003" / "engine").iterdir())
+        keys = {key for file in files for key in load_file(file)}
+        assert len(files) == 2
+        assert any("lora_" in key for key in keys)
+        assert not any("base_layer" in key or "embed" in key for key in keys)
     with at_step(folder / "grpo1", 3) as compared:  # whole again
         tuned, start = (load_file(one / "model.safetensors") for one in (compared.tuned, compared.base))
         moved = {name for name in start if not torch.equal(tuned[name], start[name].float())}

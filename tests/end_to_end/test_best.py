@@ -74,13 +74,13 @@ def test_a_best_step_that_could_not_be_kept_is_not_gone_back_to(tmp_path, monkey
     from calibtrain.pipeline import train
     from calibtrain.training import trainer
 
-    saved = trainer.save_checkpoint
+    saved = trainer.end_checkpoint
     full = {4, 5, 6}
 
-    def save(directory, progress, *rest):
-        return None if progress.step in full else saved(directory, progress, *rest)
+    def end(writing, world, **how):
+        return (True, None) if writing.step in full else saved(writing, world, **how)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    monkeypatch.setattr(trainer, "end_checkpoint", end)
     train.run(load_config(job(tmp_path, "run", best={}, max_steps=8, zero_stage=1)))
     *measured, (_, exported) = losses(tmp_path / "run")
     assert exported == pytest.approx(min(value for step, value in measured if step not in full), rel=1e-6)

@@ -112,3 +112,21 @@ def test_a_changed_layout_disables_the_hook_not_the_run():
     hook.total = torch.ones(3)
     assert hooks.reduce_and_log(1, 2) == {"counter/total": 0.0}
     assert hooks.disabled == {"counter"}
+
+
+def test_sums_of_ranks_that_are_no_more_are_in_the_next_log_and_in_checkpoints_before_it():
+    states = []
+    for total in (1.0, 10.0, 100.0):
+        hook = Counter()
+        hook.total += total
+        states.append(HookList([hook]).state_dict())
+    hooks = HookList([Counter()])
+    hooks.load_state_dict(states[0], states[1:])
+    again = HookList([Counter()])  # stopped once more before it has logged
+    again.load_state_dict(hooks.state_dict())
+    for one in (hooks, again):
+        assert one.reduce_and_log(1, 2) == {"counter/total": 222.0}
+        assert one.reduce_and_log(2, 2) == {"counter/total": 0.0}
+    new = HookList([Counter()])
+    new.load_state_dict(hooks.state_dict() | states[0], begins=True)
+    assert new.reduce_and_log(1, 2) == {"counter/total": 0.0}

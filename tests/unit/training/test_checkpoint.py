@@ -9,8 +9,9 @@ from calibtrain.config import RunConfig
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled
-from calibtrain.training.checkpoint import _drop_others, complete_checkpoints, find_checkpoint
+from calibtrain.training.checkpoint import LAYOUT, _drop_others, complete_checkpoints, find_checkpoint
 from calibtrain.training.checkpoint_files import note_files
+from calibtrain.training.trajectory import rearranged
 
 TWO = World(0, 2, 0, torch.device("cpu"))
 
@@ -23,6 +24,7 @@ def write(output, step, whole=True, **changes):
     path = output / "checkpoints" / f"step-{step:07d}"
     path.mkdir(parents=True)
     run = {
+        "layout": LAYOUT,
         "step": step,
         "skipped_in_a_row": 0,
         "world_size": 2,
@@ -72,12 +74,24 @@ def test_what_does_not_shape_the_trajectory_may_change(tmp_path):
     assert find_checkpoint(changed, TWO, "abc") == path
 
 
+def test_another_layout_of_the_same_run_is_taken_and_named(tmp_path):
+    path = write(tmp_path, 2, world_size=8)
+    changed = config(tmp_path, zero_stage=3, offload_parameters=True, micro_batch_size=1)
+    assert find_checkpoint(changed, TWO, "abc") == path
+    assert rearranged(json.loads((path / "run.json").read_text())["config"], changed, 8, 2) == [
+        "8 process(es) before, 2 now",
+        "training.micro_batch_size was 4, is 1",
+        "training.zero_stage was 2, is 3",
+        "training.offload_parameters was False, is True",
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "training", "data_hash", "words"),
     [
-        ({"world_size": 4}, {}, "abc", ["4 process", "has 2"]),
+        ({"layout": 1}, {}, "abc", ["written by another version", "model.source"]),
         ({}, {"learning_rate": 0.5}, "abc", ["training.learning_rate was 2e-05, is 0.5"]),
-        ({}, {"zero_stage": 1}, "abc", ["training.zero_stage was 2, is 1"]),
+        ({}, {"global_batch_size": 16}, "abc", ["training.global_batch_size was 8, is 16"]),
         ({}, {}, "another", ["other data"]),
     ],
 )
