@@ -120,6 +120,7 @@ def graded_answers(
             strata=record.strata,
             finished=whole.finished,
             tokens=template.token_texts(span.tokens),
+            asked=record.key,
             key=template.task.key(reply.reading.text, record),
             reply="" if reply.text == reply.reading.text else reply.text,
             reply_logprob=None if len(span.tokens) == len(whole.tokens) else math.fsum(whole.logprobs),

@@ -35,7 +35,8 @@ from calibtrain.pipeline.calibration_file import (
     write_calibration,
     write_json,
 )
-from calibtrain.pipeline.evaluate import Loaded, Measurement, read_measurement, with_progress, write_measurement
+from calibtrain.pipeline.evaluate import Loaded, with_progress
+from calibtrain.pipeline.measurement import Measurement, read_measurement, write_measurement
 from calibtrain.pipeline.prepare import Prepared, prepare
 from calibtrain.pipeline.provenance import git_hash, versions
 from calibtrain.pipeline.quantize_cost import Memory, cost, has_room, speeds

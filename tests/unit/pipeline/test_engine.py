@@ -12,7 +12,7 @@ from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import engine, evaluate, served
 from calibtrain.pipeline.answer import load
-from calibtrain.pipeline.evaluate import read_measurement
+from calibtrain.pipeline.measurement import read_measurement
 from tests.end_to_end.runs import finished_run
 from tests.tiny import tiny_tokenizer
 from tests.unit.engines.fake import FakeModel, serve

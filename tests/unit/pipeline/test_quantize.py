@@ -14,7 +14,7 @@ from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import answer, certify, collect
 from calibtrain.pipeline.calibration_file import made_by, read_calibration, weights_hash
-from calibtrain.pipeline.evaluate import read_measurement
+from calibtrain.pipeline.measurement import read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize_full import own_answers
 from calibtrain.pipeline.quantize_source import samples_of, subject_of
