@@ -74,9 +74,7 @@ def answer_questions(
     generations = generate(
         model,
         prompts,
-        stop_ids=template.stop_ids,
-        goes_on=template.goes_on,
-        pad_id=template.pad_id,
+        **template.ending,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         device=device,
@@ -211,9 +209,7 @@ def sample_answers(
     generations = generate(
         model,
         [template.prompt_ids(record, shots) for record in records],
-        stop_ids=template.stop_ids,
-        goes_on=template.goes_on,
-        pad_id=template.pad_id,
+        **template.ending,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         samples=samples,

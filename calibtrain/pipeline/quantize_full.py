@@ -109,9 +109,7 @@ def own_answers(loaded: Loaded, records: Sequence[Record], shots: Sequence[Recor
     made = generate(
         loaded.model,
         prompts,
-        stop_ids=template.stop_ids,
-        goes_on=template.goes_on,
-        pad_id=template.pad_id,
+        **template.ending,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         device=loaded.device,
