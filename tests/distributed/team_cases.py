@@ -1,4 +1,4 @@
-"""Run by test_team under torchrun: commands of which rank 0 runs all and the others answer their shares.
+"""Run by test_team on several ranks: commands of which rank 0 runs all and the others answer their shares.
 
 Usage: team_cases.py FOLDER. Calibrates FOLDER/plain/run and FOLDER/by_token/run, evaluates FOLDER/parts/run in parts,
 and FOLDER/graded/run, whose grader (FOLDER/graders_of_team.py) fails on every rank but the first.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.distributed.ranks import environment, run, torchrun
+from tests.distributed.ranks import environment, forked, run
 from tests.end_to_end.runs import finished_run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -55,7 +55,7 @@ def folders(tmp_path_factory):
         write_run(two / name, changes)
     (two / "graders_of_team.py").write_text(GRADER)
     shutil.copytree(two, one := folder / "one")
-    ended = run(torchrun(2, str(__file__).replace("test_team", "team_cases"), str(two)), folder)
+    ended = run(forked(2, str(__file__).replace("test_team", "team_cases"), str(two)), folder)
     assert ended.code == 0, ended.output[-6000:]
     for name in ("plain", "by_token"):
         calibrate.run(one / name / "run")
