@@ -101,7 +101,8 @@ def work(job: Sequence[Any]) -> None:
     """Train one run and write the graded answers of its models."""
     from calibtrain.config_file import load_config
     from calibtrain.pipeline import train
-    from calibtrain.pipeline.evaluate import Loaded, write_measurement
+    from calibtrain.pipeline.evaluate import Loaded
+    from calibtrain.pipeline.measurement import write_measurement
     from calibtrain.pipeline.prepare import prepare
 
     folder, regime, kind, seed, overrides = Path(job[0]), job[1], job[2], job[3], job[4]
@@ -143,7 +144,8 @@ def row(folder: Path, regime: str, arm: str, seeds: int, with_temperature: bool)
     from calibtrain.calibration.calibrators import fit_calibrator
     from calibtrain.calibration.intervals import bootstrap, sample_ids
     from calibtrain.calibration.metrics import summary as all_metrics
-    from calibtrain.pipeline.evaluate import measured_metrics, read_measurement
+    from calibtrain.pipeline.evaluate import measured_metrics
+    from calibtrain.pipeline.measurement import read_measurement
 
     found, intervals, temperatures = [], [], []
     measured = [seed for seed in range(seeds) if (folder / "answers" / f"{regime}-{arm}-{seed}-test.jsonl").is_file()]

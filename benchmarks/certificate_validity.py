@@ -32,7 +32,7 @@ from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
 from calibtrain.pipeline.calibration_file import read_calibration
-from calibtrain.pipeline.evaluate import read_measurement
+from calibtrain.pipeline.measurement import read_measurement
 
 Array = NDArray[Any]
 Pool = tuple[Array, Array]  # confidences, whether correct

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _questions import SEEDS, asked_of_all
+from _questions import SEEDS, asked_of_all, keep_apart
 from _report import print_table, write_json
 
 BASE = [
@@ -91,6 +91,7 @@ def main() -> None:
     overrides = [*(SMOKE if arguments.smoke else []), *arguments.override]
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
+        keep_apart(work, [*BASE, *overrides])
         strengths = {name: list(METHODS[name])[: 1 if arguments.smoke else None] for name in methods}
         seeds = list(range(1 if arguments.smoke else arguments.seeds))
         if arguments.collect:

@@ -33,7 +33,8 @@ from calibtrain.data.calibration_set import choose_calibration_set
 from calibtrain.models.loading import local_path
 from calibtrain.pipeline import calibrate
 from calibtrain.pipeline.calibration_file import Calibrated, weights_hash
-from calibtrain.pipeline.evaluate import Loaded, Measurement, read_measurement, with_progress, write_measurement
+from calibtrain.pipeline.evaluate import Loaded, with_progress
+from calibtrain.pipeline.measurement import Measurement, read_measurement, write_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize import side_of
 from calibtrain.pipeline.quantize_full import own_answers

@@ -34,7 +34,7 @@ from calibtrain.calibration.scores import TEMPERATURE_GRID, UNSCALED
 from calibtrain.calibration.state import state_of
 from calibtrain.calibration.unlabelled import fit_label_shift
 from calibtrain.confidence.answer import Answer
-from calibtrain.pipeline.evaluate import Measurement
+from calibtrain.pipeline.measurement import Measurement
 
 Array = NDArray[Any]
 HASHES = {"template_hash": "benchmark", "weights_hash": "benchmark"}

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _questions import SEEDS
+from _questions import SEEDS, keep_apart
 from _report import print_table, write_json
 from _spectra_runs import (
     ARMS,
+    BASE,
     INTERVENTIONS,
+    SFT,
     SMOKE,
     intervened,
     log_odds,
@@ -63,7 +65,7 @@ def main() -> None:
     limit, layers = (4, ["--layers", "0-1"]) if arguments.smoke else (None, [])
     with tempfile.TemporaryDirectory() as scratch:
         work = (arguments.work or Path(scratch)).absolute()
-        work.mkdir(parents=True, exist_ok=True)
+        keep_apart(work, [*BASE, SFT, *overrides])
         base = start(work, overrides)
         models = {(arm, seed): train(work, arm, seed, overrides) for seed in seeds for arm in arms}
         models |= {

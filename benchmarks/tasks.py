@@ -30,7 +30,7 @@ from calibtrain.config_file import dump_config, load_config
 from calibtrain.pipeline import calibrate, collect, evaluate
 from calibtrain.pipeline.answer_parts import part_probabilities
 from calibtrain.pipeline.calibration_file import read_calibration
-from calibtrain.pipeline.evaluate import Measurement, read_measurement
+from calibtrain.pipeline.measurement import Measurement, read_measurement
 
 GALLERY = Path(__file__).parents[1] / "examples" / "tasks"
 SPLITS = 200

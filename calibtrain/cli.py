@@ -222,6 +222,8 @@ def monitor(
     audited: Annotated[Path, typer.Argument(help="Audited answers, one JSON a line with `abstained` and `correct`.")],
     source: Source = None,
     uncertified: Uncertified = False,
+    engine: Engine = None,
+    engine_model: EngineModel = None,
 ) -> None:
     """Watch refusals, hallucinations and the certificate in service.
 
@@ -230,7 +232,15 @@ def monitor(
     try:
         from calibtrain.pipeline.monitor import run
 
-        failed = run(_existing(output_dir), audited, source=source, uncertified=uncertified).failed
+        asks(engine, engine_model)
+        failed = run(
+            _existing(output_dir),
+            audited,
+            source=source,
+            uncertified=uncertified,
+            engine=engine,
+            engine_model=engine_model,
+        ).failed
     except UserError:
         raise
     except Exception as error:  # whatever it is, 1 is the alarm's alone

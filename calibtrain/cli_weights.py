@@ -102,7 +102,10 @@ def quantize(
         typer.Option(help="Refuse what loses more, e.g. auroc=0.01,coverage=0.05; also accuracy, ece, brier, changed."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Default: quantized/SCHEME-METHOD in the run, or in the working directory.")
+        Path | None,
+        typer.Option(
+            help="Default: quantized/SCHEME-METHOD[-static][-kv8][-rotated] in the run, or in the working directory."
+        ),
     ] = None,
     questions: Annotated[
         Path | None, typer.Option(help="Graded questions for a Hugging Face directory: .jsonl, .json, .csv, .parquet.")

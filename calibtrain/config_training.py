@@ -112,8 +112,23 @@ MEASURED = {
     "calib/calibration/": ("evaluate_every", "answers to questions"),
 }
 """How a metric's name begins, with what has it measured."""
-HIGHER = ("acc", "auroc", "brier_skill", "res", "cov@0.05", "cov@0.1", "cov@0.2")
-"""Metrics of answers of which more is better: by the lowest the worst weights would be exported."""
+LOSS = "eval/loss"
+HIGHER = ("acc", "auroc", "brier_skill", "res", "cov@")
+LOWER = (
+    *("ece10", "ece15", "ece20", "ece_debiased", "ece_over", "ece_rms", "ece_rms_debiased", "ece_squared_debiased"),
+    *("ece_max", "smece", "brier", "rel", "nll", "aurc", "e_aurc", "augrc", "risk@"),
+)
+"""Metrics of answers of which more, or less, is better: by the other goal the worst weights would be exported."""
+
+
+def _better(metric: str) -> str | None:
+    """Which value of a metric is best; None where neither is."""
+    name = metric.rpartition("/")[2]
+    if metric == LOSS or metric.startswith(f"{LOSS}/"):
+        return "lowest"
+    kinds = {"highest": HIGHER, "lowest": LOWER}
+    known = ((goal, one) for goal, names in kinds.items() for one in names)
+    return next((goal for goal, one in known if name == one or (one.endswith("@") and name.startswith(one))), None)
 
 
 def unfit_best(config: RunConfig) -> str | None:
@@ -126,8 +141,9 @@ def unfit_best(config: RunConfig) -> str | None:
     if not found:
         starts = " or ".join(f"{start}..." for start in MEASURED)
         return f"training.best.metric: {metric} is no metric of an evaluation in training: take one of {starts}"
-    if training.best.goal == "lowest" and metric.rpartition("/")[2] in HIGHER:
-        return f"training.best.goal: of {metric} the highest is best, and lowest is asked for: set goal: highest"
+    goal, better = training.best.goal, _better(metric)
+    if better not in (None, goal):
+        return f"training.best.goal: of {metric} the {better} is best, and {goal} is asked for: set goal: {better}"
     key, told = found[0]
     if getattr(training, key) is None:
         return f"training.best.metric: {metric} is measured by {told}: set training.{key}"

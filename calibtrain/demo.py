@@ -25,14 +25,8 @@ from calibtrain.pipeline.calibration_file import (
     weights_hash,
 )
 from calibtrain.pipeline.check import check
-from calibtrain.pipeline.evaluate import (
-    Loaded,
-    Measurement,
-    head_beside,
-    measured_metrics,
-    with_progress,
-    write_measurement,
-)
+from calibtrain.pipeline.evaluate import Loaded, head_beside, measured_metrics, with_progress
+from calibtrain.pipeline.measurement import Measurement, write_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.training.output_directory import check_replaceable
 

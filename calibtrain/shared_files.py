@@ -52,8 +52,11 @@ def sharing(directory: Path, world: World) -> list[int]:
 def _lowest(directory: Path, nonce: str) -> int:
     """The lowest rank whose file is here, looked for a few times unless it is rank 0's."""
     found: list[int] = []
+    prefix = f".calibtrain-{nonce}-"
     for look in range(LOOKS):
-        prefix = f".calibtrain-{nonce}-"
+        # A network file system asks the server for a name, where it may list a directory as it was some seconds ago.
+        if (directory / f"{prefix}0").exists():
+            return 0
         found = [int(name.removeprefix(prefix)) for name in os.listdir(directory) if name.startswith(prefix)]
         if 0 in found or look == LOOKS - 1:
             break

@@ -23,7 +23,7 @@ from calibtrain.app.openai_api import (
 )
 from calibtrain.errors import UserError
 from calibtrain.pipeline.answer import Answerer
-from calibtrain.pipeline.evaluate import read_measurement
+from calibtrain.pipeline.measurement import read_measurement
 from calibtrain.pipeline.promise import Level
 from calibtrain.pipeline.question import Question
 from calibtrain.pipeline.reply import Reply

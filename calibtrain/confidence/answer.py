@@ -51,6 +51,7 @@ class Answer:
     parts: tuple[AnswerPart, ...] = ()  # pieces that are right or wrong by themselves
     options: tuple[str, ...] = ()  # replies that it could be
     option_logprobs: tuple[float, ...] = ()  # of each, their probabilities summing to 1; the answer is the likeliest
+    asked: str = ""  # `Record.key` of the question: what was asked, whatever stood around it
     outside: float | None = None  # p-value of "it is like the graded ones", where that was asked
 
     @property

@@ -120,9 +120,7 @@ def replies(asker: Asker, records: Sequence[Record], max_new_tokens: int) -> tup
     generations = generate(
         asker.module,
         prompts,
-        stop_ids=template.stop_ids,
-        goes_on=template.goes_on,
-        pad_id=template.pad_id,
+        **template.ending,
         max_new_tokens=max_new_tokens,
         batch_size=asker.settings.batch_size,
         device=asker.device,

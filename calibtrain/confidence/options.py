@@ -89,6 +89,7 @@ def answer_options(
             accepted=record.accepted,
             strata=record.strata,
             tokens=template.token_texts(one.tokens),
+            asked=record.key,
             key=task.key(reading.text, record),
             reply="" if reading.text == options[place] else options[place],
             options=options,

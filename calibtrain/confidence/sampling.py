@@ -93,9 +93,7 @@ def sampled(
     drawn = generate(
         asker.module,
         prompts,
-        stop_ids=asker.template.stop_ids,
-        goes_on=asker.template.goes_on,
-        pad_id=asker.template.pad_id,
+        **asker.template.ending,
         max_new_tokens=asker.settings.max_new_tokens,
         batch_size=max(1, asker.settings.batch_size // samples),
         samples=samples,

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import uuid
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,19 +85,25 @@ def _tokens(descriptor: int, start: int, stop: int) -> tuple[int, ...]:
 
 
 def open_cache(folder: Path) -> TokenCache | None:
-    """The cache in a directory; None where there is none, or not a whole one."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        for name in FILES:
-            if (folder / name).stat().st_size != meta["bytes"][name]:
-                return None
-        sequences, groups = (
-            np.memmap(folder / name, dtype=FILES[name], mode="r") for name in ("sequences.bin", "groups.bin")
-        )
-        ids, labels = (os.open(folder / name, os.O_RDONLY) for name in ("ids.bin", "labels.bin"))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return TokenCache(ids, labels, sequences, groups, meta["drops"])
+    """The cache in a directory; None where there is none, or not a whole one. Its files close with the last use of it."""
+    with contextlib.ExitStack() as opened:
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            for name in FILES:
+                if (folder / name).stat().st_size != meta["bytes"][name]:
+                    return None
+            sequences, groups = (
+                np.memmap(folder / name, dtype=FILES[name], mode="r") for name in ("sequences.bin", "groups.bin")
+            )
+            ids = os.open(folder / "ids.bin", os.O_RDONLY)
+            opened.callback(os.close, ids)
+            labels = os.open(folder / "labels.bin", os.O_RDONLY)
+            opened.callback(os.close, labels)
+            cache = TokenCache(ids, labels, sequences, groups, meta["drops"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        weakref.finalize(cache, opened.pop_all().close)
+        return cache
 
 
 def make_cache(folder: Path, groups: Callable[[DropReport], Iterable[tuple[Encoded, ...]]], strict: bool) -> None:

@@ -6,6 +6,7 @@ and may stop anywhere, and what has been graded is a uniform random choice. So l
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
-from calibtrain.pipeline.evaluate import read_measurement
+from calibtrain.pipeline.measurement import read_measurement
 from calibtrain.records import unit_hash
 from calibtrain.tasks.kinds import task_of
 
@@ -34,6 +35,7 @@ class Audit:
 
     grades: NDArray[np.float64]  # (answers,) 1 right, 0 wrong, NaN where not audited
     problem: str = ""  # why there are none
+    digest: str = ""  # of the lines that they stand in
 
 
 def run(output_dir: Path, n: int) -> Path:
@@ -128,4 +130,9 @@ def matched(rows: Sequence[dict[str, Any]] | None, answers: Sequence[Answer], ou
                 none, f"{why}; move the file away and run `calibtrain audit {output_dir}` for the answers of now"
             )
         grades[order[number - 1]] = row["correct"]
-    return Audit(grades)
+    return Audit(grades, digest=digest_of(rows))
+
+
+def digest_of(rows: Sequence[dict[str, Any]] | None) -> str:
+    """SHA-256 of graded lines: another one where a person graded more of them, or graded one otherwise."""
+    return hashlib.sha256(json.dumps(rows or [], sort_keys=True).encode()).hexdigest()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from calibtrain.calibration.parts import PartCalibrators
 from calibtrain.calibration.unlabelled import fit_base_alignment
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.features import Fingerprint
+from calibtrain.confidence.head import FittedHead
 from calibtrain.confidence.outside import Outside
 from calibtrain.confidence.scorer import HEAD
 from calibtrain.config import RunConfig
@@ -30,23 +33,19 @@ from calibtrain.pipeline import answer_parts, outside
 from calibtrain.pipeline.audit import FILE as AUDIT_FILE
 from calibtrain.pipeline.audit import Audit, audit_of, matched, read_audit
 from calibtrain.pipeline.calibration_file import (
+    LIKELIHOOD,
     Calibrated,
     file_hash,
     made_by,
     read_calibration,
+    served_source,
     weights_hash,
     write_calibration,
 )
-from calibtrain.pipeline.evaluate import (
-    Loaded,
-    Measurement,
-    head_beside,
-    measured_again,
-    move_measurement,
-    with_progress,
-    write_measurement,
-)
+from calibtrain.pipeline.evaluate import Loaded, head_beside, measured_again, with_progress
 from calibtrain.pipeline.judged import audit_lines, judged_claims
+from calibtrain.pipeline.kept import kept_sources, refuted, withdraw
+from calibtrain.pipeline.measurement import Measurement, move_measurement, read_measurement, write_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.question import shapes_of
 from calibtrain.pipeline.scope import at_most, plain, scope_of
@@ -101,26 +100,42 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
     stays = keeps_earlier(output_dir, calibrated, template_hash=hashes[0])
     facts = {
         "fitted_on": file_hash(answers / "temperature.new.jsonl"),
+        "certified_on": file_hash(answers / "certification.new.jsonl"),
         "shapes": shapes_of(prepared.splits["certification"]).as_dict(),
         **outside.facts(detector, why),
         "serves": serving(config, head),
     }
     for split in SPLITS:
         move_measurement(answers / f"{split}.new.jsonl", None if stays else answers / f"{split}.jsonl")
+    data_hashes = {split: data_hash(prepared.splits[split]) for split in measured}
     if not stays:
         facts["parts"] = outside.write(detector, output_dir)
-        data_hashes = {split: data_hash(prepared.splits[split]) for split in measured}
         write_calibration(output_dir / "calibration.json", calibrated, config, data_hashes, facts)
     show(calibrated, output_dir / "calibration.json", written=not stays, note=outside.told(detector, why))
-    if head is None or stays:
-        if head is not None:
-            own = f"`calibtrain certify {output_dir} --risk {certificate_risk:g}` tries it on the answers that are kept"
-            print(f"The confidence head's calibration stays as well; where it serves, {own}.")
-        return calibrated
-    by_head = calibrate_head(
-        config, output_dir, head, measured, certificate_risk, certificate_delta, data_hashes, facts, audit
-    )
+    by_head = None
+    if head is not None:
+        if stays:
+            measured, facts, audit = _kept(config, output_dir, head, facts)
+        by_head = calibrate_head(
+            config, output_dir, head, measured, certificate_risk, certificate_delta, data_hashes, facts, audit
+        )
+        if by_head is None:
+            print("the confidence head is not certified: the answers that stay were given without this head")
+    written = [*([] if stays else [LIKELIHOOD]), *([] if by_head is None else [HEAD])]
+    withdraw(output_dir, [source for source in kept_sources(output_dir) if source not in written])
     return replace(calibrated, failures=by_head.failures) if by_head and facts["serves"] == HEAD else calibrated
+
+
+def _kept(
+    config: RunConfig, output_dir: Path, head: FittedHead, facts: Mapping[str, Any]
+) -> tuple[dict[str, Measurement], dict[str, Any], Audit | None]:
+    """For a head beside a likelihood whose calibration stays: the answers that stay with it, its facts, and their audit."""
+    content = json.loads((output_dir / "calibration.json").read_text(encoding="utf-8"))
+    own = {key: content[key] for key in ("fitted_on", "certified_on", "shapes", "outside", "parts") if key in content}
+    found = {split: read_measurement(output_dir / "answers" / f"{split}.jsonl") for split in SPLITS}
+    found = {split: replace(one, told=one.told_of(head)) for split, one in found.items()}
+    audit = audit_of(config, found["certification"].answers, output_dir)
+    return found, {**facts, **own, "serves": served_source(output_dir)}, audit
 
 
 def detector_of(
@@ -152,14 +167,14 @@ def check_strata(config: RunConfig, splits: Mapping[str, Sequence[Record]]) -> N
 def keeps_earlier(
     output_dir: Path, calibrated: Calibrated, *, template_hash: str | None = None, source: str | None = None
 ) -> bool:
-    """Whether this calibration has no certificate, where the one on disk has one and still holds."""
+    """Whether this calibration has no certificate, where the one on disk has one and still holds, by the audit of now."""
     if calibrated.promised:
         return False
     try:
         before = read_calibration(output_dir, template_hash=template_hash, source=source)
     except UserError:
         return False
-    return before.promised
+    return before.promised and not refuted(output_dir, before)
 
 
 def fit(config: RunConfig, measurement: Measurement, template_hash: str, model_hash: str) -> Calibrator:

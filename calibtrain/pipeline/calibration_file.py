@@ -96,12 +96,17 @@ def source_folder(output_dir: Path, source: str | None) -> Path:
 
 
 def served_source(output_dir: Path) -> str:
-    """The source of a run's confidence where none is named: what its calibration.json says, else the likelihood."""
+    """The source of a run's confidence where none is named: what its calibration.json says, else the likelihood.
+
+    `confidence_head.serves: never` in config.yaml holds at once, whatever was calibrated before.
+    """
     try:
         content = json.loads((output_dir / "calibration.json").read_text(encoding="utf-8"))
-        return str(content.get("serves", LIKELIHOOD))
-    except (OSError, ValueError, AttributeError):
+        found = str(content.get("serves", LIKELIHOOD))
+        head = load_config(output_dir / "config.yaml").confidence_head
+    except (OSError, ValueError, AttributeError, UserError):
         return LIKELIHOOD  # what is wrong is told by whoever reads it
+    return LIKELIHOOD if head is not None and head.serves == "never" else found
 
 
 def answering(config: RunConfig) -> dict[str, Any]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.features import Fingerprint
 from calibtrain.confidence.head import FittedHead
 from calibtrain.config import RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import outside
-from calibtrain.pipeline.audit import audit_of
+from calibtrain.pipeline.audit import Audit, audit_of
 from calibtrain.pipeline.calibrate import certified_claims, show
 from calibtrain.pipeline.calibration_file import (
     LIKELIHOOD,
@@ -28,8 +29,13 @@ from calibtrain.pipeline.calibration_file import (
     source_folder,
     write_json,
 )
-from calibtrain.pipeline.evaluate import Measurement, read_measurement
+from calibtrain.pipeline.kept import RENEWED, kept_sources, withdraw
+from calibtrain.pipeline.measurement import Measurement, read_measurement
 from calibtrain.pipeline.prepare import prepare
+from calibtrain.pipeline.scope import at_most
+
+LEARNED_FROM = ("train", "validation", "calibration", "examples")
+"""Splits by which nothing is certified."""
 
 
 def run(
@@ -43,63 +49,120 @@ def run(
 ) -> Calibrated:
     """Certify anew and put the outcome into calibration.json, whose other entries stay as they are.
 
-    Where the run's confidence head serves, it is that which is certified.
+    So it does for the run's likelihood and for its confidence head, where each is calibrated; what is returned is that of
+    the one that serves. Of the other sources it withdraws what an audit has refuted.
 
-    Nothing is written where something that was asked for cannot be certified; `failures` of what is returned says so.
+    Nothing is written of a source where something that was asked for cannot be certified, unless what its certificate
+    rests on has changed; `failures` of what is returned says so.
     Defaults are the config's. Groups that were certified before are certified anew with the same risk, so that no group
     keeps an easier promise; a hallucination rate that is not asked for stays as it was. answers: graded answers that
     `calibtrain evaluate --output` wrote; by default those of the certification split. Raises UserError for answers of
     another model, and for those that trained it, fitted the calibrator, lack a grade, occur twice or lack the group.
     """
     config = load_config(output_dir / "config.yaml")
-    source = served_source(output_dir)
-    before = read_calibration(output_dir, source=source)
+    serves = served_source(output_dir)
     path = output_dir / "answers" / "certification.jsonl" if answers is None else answers
-    held_out = read_measurement(path)
-    target = source_folder(output_dir, source) / "calibration.json"
-    fitted_on = output_dir / "answers" / "temperature.jsonl"
-    content = json.loads(target.read_text(encoding="utf-8"))
-    if content.get("fitted_on", "unknown") != file_hash(fitted_on):
-        raise UserError(
-            f"{fitted_on}: not the answers that the calibrator was fitted on; run `calibtrain calibrate` again"
-        )
+    held_out = HeldOut(path, read_measurement(path), given=answers is not None)
+    before = read_calibration(output_dir, source=serves)
+    _check_fitted_on(output_dir, serves)
     asked = _asked(config, before, risk, delta, by, hallucination)
-    abstention = asked.abstention
-    audit = audit_of(config, held_out.answers, output_dir)
-    _check(held_out, path, fitted_on, abstention.groups, graded=audit is None)
-    if held_out.made_by != made_by(before.calibrator.weights_hash, before.calibrator.template_hash):
+    audit = audit_of(config, held_out.found.answers, output_dir)
+    _check(held_out.found, path, _fitted_on(output_dir), asked.abstention.groups, graded=audit is None)
+    if held_out.found.made_by != made_by(before.calibrator.weights_hash, before.calibrator.template_hash):
         raise UserError(
             f"{path}: not known to be answers of this model and template; let it answer with `calibtrain evaluate "
             f"--model {output_dir / 'model'} --output FILE`, or calibrate again"
         )
     if answers is not None:
-        _check_untrained(config, held_out, answers)
-    file = None if answers is None else answers.name
-    by_likelihood = source == LIKELIHOOD
-    scores = held_out.scores(config.calibration.domain) if by_likelihood else _told(held_out, path, output_dir, before)
-    confidence = before.calibrator.apply(scores)
+        _check_untrained(config, held_out.found, answers)
+    renewed = _renew(output_dir, serves, before, asked, held_out, audit)
+    written = [serves] if renewed.written else []
+    show(renewed.calibrated, renewed.target, written=renewed.written)
+    for source in RENEWED:
+        if source != serves and source in kept_sources(output_dir):
+            try:
+                other = read_calibration(output_dir, source=source)
+                _check_fitted_on(output_dir, source)
+                own = _asked(config, other, risk, delta, by, hallucination)
+                beside = _renew(output_dir, source, other, own, held_out, audit)
+            except UserError as error:
+                print(f"not certified anew: {error}")
+                continue
+            written += [source] if beside.written else []
+            print(f"beside it, {_outcome(source, beside)}")
+    withdraw(output_dir, [source for source in kept_sources(output_dir) if source not in written])
+    return renewed.calibrated
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Graded answers to certify by."""
+
+    path: Path
+    found: Measurement
+    given: bool  # named by the command; else those that the calibration kept
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """What was certified of one source, and whether it stands in its calibration.json now."""
+
+    calibrated: Calibrated
+    target: Path
+    written: bool
+
+
+def _renew(
+    output_dir: Path, source: str, before: Calibrated, asked: RunConfig, held_out: HeldOut, audit: Audit | None
+) -> Renewed:
+    """Certify one source by what the answers' file holds of it, and write it unless an earlier certificate still holds."""
+    target = source_folder(output_dir, source) / "calibration.json"
+    content = json.loads(target.read_text(encoding="utf-8"))
+    path, found = held_out.path, held_out.found
+    scores = found.scores(asked.calibration.domain) if source == LIKELIHOOD else _told(found, path, output_dir, before)
+    abstention, file = asked.abstention, path.name if held_out.given else None
     risk, delta = abstention.target_risk, abstention.delta
-    found = certified_claims(
-        asked, before.calibrator, confidence, held_out.answers, risk, delta, file, before.parts, audit
-    )
+    confidence = before.calibrator.apply(scores)
+    made = certified_claims(asked, before.calibrator, confidence, found.answers, risk, delta, file, before.parts, audit)
     calibrated = replace(
-        found,
-        hallucination=before.hallucination if abstention.target_hallucination is None else found.hallucination,
+        made,
+        hallucination=before.hallucination if abstention.target_hallucination is None else made.hallucination,
     )
-    # What rests on an audit that is another one now holds no longer, whatever takes its place.
-    refuted = before.audit is not None and calibrated.audit != before.audit
-    writes = refuted or not calibrated.failures
-    if writes:
-        content |= claims(calibrated)
-        if answers is not None:
-            content["data_hashes"]["certification"] = file_hash(answers)
-            content |= outside.facts(
-                None, f"it is certified on {answers.name}, without the hidden states of its questions"
-            )
+    # What rests on an audit, or on grades, that are others now holds no longer, whatever takes its place.
+    audited = before.audit is not None and calibrated.audit != before.audit
+    regraded = content.get("certified_on", "") not in ("", file_hash(path))
+    written = not calibrated.failures or (not held_out.given and (audited or regraded))
+    if written:
+        content |= claims(calibrated) | {"certified_on": "" if held_out.given else file_hash(path)}
+        if held_out.given:
+            content["data_hashes"]["certification"] = file_hash(path)
+            why = f"it is certified on {path.name}, without the hidden states of its questions"
+            content |= outside.facts(None, why)
             content["parts"].pop(outside.FILE, None)
         write_json(target, content)
-    show(calibrated, target, written=writes)
-    return calibrated
+    return Renewed(calibrated, target, written)
+
+
+def _outcome(source: str, one: Renewed) -> str:
+    """The other source's certificate in a line."""
+    found = one.calibrated.certification.certificate
+    said = one.calibrated.failures[0] if one.calibrated.failures else "certified by its claims"
+    if found is not None:
+        said = f"certified: at {found.threshold:.2f} and above, at most {at_most(found.risk_bound)} wrong"
+    return f"--source {source}: {said}; {'written: ' if one.written else 'it stays as it was: '}{one.target}"
+
+
+def _fitted_on(output_dir: Path) -> Path:
+    return output_dir / "answers" / "temperature.jsonl"
+
+
+def _check_fitted_on(output_dir: Path, source: str) -> None:
+    """UserError where the questions that fitted the calibrator are not known."""
+    content = json.loads((source_folder(output_dir, source) / "calibration.json").read_text(encoding="utf-8"))
+    if content.get("fitted_on", "unknown") != file_hash(_fitted_on(output_dir)):
+        raise UserError(
+            f"{_fitted_on(output_dir)}: not the answers that the calibrator was fitted on; run `calibtrain calibrate` again"
+        )
 
 
 def _told(held_out: Measurement, path: Path, output_dir: Path, before: Calibrated) -> NDArray[np.float64]:
@@ -133,18 +196,18 @@ def _asked(
 def _check(held_out: Measurement, path: Path, fitted_on: Path, by: str | None, *, graded: bool) -> None:
     if not held_out.answers:
         raise UserError(f"{path}: no answers")
-    fitted = {answer.question_id for answer in read_measurement(fitted_on).answers}
+    fitted = {name for answer in read_measurement(fitted_on).answers for name in _names(answer)}
     seen: set[str] = set()
     for number, answer in enumerate(held_out.answers, start=1):
         if graded and answer.correct is None:
             raise UserError(f"{path}:{number}: `correct` is null; a certificate needs graded answers, leave others out")
-        if answer.question_id in fitted:
+        if not fitted.isdisjoint(_names(answer)):
             raise UserError(
                 f"{path}:{number}: the calibrator was fitted on this question ({answer.question!r}); certify on others"
             )
-        if answer.question_id in seen:
+        if not seen.isdisjoint(_names(answer)):
             raise UserError(f"{path}:{number}: this question ({answer.question!r}) occurs twice; each counts once")
-        seen.add(answer.question_id)
+        seen |= _names(answer)
         if by is not None and by not in answer.strata:
             known = ", ".join(sorted(answer.strata)) or "none"
             raise UserError(f"{path}:{number}: `strata` has no {by!r} to group by; it has: {known}")
@@ -153,10 +216,19 @@ def _check(held_out: Measurement, path: Path, fitted_on: Path, by: str | None, *
 def _check_untrained(config: RunConfig, held_out: Measurement, path: Path) -> None:
     """UserError for an answer to a question that the model, or its confidence head, has learned from."""
     prepared = prepare(config)
-    trained = {record.id for split in ("train", "calibration") for record in prepared.splits[split]}
-    trained |= {record.id for record in prepared.drops.spare}  # of which a confidence head is solved
+    # What a validation chose the best weights by has had a part in them; of the spare ones a confidence head is solved.
+    learned = [record for split in LEARNED_FROM for record in prepared.splits.get(split, ())] + [*prepared.drops.spare]
+    trained = {name for record in learned for name in (record.id, *record.taught)}
     for number, answer in enumerate(held_out.answers, start=1):
-        if answer.question_id in trained:
+        if not trained.isdisjoint(_names(answer)):
             raise UserError(
                 f"{path}:{number}: the model was trained on this question ({answer.question!r}); certify on others"
             )
+
+
+def _names(answer: Answer) -> set[str]:
+    """What a question is known again by: its id, and what was asked, which is the same under another id.
+
+    Files of earlier versions hold the id alone.
+    """
+    return {answer.question_id, *([answer.asked] if answer.asked else [])}

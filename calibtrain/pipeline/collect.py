@@ -28,7 +28,8 @@ from calibtrain.pipeline.calibration_file import (
     weights_hash,
     write_json,
 )
-from calibtrain.pipeline.evaluate import Measurement, measured_metrics, read_measurement
+from calibtrain.pipeline.evaluate import measured_metrics
+from calibtrain.pipeline.measurement import Measurement, read_measurement
 from calibtrain.pipeline.options import options_part
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize_page import Part, read_quantization

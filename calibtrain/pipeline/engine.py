@@ -27,7 +27,8 @@ from calibtrain.pipeline.calibration_file import (
     file_hash,
     write_calibration,
 )
-from calibtrain.pipeline.evaluate import measured_again, move_measurement
+from calibtrain.pipeline.evaluate import measured_again
+from calibtrain.pipeline.measurement import move_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.question import shapes_of
 from calibtrain.pipeline.served import Served

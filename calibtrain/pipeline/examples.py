@@ -7,6 +7,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import calibtrain.data
 from calibtrain.config import RunConfig
 from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import Encoded, encode_each, tell_departures
+from calibtrain.data.lazy import Lazy
 from calibtrain.data.stored import StoredRecords, content_of
 from calibtrain.data.templates import Template
 from calibtrain.data.token_cache import TokenCache, make_cache, open_cache
@@ -176,5 +178,17 @@ def with_reference(
         within=lambda call: model(Call(lambda module: call())),
         passes=max(gather_lists([-(-len(flat) // REFERENCE_BATCH)])),
     )
-    place = iter(known)
-    return gather_lists([tuple(next(place) for _ in group) for group in mine])
+    # Every rank may be dealt any example in some epoch: all get the numbers, and none another rank's sequences.
+    own = iter([np.array(one.reference_logprobs, dtype=np.float32) for one in known])
+    measured = [np.concatenate([np.zeros(0, np.float32), *(next(own) for _ in group)]) for group in mine]
+    counts = np.concatenate(gather_lists([np.array([len(one) for one in measured], dtype=np.int64)]))
+    values = np.concatenate(gather_lists([np.concatenate([np.zeros(0, np.float32), *measured])]))
+    ends = np.cumsum(counts)
+
+    def read(place: int) -> tuple[Encoded, ...]:
+        cuts = np.cumsum([one.completion_length for one in examples[place]])
+        parts = np.split(values[ends[place] - counts[place] : ends[place]], cuts[:-1])
+        pairs = zip(examples[place], parts, strict=True)
+        return tuple(replace(one, reference_logprobs=tuple(part.tolist())) for one, part in pairs)
+
+    return Lazy(len(examples), read, KEPT_STEPS * config.training.global_batch_size)

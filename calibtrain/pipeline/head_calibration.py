@@ -28,7 +28,7 @@ from calibtrain.pipeline.calibration_file import (
     source_folder,
     write_calibration,
 )
-from calibtrain.pipeline.evaluate import Measurement
+from calibtrain.pipeline.measurement import Measurement
 
 CLEARLY = 2.0
 """Standard errors by which a head must be better to serve where no source is named."""

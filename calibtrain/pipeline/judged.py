@@ -17,7 +17,7 @@ from calibtrain.confidence.answer import Answer
 from calibtrain.config import RunConfig
 from calibtrain.pipeline.audit import FILE, Audit, matched, read_audit
 from calibtrain.pipeline.calibration_file import Calibrated
-from calibtrain.pipeline.evaluate import Measurement, read_measurement
+from calibtrain.pipeline.measurement import Measurement, read_measurement
 from calibtrain.pipeline.scope import scope_of
 
 
@@ -70,6 +70,7 @@ def audit_facts(
         "audited": int(has.sum()),
         "unread": sum(answer.correct is None for answer in answers),
         "problem": audit.problem,
+        "digest": audit.digest,
         "agreement": agreement(audit.grades[has], judged[has]).as_dict(),
         "corrected": corrected(confidence, judged, audit.grades, threshold),
     }

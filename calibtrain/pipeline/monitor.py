@@ -26,6 +26,7 @@ from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
 from calibtrain.pipeline.calibration_file import (
     LIKELIHOOD,
+    Calibrated,
     read_calibration,
     served_source,
     source_folder,
@@ -64,20 +65,27 @@ class Service:
         return self.alarm.n_wrong / self.n if self.n else float("nan")
 
 
-def run(output_dir: Path, audited: Path, *, source: str | None = None, uncertified: bool = False) -> Service:
+def run(
+    output_dir: Path,
+    audited: Path,
+    *,
+    source: str | None = None,
+    uncertified: bool = False,
+    engine: str | None = None,
+    engine_model: str | None = None,
+) -> Service:
     """Count the new lines of an audit log, print the rates and say whether the certificate still holds.
 
     After another certificate, or where another source serves now, the counts and the alarm start anew, with the lines not
-    counted yet. uncertified: where nothing
-    is certified, watch the config's target_risk. Raises UserError naming file, line and key for a bad line, for a log
-    without lines or whose counted ones have changed, and where nothing is certified.
+    counted yet. uncertified: where nothing is certified, watch the config's target_risk. engine: address of the server whose
+    answers these are, watched by its own certificate (`calibrate --engine`); engine_model: the model's id there. Raises
+    UserError naming file, line and key for a bad line, for a log without lines or whose counted ones have changed, and
+    where nothing is certified.
     """
-    named = source is not None
-    source = served_source(output_dir) if source is None else source
+    named = source is not None or engine is not None
     abstention = load_config(output_dir / "config.yaml").abstention
-    calibrated = read_calibration(output_dir, source=source)
+    calibrated, folder = _watched(output_dir, source, engine, engine_model)
     certificate = calibrated.certification.certificate
-    folder = source_folder(output_dir, source)
     if certificate is None and not uncertified:
         raise UserError(
             f"{folder / 'calibration.json'}: no certificate that could stop holding; certify first, or watch the config's "
@@ -112,6 +120,21 @@ def run(output_dir: Path, audited: Path, *, source: str | None = None, uncertifi
     write_json(folder / STATE, kept)
     _print(service, certificate)
     return service
+
+
+def _watched(
+    output_dir: Path, source: str | None, engine: str | None, engine_model: str | None
+) -> tuple[Calibrated, Path]:
+    """The calibration by which the answers were given, and where it lies."""
+    if engine is None:
+        source = served_source(output_dir) if source is None else source
+        return read_calibration(output_dir, source=source), source_folder(output_dir, source)
+    if source not in (None, LIKELIHOOD):
+        raise UserError(f"--source {source}: a server returns log-probs alone; leave it out with --engine")
+    from calibtrain.pipeline.engine import engine_folder, load_served  # which load torch and transformers
+
+    served, calibrated = load_served(output_dir, engine, engine_model)
+    return calibrated, engine_folder(output_dir, served)
 
 
 def _add_counted(logs: dict[str, Any], output_dir: Path, name: str, lines: list[str]) -> None:

@@ -18,7 +18,8 @@ from calibtrain.confidence.features import Fingerprint, features_of
 from calibtrain.confidence.outside import ALPHA, Outside, fit_outside
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import file_hash
-from calibtrain.pipeline.evaluate import Loaded, Measurement, read_measurement
+from calibtrain.pipeline.evaluate import Loaded
+from calibtrain.pipeline.measurement import Measurement, read_measurement
 from calibtrain.records import Record
 
 FILE = "outside.safetensors"

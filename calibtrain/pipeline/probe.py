@@ -31,7 +31,8 @@ from calibtrain.config_file import load_config
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import weights_hash
-from calibtrain.pipeline.evaluate import Loaded, Measurement, read_measurement, with_progress, write_measurement
+from calibtrain.pipeline.evaluate import Loaded, with_progress
+from calibtrain.pipeline.measurement import Measurement, read_measurement, write_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.records import Record
 

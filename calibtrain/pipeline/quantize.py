@@ -35,7 +35,8 @@ from calibtrain.pipeline.calibration_file import (
     write_calibration,
     write_json,
 )
-from calibtrain.pipeline.evaluate import Loaded, Measurement, read_measurement, with_progress, write_measurement
+from calibtrain.pipeline.evaluate import Loaded, with_progress
+from calibtrain.pipeline.measurement import Measurement, read_measurement, write_measurement
 from calibtrain.pipeline.prepare import Prepared, prepare
 from calibtrain.pipeline.provenance import git_hash, versions
 from calibtrain.pipeline.quantize_cost import Memory, cost, has_room, speeds
@@ -56,7 +57,7 @@ from calibtrain.pipeline.quantize_table import Side, compare
 from calibtrain.pipeline.quantize_words import print_table
 from calibtrain.pipeline.question import shapes_of
 from calibtrain.quantization import run as quantization
-from calibtrain.quantization.run import ALPHA, METHODS, ROTATED_ALPHA, Settings, quantize_directory
+from calibtrain.quantization.run import METHODS, Settings, quantize_directory
 from calibtrain.records import Record
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def _run(subject: Subject, asked: Asked, prepared: Prepared, samples: int) -> Ou
         "scheme": asked.scheme.name,
         "label": made.facts.get("label", asked.scheme.label),  # the group that was taken may be smaller
         "method": asked.method,
-        "settings": {**_settings_of(asked), "samples": samples, "seed": subject.config.seed},
+        "settings": {**asked.settings(), "samples": samples, "seed": subject.config.seed},
         "calibration_set": _make_up(chosen, prepared),
         "quantization": made.facts,
         "table": table,
@@ -237,17 +238,11 @@ def _settings(subject: Subject, asked: Asked) -> Settings:
         scheme=asked.scheme,
         method=asked.method,
         ignore=tuple(asked.ignore),
-        alpha=_alpha_of(asked),
+        alpha=asked.strength,
         rotate=asked.rotate,
         seed=subject.config.seed,
         trust_remote_code=subject.config.model.trust_remote_code,
     )
-
-
-def _alpha_of(asked: Asked) -> float:
-    if asked.alpha is not None:
-        return asked.alpha
-    return ROTATED_ALPHA if asked.rotate else ALPHA
 
 
 def _kept_facts(path: Path, key: str, model: Path) -> dict[str, Any] | None:
@@ -298,20 +293,6 @@ def side_of(config: RunConfig, measured: Mapping[str, Measurement], calibrated: 
         (measured["certification"].answers, own.apply(held_out)),
         calibrated.certification,
     )
-
-
-def _settings_of(asked: Asked) -> dict[str, Any]:
-    scheme = asked.scheme
-    return {
-        "group_size": scheme.group_size,
-        "asymmetric": not scheme.weights.symmetric,
-        "static": scheme.static,
-        "observer": scheme.observer if scheme.static else None,
-        "kv_cache": scheme.kv_cache,
-        "ignore": list(asked.ignore),
-        "alpha": _alpha_of(asked),
-        "rotate": asked.rotate,
-    }
 
 
 def _make_up(chosen: Sequence[Record], prepared: Prepared) -> dict[str, Any]:

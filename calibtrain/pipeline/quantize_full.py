@@ -14,7 +14,8 @@ from calibtrain.errors import UserError
 from calibtrain.pipeline import calibrate
 from calibtrain.pipeline.answer_parts import fit_answer_parts
 from calibtrain.pipeline.calibration_file import Calibrated, made_by, read_calibration, weights_hash, write_json
-from calibtrain.pipeline.evaluate import Loaded, Measurement, read_measurement, with_progress, write_measurement
+from calibtrain.pipeline.evaluate import Loaded, with_progress
+from calibtrain.pipeline.measurement import Measurement, read_measurement, write_measurement
 from calibtrain.pipeline.prepare import Prepared
 from calibtrain.pipeline.quantize_cost import Memory, cost
 from calibtrain.pipeline.quantize_source import Subject
@@ -108,9 +109,7 @@ def own_answers(loaded: Loaded, records: Sequence[Record], shots: Sequence[Recor
     made = generate(
         loaded.model,
         prompts,
-        stop_ids=template.stop_ids,
-        goes_on=template.goes_on,
-        pad_id=template.pad_id,
+        **template.ending,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         device=loaded.device,

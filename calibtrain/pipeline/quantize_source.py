@@ -22,7 +22,8 @@ from calibtrain.data.splits import EVALUATION_SPLITS, split_of, unique_records
 from calibtrain.errors import UserError
 from calibtrain.models.loading import answering_config, load_settings
 from calibtrain.pipeline.calibration_file import read_calibration, served_source, weights_hash
-from calibtrain.quantization.schemes import Scheme
+from calibtrain.quantization.run import ALPHA, ROTATED_ALPHA
+from calibtrain.quantization.schemes import OBSERVERS, Scheme
 from calibtrain.records import Record
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,37 @@ class Asked:
     questions: Path | None = None  # of a model that is no run
     template: str | None = None
 
+    @property
+    def name(self) -> str:
+        """Of the artefact's folder, unless --output says another: what else is asked for makes another artefact."""
+        scheme = self.scheme
+        more = ["static"] if scheme.static else []
+        more += [scheme.observer] if scheme.static and scheme.observer != OBSERVERS[0] else []
+        more += ["kv8"] if scheme.kv_cache else []
+        return "-".join([scheme.name, self.method, *more, *(["rotated"] if self.rotate else [])])
+
+    @property
+    def strength(self) -> float:
+        """How far outliers go to the weights."""
+        if self.alpha is not None:
+            return self.alpha
+        return ROTATED_ALPHA if self.rotate else ALPHA
+
+    def settings(self) -> dict[str, Any]:
+        """What beside scheme and method makes the artefact what it is."""
+        scheme = self.scheme
+        return {
+            "group_size": scheme.group_size,
+            "asymmetric": not scheme.weights.symmetric,
+            "static": scheme.static,
+            "observer": scheme.observer if scheme.static else None,
+            "kv_cache": scheme.kv_cache,
+            "ignore": list(self.ignore),
+            "alpha": self.strength,
+            "rotate": self.rotate,
+            **({} if self.samples is None else {"samples": self.samples}),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -73,7 +105,7 @@ class Subject:
 
 def subject_of(source: Path, asked: Asked) -> Subject:
     """The finished run, or the model with its questions. UserError for what is neither, and for what cannot be quantised."""
-    name = f"{asked.scheme.name}-{asked.method}"
+    name = asked.name
     if (source / "config.yaml").is_file():
         subject = _of_run(source, asked, source / "quantized" / name)
     elif (source / "config.json").is_file():
@@ -83,7 +115,7 @@ def subject_of(source: Path, asked: Asked) -> Subject:
             f"{source}: neither the output_dir of a run (config.yaml) nor a Hugging Face directory (config.json)"
         )
     _check_model(subject.model, source)
-    _check_target(subject)
+    _check_target(subject, asked)
     return subject
 
 
@@ -177,21 +209,27 @@ def _check_model(model: Path, source: Path) -> None:
         raise UserError(f"{model}: no safetensors weights")
 
 
-def _check_target(subject: Subject) -> None:
-    """UserError where the artefact would take the place of what is not one of these weights."""
+def _check_target(subject: Subject, asked: Asked) -> None:
+    """UserError where the artefact would take the place of what is not one of these weights, by the same settings."""
     target, elsewhere = subject.target, "give another --output, or delete it"
     if target in (subject.model.resolve(), subject.home.resolve()) and target.exists():
         raise UserError(f"--output: {target} is what is quantised; {elsewhere}")
     if not target.exists():
         return
     try:
-        found = json.loads((target / DATA_FILE).read_text(encoding="utf-8"))["source_hash"]
+        content = json.loads((target / DATA_FILE).read_text(encoding="utf-8"))
+        found, made = content["source_hash"], {**content.get("settings", {})}
     except (OSError, ValueError, KeyError, TypeError):
         if target.is_dir() and not any(target.iterdir()):
             return
         raise UserError(f"{target}: exists and is no quantised model of calibtrain; {elsewhere}") from None
     if found != weights_hash(subject.model):
         raise UserError(f"{target}: a quantised model of other weights than {subject.model}; {elsewhere}")
+    made |= {key: content[key] for key in ("scheme", "method") if key in content}
+    wanted = {"scheme": asked.scheme.name, "method": asked.method, **asked.settings()}
+    # What an earlier version does not say could not be set then.
+    if other := [f"{key}: {made[key]}" for key, value in wanted.items() if made.get(key, value) != value]:
+        raise UserError(f"{target}: was made otherwise ({', '.join(other)}); {elsewhere}")
 
 
 def check_space(subject: Subject, scheme: Scheme, *, rotate: bool = False) -> None:

@@ -17,7 +17,8 @@ from calibtrain.confidence.head import FittedHead
 from calibtrain.confidence.scorer import HEAD
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import Calibrated, read_calibration, served_source, source_folder
-from calibtrain.pipeline.evaluate import Measurement, measured_metrics
+from calibtrain.pipeline.evaluate import measured_metrics
+from calibtrain.pipeline.measurement import Measurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def head_report(
 
 
 def _comparable(one: Calibrated, two: Calibrated) -> bool:
-    """Whether two calibrations promise the same by the same graded answers: `certify` renews the one that serves alone."""
+    """Whether two calibrations promise the same by the same graded answers: either may stay where nothing is certified."""
     both = (one, two)
     graded = [(found.scope, (found.audit or {}).get("audited")) for found in both]
     made = [certificate for found in both if (certificate := found.certification.certificate)]

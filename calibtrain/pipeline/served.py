@@ -21,7 +21,7 @@ from calibtrain.engines import Completion, CompletionsServer, Identity, identify
 from calibtrain.errors import UserError
 from calibtrain.models.loading import answering_config, load_tokenizer
 from calibtrain.pipeline.calibration_file import made_by
-from calibtrain.pipeline.evaluate import Measurement
+from calibtrain.pipeline.measurement import Measurement
 from calibtrain.pipeline.prepare import with_examples
 from calibtrain.pipeline.scope import plain
 from calibtrain.records import Message, Record

@@ -32,6 +32,7 @@ from calibtrain.pipeline.audit import audit_of
 from calibtrain.pipeline.calibrate import SPLITS, certified_claims, check_strata, keeps_earlier, show
 from calibtrain.pipeline.calibration_file import (
     Calibrated,
+    file_hash,
     parts_hashes,
     source_folder,
     weights_hash,
@@ -40,6 +41,7 @@ from calibtrain.pipeline.calibration_file import (
 )
 from calibtrain.pipeline.confidence import Scored, asker_of, score_split, with_probes
 from calibtrain.pipeline.evaluate import Loaded
+from calibtrain.pipeline.measurement import read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.question import shapes_of
 
@@ -105,10 +107,24 @@ def run(
         parts = parts_hashes(output_dir, _parts(names, name)) | kept
         facts = {"source": name, "members": list(names), "cost": held_out.scores[name].cost.mean(), "parts": parts}
         facts |= {"shapes": shapes_of(prepared.splits["certification"]).as_dict(), **told}
+        facts["fitted_on"] = _fitted_on(output_dir, fit)
         hashes = {split: data_hash(prepared.splits[split]) for split in SPLITS}
         write_calibration(folder / "calibration.json", calibrated, config, hashes, facts)
     show(calibrated, folder / "calibration.json", written=not stays)
     return calibrated
+
+
+def _fitted_on(output_dir: Path, fit: Scored) -> str:
+    """Hash of the run's file of answers to the questions that fitted the calibrator; "" where it holds others, or is gone.
+
+    `certify` knows by it which questions it must not certify by.
+    """
+    path = output_dir / "answers" / "temperature.jsonl"
+    try:
+        kept = read_measurement(path).answers
+    except UserError:
+        return ""
+    return file_hash(path) if [one.question_id for one in kept] == fit.ids else ""
 
 
 def _parts(names: Sequence[str], name: str) -> list[str]:

@@ -24,7 +24,8 @@ from calibtrain.errors import UserError
 from calibtrain.records import Record
 
 if TYPE_CHECKING:
-    from calibtrain.pipeline.evaluate import Loaded, Measurement
+    from calibtrain.pipeline.evaluate import Loaded
+    from calibtrain.pipeline.measurement import Measurement
 
 FAILED, ENDED, LEFT = (f"calibtrain/team/{word}" for word in ("failed", "ended", "left"))
 """Why one of the others gave up; that rank 0 did; how many of the others know it, or gave up themselves."""
@@ -119,12 +120,15 @@ class Team:
         part = loaded.measure_alone(
             [records[i] for i in filled], shots, lambda done: on_batch(min(len(records), done * world.size))
         )
-        if not world.is_main:
-            loaded.template.task.settle()
+        # A grade that is missing here ends the command once rank 0 has written all answers, and no sooner.
+        task = loaded.template.task
+        missing = None if world.is_main else task.handed()
         self._meet()
         found: list[Any] | None = [None] * world.size if world.is_main else None
-        dist.gather_object((places, first(part, len(places))), found)
-        return found or []
+        dist.gather_object((places, first(part, len(places)), missing), found)
+        for *_, handed in (found or [])[1:]:
+            task.take(handed)
+        return [(own, one) for own, one, _ in found or []]
 
     def _tell(self, order: Load | Answer | None) -> None:
         self._look()

@@ -61,6 +61,15 @@ class Custom(Task):
         self.unread.settle()
         self.ungraded.settle()
 
+    def handed(self) -> tuple[tuple[int, int, str], tuple[int, int, str]]:
+        """Of the extractor and of the grader."""
+        return self.unread.handed(), self.ungraded.handed()
+
+    def take(self, handed: tuple[tuple[int, int, str], tuple[int, int, str]]) -> None:
+        """Add another process's."""
+        self.unread.take(handed[0])
+        self.ungraded.take(handed[1])
+
     def _grade(self, reading: Reading, record: Record) -> bool | None:
         if not self.gradable(record):
             return None

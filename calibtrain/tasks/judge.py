@@ -93,14 +93,28 @@ class Judge(Task):
 
     def settle(self) -> None:
         """Raise UserError where the judge failed, or where more of its replies than allowed hold no verdict."""
-        unread, heard = self.unread, self.heard
-        self.unread = self.heard = 0
+        ungraded, unread, heard, shown = self.handed()
+        self.ungraded.take(ungraded)
         self.ungraded.settle()
         if unread > self.config.judge.unread_at_most * heard:
             raise UserError(
                 f"{self.ungraded.what}: {unread} of {heard} replies hold no verdict, more than "
-                f"{self.section}.unread_at_most: {self.config.judge.unread_at_most:g}; one is {self.shown!r}"
+                f"{self.section}.unread_at_most: {self.config.judge.unread_at_most:g}; one is {shown!r}"
             )
+
+    def handed(self) -> tuple[tuple[int, int, str], int, int, str]:
+        """Answers without a grade; replies without a verdict, of how many, and one of them."""
+        found = self.ungraded.handed(), self.unread, self.heard, self.shown
+        self.unread = self.heard = 0
+        return found
+
+    def take(self, handed: tuple[tuple[int, int, str], int, int, str]) -> None:
+        """Add another process's: whether too many replies hold no verdict is decided over all."""
+        ungraded, unread, heard, shown = handed
+        self.ungraded.take(ungraded)
+        self.shown = self.shown if self.unread else shown
+        self.unread += unread
+        self.heard += heard
 
     def _verdict(self, reply: str | None, problem: str, record: Record | None) -> bool | None:
         self.ungraded.asked += 1

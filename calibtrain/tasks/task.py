@@ -88,6 +88,12 @@ class Task:
     def settle(self) -> None:
         """Raise UserError where grades are missing since the last call; asked once the answers are safe on disk."""
 
+    def handed(self) -> Any:
+        """What `settle` would tell of, for the process that tells it: plain values for its `take`. Counts anew."""
+
+    def take(self, handed: Any) -> None:
+        """Add what another process `handed`, so that one `settle` tells of all."""
+
     def asked(self, record: Record) -> Record:
         """The record as it is put to the model: question, the reply to learn, accepted answers. Asking twice is once.
 

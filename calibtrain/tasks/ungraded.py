@@ -26,10 +26,22 @@ class Ungraded:
             logger.warning("%s: %s; this answer has no grade", self.what, self.reason)
         self.missing += 1
 
+    def handed(self) -> tuple[int, int, str]:
+        """What `settle` would tell of, which is another process's to tell now; counts anew."""
+        found = self.asked, self.missing, self.reason
+        self.asked = self.missing = 0
+        return found
+
+    def take(self, handed: tuple[int, int, str]) -> None:
+        """Add what another process `handed`."""
+        asked, missing, reason = handed
+        self.reason = self.reason if self.missing else reason
+        self.asked += asked
+        self.missing += missing
+
     def settle(self) -> None:
         """Raise UserError where answers lack a grade, and count anew."""
-        asked, missing, reason = self.asked, self.missing, self.reason
-        self.asked = self.missing = 0
+        asked, missing, reason = self.handed()
         if missing:
             raise UserError(f"{self.what}: {missing} of {max(asked, missing)} answers have no grade: {reason}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from calibtrain.hooks.records import StepCost
 from calibtrain.losses.terms import Batch
 from calibtrain.models.cost import Work
 
+logger = logging.getLogger(__name__)
 SETTLED = 2
 """Steps of a launch before the first that is traced: they allocate, compile and warm up."""
 
@@ -77,12 +79,17 @@ class Trace:
             self._profiler.start()
         self._seen += 1
 
-    def after_step(self, *, last: bool) -> Path | None:
-        """Write the trace behind the last step that belongs to it; returns where it is."""
-        if self._profiler is None or not (last or self._seen == SETTLED + (self.steps or 0)):
-            return None
-        self._profiler.stop()
+    def after_step(self) -> None:
+        """Write the trace behind the last step that belongs to it."""
+        if self._seen == SETTLED + (self.steps or 0):
+            self.close()
+
+    def close(self) -> None:
+        """Write what has been traced, and tell where: a run that ends or is preempted in between keeps it."""
+        if self._profiler is None:
+            return
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._profiler.export_chrome_trace(str(self.path))
-        self._profiler = None
-        return self.path
+        profiler.export_chrome_trace(str(self.path))
+        logger.info("profile: %s", self.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -85,13 +86,15 @@ class Trainer:
         Raises UserError after too many steps with non-finite gradients, and Preempted, behind a checkpoint, where the run
         was asked to `stop`.
         """
+        with closing(Trace(self.config.training.profile_steps, self.output_dir / "profile", self.world.rank)) as trace:
+            return self._fit(progress, stop, trace)
+
+    def _fit(self, progress: Progress, stop: StopRequests | None, trace: Trace) -> Progress:
         training, first = self.config.training, progress.step
         self.engine.module.train()
-        trace = Trace(training.profile_steps, self.output_dir / "profile", self.world.rank)
         for step in range(progress.step, self.total_steps):
             if training.best is not None and is_over(progress.best, training.best):
                 logger.info("training ends at step %d: no better evaluation for %d", step, training.best.patience)
-                trace.after_step(last=True)
                 if step > first and step % training.log_every:
                     self.hooks.reduce_and_log(step, self.total_steps)
                 break
@@ -139,8 +142,7 @@ class Trainer:
                     cost=self.meter.cost(),
                 ),
             )
-            if (written := trace.after_step(last=progress.step == self.total_steps)) is not None:
-                logger.info("profile: %s", written)
+            trace.after_step()
             if self.average is not None:
                 self.average.after_step(progress.step)
             progress = self._after_step(progress)

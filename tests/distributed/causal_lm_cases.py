@@ -1,4 +1,4 @@
-"""Run by test_causal_lm under torchrun: gradients of one step of a user's own loop, under each way to wrap the model.
+"""Run by test_causal_lm on several ranks: gradients of one step of a user's own loop, under each way to wrap the model.
 
 Usage: causal_lm_cases.py FOLDER CASE_NAMES (comma-separated). Rank 0 writes FOLDER/<case>-<ranks>.pt.
 """

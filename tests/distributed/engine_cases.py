@@ -1,4 +1,4 @@
-"""Run by test_engine under torchrun: evaluation, export, skipped steps and failed writes, for each ZeRO stage.
+"""Run by test_engine on several ranks: evaluation, export, skipped steps and failed writes, for each ZeRO stage.
 
 Usage: engine_cases.py FOLDER. Does every FOLDER/*.yaml; each rank writes FOLDER/results-<ranks>-<rank>.pt.
 """

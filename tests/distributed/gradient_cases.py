@@ -1,4 +1,4 @@
-"""Run by test_gradients under torchrun: full gradients and weights of a few steps, for every way to cut up one batch.
+"""Run by test_gradients on several ranks: full gradients and weights of a few steps, for every way to cut up one batch.
 
 Usage: gradient_cases.py FOLDER CASE_NAMES (comma-separated). Rank 0 writes FOLDER/<case>.pt.
 """

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tests.distributed.ranks import torchrun
+from tests.distributed.ranks import forked, torchrun
 from tests.tiny import write_tiny_model
 
 TRAIN = ("-m", "calibtrain.launchers.train")
@@ -84,7 +84,7 @@ def train(ranks: int, config: Path, *overrides: str) -> list[str]:
 
 def trained(ranks: int, *configs: Path) -> list[str]:
     """Command line that trains several configs, one after the other, in one launch; an argument a.b=c is an override."""
-    return torchrun(ranks, __file__, *map(str, configs))
+    return forked(ranks, __file__, *map(str, configs))
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

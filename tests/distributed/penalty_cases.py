@@ -1,4 +1,4 @@
-"""Run by test_weight_penalty under torchrun: penalties and spectra on the shards of every ZeRO stage, and whole matrices.
+"""Run by test_weight_penalty on several ranks: penalties and spectra on the shards of every ZeRO stage, and whole matrices.
 
 Usage: penalty_cases.py FOLDER. Does every FOLDER/*.yaml; rank 0 writes FOLDER/<name>-<ranks>.pt.
 """

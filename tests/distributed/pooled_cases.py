@@ -1,4 +1,4 @@
-"""Run by test_pooled under torchrun: losses that keep a memory or read a token set, for each ZeRO stage.
+"""Run by test_pooled on several ranks: losses that keep a memory or read a token set, for each ZeRO stage.
 
 Usage: pooled_cases.py FOLDER. Rank 0 writes FOLDER/results-<ranks>.pt.
 """

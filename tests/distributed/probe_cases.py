@@ -1,4 +1,4 @@
-"""Run by test_probe_features under torchrun: collects probe features through a DeepSpeed engine, for each ZeRO stage.
+"""Run by test_probe_features on several ranks: collects probe features through a DeepSpeed engine, for each ZeRO stage.
 
 Usage: probe_cases.py FOLDER. Shards go to FOLDER/<ranks>-<stage>.
 """

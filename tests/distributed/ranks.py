@@ -45,6 +45,11 @@ def torchrun(ranks: int, *program: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *program]
 
 
+def forked(ranks: int, script: str, *arguments: str) -> list[str]:
+    """Command line that runs `script` on `ranks` ranks, which share one process's imports."""
+    return [sys.executable, str(Path(__file__).with_name("forked.py")), str(ranks), script, *arguments]
+
+
 def run(
     argv: Sequence[str],
     folder: Path,

@@ -1,4 +1,4 @@
-"""Run by test_sharding under torchrun: models whose weights lie in parts from the start, against from_pretrained's.
+"""Run by test_sharding on several ranks: models whose weights lie in parts from the start, against from_pretrained's.
 
 Usage: sharding_cases.py FOLDER. Reads FOLDER/models/*; rank 0 writes FOLDER/results.pt.
 """

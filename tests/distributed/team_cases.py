@@ -1,6 +1,7 @@
-"""Run by test_team under torchrun: commands of which rank 0 runs all and the others answer their shares.
+"""Run by test_team on several ranks: commands of which rank 0 runs all and the others answer their shares.
 
-Usage: team_cases.py FOLDER. Calibrates FOLDER/plain/run and FOLDER/by_token/run, evaluates FOLDER/parts/run in parts.
+Usage: team_cases.py FOLDER. Calibrates FOLDER/plain/run and FOLDER/by_token/run, evaluates FOLDER/parts/run in parts,
+and FOLDER/graded/run, whose grader (FOLDER/graders_of_team.py) fails on every rank but the first.
 """
 
 from __future__ import annotations
@@ -38,7 +39,15 @@ if __name__ == "__main__":
                 split="test",
                 output=folder / "start.jsonl",
             )
+            run = folder / "graded" / "run"
+            sys.path.append(str(folder))  # where the grader is
+            try:
+                config = load_config(run / "config.yaml")
+                evaluate.run(config, model=run / "model", split="test", output=run / "test.jsonl")
+            except UserError as error:
+                told["graded"] = str(error)
             (folder / "told.json").write_text(json.dumps(told))
         else:
+            sys.path.append(str(folder))
             team.work()
     leave_world()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed.causal_lm_cases import STEPS
-from tests.distributed.ranks import run, torchrun
+from tests.distributed.ranks import forked, run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -20,7 +20,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("causal_lm")
     script = str(__file__).replace("test_causal_lm", "causal_lm_cases")
     for ranks, names in ((1, REFERENCES.values()), (2, CASES)):
-        ended = run(torchrun(ranks, script, str(folder), ",".join(names)), folder)
+        ended = run(forked(ranks, script, str(folder), ",".join(names)), folder)
         assert ended.code == 0, ended.output[-6000:]
     return {(name, ranks): torch.load(folder / f"{name}-{ranks}.pt", weights_only=True)
             for name, ranks in [*((name, 1) for name in REFERENCES.values()), *((name, 2) for name in CASES)]}  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.jobs import write_job
-from tests.distributed.ranks import run, torchrun
+from tests.distributed.ranks import forked, run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -31,7 +31,7 @@ def results(tmp_path_factory):
     write_job(folder, "homes", objective={"name": "orpo"}, penalties=[])
     script = str(__file__).replace("test_engine", "engine_cases")
     for ranks in (1, 2):
-        ended = run(torchrun(ranks, script, str(folder)), folder)
+        ended = run(forked(ranks, script, str(folder)), folder)
         assert ended.code == 0, ended.output[-6000:]
     load = {(n, k): torch.load(folder / f"results-{n}-{k}.pt", weights_only=True) for n, k in ((1, 0), (2, 0), (2, 1))}
     return folder, load

@@ -24,7 +24,7 @@ from tests.distributed.gradient_cases import (
     records,
     trained,
 )
-from tests.distributed.ranks import run, torchrun
+from tests.distributed.ranks import forked, run
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -84,7 +84,7 @@ def results(tmp_path_factory):
     write_tiny_model(folder / "biased", tied=False, attention_bias=True)
     for ranks, names in ((1, (*ON_ONE_RANK, *BF16)), (2, ON_TWO_RANKS)):
         script = str(__file__).replace("test_gradients", "gradient_cases")
-        ended = run(torchrun(ranks, script, str(folder), ",".join(names)), folder)
+        ended = run(forked(ranks, script, str(folder), ",".join(names)), folder)
         assert ended.code == 0, ended.output[-6000:]
     runs = (*RUNS, *((name, 1) for name in BF16))
     found = {(name, ranks): torch.load(folder / f"{name}-{ranks}.pt", weights_only=True) for name, ranks in runs}
@@ -132,7 +132,7 @@ def test_ranks_that_share_rows_take_the_same_steps(results, ranks):
 def check_steps(results, ranks, names):
     folder, known = results
     script = str(__file__).replace("test_gradients", "gradient_cases")
-    ended = run(torchrun(ranks, script, str(folder), ",".join(names)), folder)
+    ended = run(forked(ranks, script, str(folder), ",".join(names)), folder)
     assert ended.code == 0, ended.output[-6000:]
     for name in names:
         found = torch.load(folder / f"{name}-{ranks}.pt", weights_only=True)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.distributed.ranks import run, torchrun
+from tests.distributed.ranks import forked, run
 from tests.tiny import write_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -20,7 +20,7 @@ def results(tmp_path_factory):
     write_tiny_model(folder / "model", tied=False)
     script = str(__file__).replace("test_pooled", "pooled_cases")
     for ranks in (1, 2):
-        ended = run(torchrun(ranks, script, str(folder)), folder)
+        ended = run(forked(ranks, script, str(folder)), folder)
         assert ended.code == 0, ended.output[-6000:]
     return {ranks: torch.load(folder / f"results-{ranks}.pt", weights_only=True) for ranks in (1, 2)}
 

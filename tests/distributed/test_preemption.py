@@ -1,5 +1,6 @@
 """A run that is asked to stop (SIGTERM) ends in order, with a checkpoint; the same command goes on, bit for bit."""
 
+import gzip
 import json
 import os
 import signal
@@ -30,7 +31,8 @@ def asked_to_stop(folder, name, ranks, whom):
             os.kill(told[0], signal.SIGTERM)
         return False
 
-    return config, run([*CLI, "train", str(config), "--num-processes", str(ranks)], folder, 200, watch=watch)
+    traced = f"training.profile_steps={STEPS}"  # still going on when it is stopped
+    return config, run([*CLI, "train", str(config), "--num-processes", str(ranks), traced], folder, 200, watch=watch)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,9 @@ def test_a_stopped_run_ends_in_order_and_goes_on_bit_for_bit(tmp_path, ranks, wh
     step = json.loads((kept / "run.json").read_text())["step"]
     assert 3 <= step < STEPS
     assert not (tmp_path / "stopped" / "model").exists()
+    for rank in range(ranks):
+        trace = json.loads(gzip.decompress((tmp_path / "stopped" / "profile" / f"rank{rank}.json.gz").read_bytes()))
+        assert any("AdamW" in event.get("name", "") for event in trace["traceEvents"])
     if not goes_on:  # what the ranks did is the same whoever was told
         return
     again = [*CLI, "train", str(config), "--num-processes", str(ranks), "training.resume=auto"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed.jobs import write_job
-from tests.distributed.ranks import run, torchrun
+from tests.distributed.ranks import forked, run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
     for stage in (0, 3):
         write_job(folder, f"stage{stage}", penalties=[], training={"zero_stage": stage})
     for ranks in (1, 2):
-        ended = run(torchrun(ranks, str(__file__).replace("test_probe_features", "probe_cases"), str(folder)), folder)
+        ended = run(forked(ranks, str(__file__).replace("test_probe_features", "probe_cases"), str(folder)), folder)
         assert ended.code == 0, ended.output[-6000:]
     return folder
 

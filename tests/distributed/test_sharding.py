@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from tests.distributed.ranks import run, torchrun
+from tests.distributed.ranks import forked, run
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -58,7 +58,7 @@ def results(tmp_path_factory):
     settings = json.loads((folder / "other_shape" / "config.json").read_text())
     (folder / "other_shape" / "config.json").write_text(json.dumps(settings | {"intermediate_size": 65}))
     script = str(__file__).replace("test_sharding", "sharding_cases")
-    ended = run(torchrun(RANKS, script, str(folder)), folder)
+    ended = run(forked(RANKS, script, str(folder)), folder)
     assert ended.code == 0, ended.output[-6000:]
     return torch.load(folder / "results.pt", weights_only=True)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.distributed.ranks import environment, run, torchrun
+from tests.distributed.ranks import environment, forked, run
 from tests.end_to_end.runs import finished_run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -19,8 +19,18 @@ SPLITS = {"train": 4, "calibration": 4, "temperature": 21, "certification": 19, 
 CHANGES = {
     "plain": {},
     "by_token": {"calibration": {"method": "adaptive_temperature"}},
+    "graded": {"task": {"kind": "custom", "grader": "graders_of_team:is_right"}},
     "parts": {"training": {"zero_stage": 3}},
 }
+
+GRADER = """import os
+
+
+def is_right(answer, question):
+    if os.environ["RANK"] != "0":
+        raise ValueError("no grade here")
+    return False
+"""
 
 
 def write_run(folder, changes):
@@ -43,8 +53,9 @@ def folders(tmp_path_factory):
     two = folder / "two"
     for name, changes in CHANGES.items():
         write_run(two / name, changes)
+    (two / "graders_of_team.py").write_text(GRADER)
     shutil.copytree(two, one := folder / "one")
-    ended = run(torchrun(2, str(__file__).replace("test_team", "team_cases"), str(two)), folder)
+    ended = run(forked(2, str(__file__).replace("test_team", "team_cases"), str(two)), folder)
     assert ended.code == 0, ended.output[-6000:]
     for name in ("plain", "by_token"):
         calibrate.run(one / name / "run")
@@ -80,6 +91,18 @@ def test_a_model_in_parts_answers_as_the_whole_one(folders):
     np.testing.assert_allclose(*tables, atol=1e-4)
     told = json.loads((folders[1] / "told.json").read_text())
     assert "--engine" in told["whole"]
+
+
+def test_what_another_process_cannot_grade_is_told_once_all_answers_are_written(folders):
+    _, two = folders
+    lines = [json.loads(line) for line in (two / "graded" / "run" / "test.jsonl").read_text().splitlines()]
+    grades = [line["correct"] for line in lines]
+    assert len(grades) == SPLITS["test"]
+    missing = grades.count(None)
+    assert 0 < missing < len(grades)
+    told = json.loads((two / "told.json").read_text())["graded"]
+    assert f"graders_of_team:is_right: {missing} of {len(grades)} answers have no grade" in told
+    assert "no grade here" in told
 
 
 @pytest.mark.slow

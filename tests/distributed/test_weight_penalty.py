@@ -21,7 +21,7 @@ from calibtrain.losses.rotation_probes import (
 )
 from calibtrain.spectral.polar import polar_factor
 from tests.distributed.jobs import metrics, trained, write_job
-from tests.distributed.ranks import run, torchrun
+from tests.distributed.ranks import forked, run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -51,7 +51,7 @@ def results(tmp_path_factory):
         tracking = {"spectra_every": 1, "spectra_modules": SPECTRA}
         write_job(folder, name, **sections, penalties=[], weight_penalties=penalties(), tracking=tracking)
     script = __file__.replace("test_weight_penalty", "penalty_cases")
-    ended = run(torchrun(2, script, str(folder)), folder)
+    ended = run(forked(2, script, str(folder)), folder)
     assert ended.code == 0, ended.output[-6000:]
     start = load_file(folder / "tiny" / "model.safetensors")
     return {name: torch.load(folder / f"{name}-2.pt", weights_only=True) for name in CASES}, start

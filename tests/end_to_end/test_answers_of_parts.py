@@ -17,7 +17,7 @@ from calibtrain.pipeline import certify
 from calibtrain.pipeline.answer import load
 from calibtrain.pipeline.answer_parts import part_probabilities
 from calibtrain.pipeline.calibration_file import read_calibration
-from calibtrain.pipeline.evaluate import read_measurement
+from calibtrain.pipeline.measurement import read_measurement
 from calibtrain.pipeline.reply import REFUSAL
 from calibtrain.records import Message, Record
 from tests.distributed.jobs import write_job

@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from calibtrain.calibration.metrics import summary
+from calibtrain.calibration.state import state_of
 from calibtrain.config_file import load_config
+from calibtrain.config_training import _better
 from calibtrain.errors import UserError
 from calibtrain.pipeline.check import check
 from calibtrain.training.checkpoint import complete_checkpoints
@@ -97,11 +100,26 @@ def test_a_best_step_that_could_not_be_kept_is_not_gone_back_to(tmp_path, monkey
             {"best": {"metric": "calib/calibration/likelihood/auroc"}, "evaluate_every": 2},
             "the highest is best, and lowest is asked for: set goal: highest",
         ),
+        ({"best": {"goal": "highest"}}, "of eval/loss the lowest is best, and highest is asked for: set goal: lowest"),
+        *(
+            (
+                {"best": {"metric": f"calib/calibration/likelihood/{name}", "goal": "highest"}, "evaluate_every": 2},
+                f"likelihood/{name} the lowest is best",
+            )
+            for name in ("brier", "risk@0.5")
+        ),
     ],
 )
 def test_what_cannot_be_found_best_is_told_before(tmp_path, training, message):
     with pytest.raises(UserError, match=message):
         load_config(job(tmp_path, "run", zero_stage=1, **training))
+
+
+def test_of_every_metric_it_is_known_which_value_is_best():
+    """Or that neither is: a metric that is added later says so here."""
+    neither = {"n", "mean_conf", "gap", "ece_null", "unc", "clip_n", "auroc_err", "aurc_err", "augrc_err"}
+    names = summary(state_of(torch.tensor([0.2, 0.7]), torch.tensor([0.0, 1.0])))
+    assert {name for name in names if _better(f"calib/calibration/likelihood/{name}") is None} == neither
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def finished(tmp_path_factory):
 
 
 def test_the_answers_are_the_numbers_at_the_end(finished):
-    from calibtrain.pipeline.evaluate import read_measurement
+    from calibtrain.pipeline.measurement import read_measurement
 
     answers = read_measurement(finished.output_dir / "answers" / "test.jsonl").answers
     found = [one for one in answers if one.found]
@@ -67,7 +67,7 @@ def test_the_answers_are_the_numbers_at_the_end(finished):
 def test_a_question_is_answered_with_the_number(finished):
     from calibtrain.pipeline.answer import load
     from calibtrain.pipeline.calibration_file import read_calibration
-    from calibtrain.pipeline.evaluate import read_measurement
+    from calibtrain.pipeline.measurement import read_measurement
 
     measured = read_measurement(finished.output_dir / "answers" / "certification.jsonl")
     probabilities = read_calibration(finished.output_dir).calibrator.apply(measured.table)
@@ -78,7 +78,7 @@ def test_a_question_is_answered_with_the_number(finished):
 
 def test_replies_without_an_answer_are_counted_and_wrong(finished, tmp_path, capsys):
     from calibtrain.pipeline import collect, evaluate
-    from calibtrain.pipeline.evaluate import read_measurement
+    from calibtrain.pipeline.measurement import read_measurement
 
     cut = finished.model_copy(update={"evaluation": finished.evaluation.model_copy(update={"max_new_tokens": 3})})
     path = finished.output_dir / "answers" / "test.jsonl"

@@ -65,7 +65,7 @@ def finished(request, tmp_path_factory):
 
 def test_answers_are_among_the_options_and_the_scale_was_solved_for_them(finished):
     kind, config = finished
-    from calibtrain.pipeline.evaluate import read_measurement
+    from calibtrain.pipeline.measurement import read_measurement
 
     names = COUNTRIES if kind == "label" else tuple("ABCD")
     for file in ("raw_test", "test", "temperature", "certification"):
@@ -87,7 +87,7 @@ def test_what_was_calibrated_is_what_answers(finished):
     kind, config = finished
     from calibtrain.pipeline.answer import load
     from calibtrain.pipeline.calibration_file import read_calibration
-    from calibtrain.pipeline.evaluate import read_measurement
+    from calibtrain.pipeline.measurement import read_measurement
 
     measured = read_measurement(config.output_dir / "answers" / "certification.jsonl")
     calibrated = read_calibration(config.output_dir)
@@ -128,10 +128,11 @@ def test_the_report_says_what_belongs_to_the_kind(finished):
 
 def test_other_sources_and_other_commands_take_them(finished, tmp_path):
     from calibtrain.pipeline import confidence, evaluate, forced
+    from calibtrain.pipeline.measurement import read_measurement
 
     kind, config = finished
     table = confidence.run(config.output_dir, sources=["likelihood", "likelihood_margin", "self_consistency"])
-    measured = evaluate.read_measurement(config.output_dir / "answers" / "test.jsonl")
+    measured = read_measurement(config.output_dir / "answers" / "test.jsonl")
     scores = [json.loads(line) for line in (config.output_dir / "confidence" / "scores.jsonl").read_text().splitlines()]
     assert [one["scores"]["likelihood"] for one in scores] == pytest.approx(measured.confidence.tolist(), abs=1e-6)
     assert table["n"] == SIZES["test"]
@@ -146,7 +147,7 @@ def test_other_sources_and_other_commands_take_them(finished, tmp_path):
 
 
 def test_files_of_answers_from_before_options_are_read(finished, tmp_path):
-    from calibtrain.pipeline.evaluate import read_measurement
+    from calibtrain.pipeline.measurement import read_measurement
 
     _, config = finished
     rows = [json.loads(line) for line in (config.output_dir / "answers" / "test.jsonl").read_text().splitlines()]

@@ -113,7 +113,7 @@ def test_the_rows_are_what_the_makers_make(tmp_path):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", KINDS)
 def test_the_embedded_model_learns_the_format(name, tmp_path):
-    from calibtrain.pipeline.evaluate import read_measurement
+    from calibtrain.pipeline.measurement import read_measurement
 
     config = job(name, tmp_path, "embedded:smollm2-135m-instruct", **{"training.max_steps": 30, "model.dtype": "auto"})
     run(config)

@@ -106,7 +106,7 @@ def test_calibration_json_holds_what_answer_needs(finished):
 def test_a_question_is_answered_as_it_was_measured(finished):
     from calibtrain.pipeline.answer import load
     from calibtrain.pipeline.calibration_file import read_calibration
-    from calibtrain.pipeline.evaluate import read_measurement
+    from calibtrain.pipeline.measurement import read_measurement
 
     measured = read_measurement(finished.output_dir / "answers" / "certification.jsonl")
     probabilities = read_calibration(finished.output_dir).calibrator.apply(measured.table)

@@ -11,7 +11,7 @@ from calibtrain.calibration.scores import TEMPERATURE_GRID
 from calibtrain.confidence.answer import Answer
 from calibtrain.pipeline.answer import Answerer
 from calibtrain.pipeline.calibration_file import read_calibration
-from calibtrain.pipeline.evaluate import Measurement
+from calibtrain.pipeline.measurement import Measurement
 from calibtrain.tasks.short_answer import SHORT_ANSWER
 from tests.unit.pipeline.conftest import made, out  # noqa: F401
 from tests.unit.pipeline.test_calibrate import config_of

@@ -128,6 +128,20 @@ def test_of_two_runs_at_once_one_encodes(tmp_path):
     assert said.read_text() == "made\n"
 
 
+def test_its_files_close_with_the_last_use_of_it(tmp_path):
+    def held():
+        return sum(os.path.realpath(one.path).startswith(str(tmp_path)) for one in os.scandir("/proc/self/fd"))
+
+    make_cache(tmp_path / "a", encoder(False), strict=False)
+    make_cache(tmp_path / "a", encoder(False), strict=False)  # finds it there
+    assert held() == 0
+    examples = open_cache(tmp_path / "a").examples(kept=2)
+    assert held() > 0
+    assert len(examples[0]) > 0
+    del examples
+    assert held() == 0
+
+
 def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path):
     make_cache(tmp_path / "a", encoder(False), strict=False)
     cache = open_cache(tmp_path / "a")

@@ -103,7 +103,7 @@ def test_the_start_of_an_answer_is_told_by_the_opening_of_a_reply(monkeypatch):
         "a",
     ):
         ids = template._encode(text)
-        monkeypatch.setattr("calibtrain.data.templates.OPENING", 16)
+        monkeypatch.setattr("calibtrain.data.reply_reading.OPENING", 16)
         found = template.answer_start(ids)
-        monkeypatch.setattr("calibtrain.data.templates.OPENING", 0)
+        monkeypatch.setattr("calibtrain.data.reply_reading.OPENING", 0)
         assert found == template.answer_start(ids), text

@@ -12,7 +12,7 @@ from calibtrain.confidence.answer import Answer
 from calibtrain.config_file import dump_config
 from calibtrain.pipeline import calibrate
 from calibtrain.pipeline.calibration_file import file_hash, made_by, weights_hash, write_calibration
-from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
+from calibtrain.pipeline.measurement import Measurement, read_measurement, write_measurement
 from tests.unit.pipeline.test_calibrate import config_of
 
 
@@ -61,7 +61,8 @@ def made(tmp_path_factory):
     held_out = read_measurement(tmp_path / "answers" / "certification.jsonl")
     calibrator = calibrate.fit(config, fitting, TEMPLATE, weights_hash(tmp_path / "model"))
     found = calibrate.certified(config, calibrator, held_out, 0.1, 0.05)
-    facts = {"fitted_on": file_hash(tmp_path / "answers" / "temperature.jsonl")}
+    files = {"fitted_on": "temperature", "certified_on": "certification"}
+    facts = {fact: file_hash(tmp_path / "answers" / f"{split}.jsonl") for fact, split in files.items()}
     hashes = {"temperature": "a", "certification": "b"}
     write_calibration(tmp_path / "calibration.json", found, config, hashes, facts)
     content = json.loads((tmp_path / "calibration.json").read_text())

@@ -13,7 +13,7 @@ from calibtrain.pipeline import certify as certify_again
 from calibtrain.pipeline.answer import Answerer
 from calibtrain.pipeline.calibrate import fit
 from calibtrain.pipeline.calibration_file import read_calibration
-from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
+from calibtrain.pipeline.measurement import Measurement, read_measurement, write_measurement
 from calibtrain.pipeline.question import Shapes
 from calibtrain.pipeline.reply import REFUSAL
 from calibtrain.records import Message

@@ -14,7 +14,7 @@ from calibtrain.errors import UserError
 from calibtrain.pipeline.answer import Answerer
 from calibtrain.pipeline.answer_parts import certify_parts, fit_answer_parts, part_probabilities, told
 from calibtrain.pipeline.calibrate import certified
-from calibtrain.pipeline.evaluate import Measurement
+from calibtrain.pipeline.measurement import Measurement
 from calibtrain.pipeline.reply import REFUSAL
 from calibtrain.pipeline.report import Measured, ReportData, render_report
 from calibtrain.pipeline.report_parts import parts_report

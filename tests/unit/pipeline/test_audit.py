@@ -7,14 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from calibtrain.abstention.certificate import Certification
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import audit, calibrate, certify
 from calibtrain.pipeline.calibration_file import file_hash, read_calibration, weights_hash, write_calibration
-from calibtrain.pipeline.evaluate import read_measurement, write_measurement
+from calibtrain.pipeline.head_calibration import calibrate_head
 from calibtrain.pipeline.judged import audit_lines, corrected_line
+from calibtrain.pipeline.measurement import read_measurement, write_measurement
 from calibtrain.pipeline.promise import Promises
 from tests.unit.pipeline.conftest import TEMPLATE, mark_of
+from tests.unit.pipeline.test_head_calibration import a_head
 
 JUDGE = {"kind": "judge", "judge": {"url": "http://127.0.0.1:1/v1", "model": "big"}}
 
@@ -141,6 +144,47 @@ def test_an_audit_of_other_answers_certifies_nothing(run):
     rows[3]["answer"] = "another"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "graded line 4 is not the one of these answers" in certify.run(run, risk=0.3).certification.reason
+
+
+@pytest.mark.parametrize("serves", ["likelihood", "head"])
+def test_an_audit_that_refutes_the_judge_leaves_no_certificate_of_any_source(run, serves, capsys):
+    """Whichever serves: the one beside it is certified anew, and another's is withdrawn until it is."""
+    head = a_head(run)
+    for split in ("temperature", "certification"):
+        path = run / "answers" / f"{split}.jsonl"
+        found = read_measurement(path)
+        told = np.clip(found.confidence, 0.001, 0.999)
+        write_measurement(replace(found, told=told, told_by=head.mark), path, mark_of(run))
+    path, rows = filled(run, 250)
+    config = load_config(run / "config.yaml")
+    parts = {split: read_measurement(run / "answers" / f"{split}.jsonl") for split in ("temperature", "certification")}
+    facts = {"fitted_on": file_hash(run / "answers" / "temperature.jsonl"), "parts": {}}
+    audited = audit.audit_of(config, parts["certification"].answers, run)
+    assert calibrate_head(config, run, head, parts, 0.2, 0.05, {"certification": "b"}, facts, audited).promised
+    content = json.loads((run / "calibration.json").read_text()) | {"serves": serves, "fitted_on": facts["fitted_on"]}
+    (run / "calibration.json").write_text(json.dumps(content))
+    assert not certify.run(run, risk=0.2).failures
+    sources = ("likelihood", "head", "p_true")
+    (run / "sources" / "p_true").mkdir()
+    content = json.loads((run / "calibration.json").read_text()) | {"source": "p_true"}
+    (run / "sources" / "p_true" / "calibration.json").write_text(json.dumps(content))
+    certify.run(run, risk=0.2)  # by the same audit: nothing is withdrawn
+    assert all(read_calibration(run, source=one).promised for one in sources)
+    path.write_text("".join(json.dumps(row | {"correct": False}) + "\n" for row in rows))
+    assert certify.run(run, risk=0.2).failures
+    assert not any(read_calibration(run, source=one).promised for one in sources)
+    assert f"`calibtrain calibrate {run} --source p_true` certifies it anew" in capsys.readouterr().out
+    assert not Promises(read_calibration(run, source="p_true")).default.answers
+
+
+def test_a_calibration_whose_audit_is_another_one_now_does_not_stay(run):
+    """`calibrate`, where nothing can be certified, keeps an earlier certificate that holds, and no other."""
+    path, rows = filled(run, 250)
+    certify.run(run, risk=0.2)
+    none = replace(read_calibration(run), certification=Certification(None, "none"), claims={})
+    assert calibrate.keeps_earlier(run, none)
+    path.write_text("".join(json.dumps(row | {"correct": False}) + "\n" for row in rows))
+    assert not calibrate.keeps_earlier(run, none)
 
 
 @pytest.mark.parametrize(

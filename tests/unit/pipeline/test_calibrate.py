@@ -16,7 +16,7 @@ from calibtrain.config_file import dump_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import calibrate
 from calibtrain.pipeline.calibration_file import write_calibration
-from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
+from calibtrain.pipeline.measurement import Measurement, read_measurement, write_measurement
 
 METHODS = get_args(CalibrationConfig.model_fields["method"].annotation)
 

@@ -11,7 +11,7 @@ from calibtrain import cli
 from calibtrain.errors import UserError
 from calibtrain.pipeline import calibrate, certify
 from calibtrain.pipeline.collect import report_data
-from calibtrain.pipeline.evaluate import Measurement, read_measurement, write_measurement
+from calibtrain.pipeline.measurement import Measurement, read_measurement, write_measurement
 from calibtrain.pipeline.report import render_report
 from calibtrain.records import Message, Record
 from tests.unit.pipeline.conftest import mark_of, measured
@@ -98,6 +98,9 @@ def test_what_cannot_be_certified_ends_with_1_and_leaves_the_valid_certificate(a
     [
         (lambda a: replace(a, question_id="q2-0"), None, ":2: this question .* occurs twice"),
         (lambda a: replace(a, question_id=TRAINED), None, ":2: the model was trained on this question"),
+        (lambda a: replace(a, question_id="another", asked=TRAINED), None, ":2: the model was trained on this question"),
+        (lambda a: replace(a, question_id="another", asked="q2-0"), None, ":2: this question .* occurs twice"),
+        (lambda a: replace(a, question_id="another", asked="q0-5"), None, ":2: the calibrator was fitted on this question"),
         (lambda a: replace(a, correct=None), None, ":2: `correct` is null"),
         (lambda a: replace(a, question_id="q0-5"), None, ":2: the calibrator was fitted on this question"),
         (lambda a: replace(a, strata={"continent": "Asia"}), "side", ":2: `strata` has no 'side' to group by; .* continent"),
@@ -115,6 +118,19 @@ def test_answers_that_cannot_certify_are_refused_and_nothing_is_written(spoil, b
     with pytest.raises(UserError, match=words):
         certify.run(out, answers=tmp_path / "n.jsonl", by=by)
     assert content(out) == before
+
+
+def test_a_certificate_by_grades_that_were_mended_does_not_outlive_them(out):
+    path = out / "answers" / "certification.jsonl"
+    found = read_measurement(path)
+    certify.run(out, risk=0.001)  # in vain, and the grades are those of the certificate: it stays
+    assert content(out)["certificate"] is not None
+    mended = [replace(one, correct=i % 2 == 0) for i, one in enumerate(found.answers)]
+    write_measurement(replace(found, answers=mended), path, mark_of(out))
+    assert certify.run(out).failures
+    assert content(out)["certificate"] is None
+    write_measurement(found, path, mark_of(out))
+    assert not certify.run(out).failures
 
 
 @pytest.mark.parametrize("mark", [None, "0123456789abcdef"])

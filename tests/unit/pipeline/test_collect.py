@@ -10,7 +10,7 @@ from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import certify, collect
 from calibtrain.pipeline.calibration_file import made_by_source, weights_hash
-from calibtrain.pipeline.evaluate import write_measurement
+from calibtrain.pipeline.measurement import write_measurement
 from calibtrain.pipeline.report import render_report
 from tests.unit.pipeline import spectra_cases
 from tests.unit.pipeline.conftest import mark_of, measured

@@ -12,7 +12,7 @@ from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import engine, evaluate, served
 from calibtrain.pipeline.answer import load
-from calibtrain.pipeline.evaluate import read_measurement
+from calibtrain.pipeline.measurement import read_measurement
 from tests.end_to_end.runs import finished_run
 from tests.tiny import tiny_tokenizer
 from tests.unit.engines.fake import FakeModel, serve
@@ -107,6 +107,21 @@ def test_the_starting_model_is_shown_examples_and_a_served_export_is_not(out, fa
     shown = fake.requests[-1]["prompt"]
     command("evaluate", out / "config.yaml", "--engine", fake.url, "--model", out / "model")
     assert len(shown) > len(fake.requests[-1]["prompt"])
+
+
+def test_it_is_monitored_by_its_own_certificate(certified, fake, tmp_path):
+    log = tmp_path / "audited.jsonl"
+    log.write_text('{"abstained": false, "correct": true}\n' * 40)
+    command("monitor", certified, log, "--engine", fake.url)
+    folder = next((certified / "engines").iterdir())
+    assert json.loads((folder / "monitor.json").read_text())["n"] == 40
+    assert not (certified / "monitor.json").exists()
+    log.write_text(log.read_text() + '{"abstained": false, "correct": false}\n' * 100)
+    assert "ALARM at given answer" in command("monitor", certified, log, "--engine", fake.url, code=1)
+    with pytest.raises(UserError, match="--source head: a server returns log-probs alone"):
+        command("monitor", certified, log, "--engine", fake.url, "--source", "head")
+    with pytest.raises(UserError, match="--engine-model: goes with --engine"):
+        command("monitor", certified, log, "--engine-model", "fake model")
 
 
 def test_it_is_calibrated_certified_and_asked_under_its_own_certificate(calibrated, certified, fake):

@@ -2,20 +2,22 @@
 
 import json
 from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from calibtrain.confidence.features import Fingerprint
-from calibtrain.confidence.head import HeadInputs, fit_head
+from calibtrain.confidence.head import FittedHead, HeadInputs, fit_head
 from calibtrain.config import RunConfig
 from calibtrain.config_file import dump_config, load_config
 from calibtrain.errors import UserError
 from calibtrain.models.confidence_head import POSITIONS, READINGS
-from calibtrain.pipeline import certify, collect, monitor
+from calibtrain.pipeline import calibrate, certify, collect, monitor
 from calibtrain.pipeline.calibration_file import file_hash, read_calibration, served_source, weights_hash
-from calibtrain.pipeline.evaluate import read_measurement, write_measurement
 from calibtrain.pipeline.head_calibration import calibrate_head, serving
+from calibtrain.pipeline.measurement import read_measurement, write_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize_source import Asked, subject_of
 from calibtrain.pipeline.report import render_report
@@ -23,6 +25,8 @@ from calibtrain.pipeline.source import load_scorer
 from calibtrain.quantization.schemes import SCHEMES
 from tests.unit.pipeline.conftest import TEMPLATE, mark_of, measured
 
+HARD = 0.02
+"""A risk that the head can keep, and the likelihood cannot."""
 KNOWS = 3.0
 """Log-odds by which what the head tells of a right answer lies above that of a wrong one."""
 
@@ -36,13 +40,19 @@ def told(n, seed):
 
 def a_head(out, informative=True):
     """Solved on made-up states that tell the grades, or that do not."""
+    head = solved(weights_hash(out / "model"), informative)
+    head.save(out)
+    return head
+
+
+@cache
+def solved(weights, informative):
+    """The head of a_head: all tests' runs have the same weights."""
     rng = np.random.default_rng(0)
     states, correct = rng.normal(size=(400, 1, len(POSITIONS), 8)), rng.random(400) < 0.5
     states[:, 0, 0, 0] += 3 * informative * correct
     inputs = HeadInputs(np.full(400, -0.7), np.zeros((400, len(READINGS))), states)
-    head, _ = fit_head(inputs, correct, (1,), Fingerprint(weights_hash(out / "model"), TEMPLATE))
-    head.save(out)
-    return head
+    return fit_head(inputs, correct, (1,), Fingerprint(weights, TEMPLATE))[0]
 
 
 @pytest.fixture
@@ -87,6 +97,11 @@ def test_it_serves_where_its_own_questions_found_it_better(served, tmp_path_fact
     assert serving(config, None) == "likelihood"
     never = config.model_copy(update={"confidence_head": config.confidence_head.model_copy(update={"serves": "never"})})
     assert serving(never, a_head(served)) == "likelihood"
+    dump_config(never, served / "config.yaml")  # after it was calibrated: it holds at once
+    assert served_source(served) == "likelihood"
+    assert certify.run(served, risk=0.2) == read_calibration(served)
+    dump_config(config, served / "config.yaml")
+    assert served_source(served) == "head"
     content = json.loads((served / "calibration.json").read_text())
     del content["serves"]  # as earlier versions wrote it
     (served / "calibration.json").write_text(json.dumps(content))
@@ -104,16 +119,41 @@ def test_its_calibration_is_read_as_any_source_is(served):
         read_calibration(served, source="head")
 
 
-def test_certify_certifies_what_serves(served):
-    before = read_calibration(served)
-    found = certify.run(served, risk=0.2)
+def test_certify_certifies_what_serves_and_the_likelihood_beside_it(served, capsys):
+    found = certify.run(served, risk=0.05)
     assert found == read_calibration(served, source="head")
-    assert found.certification.certificate.target_risk == 0.2
-    assert read_calibration(served) == before
+    certified = [one.certification.certificate for one in (found, read_calibration(served))]
+    assert [one.target_risk for one in certified] == [0.05, 0.05]
+    assert certified[0].coverage > certified[1].coverage
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"beside it, --source likelihood: certified: at {certified[1].threshold:.2f} and above" in told
     plain = replace(read_measurement(served / "answers" / "certification.jsonl"), told=None)
     write_measurement(plain, served / "answers" / "certification.jsonl", mark_of(served))
     with pytest.raises(UserError, match="these answers were given without it"):
         certify.run(served, risk=0.2)
+
+
+def test_where_the_likelihood_s_calibration_stays_the_head_is_tried_all_the_same(served, monkeypatch):
+    """On the answers that stay: at a risk that the likelihood cannot keep, the head may."""
+    head = FittedHead.load(served, Fingerprint(weights_hash(served / "model"), TEMPLATE))
+
+    def again(loaded, records, path, mark, split):
+        found = read_measurement(served / "answers" / f"{split}.jsonl")
+        write_measurement(found, path, mark)
+        return found
+
+    loaded = SimpleNamespace(template=SimpleNamespace(hash=TEMPLATE), head=None)
+    monkeypatch.setattr(calibrate, "Loaded", lambda *_: loaded)
+    monkeypatch.setattr(calibrate, "head_beside", lambda *_: head)
+    monkeypatch.setattr(calibrate, "check_strata", lambda *_: None)
+    monkeypatch.setattr(calibrate, "measured_again", again)
+    before = (served / "calibration.json").read_bytes()
+    found = calibrate.run(served, target_risk=HARD)
+    assert not found.failures
+    by_head = read_calibration(served, source="head")
+    assert by_head.certification.certificate.target_risk == HARD
+    assert (served / "calibration.json").read_bytes() == before
+    assert certify.run(served, risk=HARD) == by_head  # on answers that it knows
 
 
 def test_what_another_head_of_the_same_weights_told_is_nothing_to_this_one(served):
@@ -128,7 +168,9 @@ def test_what_another_head_of_the_same_weights_told_is_nothing_to_this_one(serve
 
 
 def test_unlike_promises_are_not_compared(served):
-    certify.run(served, risk=0.2)  # the head's alone
+    before = (served / "calibration.json").read_bytes()
+    certify.run(served, risk=0.2)
+    (served / "calibration.json").write_bytes(before)
     data = replace(collect.report_data(served), bootstrap_replicates=10)
     assert data.head.asked is None
     assert data.head.rows == ()

@@ -16,7 +16,8 @@ from calibtrain.errors import UserError
 from calibtrain.pipeline import calibrate, certify, outside
 from calibtrain.pipeline.answer import load
 from calibtrain.pipeline.calibration_file import file_hash
-from calibtrain.pipeline.evaluate import Loaded, read_measurement
+from calibtrain.pipeline.evaluate import Loaded
+from calibtrain.pipeline.measurement import read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.promise import ELSEWHERE, TOLD, UNLIKE
 from calibtrain.pipeline.reply import REFUSAL

@@ -14,7 +14,7 @@ from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import answer, certify, collect
 from calibtrain.pipeline.calibration_file import made_by, read_calibration, weights_hash
-from calibtrain.pipeline.evaluate import read_measurement
+from calibtrain.pipeline.measurement import read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize_full import own_answers
 from calibtrain.pipeline.quantize_source import samples_of, subject_of
@@ -332,6 +332,17 @@ def test_the_same_command_again_replaces_its_own_artefact(out, caplog):
     assert second.path == first.path
     assert not (first.path / "left_over").exists()
     assert [path.name for path in (out / "quantized").iterdir()] == ["w4a16-minmax"]
+    for other, words in (({"rotate": True}, "rotate: False"), ({"samples": 20}, "samples: 16")):
+        with pytest.raises(UserError, match=rf"was made otherwise \(.*{words}.*give another --output"):
+            quantize.run(out, asked(output=first.path, **other))
+
+
+def test_what_makes_another_artefact_has_a_folder_of_its_own():
+    plain = replace(asked(), scheme=scheme_of("w8a8"))
+    static = [scheme_of("w8a8", static=True, observer=one) for one in (None, "mse")]
+    names = [plain.name, replace(plain, rotate=True).name, *(replace(plain, scheme=one).name for one in static)]
+    names.append(replace(plain, scheme=scheme_of("w8a8", static=True, kv_cache=True), rotate=True).name)
+    assert names == [f"w8a8-minmax{more}" for more in ("", "-rotated", "-static", "-static-mse", "-static-kv8-rotated")]
 
 
 def test_the_promise_is_the_runs_certificate_and_not_its_configs(out):

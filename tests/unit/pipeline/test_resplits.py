@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from calibtrain.pipeline.evaluate import write_measurement
+from calibtrain.pipeline.measurement import write_measurement
 from tests.unit.pipeline.conftest import mark_of, measured
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))

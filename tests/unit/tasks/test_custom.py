@@ -105,6 +105,12 @@ def test_a_grader_that_fails_costs_no_answer_and_is_told_with_the_row(grader, wo
     assert f"task.grader own_functions:{grader}: {found.count(None)} of 3 answers" in str(error.value)
     assert "\n" not in str(error.value)
     made.settle()  # told once
+    graded(made, "ab", "bad")
+    other = task(grader)
+    other.take(made.handed())  # of a process that lets this one tell
+    made.settle()
+    with pytest.raises(UserError, match="of 2 answers"):
+        other.settle()
 
 
 @pytest.mark.parametrize(

@@ -241,3 +241,26 @@ def test_accepted_answers_are_needed_where_the_config_says_so():
     assert task().gradable(free)
     assert not task(needs_answers=True).gradable(free)
     assert task().judged
+
+
+def test_what_another_process_could_not_read_counts_among_all():
+    """One rank's two unread of four are no error where six others were read."""
+    judge = FakeJudge(lambda prompt: "Hm." if answer_in(prompt) in ("x3", "x4") else "right")
+    with serve_judge(judge) as url:
+        main, other = (task(url, unread_at_most=0.2) for _ in range(2))
+        for _ in range(2):
+            graded(main, [f"y{i}" for i in range(6)])
+            graded(other, [f"x{i}" for i in range(1, 5)])
+            main.take(other.handed())
+            other.settle()  # it has nothing more to tell
+            main.settle()
+        graded(main, ["y1"])
+        graded(other, ["x3"])
+        main.take(other.handed())
+        with pytest.raises(UserError, match=r"1 of 2 replies hold no verdict.* one is 'Hm\.'"):
+            main.settle()
+        judge.before = lambda prompt: (401, b"{}")
+        assert graded(other, ["z"]) == [None]
+        main.take(other.handed())
+        with pytest.raises(UserError, match=r"1 of 1 answers have no grade.*wants a key"):
+            main.settle()

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, local
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
 from calibtrain.data.turns import IGNORED
+from calibtrain.distributed import World
 from calibtrain.losses.calibration_tuning import DivergenceAnchor
 from calibtrain.losses.terms import ANSWER, CHOSEN, mean_loss
+from calibtrain.models.loss_model import LossModel
 from calibtrain.models.policy import Policy
+from calibtrain.pipeline import examples
 from calibtrain.training.reference import with_reference_logprobs
 from tests.tiny import tiny_model
 
@@ -49,6 +57,37 @@ def test_reference_logprobs_of_a_conversation_are_those_of_its_labels():
         values = collate([found, other], 2, scope).reference_logprob
         torch.testing.assert_close(values[place], expected, rtol=1e-5, atol=1e-5)
         assert int((~values.isnan()).sum()) == 2 + len(other.reference_logprobs)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_every_rank_knows_them_of_all_examples(ranks, monkeypatch):
+    """Each measures its share; what passes between the ranks is numbers, not sequences. Three ranks as threads."""
+    model = LossModel(Policy(tiny_model())).eval()
+    groups = [tuple(SEQUENCES[:2]), (CONVERSATION,), tuple(SEQUENCES[2:]), (SEQUENCES[0],)]
+    expected = [tuple(with_reference_logprobs(model.policy, group, 2)) for group in groups]
+    config = RunConfig.model_validate({"objective": {"name": "dpo"}})
+    meeting, sent, who = Barrier(ranks), [None] * ranks, local()
+
+    def gather(values):
+        assert not any(isinstance(one, tuple | Encoded) for one in values)
+        sent[who.rank] = values
+        meeting.wait(20)
+        found = [one for part in sent for one in part]
+        meeting.wait(20)
+        return found
+
+    def on(rank):
+        who.rank = rank
+        world = World(rank, ranks, 0, torch.device("cpu"))
+        return list(examples.with_reference(config, groups, SimpleNamespace(pad_id=2), model, world))
+
+    monkeypatch.setattr(examples, "gather_lists", gather)
+    with ThreadPoolExecutor(ranks) as pool:
+        for found in pool.map(on, range(ranks)):
+            for group, wanted in zip(found, expected, strict=True):
+                assert [one.ids for one in group] == [one.ids for one in wanted]
+                for one, same in zip(group, wanted, strict=True):
+                    assert one.reference_logprobs == pytest.approx(same.reference_logprobs, abs=1e-6)
 
 
 def test_the_anchor_is_zero_at_the_reference_and_pulls_back_to_it():
