@@ -119,7 +119,7 @@ ARMS: dict[str, Arm] = {
     # the start's probability times exp(reward), as if the reward were evidence.
     "ppo_held": on_reward_model("{reward_model}", HELD),
     "ppo_held_scored": on_reward_model("{reward_model}", HELD, "penalties=[{name: answer_score, moves: all}]"),
-    # Stated confidence, held alike: nothing is done about it, a reward model that reads statements, a reward shifted by them.
+    # Stated confidence, held alike: nothing done about it, a reward model that reads statements, a reward that they shift.
     "ppo_stated": on_reward_model("{reward_model}", HELD, *SAID, after="sft_stated", stated=True),
     "ppo_m": on_reward_model("{reward_model_m}", HELD, *SAID, after="sft_stated", stated=True),
     "ppo_c": on_reward_model("{reward_model}", HELD, *SAID, *shifted("threshold"), after="sft_stated", stated=True),
