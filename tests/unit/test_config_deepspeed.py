@@ -104,7 +104,7 @@ def test_shipped_jsons_are_filled(name):
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"gradient_clipping": 0.5}, "training.max_grad_norm makes it 1.0"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "training.offload_optimizer is false"),
-        ({"optimizer": {"type": "Lion"}}, "AdamW"),
+        ({"optimizer": {"type": "Lion"}}, "'Lion', but training.optimizer is adamw, of adamw, adamw_8bit; delete"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "training.learning_rate is 2e-05"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}, "training.schedule"),
         ({"managed_gradient_accumulation": False}, "counting micro-batches"),
