@@ -160,7 +160,9 @@ def _derived(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
     if plan.sequence_parallel_size > 1:
         resolved["sequence_parallel_size"] = plan.sequence_parallel_size  # DeepSpeed counts batches by it, and no more
     if training.offload_optimizer:
-        resolved["zero_force_ds_cpu_optimizer"] = False  # ours is not DeepSpeed's: nothing is compiled at the first step
+        resolved["zero_force_ds_cpu_optimizer"] = (
+            False  # ours is not DeepSpeed's: nothing is compiled at the first step
+        )
     if training.zero_stage and training.optimizer not in KNOWN_TO_ZERO:
         resolved["zero_allow_untested_optimizer"] = True  # tested here: tests/distributed/test_eight_bit.py
     if bf16 and training.zero_stage >= 2:

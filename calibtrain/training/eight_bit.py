@@ -53,7 +53,7 @@ def require_eight_bit(training: TrainingConfig) -> None:
 def in_eight_bits(model: nn.Module) -> set[nn.Parameter]:
     """The trained parameters whose moments take eight bits: matrices of `SMALLEST` elements or more.
 
-    Not embeddings, whose rows have gradients of very different sizes (section 2.3 of the paper), nor a head they are tied to;
+    Not embeddings, whose rows have gradients of very different sizes (section 2.3 of the paper), nor a head tied to them;
     not a confidence head, nor one of a single output.
     """
     left_out = {one for module in model.modules() if isinstance(module, nn.Embedding) for one in module.parameters()}
@@ -92,8 +92,12 @@ def in_short_groups(groups: list[dict[str, Any]], ranks: int) -> list[dict[str, 
     return found
 
 
-def eight_bit_adamw(groups: list[dict[str, Any]], training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over groups, of which each says by `bits` (8 or 32) what its moments take."""
+def eight_bit_adamw(groups: list[dict[str, Any]], training: TrainingConfig, ranks: int) -> torch.optim.Optimizer:
+    """AdamW over groups, of which each says by `bits` (8 or 32) what its moments take; `ranks` share each parameter.
+
+    Raises UserError without bitsandbytes, and for a parameter that is too long.
+    """
+    require_eight_bit(training)
     from bitsandbytes import optim
 
     class AdamW8bit(optim.AdamW8bit):
@@ -102,4 +106,5 @@ def eight_bit_adamw(groups: list[dict[str, Any]], training: TrainingConfig) -> t
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             return {**super().get_config(gindex, pindex, group), "optim_bits": group["bits"]}
 
-    return AdamW8bit(groups, betas=training.adam_betas, eps=training.adam_epsilon, min_8bit_size=0)
+    short = in_short_groups(groups, ranks)
+    return AdamW8bit(short, betas=training.adam_betas, eps=training.adam_epsilon, min_8bit_size=0)

@@ -14,7 +14,7 @@ from calibtrain.models.arithmetic import settled
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.sharding import full_shape
 from calibtrain.training.deepspeed_config import deepspeed_dict
-from calibtrain.training.eight_bit import eight_bit_adamw, in_eight_bits, in_short_groups, is_eight_bit, require_eight_bit
+from calibtrain.training.eight_bit import eight_bit_adamw, in_eight_bits, is_eight_bit
 from calibtrain.training.gradient_passes import leave_out_passes, squared_norm
 
 
@@ -116,7 +116,7 @@ def _clip_or_drop_gradients(module: torch.nn.Module, max_norm: float) -> float:
 
 def _optimizer(groups: list[dict[str, Any]], training: TrainingConfig, world: World) -> torch.optim.Optimizer:
     if is_eight_bit(training):
-        return eight_bit_adamw(in_short_groups(groups, world.size if training.zero_stage else 1), training)
+        return eight_bit_adamw(groups, training, world.size if training.zero_stage else 1)
     return torch.optim.AdamW(groups, betas=training.adam_betas, eps=training.adam_epsilon, fused=True)
 
 
@@ -125,7 +125,6 @@ def start_engine(model: LossModel, config: RunConfig, world: World) -> Engine:
     import deepspeed
 
     config, training = settled(config), config.training
-    require_eight_bit(training)
     optimizer = _optimizer(optimizer_groups(model, config), training, world)
     hidden_size = getattr(model.policy.causal_model.config, "hidden_size", None)
     settings = deepspeed_dict(config, world.size, hidden_size=hidden_size)
