@@ -42,6 +42,9 @@ class TrainingConfig(Section):
     """Passes over the training split; a fraction is allowed."""
     max_steps: Count | None = None
     """Optimiser steps, in the place of `epochs`, fewer or more."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` holds the moments of matrices in eight bits, 2 bytes a parameter in the place of 8 (arXiv 2110.02861, by
+    bitsandbytes); those of embeddings and small tensors stay in 32 bits (docs/scale.md)."""
     learning_rate: Positive = 2e-5
     """Peak of the schedule."""
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)

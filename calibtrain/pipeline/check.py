@@ -42,6 +42,7 @@ from calibtrain.records import Record
 from calibtrain.training.best import OF_ANSWERS, check_metric
 from calibtrain.training.checkpoint import find_checkpoint
 from calibtrain.training.deepspeed_config import BatchPlan, batch_plan, deepspeed_dict
+from calibtrain.training.eight_bit import require_eight_bit
 from calibtrain.training.losses import term_names
 from calibtrain.training.matrices import trained_layers
 from calibtrain.training.output_directory import check_output_dir, check_same_data
@@ -103,6 +104,7 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
     `replace`: whatever output_dir holds makes way for the run.
     """
     deepspeed_dict(config, world_size)
+    require_eight_bit(config.training)
     term_names(config)
     best = config.training.best
     if best is not None and best.metric.startswith(OF_ANSWERS):

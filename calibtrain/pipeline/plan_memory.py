@@ -24,6 +24,7 @@ from calibtrain.models.cost import Work, work_of
 from calibtrain.models.four_bit import SCALE_BYTES, is_four_bit, packed_layers
 from calibtrain.models.streamed_export import FILE_BYTES
 from calibtrain.training.deepspeed_config import BUCKET_ELEMENTS, BatchPlan
+from calibtrain.training.eight_bit import LONGEST, MOMENT_BYTES, in_eight_bits, is_eight_bit
 
 DEVICE, HOST, SAVED = "device", "host memory", "saved"
 LIVE_PARAMETERS = 1_000_000_000
@@ -50,6 +51,7 @@ class ModelSize:
     intermediate_size: int = 0
     work: Work | None = None
     packed: int = 0  # of the parameters, those that are held in four bits while training
+    large: int = 0  # of the trained ones, those whose moments an optimizer of eight bits packs
 
     def bytes_in_training(self, width: int, ranks: int = 1) -> int:
         """Of the parameters on each of `ranks` that share them: `width` bytes each, but for those in four bits.
@@ -57,6 +59,11 @@ class ModelSize:
         DeepSpeed cuts what is packed, not the scales beside it.
         """
         return ((self.parameters - self.packed) * width + self.packed // 2) // ranks + round(self.packed * SCALE_BYTES)
+
+    def bytes_of_moments(self, config: RunConfig) -> int:
+        """Of both moments of all trained parameters."""
+        packed = self.large if is_eight_bit(config.training) else 0
+        return 8 * (self.trainable - packed) + round(MOMENT_BYTES * packed)
 
 
 def model_size(config: RunConfig) -> ModelSize:
@@ -79,6 +86,7 @@ def model_size(config: RunConfig) -> ModelSize:
             parameters=size.parameters + value.parameters,
             trainable=size.trainable + value.trainable,
             packed=size.packed + value.packed,
+            large=size.large + value.large,
         )
     if config.trains_on_rollouts:
         size = replace(size, rewards=sum(reward_parameters(source, key) for key, source in models_of(config)))
@@ -110,6 +118,7 @@ def _size_of(config: ModelConfig) -> ModelSize:
         intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
         work=work_of(model),
         packed=in_four_bits,
+        large=sum(parameter.numel() for parameter in in_eight_bits(model)),
     )
 
 
@@ -134,9 +143,10 @@ def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> Held
         ),
         "gradients": (size.trainable * accumulated // (world if stage >= 2 else 1), DEVICE),
         "optimizer states (fp32 master, two moments)": (
-            size.trainable * (master + 8) // (world if stage >= 1 else 1),
+            (size.trainable * master + size.bytes_of_moments(config)) // (world if stage >= 1 else 1),
             HOST if training.offload_optimizer else DEVICE,
         ),
+        **_unpacked(config, size, world),
         **(
             {"starting model": (size.starting * width // (world if stage == 3 else 1), DEVICE)} if size.starting else {}
         ),
@@ -148,6 +158,13 @@ def memory_estimate(config: RunConfig, size: ModelSize, plan: BatchPlan) -> Held
         ),
         NOT_HELD: (2 * logits, SAVED),
     }
+
+
+def _unpacked(config: RunConfig, size: ModelSize, world: int) -> Held:
+    """On a host bitsandbytes unpacks what it updates, a group of parameters at a time; on a GPU within its kernels."""
+    if not (is_eight_bit(config.training) and config.training.offload_optimizer):
+        return {}
+    return {"moments, unpacked for their update": (12 * min(size.large, LONGEST) // world, HOST)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +206,9 @@ def _shapes(config: ModelConfig) -> set[torch.Size]:
     """Of the parameters of one layer and of what stands around the layers."""
     from transformers import AutoModelForCausalLM
 
+    settings = _settings(config, 1)  # not on the meta device: the embedded model may have to be unpacked for it
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_settings(config, 1), trust_remote_code=config.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     return {parameter.shape for parameter in model.parameters()}
 
 
@@ -218,10 +236,11 @@ def saved_bytes(config: ModelConfig, rows: int, length: int, layers: int, *, mas
 
     plain = config.model_copy(update={"gradient_checkpointing": False, "compile": False})
     attention = "eager" if config.attention == "eager" else "sdpa"
+    settings = _settings(config, layers)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                _settings(config, layers),
+                settings,
                 dtype=torch_dtype(config),
                 attn_implementation=attention,
                 trust_remote_code=config.trust_remote_code,

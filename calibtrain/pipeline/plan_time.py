@@ -20,8 +20,8 @@ LINKS = {"nvlink": 300e9, "pcie": 25e9, "ib": 50e9}
 TO_HOST = LINKS["pcie"]
 HOST_MEMORY = 200e9
 """Bytes a second of a node's memory, shared by its ranks where the optimizer runs there."""
-ADAM_BYTES = 28
-"""Read and written for an element: gradient, master and two moments in fp32, master and moments again."""
+ADAM_BYTES = 12
+"""Read and written for an element: gradient and master in fp32, and master again; so are its moments, whatever they take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +113,9 @@ def _exchanges(config: RunConfig, size: ModelSize, plan: BatchPlan, cluster: Clu
 
 
 def _optimizer(config: RunConfig, size: ModelSize, cluster: Cluster) -> float:
-    training, world = config.training, cluster.world
-    elements = size.trainable / (world if training.zero_stage else 1)
+    training, ranks = config.training, cluster.world if config.training.zero_stage else 1
+    passed = (size.trainable * ADAM_BYTES + 2 * size.bytes_of_moments(config)) / ranks
     if not training.offload_optimizer:
-        return elements * ADAM_BYTES / (cluster.device.memory * BYTES)
-    moved = elements * (4 + width_of(config)) / (TO_HOST * BYTES)
-    return moved + elements * cluster.gpus * ADAM_BYTES / (HOST_MEMORY * BYTES)
+        return passed / (cluster.device.memory * BYTES)
+    moved = size.trainable / ranks * (4 + width_of(config)) / (TO_HOST * BYTES)
+    return moved + passed * cluster.gpus / (HOST_MEMORY * BYTES)

@@ -47,6 +47,15 @@ REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 """Sections of a user's JSON that the trainer cannot honour, when each does harm, and why."""
 
 
+OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
+    "adamw": ("adamw", "adam"),
+    "adamw_8bit": ("adamw8bit", "adamw_8bit", "adamw_bnb_8bit"),
+}
+"""By training.optimizer, the types by which a user's JSON may repeat it, in lower case."""
+KNOWN_TO_ZERO = ("adamw",)
+"""Those that DeepSpeed's ZeRO takes without being told to."""
+
+
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
     """How many records one optimiser step takes, and how they are cut up."""
@@ -151,7 +160,11 @@ def _derived(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
     if plan.sequence_parallel_size > 1:
         resolved["sequence_parallel_size"] = plan.sequence_parallel_size  # DeepSpeed counts batches by it, and no more
     if training.offload_optimizer:
-        resolved["zero_force_ds_cpu_optimizer"] = False  # ours is torch's AdamW, nothing is compiled at the first step
+        resolved["zero_force_ds_cpu_optimizer"] = (
+            False  # ours is not DeepSpeed's: nothing is compiled at the first step
+        )
+    if training.zero_stage and training.optimizer not in KNOWN_TO_ZERO:
+        resolved["zero_allow_untested_optimizer"] = True  # tested here: tests/distributed/test_eight_bit.py
     if bf16 and training.zero_stage >= 2:
         # Micro-batches add up in fp32: in bf16 a sum of many small gradients stops growing.
         resolved["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -226,8 +239,14 @@ def _optimizer_problems(theirs: dict[str, Any], training: TrainingConfig) -> lis
     """The optimizer and the schedule are built from the config; the JSON may repeat them, not change them."""
     problems = []
     optimizer = theirs.get("optimizer", {})
-    if str(optimizer.get("type", "AdamW")).lower() not in ("adamw", "adam", "auto"):
-        problems.append(f"optimizer.type: {optimizer['type']!r}, but training uses AdamW; delete the section")
+    ours = training.optimizer
+    if str(optimizer.get("type", "auto")).lower() not in (*OPTIMIZERS[ours], "auto"):
+        problems.append(
+            f"optimizer.type: {optimizer['type']!r}, but training.optimizer is {ours}, of {', '.join(OPTIMIZERS)}; delete "
+            "the section"
+        )
+    if theirs.get("zero_allow_untested_optimizer") is False and training.zero_stage and ours not in KNOWN_TO_ZERO:
+        problems.append(f"zero_allow_untested_optimizer: false, but training.optimizer is {ours}; leave it out")
     expected: dict[str, Any] = {
         "lr": training.learning_rate, "betas": list(training.adam_betas), "eps": training.adam_epsilon,
         "weight_decay": training.weight_decay,

@@ -14,6 +14,7 @@ from calibtrain.models.arithmetic import settled
 from calibtrain.models.loss_model import LossModel
 from calibtrain.models.sharding import full_shape
 from calibtrain.training.deepspeed_config import deepspeed_dict
+from calibtrain.training.eight_bit import eight_bit_adamw, in_eight_bits, is_eight_bit
 from calibtrain.training.gradient_passes import leave_out_passes, squared_norm
 
 
@@ -21,20 +22,22 @@ def optimizer_groups(model: LossModel, config: RunConfig) -> list[dict[str, Any]
     """Parameter groups for AdamW: matrices, with weight decay, and vectors (norms, biases), without.
 
     A value model of its own and a confidence head may have their own rates: `rate_scale` times the others'. A head's weights
-    do not decay.
+    do not decay. `bits`: what the moments take.
     """
     rate, decay = config.training.learning_rate, config.training.weight_decay
     head = set() if model.confidence_head is None else set(model.confidence_head.parameters())
-    parts: dict[tuple[float, float, bool], list[torch.nn.Parameter]] = {}
+    short = in_eight_bits(model) if is_eight_bit(config.training) else set()
+    parts: dict[tuple[float, float, bool, int], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own = _own_rate(name, parameter in head, config)
             matrix = len(full_shape(parameter)) >= 2
             shrinks = matrix and parameter not in head
-            parts.setdefault((1.0 if own is None else own / rate, decay * shrinks, matrix), []).append(parameter)
+            bits, scale = 8 if parameter in short else 32, 1.0 if own is None else own / rate
+            parts.setdefault((scale, decay * shrinks, matrix, bits), []).append(parameter)
     return [
-        {"params": part, "weight_decay": shrinking, "rate_scale": scale, "lr": rate * scale}
-        for (scale, shrinking, _), part in parts.items()
+        {"params": part, "weight_decay": shrinking, "rate_scale": scale, "lr": rate * scale, "bits": bits}
+        for (scale, shrinking, _, bits), part in parts.items()
     ]
 
 
@@ -111,13 +114,18 @@ def _clip_or_drop_gradients(module: torch.nn.Module, max_norm: float) -> float:
     return norm
 
 
+def _optimizer(groups: list[dict[str, Any]], training: TrainingConfig, world: World) -> torch.optim.Optimizer:
+    if is_eight_bit(training):
+        return eight_bit_adamw(groups, training, world.size if training.zero_stage else 1)
+    return torch.optim.AdamW(groups, betas=training.adam_betas, eps=training.adam_epsilon, fused=True)
+
+
 def start_engine(model: LossModel, config: RunConfig, world: World) -> Engine:
     """Wrap `model` with deepspeed.initialize. Collective."""
     import deepspeed
 
     config, training = settled(config), config.training
-    groups = optimizer_groups(model, config)
-    optimizer = torch.optim.AdamW(groups, betas=training.adam_betas, eps=training.adam_epsilon, fused=True)
+    optimizer = _optimizer(optimizer_groups(model, config), training, world)
     hidden_size = getattr(model.policy.causal_model.config, "hidden_size", None)
     settings = deepspeed_dict(config, world.size, hidden_size=hidden_size)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)

@@ -22,7 +22,7 @@ from calibtrain.data.drops import DropReport
 from calibtrain.data.encode import Encoded, encode_records
 from calibtrain.data.templates import Template
 from calibtrain.data.unpaired import mismatched
-from calibtrain.distributed import World, barrier, leave_world, start_world
+from calibtrain.distributed import World, barrier, gather_lists, leave_world, start_world
 from calibtrain.hooks.base import HookList
 from calibtrain.losses import build_loss
 from calibtrain.models.export import gathered_weights
@@ -42,6 +42,7 @@ from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.checkpoint import Progress
 from calibtrain.training.deepspeed_config import batch_plan
 from calibtrain.training.engine import Engine, start_engine
+from calibtrain.training.engine_state import holders
 from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.samples import Sample
 from calibtrain.training.sampling import Sampling
@@ -267,6 +268,31 @@ FOUR_BIT_CASES = {
     },
 }
 """On a base in four bits; they need bitsandbytes, and are run by test_four_bit."""
+EIGHT_BIT = {"optimizer": "adamw_8bit", "max_steps": 3, "max_grad_norm": 1e9, "weight_decay": 0.1}
+WIDE_LORA = {"lora": {"r": 32, "alpha": 32.0}}
+EIGHT_BIT_CASES = {
+    f"eight_bit_{name}stage{stage}": Case(
+        "eight_bit",
+        model=model,
+        training={**EIGHT_BIT, **more, "zero_stage": stage},
+        zero=SHARDED if stage == 3 else {},
+        objective="sft",
+        checkpoint="wide",
+        head=None if model else {},
+        whole_load="four" in name,
+    )
+    for name, stages, model, more in (
+        ("", range(4), {}, {}),
+        ("clipped_", (2,), {}, {"max_grad_norm": 0.3}),
+        ("offload_", (2, 3), {}, {"offload_optimizer": True}),
+        ("bf16_", (1, 3), BF16, {}),
+        ("lora_", (2,), WIDE_LORA, {}),
+        ("four_bits_", (3,), {"lora": {**WIDE_LORA["lora"], "load_in_4bit": True}}, {}),
+        ("none_", (0,), {}, {"optimizer": "adamw"}),
+    )
+    for stage in stages
+}
+"""Moments in eight bits, of a model with matrices that are large enough; run by test_eight_bit, which needs bitsandbytes."""
 
 
 def records() -> list[Record]:
@@ -443,6 +469,16 @@ def unlike_zero(model: torch.nn.Module) -> None:
                     parameter.normal_(std=0.1)
 
 
+def layout_of(engine: Engine) -> list[dict[str, Any]]:
+    """Of all ranks' holders: the parts in each of their flat tensors, and the bits that its moments take. Collective."""
+    found = []
+    for one in holders(engine):
+        parts = [(part.name.removeprefix("policy."), part.start, part.offset, part.size) for part in one.parts]
+        bits = 8 * one.state.get("state1", one.master).element_size()
+        found.append({"parts": parts, "size": one.flat.numel(), "bits": bits, "keys": sorted(one.state)})
+    return gather_lists(found)
+
+
 def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
     """Gradients, norms and weights of STEPS steps."""
     config = config_of(case, model)
@@ -472,6 +508,7 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
     template = Template("plain", load_tokenizer(config.model))
     trainer = make_trainer(config, engine, template, world)
     trainer.fit(Progress())
+    layout = layout_of(engine)
     weights = gathered_weights(engine.module.policy, keep=world.is_main)
     if engine.module.confidence_head is not None:
         weights |= gathered_weights(engine.module.confidence_head, keep=world.is_main)
@@ -480,7 +517,8 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
     if config.rollouts.dynamic_sampling:
         assert trainer.rollouts.metrics["thrown_away"] > 0
         assert trainer.rollouts.metrics["without_signal"] < 1
-    return {"gradients": engine.gradients, "norms": engine.norms, "weights": weights, "said": said}  # type: ignore[attr-defined]
+    told = {"gradients": engine.gradients, "norms": engine.norms}  # type: ignore[attr-defined]
+    return {**told, "weights": weights, "said": said, "layout": layout}
 
 
 def make_trainer(config: RunConfig, engine: Engine, template: Template, world: World) -> Trainer:
@@ -527,7 +565,7 @@ if __name__ == "__main__":
     folder, names = Path(sys.argv[1]), sys.argv[2].split(",")
     world = start_world()
     for name in names:
-        case = {**CASES, **FOUR_BIT_CASES}[name]
+        case = {**CASES, **FOUR_BIT_CASES, **EIGHT_BIT_CASES}[name]
         os.environ["CALIBTRAIN_OPS"] = case.ops
         result = run_case(case, folder / case.checkpoint, world)
         if world.is_main:

@@ -99,7 +99,11 @@ def test_memory_of_bf16_by_stage(stage, expected):
     from calibtrain.config import RunConfig
 
     config = RunConfig.model_validate(
-        {"training": {"zero_stage": stage, "micro_batch_size": 1}, "data": {"max_length": 10}}
+        {
+            "model": {"dtype": "bf16"},
+            "training": {"zero_stage": stage, "micro_batch_size": 1},
+            "data": {"max_length": 10},
+        }
     )
     size = ModelSize(parameters=100, trainable=100, vocabulary=1000, hidden_size=8)
     estimate = memory_estimate(config, size, BatchPlan(1, 1, 2))

@@ -98,13 +98,33 @@ def test_shipped_jsons_are_filled(name):
 @pytest.mark.parametrize(
     ("theirs", "words"),
     [
+        ({"optimizer": {"type": "AdamW"}}, "'AdamW', but training.optimizer is adamw_8bit, of adamw, adamw_8bit"),
+        ({"zero_allow_untested_optimizer": False}, "but training.optimizer is adamw_8bit; leave it out"),
+        ({"optimizer": {"type": "AdamW8bit"}}, None),
+    ],
+)
+def test_an_optimizer_of_eight_bits_may_be_repeated_alone(tmp_path, theirs, words):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(theirs))
+    own = config(deepspeed=file, optimizer="adamw_8bit")
+    if words is None:
+        assert deepspeed_dict(own, 2)["zero_allow_untested_optimizer"] is True
+        return
+    with pytest.raises(UserError) as caught:
+        deepspeed_dict(own, 2)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
         ({"train_batch_size": 7}, "training.global_batch_size makes it 8"),
         ({"zero_optimization": {"stage": 3}}, "training.zero_stage makes it 2"),
         ({"bf16": {"enabled": False}}, "model.dtype makes it True"),
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"gradient_clipping": 0.5}, "training.max_grad_norm makes it 1.0"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "training.offload_optimizer is false"),
-        ({"optimizer": {"type": "Lion"}}, "AdamW"),
+        ({"optimizer": {"type": "Lion"}}, "'Lion', but training.optimizer is adamw, of adamw, adamw_8bit; delete"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "training.learning_rate is 2e-05"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}, "training.schedule"),
         ({"managed_gradient_accumulation": False}, "counting micro-batches"),

@@ -207,6 +207,29 @@ def test_a_base_in_four_bits_is_counted_with_its_scales(tmp_path, tied):
     assert found["evaluating"]["parameters"] == (2 * size.parameters, DEVICE)  # the exported model is dense
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_moments_in_eight_bits_are_counted(tmp_path, stage):
+    source = write_tiny_model(tmp_path / "m", tied=False, hidden=64)
+    plain, packed = (
+        config(source, training={"zero_stage": stage, "optimizer": optimizer}) for optimizer in ("adamw", "adamw_8bit")
+    )
+    size, plan = model_size(packed), batch_plan(packed.training, 2)
+    large = 400 * 64 + 2 * (2 * 64 * 64 + 3 * 64 * 128)  # the head; not the embeddings, and neither keys nor values
+    assert (size.large, size.trainable) == (large, large + 400 * 64 + 2 * 2 * 32 * 64 + 5 * 64)
+    key = "optimizer states (fp32 master, two moments)"
+    whole, part = (memory_estimate(one, size, plan) for one in (plain, packed))
+    assert whole[key] == (size.trainable * 12 // 2, DEVICE)
+    assert part[key][0] == pytest.approx((size.trainable * 12 - large * (6 - 2 * 4 / 256)) / 2, abs=1)
+    assert {name: held for name, held in whole.items() if name != key} == {
+        name: held for name, held in part.items() if name != key
+    }
+    times = [step_time(one, size, plan, cluster(gpus=2), 64).optimizer for one in (plain, packed)]
+    passed = [size.trainable * 28, size.trainable * 28 - 2 * large * (6 - 2 * 4 / 256)]
+    assert times[1] / times[0] == pytest.approx(passed[1] / passed[0])
+    offloaded = config(source, training={"zero_stage": stage, "optimizer": "adamw_8bit", "offload_optimizer": True})
+    assert memory_estimate(offloaded, size, plan)["moments, unpacked for their update"] == (12 * large // 2, HOST)
+
+
 QWEN_8B = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "head_dim": 128,
            "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
            "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False}  # fmt: skip
