@@ -51,6 +51,14 @@ def shared(tmp_path_factory):
     job = {"penalties": in_loss, "data": {"splits": splits}}
     two = {"sequence_parallel_size": 2}
     configs = (
+        write_job(
+            folder,
+            "one",
+            objective={"name": "kto"},
+            penalties=[],
+            data={"splits": splits},
+            training={**training, **two, "global_batch_size": 1},
+        ),
         write_job(folder, "apart", **job, training=training),
         write_job(folder, "shared", **job, training={**training, **two}),
     )
@@ -95,6 +103,11 @@ def test_a_whole_run_logs_and_writes_what_separate_ranks_do(shared):
     weights = [load_file(folder / name / "model" / "model.safetensors") for name in ("apart", "shared")]
     for name, one in weights[0].items():
         assert torch.allclose(weights[1][name], one, rtol=1e-4, atol=1e-6), name
+
+
+def test_a_group_may_have_fewer_records_than_ranks(shared):
+    """KTO reads the step's mismatched answers beside the loss: in as many passes on each rank, or ZeRO-3 waits for ever."""
+    assert [line["step"] for line in metrics(shared[0] / "one") if line["event"] == "log"] == [1, 2, 3]
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(shared):

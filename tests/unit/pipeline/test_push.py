@@ -253,7 +253,9 @@ def test_what_an_earlier_push_left_is_not_read_in_place_of_this_one(untested, hu
 
 def test_what_a_launched_server_was_given_stays_here(untested):
     engine = {"kind": "vllm", "launch": True, "environment": {"KEY": SECRET}, "arguments": ["--api-key", SECRET]}
-    dump_config(load_config(untested / "config.yaml", [f"rollouts.engine={json.dumps(engine)}"]), untested / "config.yaml")
+    dump_config(
+        load_config(untested / "config.yaml", [f"rollouts.engine={json.dumps(engine)}"]), untested / "config.yaml"
+    )
     assert SECRET in (untested / "config.yaml").read_text()
     assert not any(SECRET.encode() in one for one in contents(collect(untested, "me/mine")).values())
 
