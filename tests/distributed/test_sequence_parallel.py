@@ -47,7 +47,9 @@ def shared(tmp_path_factory):
     write_models(folder)
     training = {"zero_stage": 3, "max_steps": 3, "checkpoint_every": 2, "evaluate_loss_every": 2}
     splits = {"train": 40, "calibration": 8, "validation": 7, "temperature": 8, "certification": 8, "test": 8}
-    in_loss = [{"name": "answer_score", "moves": "all", "refresh_every": 2, "questions_per_refresh": 5}]
+    asked = {"refresh_every": 2, "questions_per_refresh": 5}
+    # A memory of fewer answers than a step has: one that held some twice would hold others.
+    in_loss = [{"name": "answer_score", "moves": "all", **asked}, {"name": "mmce", "bank_size": 4, **asked}]
     job = {"penalties": in_loss, "data": {"splits": splits}}
     two = {"sequence_parallel_size": 2}
     configs = (
