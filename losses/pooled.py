@@ -132,6 +132,10 @@ class MemoryBank:
             )
         self._pending.append(torch.stack([one.detach().double() for one in (confidence, correct, record_ids)], dim=1))
 
+    def forget_step(self) -> None:
+        """Leave out what was noted in the running step: another rank has noted the same."""
+        self._pending = []
+
     def end_step(self) -> None:
         """Take in all ranks' answers of the step that ended. Collective over the default process group."""
         self._ended = True
@@ -193,6 +197,10 @@ class _PooledPenalty(nn.Module):
         bank, comparable = self.bank.compared_with(batch.record_ids)
         shares = self.shares(confidence, correct, bank.to(confidence), comparable)
         return {self.name: sum_term(shares, graded, self.weight)}
+
+    def forget_step(self) -> None:
+        """Leave out this rank's answers of the step, which another rank has as well; `after_step` comes next."""
+        self.bank.forget_step()
 
     def after_step(self) -> None:
         """Take the step's answers into the bank. Collective: every rank, after every optimiser step."""

@@ -193,7 +193,10 @@ class LossModel(nn.Module):
 
     def after_step(self) -> None:
         """Tell the terms that keep something between steps that one has ended. Collective."""
+        repeats = self.shared_by is not None and self.shared_by.rank > 0  # what the first of its group has seen
         for term in self._terms():
+            if repeats and hasattr(term, "forget_step"):
+                term.forget_step()
             if hasattr(term, "after_step"):
                 term.after_step()
 

@@ -60,6 +60,7 @@ class SequenceGroup:
         Only rows, positions and targets of the batch that comes back are this rank's. Targets were paired with the states
         that predict them before, so that none is lost where two ranks meet.
         """
+        last = batch.input_ids.shape[1] - 1
         batch = _widened(batch, self.size)
         rows, width = batch.input_ids.shape
         own = width // self.size
@@ -73,7 +74,7 @@ class SequenceGroup:
         mine = replace(
             batch,
             input_ids=batch.input_ids[:, here],
-            position_ids=self.positions[:, here],
+            position_ids=self.positions[:, here].clamp(max=max(last, 0)),  # a table of positions may end with the row
             segment_ids=(batch.segment_ids[:, here] > 0).int(),
             branch_ids=None,
             target_positions=(row * own + column % own)[self.places],

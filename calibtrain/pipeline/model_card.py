@@ -28,7 +28,7 @@ def model_card(
     lines = [*_front_matter(config, adapter=adapter), "", f"# {plain(repo.rpartition('/')[2])}", ""]
     what = "LoRA adapter for" if adapter else "model fine-tuned from"
     lines.append(
-        f"A {what} `{_start(config)}` with the objective `{config.objective.name}`, by calibtrain, so that its confidence "
+        f"A {what} `{start_of(config)}` with the objective `{config.objective.name}`, by calibtrain, so that its confidence "
         "means what it says."
     )
     if config.model.lora is not None and config.model.lora.load_in_4bit and not adapter:
@@ -44,7 +44,7 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _start(config: RunConfig) -> str:
+def start_of(config: RunConfig) -> str:
     """The base by its name on the hub; of a directory its last part, which tells nobody's paths."""
     source = config.model.source
     return source if HUB_NAME.fullmatch(source) or source.startswith("embedded:") else plain(Path(source).name)
@@ -117,7 +117,7 @@ def _adapter_use(config: RunConfig, repo: str) -> list[str]:
             'four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
         ]
         options = ", quantization_config=four_bits"
-    code.append(f'base = AutoModelForCausalLM.from_pretrained("{_start(config)}"{options})')
+    code.append(f'base = AutoModelForCausalLM.from_pretrained("{start_of(config)}"{options})')
     code.append(f'model = PeftModel.from_pretrained(base, "{repo}")')
     return ["## Load", "", "```python", *code, "```"]
 

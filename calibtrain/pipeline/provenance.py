@@ -12,6 +12,7 @@ from calibtrain.config_file import dump_config
 from calibtrain.data.drops import write_dropped
 from calibtrain.distributed import World
 from calibtrain.models.arithmetic import instruction_set
+from calibtrain.models.start_mark import start_mark
 from calibtrain.training.deepspeed_config import deepspeed_dict
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def write_provenance(config: RunConfig, checked: Checked, trainer: Trainer, worl
         "data_hash": trainer.data_hash,
         "records_hash": checked.records_hash,
         "template_hash": checked.template.hash,
+        "start": start_mark(config.model),
         "records_read": prepared.read,
         "splits": {name: len(records) for name, records in prepared.splits.items()},
         "available": prepared.available,

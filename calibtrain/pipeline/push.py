@@ -6,17 +6,19 @@ The model lies at the repository's top, as `from_pretrained` reads it, and the r
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from calibtrain.config_file import load_config
+from calibtrain.config import RunConfig
+from calibtrain.config_file import load_config, render_config
 from calibtrain.errors import UserError, printable
 from calibtrain.pipeline.calibration_file import read_calibration, served_source, source_folder
 from calibtrain.pipeline.collect import bare, report_data
-from calibtrain.pipeline.model_card import model_card
+from calibtrain.pipeline.model_card import model_card, start_of
 from calibtrain.pipeline.outside import FILE as OUTSIDE
 from calibtrain.pipeline.report import write_report
 from calibtrain.pipeline.report_numbers import Stage, stage_of
@@ -24,8 +26,10 @@ from calibtrain.pipeline.report_numbers import Stage, stage_of
 FOLDER = "calibtrain"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npz", ".npy", ".joblib")
 """Files that run code when they are read, or may: nobody is handed one."""
-KEPT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")
+KEPT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 """Of a model directory: weights, settings, tokenizer, and a model's own code."""
+REPLACED = re.compile(rf"[^/]+\.safetensors(\.index\.json)?|adapter_config\.json|{FOLDER}/.*")
+"""What an earlier push may have left: `from_pretrained` would read its weights, or its adapter, in place of these."""
 
 REFUSALS = {
     401: "the hub knows no token of yours: run `hf auth login` with one that may write, or set HF_TOKEN",
@@ -57,15 +61,21 @@ def collect(output_dir: Path, repo: str, *, adapter: bool = False, answers: bool
     holds none. Raises UserError where the run has not what is asked for, or a file that may hold code.
     """
     config = load_config(output_dir / "config.yaml")
-    if adapter and not (output_dir / "adapter" / "adapter_model.safetensors").is_file():
+    made = [output_dir / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json")]
+    if adapter and not all(path.is_file() for path in made):
         raise UserError(f"--adapter: {output_dir} has no adapter; a run with model.lora exports one")
     files = _model_files(output_dir / ("adapter" if adapter else "model"))
     if adapter:
-        return _with_card(Push(model_card(config, repo, adapter=True), files))
+        push = Push(model_card(config, repo, adapter=True), files)
+        settings = json.loads(files.pop("adapter_config.json").read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = start_of(config)  # a directory of this machine's tells nobody anything
+        push.staged["adapter_config.json"] = json.dumps(settings, indent=2).encode()
+        return _with_card(push)
     if not (output_dir / "calibration.json").is_file():
         return _with_card(Push(model_card(config, repo), files))
     push = Push("", files)
     calibrated = read_calibration(output_dir, source=served_source(output_dir))
+    _add_config(push, config, output_dir)
     _add_calibration(push, output_dir, answers=answers)
     push.card = model_card(config, repo, _add_report(push, output_dir, answers=answers), calibrated)
     return _with_card(push)
@@ -88,9 +98,19 @@ def _model_files(folder: Path) -> dict[str, Path]:
     return found
 
 
+def _add_config(push: Push, config: RunConfig, output_dir: Path) -> None:
+    """config.yaml, without what a launched server was given, where keys may stand."""
+    engine, name = config.rollouts.engine, f"{FOLDER}/config.yaml"
+    if not engine.environment and not engine.arguments:
+        push.files[name] = output_dir / "config.yaml"
+        return
+    bare = engine.model_copy(update={"environment": {}, "arguments": ()})
+    rollouts = config.rollouts.model_copy(update={"engine": bare})
+    push.staged[name] = render_config(config.model_copy(update={"rollouts": rollouts})).encode()
+
+
 def _add_calibration(push: Push, output_dir: Path, *, answers: bool) -> None:
-    """config.yaml, and calibration.json with the files that it rests on, from which `calibtrain answer` answers."""
-    push.files[f"{FOLDER}/config.yaml"] = output_dir / "config.yaml"
+    """calibration.json with the files that it rests on, from which `calibtrain answer` answers."""
     source = source_folder(output_dir, served_source(output_dir))
     places = {path / "calibration.json" for path in (output_dir, source)}
     for path in sorted(places):
@@ -129,9 +149,10 @@ def _add_report(push: Push, output_dir: Path, *, answers: bool) -> Sequence[Stag
 def run(push: Push, repo: str, *, private: bool = False, revision: str | None = None) -> str:
     """Make the repository, where there is none, and put everything into one commit. Returns its address.
 
+    What an earlier push left there, and this one does not replace, goes with the same commit.
     The token is huggingface_hub's own (`hf auth login`, HF_TOKEN). Raises UserError for whatever the hub has against it.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -149,7 +170,9 @@ def run(push: Push, repo: str, *, private: bool = False, revision: str | None = 
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         added = [CommitOperationAdd(name, source) for name, source in sorted(sources.items())]
-        done = api.create_commit(repo, added, commit_message="Push a run of calibtrain", revision=revision)
+        left = [one for one in api.list_repo_files(repo, revision=revision) if REPLACED.fullmatch(one)]
+        gone = [CommitOperationDelete(name, is_folder=False) for name in sorted(set(left) - sources.keys())]
+        done = api.create_commit(repo, [*added, *gone], commit_message="Push a run of calibtrain", revision=revision)
     except HFValidationError as error:
         raise UserError(f"REPO: {_first_line(error)}") from None
     except LocalTokenNotFoundError:

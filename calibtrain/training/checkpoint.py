@@ -23,6 +23,7 @@ from calibtrain.config import RunConfig
 from calibtrain.distributed import World, all_agree, gather_lists, on_main
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
+from calibtrain.models.start_mark import rests_on_start, start_mark
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.best import Best
@@ -186,6 +187,11 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> P
             f"training.resume: {path} was trained on other data: data.source, or the wrong answers sampled for it, "
             "have changed since"
         )
+    if rests_on_start(config) and run.get("start", "") not in ("", start_mark(config.model)):
+        raise UserError(
+            f"training.resume: {path} was trained beside other weights than model.source: {config.model.source} holds now; "
+            "put those back, or begin anew"
+        )
     return path
 
 
@@ -327,5 +333,6 @@ def _run_state(progress: Progress, config: RunConfig, data_hash: str, engine: En
         "world_size": world.size,
         "zero_stage": engine.stage,
         "data_hash": data_hash,
+        "start": start_mark(config.model) if world.is_main and rests_on_start(config) else "",
         "config": config.resolved(),
     }

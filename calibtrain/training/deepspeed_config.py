@@ -39,6 +39,11 @@ REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "data_efficiency": (lambda v: _enabled(v), "the data order is calibtrain's own, so that resuming is exact"),
     "managed_gradient_accumulation": (lambda v: v is False, "the trainer relies on DeepSpeed counting micro-batches"),
     "gradient_allreduce_op": (lambda v: v not in ("mean", "auto"), "the loss is scaled for the mean over ranks"),
+    "data_parallel_size": (
+        lambda v: v != "auto",
+        "it follows from the number of processes; beside sequence_parallel_size DeepSpeed would average over fewer "
+        "ranks than the loss is scaled for",
+    ),
     "tensor_parallel": (
         lambda v: isinstance(v, dict) and v.get("autotp_size", 0) not in (0, 1),
         "tensor parallelism is not supported: shard the parameters with ZeRO-3",

@@ -99,7 +99,8 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
             samples, told = self._sampled(step)
             self._draw_ahead(step)
             if self._measures:
-                samples = gather_lists(self._measured(shard(samples, self.answerer.world)))
+                mine, world = shard(samples, self.answerer.world), self.answerer.world
+                samples = gather_lists(self._measured(mine, longest=-(-len(samples) // world.size)))
         finally:
             model.train(was_training)
             model.policy.scale = scale
@@ -242,11 +243,14 @@ class Rollouts(Sequence[tuple[Encoded, ...]]):
                 "what is graded as right" if self.config.rollouts.needs_grades else "what rollouts.sources give",
             )
 
-    def _measured(self, samples: list[Sample]) -> list[Sample]:
-        """The samples with the log-probs and values that credit and later steps need, in as many passes on each rank."""
+    def _measured(self, samples: list[Sample], longest: int) -> list[Sample]:
+        """The samples with the log-probs and values that credit and later steps need.
+
+        `longest`: of any rank, which all make as many passes as; some of them may be of nothing.
+        """
         size = self.plan.micro_batch_size * self.config.rollouts.group_size
         found: list[Sample] = []
-        for start in range(0, len(samples), size):
+        for start in range(0, longest, size):
             part = samples[start : start + size]
             batch = collate([self._encoded(one) for one in part], self.answerer.template.pad_id)
             batch = batch.to(self.answerer.world.device)

@@ -150,15 +150,17 @@ class Shards:
         file = self._open.enter_context(safe_open(path, framework="pt"))
         index = json.loads(file.metadata()[INDEX])
         self.facts = index["facts"]
-        names = set(file.keys())
+        keys: dict[str, list[str]] = {}
+        for one in file.keys():  # noqa: SIM118
+            name, _, key = one.rpartition("/")
+            keys.setdefault(name, []).append(key)
         for name, told in index["pieces"].items():
             self.shapes[name] = tuple(told["shape"])
             ours = self.scalars.setdefault(name, {})
             ours |= told["scalars"]
-            for one in [one for one in names if one.rpartition("/")[0] == name]:
-                key = one.rpartition("/")[2]
+            for key in keys[name]:
                 self.keys.setdefault(name, set()).add(key)
-                (size,) = file.get_slice(one).get_shape()
+                (size,) = file.get_slice(f"{name}/{key}").get_shape()
                 self._held.setdefault((name, key), []).append(_Held(file, told["start"], told["start"] + size))
         for key, told in index["wholes"].items():
             self._wholes[key] = file, told

@@ -85,11 +85,18 @@ class Trace:
             self.close()
 
     def close(self) -> None:
-        """Write what has been traced, and tell where: a run that ends or is preempted in between keeps it."""
+        """Write what has been traced, and tell where: a run that ends or is preempted in between keeps it.
+
+        Where there is no room for it, that is told, and the run goes on.
+        """
         if self._profiler is None:
             return
         profiler, self._profiler = self._profiler, None
         profiler.stop()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self.path))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(self.path))
+        except (OSError, RuntimeError) as error:  # it must not stand in the place of what ends the run
+            logger.warning("the profile cannot be written to %s: %s", self.path, error)
+            return
         logger.info("profile: %s", self.path)

@@ -41,7 +41,9 @@ class UnpairedExamples(Sequence[tuple[Encoded, ...]]):
     def before_step(self, step: int) -> None:
         """Measure the reference point of `step` (from 0). Collective: every rank makes as many passes."""
         indices = step_indices(step, self.plan.global_batch_size, len(self), self.seed)
-        mine = shard([self.examples[index][1] for index in indices], self.answerer.world)
+        # A group that shares its rows has one share: by ranks they might not go round.
+        world = self.answerer.world.groups_of(self.plan.sequence_parallel_size)
+        mine = shard([self.examples[index][1] for index in indices], world)
         model = self.answerer.module
         was_training = model.training
         model.eval()

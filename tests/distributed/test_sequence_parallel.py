@@ -47,10 +47,20 @@ def shared(tmp_path_factory):
     write_models(folder)
     training = {"zero_stage": 3, "max_steps": 3, "checkpoint_every": 2, "evaluate_loss_every": 2}
     splits = {"train": 40, "calibration": 8, "validation": 7, "temperature": 8, "certification": 8, "test": 8}
-    in_loss = [{"name": "answer_score", "moves": "all", "refresh_every": 2, "questions_per_refresh": 5}]
+    asked = {"refresh_every": 2, "questions_per_refresh": 5}
+    # A memory of fewer answers than a step has: one that held some twice would hold others.
+    in_loss = [{"name": "answer_score", "moves": "all", **asked}, {"name": "mmce", "bank_size": 4, **asked}]
     job = {"penalties": in_loss, "data": {"splits": splits}}
     two = {"sequence_parallel_size": 2}
     configs = (
+        write_job(
+            folder,
+            "one",
+            objective={"name": "kto"},
+            penalties=[],
+            data={"splits": splits},
+            training={**training, **two, "global_batch_size": 1},
+        ),
         write_job(folder, "apart", **job, training=training),
         write_job(folder, "shared", **job, training={**training, **two}),
     )
@@ -95,6 +105,11 @@ def test_a_whole_run_logs_and_writes_what_separate_ranks_do(shared):
     weights = [load_file(folder / name / "model" / "model.safetensors") for name in ("apart", "shared")]
     for name, one in weights[0].items():
         assert torch.allclose(weights[1][name], one, rtol=1e-4, atol=1e-6), name
+
+
+def test_a_group_may_have_fewer_records_than_ranks(shared):
+    """KTO reads the step's mismatched answers beside the loss: in as many passes on each rank, or ZeRO-3 waits for ever."""
+    assert [line["step"] for line in metrics(shared[0] / "one") if line["event"] == "log"] == [1, 2, 3]
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(shared):

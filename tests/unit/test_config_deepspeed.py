@@ -49,6 +49,13 @@ def test_ranks_that_share_rows_count_as_one():
     batch_plan(TrainingConfig(**{**training, "global_batch_size": 10}), 4)
 
 
+def test_a_mesh_of_the_users_own_is_refused(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"data_parallel_size": 4, "sequence_parallel_size": 2}))
+    with pytest.raises(UserError, match="data_parallel_size: it follows from the number of processes"):
+        deepspeed_dict(config(sequence_parallel_size=2, micro_batch_size=1, deepspeed=path), 8)
+
+
 def test_suggestions_take_no_time_whatever_the_numbers():
     with pytest.raises(UserError, match=r"or 1 process"):
         batch_plan(TrainingConfig(micro_batch_size=1, global_batch_size=2**31 - 1), 7)

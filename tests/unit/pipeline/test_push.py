@@ -77,6 +77,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.append((self.path, self.headers.get("Authorization")))
+        if "/tree/" in self.path:
+            self._reply(200, [{"type": "file", "path": one, "size": 1, "oid": "0"} for one in self.server.there])
+            return
         self._reply(200, {"id": "me/mine", "private": self.server.private})
 
     def do_PUT(self):
@@ -94,7 +97,7 @@ def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_port}"
     server.refuses, server.asked, server.made, server.commits, server.stored, server.cards = 0, [], [], [], {}, []
-    server.private = True
+    server.private, server.there = True, []
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
@@ -209,12 +212,13 @@ def test_the_adapter_goes_alone(untested):
         collect(untested, "me/mine", adapter=True)
     (untested / "adapter").mkdir()
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
-        (untested / "adapter" / name).write_text("PEFT's")
+        (untested / "adapter" / name).write_text(json.dumps({"base_model_name_or_path": "/home/me/start"}))
     lora = {"lora": {"load_in_4bit": True}}
     config = load_config(untested / "config.yaml", [f"model={json.dumps({'source': 'Qwen/Qwen3-8B', **lora})}"])
     dump_config(config, untested / "config.yaml")
     found = collect(untested, "me/mine", adapter=True)
     assert set(contents(found)) == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    assert json.loads(found.staged["adapter_config.json"])["base_model_name_or_path"] == "Qwen/Qwen3-8B"
     assert "library_name: peft" in found.card
     assert 'from_pretrained("Qwen/Qwen3-8B", quantization_config=four_bits)' in found.card
     assert "not this adapter" in found.card
@@ -236,6 +240,24 @@ def test_everything_goes_up_in_one_commit(untested, hub):
     assert all(base64.b64decode(one["content"]) == known[name] for name, one in sent.items())
     assert {name: hub.stored[oid] for name, oid in large.items()} == {"model.safetensors": known["model.safetensors"]}
     assert {token for _, token in hub.asked} == {f"Bearer {TOKEN}"}
+
+
+def test_what_an_earlier_push_left_is_not_read_in_place_of_this_one(untested, hub):
+    """transformers reads one file of weights before several, and an adapter before either."""
+    stale = ["adapter_config.json", "model-00001-of-00002.safetensors", "calibtrain/answers/test.jsonl"]
+    hub.there = [*stale, "model.safetensors", "LICENSE", "figures/one.png"]
+    run(collect(untested, "me/mine"), "me/mine")
+    ((_, lines),) = hub.commits
+    assert sorted(one["value"]["path"] for one in lines if one["key"] == "deletedFile") == sorted(stale)
+
+
+def test_what_a_launched_server_was_given_stays_here(untested):
+    engine = {"kind": "vllm", "launch": True, "environment": {"KEY": SECRET}, "arguments": ["--api-key", SECRET]}
+    dump_config(
+        load_config(untested / "config.yaml", [f"rollouts.engine={json.dumps(engine)}"]), untested / "config.yaml"
+    )
+    assert SECRET in (untested / "config.yaml").read_text()
+    assert not any(SECRET.encode() in one for one in contents(collect(untested, "me/mine")).values())
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from calibtrain.config import RunConfig
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled
+from calibtrain.models.start_mark import start_mark
 from calibtrain.training.checkpoint import LAYOUT, _drop_others, complete_checkpoints, find_checkpoint
 from calibtrain.training.checkpoint_files import note_files
 from calibtrain.training.trajectory import rearranged
+from tests.tiny import write_tiny_model
 
 TWO = World(0, 2, 0, torch.device("cpu"))
 
@@ -72,6 +74,23 @@ def test_what_does_not_shape_the_trajectory_may_change(tmp_path):
     path = write(tmp_path, 2)
     changed = config(tmp_path, log_every=1, checkpoint_every=7, keep_checkpoints=5)
     assert find_checkpoint(changed, TWO, "abc") == path
+
+
+def test_weights_that_a_checkpoint_does_not_hold_must_still_be_there(tmp_path):
+    """Adapters go on beside the frozen weights that they were trained on, which come from the source again."""
+    first, other = (write_tiny_model(tmp_path / f"m{seed}", seed=seed) for seed in (0, 1))
+    lora = {"output_dir": tmp_path, "model": {"source": str(first), "lora": {}}, "training": {"resume": "auto"}}
+    adapted, whole = (
+        RunConfig.model_validate({**lora, "model": {**lora["model"], **one}}) for one in ({}, {"lora": None})
+    )
+    path = write(tmp_path, 2, config=settled(adapted).resolved(), start=start_mark(adapted.model))
+    assert find_checkpoint(adapted, TWO, "abc") == path
+    moved = start_mark(adapted.model.model_copy(update={"source": str(other)}))
+    write(tmp_path, 4, config=settled(adapted).resolved(), start=moved)
+    with pytest.raises(UserError, match=r"beside other weights than model\.source"):
+        find_checkpoint(adapted, TWO, "abc")
+    path = write(tmp_path, 6, config=settled(whole).resolved(), start=moved)
+    assert find_checkpoint(whole, TWO, "abc") == path  # which a checkpoint holds all of
 
 
 def test_another_layout_of_the_same_run_is_taken_and_named(tmp_path):

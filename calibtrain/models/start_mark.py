@@ -1,0 +1,38 @@
+"""A mark of the weights that a run starts from, by which a resumed run knows that they are still those."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from calibtrain.config import ModelConfig, RunConfig
+from calibtrain.models.loading import source_file
+
+BLOCKS, BLOCK_BYTES = 256, 4096
+"""Of each file: so many places, evenly spaced, of which so much is read. Of 5 GB no 20 MB lie between two of them."""
+
+
+def rests_on_start(config: RunConfig) -> bool:
+    """Whether a run reads its starting weights all along: they are frozen beside adapters, or a loss compares with them."""
+    adapted = config.model.lora is not None or config.model.adapter is not None
+    return adapted or config.needs_reference_logprobs or config.objective.needs.reference == "live"
+
+
+def start_mark(config: ModelConfig) -> str:
+    """SHA-256 over the sizes and samples of a model's weight files. Read once a process."""
+    settings = source_file(config, "config.json")
+    return "" if settings is None else _mark(settings.parent)
+
+
+@lru_cache(maxsize=4)
+def _mark(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for block in range(BLOCKS + 1):
+                stream.seek(max(0, size - BLOCK_BYTES) * block // BLOCKS)
+                digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()
