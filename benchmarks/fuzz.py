@@ -12,6 +12,7 @@ nothing. Each case is a function of --seed and its number; what fails is kept in
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -143,13 +144,16 @@ class Bench:
         rollouts = {key: value for key, value in tree.get("rollouts", {}).items() if key != "engine"}
         if "reward_model" in rollouts:
             rollouts["reward_model"] = self.reward_model
+        model = dict(tree.get("model", {}))
+        if (model.get("lora") or {}).get("load_in_4bit"):  # which package that needs is told by the first look
+            model["lora"] = {**model["lora"], "load_in_4bit": importlib.util.find_spec("bitsandbytes") is not None}
         return {
             **{key: value for key, value in tree.items() if key != "task"},
             "training": training,
             "rollouts": rollouts,
             "evaluation": {**tree.get("evaluation", {}), "max_new_tokens": 24},
             "output_dir": self.base["output_dir"],
-            "model": {**tree.get("model", {}), **self.base["model"]},
+            "model": {**model, **self.base["model"]},
             "data": data,
         }
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from calibtrain.training.engine import schedule_factor
-from tests.distributed.gradient_cases import EIGHT_BIT_CASES, build, config_of, trained
+from tests.distributed.gradient_cases import EIGHT_BIT_CASES
+from tests.distributed.gradient_runs import build, config_of, trained
 from tests.distributed.jobs import train, write_job
 from tests.distributed.jobs import trained as trained_jobs
 from tests.distributed.ranks import run, torchrun
@@ -27,7 +28,7 @@ STAGES = (2, 3)
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eight_bit")
     write_tiny_model(folder / "wide", **WIDE)
-    script = str(__file__).replace("test_eight_bit", "gradient_cases")
+    script = str(__file__).replace("test_eight_bit", "gradient_runs")
     ended = run(torchrun(2, script, str(folder), ",".join(EIGHT_BIT_CASES)), folder)
     assert ended.code == 0, ended.output[-6000:]
     return folder, {name: torch.load(folder / f"{name}-2.pt", weights_only=True) for name in EIGHT_BIT_CASES}

@@ -11,7 +11,8 @@ from calibtrain.data.loader import step_indices
 from calibtrain.data.templates import Template
 from calibtrain.pipeline.spectra import at_step
 from calibtrain.training.engine import schedule_factor
-from tests.distributed.gradient_cases import FOUR_BIT, FOUR_BIT_CASES, build, config_of, examples_of
+from tests.distributed.gradient_cases import FOUR_BIT, FOUR_BIT_CASES
+from tests.distributed.gradient_runs import build, config_of, examples_of
 from tests.distributed.jobs import trained, write_job
 from tests.distributed.ranks import run, torchrun
 from tests.distributed.test_gradients import answer_score, error
@@ -29,7 +30,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four_bit")
     write_tiny_model(folder / "model")
     write_tiny_model(folder / "untied", tied=False)
-    script = str(__file__).replace("test_four_bit", "gradient_cases")
+    script = str(__file__).replace("test_four_bit", "gradient_runs")
     for ranks, names in ((1, ON_ONE_RANK), (2, tuple(FOUR_BIT_CASES))):
         ended = run(torchrun(ranks, script, str(folder), ",".join(names)), folder)
         assert ended.code == 0, ended.output[-6000:]

@@ -13,9 +13,9 @@ from calibtrain.data.encode import Encoded, encode_answer
 from calibtrain.data.loader import step_indices
 from calibtrain.data.templates import Template
 from calibtrain.losses import ANSWER, CHOSEN
-from tests.distributed.gradient_cases import (
+from tests.distributed.gradient_cases import CASES
+from tests.distributed.gradient_runs import (
     ANSWERS,
-    CASES,
     FixedAnswers,
     build,
     config_of,
@@ -83,7 +83,7 @@ def results(tmp_path_factory):
     write_tiny_model(folder / "untied", tied=False)
     write_tiny_model(folder / "biased", tied=False, attention_bias=True)
     for ranks, names in ((1, (*ON_ONE_RANK, *BF16)), (2, ON_TWO_RANKS)):
-        script = str(__file__).replace("test_gradients", "gradient_cases")
+        script = str(__file__).replace("test_gradients", "gradient_runs")
         ended = run(forked(ranks, script, str(folder), ",".join(names)), folder)
         assert ended.code == 0, ended.output[-6000:]
     runs = (*RUNS, *((name, 1) for name in BF16))
@@ -131,7 +131,7 @@ def test_ranks_that_share_rows_take_the_same_steps(results, ranks):
 
 def check_steps(results, ranks, names):
     folder, known = results
-    script = str(__file__).replace("test_gradients", "gradient_cases")
+    script = str(__file__).replace("test_gradients", "gradient_runs")
     ended = run(forked(ranks, script, str(folder), ",".join(names)), folder)
     assert ended.code == 0, ended.output[-6000:]
     for name in names:

