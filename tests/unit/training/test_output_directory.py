@@ -69,7 +69,16 @@ def test_a_finished_run_is_told_and_never_written_over(tmp_path, steps):
     assert "training.learning_rate was 2e-05, is 0.5" in message
     assert "more" in told(
         check_output_dir,
-        config(tmp_path, "auto", learning_rate=0.5, epochs=9, zero_stage=1, weight_decay=0.5, max_grad_norm=0.5, adam_epsilon=1e-3),
+        config(
+            tmp_path,
+            "auto",
+            learning_rate=0.5,
+            epochs=9,
+            zero_stage=1,
+            weight_decay=0.5,
+            max_grad_norm=0.5,
+            adam_epsilon=1e-3,
+        ),
     )
     (tmp_path / "config.yaml").unlink()
     assert "cannot be read" in told(check_output_dir, config(tmp_path, "auto"))
