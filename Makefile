@@ -27,7 +27,7 @@ test: $(STAMP)
 peers: $(VENV)/.peers
 
 $(VENV)/.peers: $(STAMP)
-	$(BIN)/python -m pip install -c constraints.txt torchmetrics relplot trl liger-kernel netcal mapie lightning triton openai playwright
+	$(BIN)/python -m pip install -c constraints.txt bitsandbytes torchmetrics relplot trl liger-kernel netcal mapie lightning triton openai playwright
 	# Of these two a few files of arithmetic are wanted; the rest of them wants torchvision, spaCy and older packages.
 	$(BIN)/python -m pip install -c constraints.txt --no-deps torch-uncertainty lm-polygraph
 	touch $@

@@ -140,7 +140,8 @@ class Bench:
     def here(self, tree: dict[str, Any]) -> dict[str, Any]:
         """A config that asks for tiny models, a small file and no server in the place of its own."""
         data = {**tree.get("data", {}), **self.data("questions"), "questions": None}
-        training = {key: value for key, value in tree.get("training", {}).items() if key != "deepspeed"}
+        alone = ("deepspeed", "sequence_parallel_size")  # one process has no neighbour to share a row with
+        training = {key: value for key, value in tree.get("training", {}).items() if key not in alone}
         rollouts = {key: value for key, value in tree.get("rollouts", {}).items() if key != "engine"}
         if "reward_model" in rollouts:
             rollouts["reward_model"] = self.reward_model

@@ -108,16 +108,36 @@ def _promise(certificate: Certificate, calibrated: Calibrated) -> str:
 
 
 def _adapter_use(config: RunConfig, repo: str) -> list[str]:
-    four_bits = config.model.lora is not None and config.model.lora.load_in_4bit
-    code = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
-    options = ""
-    if four_bits:
-        code[1] = "from transformers import AutoModelForCausalLM, BitsAndBytesConfig"
-        code += [
-            'four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
+    start, bf16 = start_of(config), config.model.dtype == "bf16"
+    if start.startswith("embedded:"):  # not on the hub: calibtrain brings it
+        code = [
+            "from peft import PeftModel",
+            "",
+            "from calibtrain.config import ModelConfig",
+            "from calibtrain.models.loading import load_model",
+            "",
+            f'base = load_model(ModelConfig(source="{start}", dtype="{config.model.dtype}"))',
         ]
-        options = ", quantization_config=four_bits"
-    code.append(f'base = AutoModelForCausalLM.from_pretrained("{start_of(config)}"{options})')
+    elif config.model.lora is not None and config.model.lora.load_in_4bit:
+        dtype = f"torch.{'bfloat16' if bf16 else 'float32'}"
+        code = [
+            "import torch",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, BitsAndBytesConfig",
+            "",
+            "four_bits = BitsAndBytesConfig(",
+            '    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,',
+            f"    bnb_4bit_compute_dtype={dtype},",
+            ")",
+            f'base = AutoModelForCausalLM.from_pretrained("{start}", quantization_config=four_bits, dtype={dtype})',
+        ]
+    else:
+        code = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'base = AutoModelForCausalLM.from_pretrained("{start}")',
+        ]
     code.append(f'model = PeftModel.from_pretrained(base, "{repo}")')
     return ["## Load", "", "```python", *code, "```"]
 

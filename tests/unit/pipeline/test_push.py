@@ -220,7 +220,8 @@ def test_the_adapter_goes_alone(untested):
     assert set(contents(found)) == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
     assert json.loads(found.staged["adapter_config.json"])["base_model_name_or_path"] == "Qwen/Qwen3-8B"
     assert "library_name: peft" in found.card
-    assert 'from_pretrained("Qwen/Qwen3-8B", quantization_config=four_bits)' in found.card
+    assert 'from_pretrained("Qwen/Qwen3-8B", quantization_config=four_bits, dtype=torch.' in found.card
+    assert f"bnb_4bit_compute_dtype=torch.{'bfloat16' if config.model.dtype == 'bf16' else 'float32'}" in found.card
     assert "not this adapter" in found.card
 
 
