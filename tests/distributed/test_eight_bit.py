@@ -1,6 +1,7 @@
 """Moments in eight bits: the steps are those of bitsandbytes' own optimiser, however ZeRO has cut what it is handed."""
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from safetensors.torch import load_file
 from calibtrain.training.engine import schedule_factor
 from tests.distributed.gradient_cases import EIGHT_BIT_CASES
 from tests.distributed.gradient_runs import build, config_of, trained
-from tests.distributed.jobs import train, write_job
 from tests.distributed.jobs import trained as trained_jobs
+from tests.distributed.jobs import write_job
 from tests.distributed.ranks import run, torchrun
 from tests.distributed.test_gradients import error
 from tests.tiny import write_tiny_model
@@ -150,8 +151,9 @@ def test_a_run_goes_on_bit_for_bit(runs, stage):
 
 def test_another_layout_is_told_in_one_line(runs):
     written = runs / "stage2" / "checkpoints" / "step-0000004"
-    ended = run(train(1, runs / "stage2.yaml", f"training.resume={written}", f"output_dir={runs / 'alone'}"), runs)
-    assert ended.code == 2
+    alone = [f"training.resume={written}", f"output_dir={runs / 'alone'}"]
+    ended = run([sys.executable, "-m", "calibtrain.cli", "train", str(runs / "stage2.yaml"), *alone], runs)
+    assert ended.code == 2, ended.output[-3000:]
     assert "holds moments of AdamW8bit that cannot be cut anew for other ranks" in ended.output
     assert "go on with as many processes as wrote it, and at training.zero_stage: 2" in ended.output
     assert "Traceback" not in ended.output

@@ -72,7 +72,25 @@ BF16 = tuple(name for name in CASES if name.startswith("bf16"))
 SHARED_AT_ONCE = ("shared_checkpointed_stage3", "shared_packed_stage1", "sft_shared_stage1")
 """Ranks share rows: these in every run of the tests, the others in slow ones."""
 SHARED_SLOW = tuple(name for name in CASES if "shared_" in name and name not in SHARED_AT_ONCE)
-ON_TWO_RANKS = tuple(name for name in CASES if name not in BF16 + SHARED_SLOW)
+MORE_SLOW = (
+    *(name for name in ON_ONE_RANK if name.endswith("stage0") and name != "stage0"),
+    "stage3_persistent",
+    "stage3_read_whole",
+    "wide_micro_batches",
+    "lora_stage1",
+    "lora_reference_ops",
+    "untied_stage1",
+    "untied_stage2",
+    "untied_reference_ops",
+    "untied_lora_reference_ops",
+    "untied_lora_stage1",
+    "untied_lora_stage2",
+    "rollouts_wide_stage1",
+    "ppo_wide_stage1",
+    "ppo_own_packed_stage2",
+)
+"""On two ranks in slow tests: each family is there at ZeRO-3 in every run, and each stage in some."""
+ON_TWO_RANKS = tuple(name for name in CASES if name not in BF16 + SHARED_SLOW + MORE_SLOW)
 RUNS = [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in ON_TWO_RANKS)]
 
 
@@ -118,6 +136,11 @@ def test_same_gradients_and_trajectory(results, name, ranks):
 def test_four_ranks_that_read_a_quarter_each_take_the_same_steps(results):
     names = ("stage3", "stage3_read_whole", "lora_stage3", "untied_stage3", "ppo_own_stage3", "sampled_stage3")
     check_steps(results, 4, names)
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_same_steps_in_every_other_way(results):
+    check_steps(results, 2, MORE_SLOW)
 
 
 @pytest.mark.slow

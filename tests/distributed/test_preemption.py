@@ -16,7 +16,7 @@ from tests.distributed.test_failures import ranks_of
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 CLI = (sys.executable, "-m", "calibtrain.cli")
-STEPS = 40
+STEPS = 20
 TRAINING = {"max_steps": STEPS, "checkpoint_every": None, "learning_rate": 1e-4}
 
 
