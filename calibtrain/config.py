@@ -102,6 +102,14 @@ class SharedRotationConfig(Section):
 Adapter = Annotated[OFTConfig | SharedRotationConfig, Field(discriminator="kind")]
 
 
+def told_by_length(attention: str) -> bool:
+    """Whether this implementation is told of a row's sequences by their lengths, where others take a mask.
+
+    Where flash-attn is not installed, transformers takes FlashAttention from the hub (`kernels`), under another name.
+    """
+    return "flash_attention" in attention or "flash-attn" in attention
+
+
 class ModelConfig(Section):
     """Which model to start from and how to hold it."""
 
@@ -116,7 +124,7 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers; flash_attention_2 keeps packing and shared prompts off."""
+    """Attention implementation of transformers; flash_attention_2 packs, and shares no prompts."""
     compile: bool = False
     """Compile the layers with torch.compile for training: the first step takes a minute longer, the others are faster."""
     lora: LoRAConfig | None = None
@@ -321,7 +329,15 @@ class RunConfig(Section):
     @property
     def shares_prompts(self) -> bool:
         """Whether a prompt is passed once for all its answers, where the model's attention allows it."""
-        return self.data.shared_prefix and self.objective.needs.shares_prompts
+        allowed = self.data.shared_prefix and not told_by_length(self.model.attention)
+        return allowed and self.objective.needs.shares_prompts
+
+    @property
+    def packing_tokens(self) -> int | None:
+        """Tokens of a packed row, where the model's attention allows it; None: one sequence a row."""
+        if self.data.packing_tokens == "auto":
+            return self.data.max_length if told_by_length(self.model.attention) else None
+        return self.data.packing_tokens
 
     @property
     def needs_reference_logprobs(self) -> bool:

@@ -110,9 +110,7 @@ def show_data(config: RunConfig, world_size: int, console: Console) -> None:
     console.print(f"{about}{steps:,} optimiser steps of {checked.plan.global_batch_size} records")
     if checked.examples:
         tokens = count_tokens(config, checked)
-        rows = (
-            f"packed into rows of {config.data.packing_tokens}" if config.data.packing_tokens else "one a row, padded"
-        )
+        rows = f"packed into rows of {config.packing_tokens}" if config.packing_tokens else "one a row, padded"
         console.print(
             f"{tokens.held / tokens.steps:,.0f} tokens a step, {rows}: {1 - tokens.held / tokens.passed:.1%} padding "
             f"(over {tokens.steps} steps); about {tokens.passed * steps // tokens.steps:,} tokens pass in all"

@@ -40,6 +40,8 @@ class Batch:
     # (R, T) int32: 0 is seen by its whole segment, b >= 1 is the b-th completion after a shared prompt; None: each row
     # holds one sequence
     branch_ids: Tensor | None = None
+    # (K + 1,) int32: where sequences begin in the flattened rows, each row's padding as one, and R * T; None: not counted
+    starts: Tensor | None = None
     # Of sampled completions (ANSWER) in reinforcement learning, float32, without gradient:
     advantages: Tensor | None = None  # (N,) credit of each token
     old_logprob: Tensor | None = None  # (N,) under the policy that sampled; None: under this very one
@@ -76,6 +78,14 @@ class Batch:
                 "each other; set branch_ids (zeros where no prompt is shared), or make the batch with collate or "
                 "batch_from_labels"
             )
+
+
+def sequence_starts(segment_ids: Tensor) -> Tensor:
+    """`Batch.starts` of rows (R, T). (K + 1,) int32."""
+    first = torch.ones_like(segment_ids, dtype=torch.bool)
+    first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    places = first.flatten().nonzero()[:, 0]
+    return torch.cat([places, places.new_tensor([segment_ids.numel()])]).int()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calibtrain.data.encode import Encoded
 from calibtrain.errors import UserError
-from calibtrain.losses.terms import CHOSEN, Batch
+from calibtrain.losses.terms import CHOSEN, Batch, sequence_starts
 
 
 def collate(
@@ -70,6 +70,7 @@ def collate(
         correct=torch.tensor([one.correct for one in encoded], dtype=torch.float32),
         record_ids=torch.tensor([one.record_id for one in encoded], dtype=torch.int64),
         branch_ids=branch_ids if blocked else None,
+        starts=sequence_starts(segment_ids) if blocked else None,
         weights=_weights(encoded),
         reference_logprob=_reference_logprob(encoded, nll_scope),
         is_answer=_is_answer(encoded, nll_scope),

@@ -3,6 +3,9 @@
 Rows that hold one sequence, padded on the right, need no mask of ours: causal attention never looks at what follows.
 Packed and shared-prefix rows do, and it stands in place of the model's own; a model with a rule of its own that such a
 mask would put out of force (a sliding window, chunks, recurrent layers, ALiBi) is recognised by `block_mask_obstacle`.
+
+FlashAttention takes no mask: it is told how long each sequence is, so that it packs them, padding too, and within each
+keeps the model's own window. Completions that share a prompt are not to be told so.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from calibtrain.config import told_by_length
 from calibtrain.errors import UserError
-from calibtrain.losses.terms import Batch
+from calibtrain.losses.terms import Batch, sequence_starts
 from calibtrain.models import cpu_attention
 
 if TYPE_CHECKING:
@@ -44,6 +48,29 @@ def visibility(batch: Batch) -> Callable[[Any, Any, Any, Any], Any]:
     return visible
 
 
+def attention_inputs(batch: Batch, model: Any) -> dict[str, Any]:
+    """What a model's forward is given beside the tokens, so that the sequences of a row do not see each other.
+
+    Nothing where each row holds one: the model counts positions itself, and padding on the right is behind every target.
+    Raises UserError for rows that the model's attention cannot be told of.
+    """
+    if not takes_lengths(model):
+        mask = attention_mask(batch, model)
+        return {} if mask is None else {"attention_mask": mask, "position_ids": batch.position_ids}
+    if not batch.packed:
+        return {}
+    _check_obstacle(batch, model)
+    starts = sequence_starts(batch.segment_ids) if batch.starts is None else batch.starts
+    width = batch.input_ids.shape[1]  # no sequence is longer; how long the longest is, the device would have to tell
+    lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": width, "max_length_k": width}
+    return {"position_ids": batch.position_ids, **lengths}
+
+
+def takes_lengths(model: Any) -> bool:
+    """Whether the model's attention is told of a row's sequences by their lengths."""
+    return told_by_length(model.config.get_text_config()._attn_implementation)
+
+
 def attention_mask(batch: Batch, model: Any) -> Tensor | BlockMask | None:
     """What blocks the sequences of a row from each other; None where each row holds a single sequence.
 
@@ -52,11 +79,8 @@ def attention_mask(batch: Batch, model: Any) -> Tensor | BlockMask | None:
     """
     if not batch.packed:
         return None
+    _check_obstacle(batch, model)
     rows, width = batch.input_ids.shape
-    # The longest sequence is read from the device only where the row itself outgrows a window.
-    obstacle = block_mask_obstacle(model, width) and block_mask_obstacle(model, int(batch.position_ids.max()) + 1)
-    if obstacle:
-        raise UserError(f"{obstacle}: set data.packing_tokens to null and data.shared_prefix to false")
     visible, device = visibility(batch), batch.input_ids.device
     if model.config._attn_implementation == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
@@ -70,21 +94,34 @@ def attention_mask(batch: Batch, model: Any) -> Tensor | BlockMask | None:
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
+def _check_obstacle(batch: Batch, model: Any) -> None:
+    width = batch.input_ids.shape[1]
+    # The longest sequence is read from the device only where the row itself outgrows a window.
+    obstacle = block_mask_obstacle(model, width) and block_mask_obstacle(model, int(batch.position_ids.max()) + 1)
+    if obstacle:
+        raise UserError(f"{obstacle}: set data.packing_tokens to null and data.shared_prefix to false")
+
+
 def block_mask_obstacle(model: Any, longest: int) -> str | None:
-    """Why a mask of ours may not replace the model's own for sequences of up to `longest` tokens; None if it may."""
+    """Why sequences of up to `longest` tokens may not lie in one row, told to the model by us; None if they may."""
     config = model.config.get_text_config()
+    if takes_lengths(model):
+        return rule_of_its_own(config, longest, within=("sliding_window",))
     if config._attn_implementation not in IMPLEMENTATIONS:
         return f"the attention of {config.model_type} ({config._attn_implementation}) takes no block masks"
     return rule_of_its_own(config, longest)
 
 
-def rule_of_its_own(config: Any, longest: int) -> str | None:
-    """What beside causality says which positions see which in sequences of up to `longest` tokens; None if nothing does."""
+def rule_of_its_own(config: Any, longest: int, within: tuple[str, ...] = ()) -> str | None:
+    """What beside causality says which positions see which in sequences of up to `longest` tokens; None if nothing does.
+
+    Windows of `within` are kept by the attention itself.
+    """
     name = f"the attention of {config.model_type}"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"{name} has layers of the kind {', '.join(sorted(kinds))}, which block masks do not reach"
-    for key in WINDOWS:
+    for key in (one for one in WINDOWS if one not in within):
         window = getattr(config, key, None)
         if isinstance(window, int) and 0 < window < longest:
             return f"{name} has a window ({key}) of {window} tokens, less than the {longest} of the longest sequence"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import Batch
-from calibtrain.models.attention_mask import attention_mask
+from calibtrain.models.attention_mask import attention_inputs
 from calibtrain.models.sharding import full_shape
 from calibtrain.ops import TokenStats, answer_logprobs_at, fused_linear_token_stats, token_set_logprobs
 from calibtrain.ops.head import Head, head_of
@@ -59,9 +59,7 @@ def states_at_targets(
     `given` beside the tokens, in place of what the batch's own rows ask for.
     """
     if given is None:
-        mask = attention_mask(batch, model)
-        # Without a mask of ours the model counts positions itself; padding on the right is behind every target.
-        given = {} if mask is None else {"attention_mask": mask, "position_ids": batch.position_ids}
+        given = attention_inputs(batch, model)
     more = {"output_hidden_states": True} if layers else {}
     output = backbone(input_ids=batch.input_ids, use_cache=False, **given, **more)
     hidden = output.last_hidden_state.flatten(0, 1)[batch.target_positions]

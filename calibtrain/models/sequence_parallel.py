@@ -26,7 +26,7 @@ from calibtrain.distributed import gather_lists
 from calibtrain.errors import UserError
 from calibtrain.losses.isolation import quietly
 from calibtrain.losses.terms import CHOSEN, Batch
-from calibtrain.models.attention_mask import attention_mask, rule_of_its_own
+from calibtrain.models.attention_mask import attention_inputs, rule_of_its_own
 from calibtrain.models.policy import Policy
 from calibtrain.models.sharding import full_shape
 from calibtrain.ops import TokenStats
@@ -50,6 +50,7 @@ class SequenceGroup:
     active: bool = False
     exchanged: bool = False  # whether its attention has
     mask: Any = None  # of whole rows; None is causal
+    lengths: dict[str, Any] = field(default_factory=dict)  # of the rows' sequences, where the attention takes no mask
     positions: Tensor = field(default_factory=lambda: torch.zeros(0))  # (R, T) int64
     places: Tensor = field(default_factory=lambda: torch.zeros(0))  # (n,) int64: this rank's among the N targets
     targets: int = 0  # N
@@ -66,9 +67,10 @@ class SequenceGroup:
         own = width // self.size
         here = slice(self.rank * own, (self.rank + 1) * own)
         self.active, self.exchanged, self.targets = True, False, batch.targets.shape[0]
-        self.mask = attention_mask(batch, model)
+        self.lengths = attention_inputs(batch, model)
+        self.mask = self.lengths.pop("attention_mask", None)
         counted = torch.arange(width, device=batch.input_ids.device).expand(rows, width)
-        self.positions = counted if self.mask is None else batch.position_ids
+        self.positions = self.lengths.pop("position_ids", counted)
         row, column = batch.target_positions // width, batch.target_positions % width
         self.places = (column // own == self.rank).nonzero()[:, 0]
         mine = replace(
@@ -77,6 +79,7 @@ class SequenceGroup:
             position_ids=self.positions[:, here].clamp(max=max(last, 0)),  # a table of positions may end with the row
             segment_ids=(batch.segment_ids[:, here] > 0).int(),
             branch_ids=None,
+            starts=None,
             target_positions=(row * own + column % own)[self.places],
             targets=batch.targets[self.places],
         )
@@ -108,6 +111,7 @@ class SequenceGroup:
         query, key, value = self._with_few_heads((query, key, value))
         if "position_ids" in options:
             options["position_ids"] = self.positions
+        options |= self.lengths
         grouped = getattr(module, "num_key_value_groups", None)
         if grouped is not None:
             module.num_key_value_groups = query.shape[1] // key.shape[1]
@@ -296,5 +300,9 @@ def _widened(batch: Batch, multiple: int) -> Batch:
         for one in fields(batch)
         if one.name in rows and (value := getattr(batch, one.name)) is not None
     }
-    row, column = batch.target_positions // width, batch.target_positions % width
-    return replace(batch, **wider, target_positions=row * (width + more) + column)
+    wider |= {
+        name: value + value // width * more
+        for name, value in (("starts", batch.starts), ("target_positions", batch.target_positions))
+        if value is not None
+    }
+    return replace(batch, **wider)

@@ -222,19 +222,17 @@ def expected_steps(config: RunConfig, checked: Checked) -> int:
 
 def count_tokens(config: RunConfig, checked: Checked) -> Tokens:
     """Lay out the first steps of the run as the trainer does: the same records, micro-batches and rows on all ranks."""
-    data, examples, plan = config.data, checked.examples, checked.plan
+    examples, plan = checked.examples, checked.plan
     steps = min(STEPS_LAID_OUT, expected_steps(config, checked)) if examples else 0
-    shared = config.shares_prompts
+    shared, packing = config.shares_prompts, config.packing_tokens
     held = passed = 0
     for step in range(steps):
         indices = step_indices(step, plan.global_batch_size, len(examples), config.seed)
-        lengths = [row_tokens(examples[index], data.packing_tokens, shared) for index in indices]
-        ranks = rank_micro_batches(
-            indices, lengths, plan.groups, plan.micro_batch_size, packed=data.packing_tokens is not None
-        )
+        lengths = [row_tokens(examples[index], packing, shared) for index in indices]
+        ranks = rank_micro_batches(indices, lengths, plan.groups, plan.micro_batch_size, packed=packing is not None)
         for micro_batch in (one for rank in ranks for one in rank):
             sequences = [sequence for index in micro_batch for sequence in examples[index]]
-            batch = collate(sequences, 0, config.nll_scope, data.packing_tokens, shared_prefix=shared)
+            batch = collate(sequences, 0, config.nll_scope, packing, shared_prefix=shared)
             held += int((batch.segment_ids > 0).sum())
             passed += batch.segment_ids.numel()
     return Tokens(steps, held, passed)

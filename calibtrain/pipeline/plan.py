@@ -120,7 +120,7 @@ def make_plan(config: RunConfig, cluster: Cluster, host_gib: float | None = None
     """Plan a run. Raises UserError where the model's config.json is not at hand or the architecture cannot be counted."""
     if config.model.dtype == "auto":  # of the GPUs, whatever this machine has
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
-    size, length = model_size(config), config.data.packing_tokens or config.data.max_length
+    size, length = model_size(config), config.packing_tokens or config.data.max_length
     saved = activations(config, length)
 
     def choice(one: RunConfig) -> Choice:

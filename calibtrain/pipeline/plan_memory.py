@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from calibtrain.config import ModelConfig, RunConfig
+from calibtrain.config import ModelConfig, RunConfig, told_by_length
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled, torch_dtype
 from calibtrain.models.cost import Work, work_of
@@ -187,8 +187,8 @@ def activations(config: RunConfig, length: int) -> Activations:
 
     Raises UserError where the architecture cannot be run without weights.
     """
-    model, masked = settled(config).model, config.data.packing_tokens is not None or config.shares_prompts
-
+    model, several = settled(config).model, config.packing_tokens is not None or config.shares_prompts
+    masked = several and not told_by_length(model.attention)
     sizes = {size for shape in _shapes(config.model) for size in shape}
     # Of a single row some tensors are views of others; and a weight must not look like the tokens of all rows.
     rows = next(n for n in itertools.count(2) if not {n * length, (n + 1) * length} & sizes)
@@ -321,7 +321,7 @@ class counted:
 def phases(config: RunConfig, size: ModelSize, plan: BatchPlan, saved: Activations) -> dict[str, Held]:
     """What each rank holds while it loads, trains, answers and exports; evaluating, on as many ranks (--num-processes).
 
-    Rows are as long as they may be (data.packing_tokens, else data.max_length), so that nothing is larger in training.
+    Rows are as long as they may be (packing_tokens, else data.max_length), so that nothing is larger in training.
     """
     training, width, world = config.training, width_of(config), plan.world_size
     whole = size.parameters * width
@@ -359,9 +359,9 @@ def _of_a_step(config: RunConfig, size: ModelSize, plan: BatchPlan, saved: Activ
 def rows_of(config: RunConfig, plan: BatchPlan) -> int:
     """Rows of a micro-batch, as many as there can be: one a sequence; packed, as few as hold them at full length."""
     sequences = plan.micro_batch_size * config.sequences_per_record
-    if config.data.packing_tokens is None:
+    if config.packing_tokens is None:
         return sequences
-    return -(-sequences // (config.data.packing_tokens // config.data.max_length))
+    return -(-sequences // (config.packing_tokens // config.data.max_length))
 
 
 def _buffers(config: RunConfig, size: ModelSize, world: int) -> Held:

@@ -13,7 +13,7 @@ from calibtrain.data.collate import collate
 from calibtrain.data.encode import Encoded
 from calibtrain.losses.isolation import changed_tokens, has_experts, keeps_apart, quietly
 from calibtrain.losses.terms import CHOSEN, REJECTED
-from calibtrain.models.attention_mask import block_mask_obstacle
+from calibtrain.models.attention_mask import block_mask_obstacle, takes_lengths
 from calibtrain.models.policy import Policy
 from calibtrain.models.sharding import full_shape
 
@@ -26,7 +26,7 @@ def row_layout(config: RunConfig, policy: Policy) -> dict[str, Any]:
     A model whose attention takes no block masks gets one sequence a row, and a message says so. Of weights in parts, call it
     within the engine's forward (`Call`).
     """
-    wanted = {"packing_tokens": config.data.packing_tokens, "shared_prefix": config.shares_prompts}
+    wanted = {"packing_tokens": config.packing_tokens, "shared_prefix": config.shares_prompts}
     if not any(wanted.values()):
         return wanted
     obstacle = block_mask_obstacle(policy.causal_model, config.data.max_length) or block_mask_failure(policy)
@@ -46,10 +46,12 @@ def block_mask_failure(policy: Policy) -> str | None:
     ids = [(7 * i + i * i) % vocabulary for i in range(1, 40)]
     others = changed_tokens(torch.tensor(ids), vocabulary).tolist()
     encoded, changed = _two_pairs(ids, ids), _two_pairs(ids, others)
-    device = next(policy.parameters()).device
+    device, shares = next(policy.parameters()).device, not takes_lengths(model)
+    # Two rows where lengths are told: transformers itself finds the sequences of a single one.
+    width = 64 if shares else 24
     alone, packed, packed_changed = (
-        collate(sequences, 0, packing_tokens=tokens, shared_prefix=bool(tokens)).to(device)
-        for sequences, tokens in ((encoded, None), (encoded, 64), (changed, 64))
+        collate(sequences, 0, packing_tokens=tokens, shared_prefix=shares and tokens is not None).to(device)
+        for sequences, tokens in ((encoded, None), (encoded, width), (changed, width))
     )
     watched, experts = alone.sequence_ids == len(encoded) - 1, has_experts(model.config.get_text_config())
     try:

@@ -308,7 +308,7 @@ def make_trainer(config: RunConfig, engine: Engine, template: Template, world: W
         output_dir=Path(),
         data_hash="",
         stream=stream,
-        packing_tokens=config.data.packing_tokens,
+        packing_tokens=config.packing_tokens,
         shared_prefix=config.shares_prompts,
         rollouts=changing,
     )

@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from calibtrain.config import told_by_length
 from calibtrain.config_file import load_config
 from calibtrain.config_losses import AnswerScoreConfig, ORPOConfig, SFTConfig
 from calibtrain.data.collate import collate
@@ -29,6 +31,7 @@ from calibtrain.models.policy import Policy
 from calibtrain.models.sequence_parallel import SequenceGroup, begin_sequence_group, check_in_parts, share_attention
 from calibtrain.ops import TokenStats
 from calibtrain.pipeline.train import run
+from tests.flash import use_stand_in
 
 VOCABULARY = 400
 
@@ -93,7 +96,9 @@ def passed(model: LossModel, batch: Batch, scale: float) -> tuple[dict[str, torc
 def compared(source: Path, name: str, batch: Batch, shared: SequenceGroup, **options: Any) -> dict[str, Any]:
     """Largest relative differences between a micro-batch passed whole and in parts; other passes stay what they were."""
     attention, dtype = options.get("attention", "sdpa"), options.get("dtype", torch.float32)
-    causal = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, dtype=dtype)
+    loaded = "sdpa" if told_by_length(attention) else attention  # a stand-in is no package, which loading asks for
+    causal = AutoModelForCausalLM.from_pretrained(source, attn_implementation=loaded, dtype=dtype)
+    causal.config._attn_implementation = attention
     if options.get("checkpointing"):
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective, *penalties = losses(name)
@@ -120,13 +125,15 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def main(folder: Path, world: World) -> None:
-    """Every batch on a Llama; one on a Qwen, one with checkpointing, one in bf16 on what a CPU has for it."""
+    """Every batch on a Llama; one on a Qwen, one checkpointed, one by lengths, one in bf16 on what a CPU has for it."""
     shared = begin_sequence_group(world.size)
     assert shared is not None
     made = batches()
     found = {name: compared(folder / "llama", name, batch, shared) for name, batch in made.items()}
     found["qwen"] = compared(folder / "qwen", "pairs", made["pairs"], shared)
     found["checkpointed"] = compared(folder / "llama", "pairs", made["pairs"], shared, checkpointing=True)
+    use_stand_in(pytest.MonkeyPatch())
+    found["lengths"] = compared(folder / "llama", "packed", made["packed"], shared, attention="flash_attention_2")
     half = {"attention": cpu_attention.register(), "dtype": torch.bfloat16}
     found["bf16"] = compared(folder / "llama", "pairs", made["pairs"], shared, **half)
     if world.is_main:

@@ -15,7 +15,7 @@ from tests.distributed.ranks import run, torchrun
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
-CASES = ("long", "pairs", "packed", "early", "nothing", "qwen", "checkpointed")
+CASES = ("long", "pairs", "packed", "early", "nothing", "qwen", "checkpointed", "lengths")
 
 
 def write_models(folder):

@@ -9,13 +9,15 @@ import torch
 import transformers
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
+from calibtrain.config import RunConfig
 from calibtrain.data.collate import collate
 from calibtrain.errors import UserError
 from calibtrain.losses.orpo import ORPOLoss
 from calibtrain.losses.terms import mean_loss
-from calibtrain.models.attention_mask import attention_mask, block_mask_obstacle, visibility
+from calibtrain.models.attention_mask import attention_inputs, attention_mask, block_mask_obstacle, visibility
 from calibtrain.models.policy import Policy
-from calibtrain.training.row_layout import block_mask_failure
+from calibtrain.training.row_layout import block_mask_failure, row_layout
+from tests.flash import use_stand_in
 from tests.tiny import tiny_model
 from tests.unit.models.test_shared_prefix import sequences
 
@@ -98,6 +100,69 @@ def test_packed_and_shared_rows_equal_sequences_alone(name: str, attention: str)
         torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-6, msg=layout)
         assert (found_gradient - gradient).norm() <= 1e-5 * gradient.norm(), layout
     assert block_mask_failure(Policy(model)) is None
+
+
+BY_LENGTH = {
+    **ARCHITECTURES,
+    "mistral": ("Mistral", {"sliding_window": 4}),  # shorter than the sequences: kept within each
+    "gemma2": ("Gemma2", {"sliding_window": 4, "query_pre_attn_scalar": 8}),
+}
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_rows_packed_by_lengths_equal_sequences_alone(name: str, monkeypatch) -> None:
+    """FlashAttention is told where sequences begin, in any number of rows; windows are those of each sequence."""
+    use_stand_in(monkeypatch)
+    model = model_of(*BY_LENGTH[name], "eager")
+    loss, gradient = loss_and_gradient(model)
+    model.config._attn_implementation = "flash_attention_2"  # loading would ask for the package
+    assert block_mask_obstacle(model, LONGEST) is None
+    for layout in ({}, LAYOUTS["packed"], {"packing_tokens": 80}):
+        found, found_gradient = loss_and_gradient(model, **layout)
+        torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-6)
+        assert (found_gradient - gradient).norm() <= 1e-5 * gradient.norm(), layout
+    assert block_mask_failure(Policy(model)) is None
+
+
+def test_where_sequences_begin_is_counted_once_and_the_same_from_the_rows(monkeypatch) -> None:
+    use_stand_in(monkeypatch)
+    model = model_of(*ARCHITECTURES["llama"])
+    model.config._attn_implementation = "flash_attention_2"
+    batch = collate(sequences(), 0, "full", packing_tokens=24)
+    given = attention_inputs(batch, model)
+    assert given["cu_seq_lens_q"] is batch.starts
+    assert torch.equal(attention_inputs(replace(batch, starts=None), model)["cu_seq_lens_q"], batch.starts)
+    held, width = batch.segment_ids > 0, batch.input_ids.shape[1]
+    begins = (batch.position_ids == 0) & held
+    assert set(begins.flatten().nonzero()[:, 0].tolist()) <= set(batch.starts.tolist())
+    assert not held.all()
+    assert batch.starts[-1] == held.numel()
+    assert given["max_length_q"] == width
+    assert attention_inputs(collate(sequences(), 0), model) == {}
+
+
+def test_lengths_that_do_not_arrive_are_found_by_trying(monkeypatch) -> None:
+    use_stand_in(monkeypatch)
+    model = model_of(*ARCHITECTURES["llama"])
+    model.config._attn_implementation = "flash_attention_2"
+    forward = type(model.model).forward
+
+    def forgetful(self, *given, cu_seq_lens_q=None, cu_seq_lens_k=None, **rest):
+        return forward(self, *given, **rest)
+
+    monkeypatch.setattr(type(model.model), "forward", forgetful)
+    assert "does not keep packed sequences apart" in block_mask_failure(Policy(model))
+
+
+@pytest.mark.parametrize(("asked", "packed"), [("auto", 16), (24, 24), (None, None)])
+def test_a_run_by_lengths_packs_and_shares_no_prompts(asked, packed, monkeypatch) -> None:
+    use_stand_in(monkeypatch)
+    model = model_of(*ARCHITECTURES["llama"])
+    model.config._attn_implementation = "flash_attention_2"
+    data = {"packing_tokens": asked, "max_length": 16}
+    config = RunConfig.model_validate({"model": {"attention": "flash_attention_2"}, "data": data})
+    assert RunConfig.model_validate({"data": data}).packing_tokens == (asked if asked == packed else None)
+    assert row_layout(config, Policy(model)) == {"packing_tokens": packed, "shared_prefix": False}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
