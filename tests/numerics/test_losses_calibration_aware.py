@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
@@ -30,7 +30,6 @@ def held_out(count=300, seed=0, over=0.25):
 points = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, 1.0]), st.booleans()), min_size=1, max_size=12)
 
 
-@settings(deadline=None)
 @given(points)
 def test_fit_equals_scikit_learn(sample):
     confidence, correct = (torch.tensor([float(one[i]) for one in sample], dtype=torch.float64) for i in (0, 1))

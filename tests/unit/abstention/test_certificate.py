@@ -39,7 +39,7 @@ def test_each_step_is_the_least_number_that_affords_its_errors(n, risk, delta):
     assert sequence_sizes(58, 0.05, 0.05) == ()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.tuples(st.sampled_from([0, 0.2, 0.5, 0.5001, 0.9, 1.0]), st.booleans()), min_size=1, max_size=150))
 def test_a_certificate_is_what_it_says(pairs):
     q, y = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])

@@ -13,7 +13,7 @@ PAIRS = st.lists(st.tuples(st.sampled_from([0, 0.2, 0.5, 0.9, 1.0]), st.booleans
 
 
 @pytest.mark.parametrize("delta", [None, 0.1])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PAIRS)
 def test_the_threshold_is_the_lowest_that_is_allowed(delta, pairs):
     q, y = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
@@ -70,7 +70,7 @@ def test_each_group_gets_its_own_threshold_at_its_share_of_delta():
     assert found.answers([at, at, 1.0, 1.0], ["easy", "hard", "tiny", "new"]).tolist() == [True, False, False, False]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 120), min_size=1, max_size=8))
 def test_the_shares_never_add_up_to_more_than_delta(sizes):
     groups = np.repeat([f"g{i}" for i in range(len(sizes))], sizes)

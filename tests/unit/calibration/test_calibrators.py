@@ -107,7 +107,7 @@ def test_a_miscalibrated_confidence_is_mended_on_new_answers(method):
         assert fitted.parameters["intercept"] == pytest.approx(-0.7 / 2.2, abs=0.12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40))
 def test_isotonic_and_histogram_never_claim_certainty(pairs):
     q, y = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])

@@ -23,7 +23,7 @@ def assert_same(a, b):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(samples, samples, samples)
 def test_merge_is_associative_and_commutative(a, b, c):
     a, b, c = build(a), build(b), build(c)
@@ -32,7 +32,7 @@ def test_merge_is_associative_and_commutative(a, b, c):
     assert_same(a.merge(CalibrationState()), a)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(samples, st.lists(st.integers(0, 40), max_size=4), st.randoms(use_true_random=False))
 def test_any_sharding_in_any_order_gives_the_state_of_the_whole(pairs, cuts, random):
     shuffled = random.sample(pairs, len(pairs))

@@ -160,7 +160,7 @@ def test_global_normalisation_does_not_see_micro_batches(name):
 edge = st.sampled_from([0.0, -1e-12, -1e-8, -1e-3, -0.7, -30.0, -1000.0])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(edge, min_size=1, max_size=5), st.integers(0, 5), st.integers(0, 12), st.sampled_from(sorted(LOSSES)))
 def test_finite_at_the_edges(edges, seed, count, name):
     stats, batch, leaf = made(many_rows(seed, count), torch.float32, edges=tuple(edges))

@@ -267,7 +267,7 @@ examples_strategy = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(examples_strategy, st.sampled_from(sorted(LOSSES)))
 def test_finite_at_the_edges(examples, name):
     stats, batch, leaf = made(examples, torch.float32)

@@ -34,7 +34,7 @@ def leaves(value, path=()):
         yield path, value
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(JSON, STYLE)
 def test_every_value_stands_where_the_scanner_says(value, style):
     text = json.dumps(value, **style)
@@ -47,7 +47,7 @@ def test_every_value_stands_where_the_scanner_says(value, style):
     assert all(one.stop <= other.start for one, other in pairwise(found))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(JSON.filter(lambda one: isinstance(one, dict)), STYLE, st.sampled_from(["", "Here it is: ", "a } b [ "]))
 def test_an_object_is_found_whatever_stands_around_it(value, style, before):
     text = json.dumps(value, **style)
@@ -57,7 +57,7 @@ def test_an_object_is_found_whatever_stands_around_it(value, style, before):
         assert (found.value, around[found.start : found.stop]) == (value, text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.sampled_from('{}[]",:\\0e.-tn \n`a\ud800'), max_size=40))
 def test_no_text_makes_it_raise(text):
     found = find(text)

@@ -55,7 +55,7 @@ def test_items_of_a_list_are_sentences_without_their_marks():
     assert split("") == []
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.sampled_from("aB .!?\n。-1)\"'U"), max_size=40))
 def test_nothing_said_is_lost(text):
     spans = sentences(text)
