@@ -61,8 +61,10 @@ def run(
     """
     config = load_config(output_dir / "config.yaml")
     serves = served_source(output_dir)
-    path = output_dir / "answers" / "certification.jsonl" if answers is None else answers
-    held_out = HeldOut(path, read_measurement(path), given=answers is not None)
+    kept = output_dir / "answers" / "certification.jsonl"
+    path = kept if answers is None else answers
+    found = read_measurement(path)
+    held_out = HeldOut(path, found, given=answers is not None, regrades=answers is not None and _regrades(found, kept))
     before = read_calibration(output_dir, source=serves)
     _check_fitted_on(output_dir, serves)
     asked = _asked(config, before, risk, delta, by, hallucination)
@@ -101,6 +103,7 @@ class HeldOut:
     path: Path
     found: Measurement
     given: bool  # named by the command; else those that the calibration kept
+    regrades: bool  # whether they are given, and grade an answer that the calibration kept otherwise than it did
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,7 @@ def _renew(
     # What rests on an audit, or on grades, that are others now holds no longer, whatever takes its place.
     audited = before.audit is not None and calibrated.audit != before.audit
     regraded = content.get("certified_on", "") not in ("", file_hash(path))
-    written = not calibrated.failures or (not held_out.given and (audited or regraded))
+    written = not calibrated.failures or held_out.regrades or (not held_out.given and (audited or regraded))
     if written:
         content |= claims(calibrated) | {"certified_on": "" if held_out.given else file_hash(path)}
         if held_out.given:
@@ -211,6 +214,14 @@ def _check(held_out: Measurement, path: Path, fitted_on: Path, by: str | None, *
         if by is not None and by not in answer.strata:
             known = ", ".join(sorted(answer.strata)) or "none"
             raise UserError(f"{path}:{number}: `strata` has no {by!r} to group by; it has: {known}")
+
+
+def _regrades(found: Measurement, kept: Path) -> bool:
+    """Whether an answer of the kept file is graded otherwise here."""
+    if not kept.is_file():
+        return False
+    grades = {(one.question_id, one.text): one.correct for one in read_measurement(kept).answers}
+    return any(grades.get((one.question_id, one.text), one.correct) != one.correct for one in found.answers)
 
 
 def _check_untrained(config: RunConfig, held_out: Measurement, path: Path) -> None:

@@ -133,6 +133,16 @@ def test_a_certificate_by_grades_that_were_mended_does_not_outlive_them(out):
     assert not certify.run(out).failures
 
 
+@pytest.mark.parametrize("regraded", [True, False])
+def test_mended_grades_in_a_file_of_their_own_take_the_certificate_too(regraded, out, tmp_path):
+    """Answers to other questions, by which nothing can be certified, say nothing of those that it rests on."""
+    found = read_measurement(out / "answers" / "certification.jsonl") if regraded else measured(900, 2)
+    mended = [replace(one, correct=i % 2 == 0) for i, one in enumerate(found.answers)]
+    write_measurement(replace(found, answers=mended), tmp_path / "mended.jsonl", mark_of(out))
+    assert certify.run(out, answers=tmp_path / "mended.jsonl").failures
+    assert (content(out)["certificate"] is None) == regraded
+
+
 @pytest.mark.parametrize("mark", [None, "0123456789abcdef"])
 def test_answers_of_another_or_an_unknown_model_certify_nothing(mark, out, tmp_path):
     before = content(out)
