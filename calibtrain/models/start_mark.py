@@ -1,4 +1,4 @@
-"""A mark of the weights that a run starts from, by which a resumed run knows that they are still those."""
+"""Marks of the weights that a run reads and does not keep, by which a resumed run knows that they are still those."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from calibtrain.config import ModelConfig, RunConfig
+from calibtrain.config_rewards import ModelSource
 from calibtrain.models.loading import source_file
+from calibtrain.models.reward_scorer import reward_file
 
 BLOCKS, BLOCK_BYTES = 256, 4096
 """Of each file: so many places, evenly spaced, of which so much is read. Of 5 GB no 20 MB lie between two of them."""
@@ -25,7 +27,14 @@ def start_mark(config: ModelConfig) -> str:
     return "" if settings is None else _mark(settings.parent)
 
 
-@lru_cache(maxsize=4)
+def reward_marks(config: RunConfig) -> dict[str, str]:
+    """The same of each reward model that pays for answers, by its path."""
+    paid_by = config.rollouts.paid_by if config.trains_on_rollouts else ()
+    settings = {one.path: reward_file(one, "config.json") for one in paid_by if isinstance(one, ModelSource)}
+    return {path: _mark(file.parent) for path, file in settings.items() if file is not None}
+
+
+@lru_cache(maxsize=8)
 def _mark(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):

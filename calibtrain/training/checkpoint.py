@@ -23,7 +23,7 @@ from calibtrain.config import RunConfig
 from calibtrain.distributed import World, all_agree, gather_lists, on_main
 from calibtrain.errors import UserError
 from calibtrain.hooks.base import HookList
-from calibtrain.models.start_mark import rests_on_start, start_mark
+from calibtrain.models.start_mark import rests_on_start, reward_marks, start_mark
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.averaging import WeightAverage
 from calibtrain.training.best import Best
@@ -192,6 +192,12 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> P
             f"training.resume: {path} was trained beside other weights than model.source: {config.model.source} holds now; "
             "put those back, or begin anew"
         )
+    paid, marks = run.get("rewards", {}), reward_marks(config)
+    if changed := [name for name, mark in marks.items() if paid.get(name, mark) != mark]:
+        raise UserError(
+            f"training.resume: {path} was paid by other weights than the reward model {changed[0]} holds now; put those "
+            "back, or begin anew"
+        )
     return path
 
 
@@ -334,5 +340,6 @@ def _run_state(progress: Progress, config: RunConfig, data_hash: str, engine: En
         "zero_stage": engine.stage,
         "data_hash": data_hash,
         "start": start_mark(config.model) if world.is_main and rests_on_start(config) else "",
+        "rewards": reward_marks(config) if world.is_main else {},
         "config": config.resolved(),
     }

@@ -9,11 +9,12 @@ from calibtrain.config import RunConfig
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled
-from calibtrain.models.start_mark import start_mark
+from calibtrain.models.start_mark import reward_marks, start_mark
 from calibtrain.training.checkpoint import LAYOUT, _drop_others, complete_checkpoints, find_checkpoint
 from calibtrain.training.checkpoint_files import note_files
 from calibtrain.training.trajectory import rearranged
 from tests.tiny import write_tiny_model
+from tests.unit.models.test_reward_scorer import write as write_reward_model
 
 TWO = World(0, 2, 0, torch.device("cpu"))
 
@@ -91,6 +92,20 @@ def test_weights_that_a_checkpoint_does_not_hold_must_still_be_there(tmp_path):
         find_checkpoint(adapted, TWO, "abc")
     path = write(tmp_path, 6, config=settled(whole).resolved(), start=moved)
     assert find_checkpoint(whole, TWO, "abc") == path  # which a checkpoint holds all of
+
+
+def test_a_reward_model_must_still_be_the_one_that_paid(tmp_path):
+    judge = write_reward_model(tmp_path / "judge")
+    rollouts = {"reward": "sources", "sources": [{"kind": "grade"}, {"kind": "model", "path": str(judge)}]}
+    run = {"objective": {"name": "grpo"}, "rollouts": rollouts, "training": {"resume": "auto"}}
+    paid = RunConfig.model_validate({"output_dir": tmp_path, **run})
+    marks = reward_marks(paid)
+    assert list(marks) == [str(judge)]
+    path = write(tmp_path, 2, config=settled(paid).resolved(), rewards=marks)
+    assert find_checkpoint(paid, TWO, "abc") == path
+    write(tmp_path, 4, config=settled(paid).resolved(), rewards={str(judge): "another"})
+    with pytest.raises(UserError, match=r"paid by other weights than the reward model .*judge"):
+        find_checkpoint(paid, TWO, "abc")
 
 
 def test_another_layout_of_the_same_run_is_taken_and_named(tmp_path):
