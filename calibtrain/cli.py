@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from errno import ENAMETOOLONG
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from calibtrain.cli_checks import trained as _trained
 from calibtrain.cli_plan import plan
 from calibtrain.cli_push import push
 from calibtrain.cli_weights import quantize, spectra
-from calibtrain.errors import PREEMPTED, Preempted, UserError, told
+from calibtrain.errors import PREEMPTED, Preempted, UserError, short, told
 
 app = typer.Typer(
     help="Fine-tune language models on DeepSpeed so that their confidence means what it says.",
@@ -395,10 +396,19 @@ def main() -> None:
         print(stopped, file=sys.stderr)
         sys.exit(PREEMPTED)
     except UserError as error:
-        from rich.console import Console
-
-        Console(stderr=True).print(told(str(error)), style="red", markup=False, highlight=False, soft_wrap=True)
+        _tell(str(error))
         sys.exit(2)
+    except OSError as error:
+        if error.errno != ENAMETOOLONG:
+            raise
+        _tell(f"{short(error.filename)}: {error.strerror}")  # no file of ours has such a name
+        sys.exit(2)
+
+
+def _tell(message: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(told(message), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,9 @@ def file_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: a packed file; unpack it first")
     if suffix not in readers:
         raise UserError(f"{path}: unknown file type {path.suffix!r}; accepted are {', '.join(readers)}")
-    if path.is_dir():
+    if isdir(path):  # unlike Path's, these are False of what no file can be called
         raise UserError(f"{path}: a folder; name one file in it")
-    if not path.is_file():
+    if not isfile(path):
         raise UserError(
             f"{path}: no such file (a path in a YAML file counts from that file, on the command line from where you are)"
         )

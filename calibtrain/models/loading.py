@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from contextlib import nullcontext
+from os.path import expanduser, isdir
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,12 @@ def local_path(source: str) -> str:
     if source.startswith("embedded:"):
         raise UserError(f"model.source: unknown embedded model {source!r}; known: {', '.join(sorted(EMBEDDED))}")
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    path = Path(source).expanduser()
-    if looks_local and not path.is_dir():
+    path = Path(expanduser(source))
+    if looks_local and not isdir(path):  # which, unlike Path's, is False of what can be no path
         raise UserError(f"model.source: no such directory: {source}")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if isdir(path) and not (path / "config.json").is_file():
         raise UserError(f"model.source: {source} has no config.json; it must be a Hugging Face model directory")
-    return str(path) if path.is_dir() else source
+    return str(path) if isdir(path) else source
 
 
 def check_weights(config: ModelConfig) -> None:
@@ -69,9 +70,9 @@ def check_weights(config: ModelConfig) -> None:
     No weights are read.
     """
     path = Path(local_path(config.source))
-    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+    if isdir(path) and not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         raise UserError(f"model.source: {config.source} holds no weights (*.safetensors)")
-    for file in sorted(path.glob("model*.safetensors")):
+    for file in sorted(path.glob("model*.safetensors")) if isdir(path) else ():
         try:
             with safe_open(file, "pt"):
                 pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from os.path import expanduser, isdir
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,11 @@ def reward_settings(source: ModelSource, key: str) -> Any:
     """The Hugging Face config of a reward model. Raises UserError, naming the config's `key`, for what is none."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
-    path = Path(source.path).expanduser()
+    path = Path(expanduser(source.path))
     looks_local = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
-    if looks_local and not path.is_dir():
+    if looks_local and not isdir(path):
         raise UserError(f"{key}: no such directory: {source.path}; `calibtrain train reward_model` writes OUT/model")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if isdir(path) and not (path / "config.json").is_file():
         raise UserError(f"{key}: {source.path} has no config.json; it must be a Hugging Face model directory")
     settings = _from_pretrained(AutoConfig, source, key)
     if type(settings) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
@@ -106,7 +107,7 @@ def reward_settings(source: ModelSource, key: str) -> Any:
         )
     if settings.num_labels != 1:
         raise UserError(f"{key}: {source.path} has {settings.num_labels} labels; a reward model has one, the reward")
-    if path.is_dir() and not any(any(path.glob(one)) for one in ("*.safetensors", "*.bin")):
+    if isdir(path) and not any(any(path.glob(one)) for one in ("*.safetensors", "*.bin")):
         raise UserError(f"{key}: {source.path} holds no weights (*.safetensors)")
     check_full_precision(f"{key}: {source.path}", settings)
     return settings
@@ -146,7 +147,7 @@ def reward_file(source: ModelSource, name: str) -> Path | None:
     from transformers.utils import cached_file
 
     found = cached_file(
-        str(Path(source.path).expanduser()) if Path(source.path).expanduser().is_dir() else source.path,
+        expanduser(source.path) if isdir(expanduser(source.path)) else source.path,
         name,
         revision=source.revision,
         _raise_exceptions_for_missing_entries=False,
@@ -218,10 +219,10 @@ def _from_pretrained(kind: Any, source: ModelSource, key: str, **options: Any) -
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    path = Path(source.path).expanduser()
+    path = Path(expanduser(source.path))
     try:
         return kind.from_pretrained(
-            str(path) if path.is_dir() else source.path, revision=source.revision, trust_remote_code=False, **options
+            str(path) if isdir(path) else source.path, revision=source.revision, trust_remote_code=False, **options
         )
     except (*LOAD_ERRORS, KeyError) as error:
         what = cause(error)

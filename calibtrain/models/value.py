@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from os.path import expanduser, isdir
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def check_value_source(config: RunConfig, tokenizer: Any) -> None:
     if settings is config.model:
         return
     name = f"objective.value_source: {settings.source}"
-    if not Path(settings.source).expanduser().is_dir():
+    if not isdir(expanduser(settings.source)):
         raise UserError(f"{name}: no such directory; it is a model's, e.g. the `model` of a reward model's run")
     try:
         check_weights(settings)
@@ -121,7 +122,7 @@ def _source_head(settings: ModelConfig) -> Tensor | None:
     kinds = getattr(load_settings(settings), "architectures", None) or [""]
     if not kinds[0].endswith("ForSequenceClassification"):
         return None
-    for path in sorted(Path(settings.source).expanduser().glob("*.safetensors")):
+    for path in sorted(Path(expanduser(settings.source)).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 shape = file.get_slice(key).get_shape()

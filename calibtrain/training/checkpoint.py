@@ -14,6 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def find_checkpoint(config: RunConfig, world: World, data_hash: str | None) -> P
         path = newest_undamaged(found)
     else:
         path = Path(resume)
-        if not (path / "run.json").is_file():
+        if not isfile(path / "run.json"):
             inner = complete_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
             if not inner:
                 raise UserError(f"training.resume: {path} is not a whole checkpoint (it has no run.json)")
@@ -294,7 +295,8 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    every = directory.glob("step-*") if isdir(directory) else ()  # False too of a name that is too long
+    found = [path for path in every if re.fullmatch(r"step-\d+", path.name)]
     return sorted(path for path in found if (path / "run.json").is_file())
 
 

@@ -69,6 +69,7 @@ def test_every_command_is_listed():
         (["answer", "/nowhere", "?"], "no such directory"),
         (["calibrate", ".", "--target-risk", "2"], "not between 0 and 1"),
         (["certify", ".", "--risk", "0"], "--risk: 0.0 is not between 0 and 1"),
+        (["report", 300 * "x"], "name too long"),
     ],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(arguments, words):

@@ -46,6 +46,23 @@ def config(folder, **changes):
     return RunConfig.model_validate(sections)
 
 
+@pytest.mark.parametrize("name", [300 * "x", "~nobody-of-this-name/x"])
+@pytest.mark.parametrize("place", ["", "./"])
+@pytest.mark.parametrize("key", ["model.source", "training.resume", "rollouts.reward_model", "data.source.path"])
+def test_what_no_file_can_be_called_is_a_users_mistake(folder, key, place, name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    section, _, rest = key.partition(".")
+    value = place + name
+    if key == "data.source.path":
+        changes = {"data": {"source": {"kind": "file", "path": value + ".jsonl"}}}
+    else:
+        changes = {section: {rest: value}}
+    if section == "rollouts":
+        changes |= {"objective": {"name": "grpo"}, "rollouts": {rest: value, "reward": "model"}}
+    with pytest.raises(UserError, match=key if section != "data" else "no such file"):
+        check(config(folder, **changes), 1)
+
+
 def test_steps_and_tokens_are_those_of_the_trainer(folder):
     one = config(folder)
     checked = check(one, 2)
