@@ -1,8 +1,8 @@
 """Refuse rows whose sequences a model would let see each other, before it learns from them.
 
 A packed row reaches a Hugging Face model as `position_ids` that restart; many models and attention implementations do not
-look at them, and FlashAttention's do so in batches of one row alone. Padding on the left is the same kind: positions that
-count it, or a recurrent state carried over it. Each is tried on a few tokens, once a model (`calibtrain.losses.isolation`).
+look at them; FlashAttention is told besides where each begins. Padding on the left is the same kind: positions that count
+it, or a recurrent state carried over it. Each is tried on a few tokens, once a model (`calibtrain.losses.isolation`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from calibtrain.config import told_by_length
 from calibtrain.errors import UserError
 from calibtrain.losses.isolation import changed_tokens, has_experts, head_forward, keeps_apart, leaks, quietly
 from calibtrain.losses.label_batch import batch_from_labels
-from calibtrain.losses.terms import Batch
+from calibtrain.losses.terms import Batch, row_lengths
 
 ROW, ROWS, LEFT = "a packed row", "packed rows", "padding on the left"
 GIVEN, ALONE = "packed rows with inputs of their maker's", "the same with one sequence a row"
@@ -45,7 +46,7 @@ class CheckedModel:
     @property
     def attention(self) -> str:
         """Name of the attention implementation."""
-        return str(getattr(self.config, "_attn_implementation", None))
+        return _attention(self.causal_model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,16 +85,25 @@ class CheckedModel:
 def row_inputs(batch: Batch, causal_model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What a Hugging Face model's forward takes: the batch, and `inputs`, which go before what the batch says.
 
-    Without a mask, transformers finds packed sequences by their positions.
+    Without a mask, transformers finds packed sequences by their positions: with FlashAttention in a single row, so that it
+    is told their lengths.
     """
     own: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.packed:
-        return {**own, "position_ids": batch.position_ids, **inputs}
+        lengths = row_lengths(batch) if told_by_length(_attention(causal_model)) else {}
+        return {**own, "position_ids": batch.position_ids, **lengths, **inputs}
     own["attention_mask"] = (batch.segment_ids > 0).long()
     # Some models would count the padding on the left; where images are given as well, positions are the model's affair.
     if not _given(inputs) and "position_ids" in inspect.signature(causal_model.forward).parameters:
         own["position_ids"] = batch.position_ids
     return {**own, **inputs}
+
+
+def _attention(causal_model: Any) -> str:
+    """Name of the attention implementation, of the language model in models that see or hear as well."""
+    config = causal_model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return str(getattr(text, "_attn_implementation", None))
 
 
 def _given(inputs: Mapping[str, Any]) -> list[str]:

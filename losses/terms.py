@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,6 +86,16 @@ def sequence_starts(segment_ids: Tensor) -> Tensor:
     first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     places = first.flatten().nonzero()[:, 0]
     return torch.cat([places, places.new_tensor([segment_ids.numel()])]).int()
+
+
+def row_lengths(batch: Batch) -> dict[str, Any]:
+    """What FlashAttention is told of the sequences of packed rows, by transformers' names.
+
+    Where the batch has not counted `starts`, its device is waited for.
+    """
+    starts = sequence_starts(batch.segment_ids) if batch.starts is None else batch.starts
+    width = batch.input_ids.shape[1]  # no sequence is longer; how long the longest is, the device would have to tell
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": width, "max_length_k": width}
 
 
 @dataclass(frozen=True, slots=True)

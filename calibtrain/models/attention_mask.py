@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calibtrain.config import told_by_length
 from calibtrain.errors import UserError
-from calibtrain.losses.terms import Batch, sequence_starts
+from calibtrain.losses.terms import Batch, row_lengths
 from calibtrain.models import cpu_attention
 
 if TYPE_CHECKING:
@@ -60,10 +60,7 @@ def attention_inputs(batch: Batch, model: Any) -> dict[str, Any]:
     if not batch.packed:
         return {}
     _check_obstacle(batch, model)
-    starts = sequence_starts(batch.segment_ids) if batch.starts is None else batch.starts
-    width = batch.input_ids.shape[1]  # no sequence is longer; how long the longest is, the device would have to tell
-    lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": width, "max_length_k": width}
-    return {"position_ids": batch.position_ids, **lengths}
+    return {"position_ids": batch.position_ids, **row_lengths(batch)}
 
 
 def takes_lengths(model: Any) -> bool:

@@ -12,6 +12,7 @@ from calibtrain.data.collate import collate
 from calibtrain.errors import UserError
 from calibtrain.losses import SFTLoss, batch_from_labels, causal_lm_loss, row_check, token_stats_from_model
 from calibtrain.models.attention_mask import attention_mask
+from tests.flash import use_stand_in
 from tests.tiny import tiny_model
 from tests.unit.models.test_shared_prefix import sequences
 
@@ -184,6 +185,16 @@ def test_flash_attention_keeps_one_row_apart_and_several_not() -> None:
         logprobs(model, packed(2))
     model.set_attn_implementation("sdpa")  # another attention is tried for itself
     torch.testing.assert_close(logprobs(model, packed(2)), expected.repeat(2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gpt_neox", "qwen3_moe"])
+def test_flash_attention_is_told_the_lengths_in_any_number_of_rows(name, monkeypatch) -> None:
+    model = model_of(name, "eager")
+    expected = alone(model)
+    use_stand_in(monkeypatch)
+    model.config._attn_implementation = "flash_attention_2"  # loading would ask for the package
+    for batch, times in ((packed(), 1), (packed(2), 2), (padded("left"), 1), (padded("right"), 1)):
+        torch.testing.assert_close(logprobs(model, batch), expected.repeat(times), rtol=1e-5, atol=1e-5)
 
 
 def test_the_trial_leaves_no_trace_and_is_made_once() -> None:
