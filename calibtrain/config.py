@@ -335,8 +335,8 @@ class RunConfig(Section):
     @property
     def packing_tokens(self) -> int | None:
         """Tokens of a packed row, where the model's attention allows it; None: one sequence a row."""
-        if self.data.packing_tokens == "auto":
-            return self.data.max_length if told_by_length(self.model.attention) else None
+        if self.data.packing_tokens is None and told_by_length(self.model.attention):
+            return self.data.max_length
         return self.data.packing_tokens
 
     @property

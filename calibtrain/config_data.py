@@ -209,9 +209,9 @@ class DataConfig(Section):
     max_length: Count = 512
     """Tokens of prompt + completion; a prompt is cut from its left, a context before that from its end, a completion
     never."""
-    packing_tokens: Annotated[int, Field(ge=8)] | Literal["auto"] | None = "auto"
-    """Pack sequences into rows of so many tokens; null pads one sequence a row. `auto`: rows of `max_length` with
-    flash_attention_2, which counts none of what lies apart; else one a row."""
+    packing_tokens: int | None = Field(default=None, ge=8)
+    """Pack sequences into rows of so many tokens; null pads one sequence a row, and packs rows of `max_length` with
+    flash_attention_2, to which what lies apart costs nothing."""
     shared_prefix: bool = True
     """Pass the prompt of a preference pair once for both answers, where the model's attention allows it."""
 
@@ -247,7 +247,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _row_holds_a_sequence(self) -> DataConfig:
-        if isinstance(self.packing_tokens, int) and self.packing_tokens < self.max_length:
+        if self.packing_tokens is not None and self.packing_tokens < self.max_length:
             raise ValueError(
                 f"packing_tokens: {self.packing_tokens} is less than max_length: {self.max_length}; "
                 "a packed row must hold the longest sequence"

@@ -150,9 +150,10 @@ def _check_expressible(model: CheckedModel, batch: Batch, *, first: bool) -> Non
         )
     on_host = batch.input_ids.device.type == "cpu"  # a GPU is waited for once
     if (first or on_host) and batch.branch_ids is not None and bool((batch.branch_ids > 0).any()):
+        other = "take another attention" if told_by_length(model.attention) else f"give {MASK}"
         raise UserError(
             "the batch's completions share their prompts, which position_ids cannot tell a model; pass each prompt with "
-            f"each completion, or give {MASK}"
+            f"each completion, or {other}"
         )
 
 

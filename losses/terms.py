@@ -40,7 +40,7 @@ class Batch:
     # (R, T) int32: 0 is seen by its whole segment, b >= 1 is the b-th completion after a shared prompt; None: each row
     # holds one sequence
     branch_ids: Tensor | None = None
-    # (K + 1,) int32: where sequences begin in the flattened rows, each row's padding as one, and R * T; None: not counted
+    # (K + 1,) int32: where sequences begin in the flattened rows, a row's padding as one, and R * T; None: not counted
     starts: Tensor | None = None
     # Of sampled completions (ANSWER) in reinforcement learning, float32, without gradient:
     advantages: Tensor | None = None  # (N,) credit of each token
@@ -91,9 +91,17 @@ def sequence_starts(segment_ids: Tensor) -> Tensor:
 def row_lengths(batch: Batch) -> dict[str, Any]:
     """What FlashAttention is told of the sequences of packed rows, by transformers' names.
 
-    Where the batch has not counted `starts`, its device is waited for.
+    Where the batch has not counted `starts`, its device is waited for. Raises UserError for completions that share a prompt,
+    which lengths cannot tell.
     """
-    starts = sequence_starts(batch.segment_ids) if batch.starts is None else batch.starts
+    starts = batch.starts
+    if starts is None:
+        if batch.branch_ids is not None and bool((batch.branch_ids > 0).any()):
+            raise UserError(
+                "the batch's completions share their prompts, of which FlashAttention cannot be told: pass each prompt with "
+                "each completion (data.shared_prefix: false), or take another attention"
+            )
+        starts = sequence_starts(batch.segment_ids)
     width = batch.input_ids.shape[1]  # no sequence is longer; how long the longest is, the device would have to tell
     return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": width, "max_length_k": width}
 

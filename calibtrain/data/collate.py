@@ -70,7 +70,7 @@ def collate(
         correct=torch.tensor([one.correct for one in encoded], dtype=torch.float32),
         record_ids=torch.tensor([one.record_id for one in encoded], dtype=torch.int64),
         branch_ids=branch_ids if blocked else None,
-        starts=sequence_starts(segment_ids) if blocked else None,
+        starts=sequence_starts(segment_ids) if blocked and all(len(unit) == 1 for unit in units) else None,
         weights=_weights(encoded),
         reference_logprob=_reference_logprob(encoded, nll_scope),
         is_answer=_is_answer(encoded, nll_scope),

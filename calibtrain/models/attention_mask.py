@@ -76,6 +76,10 @@ def attention_mask(batch: Batch, model: Any) -> Tensor | BlockMask | None:
     """
     if not batch.packed:
         return None
+    if takes_lengths(model):
+        raise UserError(
+            f"{model.config.get_text_config()._attn_implementation} takes no block masks; see attention_inputs"
+        )
     _check_obstacle(batch, model)
     rows, width = batch.input_ids.shape
     visible, device = visibility(batch), batch.input_ids.device

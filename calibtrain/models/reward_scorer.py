@@ -88,8 +88,7 @@ def reward_settings(source: ModelSource, key: str) -> Any:
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
     path = Path(expanduser(source.path))
-    looks_local = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
-    if looks_local and not isdir(path):
+    if _is_gone(source):
         raise UserError(f"{key}: no such directory: {source.path}; `calibtrain train reward_model` writes OUT/model")
     if isdir(path) and not (path / "config.json").is_file():
         raise UserError(f"{key}: {source.path} has no config.json; it must be a Hugging Face model directory")
@@ -142,10 +141,18 @@ def reward_tokenizer(source: ModelSource, key: str) -> Any:
     return tokenizer
 
 
+def _is_gone(source: ModelSource) -> bool:
+    """Whether it is a directory's name, and there is none."""
+    looks_local = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
+    return looks_local and not isdir(expanduser(source.path))
+
+
 def reward_file(source: ModelSource, name: str) -> Path | None:
     """A file of the reward model's directory or repository, or None where it has none."""
     from transformers.utils import cached_file
 
+    if _is_gone(source):
+        return None
     found = cached_file(
         expanduser(source.path) if isdir(expanduser(source.path)) else source.path,
         name,

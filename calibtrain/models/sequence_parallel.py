@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from calibtrain.config import told_by_length
 from calibtrain.distributed import gather_lists
 from calibtrain.errors import UserError
 from calibtrain.losses.isolation import quietly
@@ -175,7 +176,7 @@ class _Join(torch.autograd.Function):
         return gradient[places], None, None, None
 
 
-def check_sharing(settings: Any, size: int, longest: int) -> None:
+def check_sharing(settings: Any, size: int, longest: int, attention: str = "sdpa") -> None:
     """Raise UserError where `size` ranks cannot share rows of up to `longest` tokens of a model with these settings."""
     if size == 1:
         return
@@ -191,7 +192,10 @@ def check_sharing(settings: Any, size: int, longest: int) -> None:
             f"{where}: {heads} attention heads and {keys} key-value heads of {text.model_type} do not go round: take one of "
             f"{', '.join(map(str, fit))}"
         )
-    if rule := rule_of_its_own(text, longest):
+    within = (
+        ("sliding_window",) if told_by_length(attention) else ()
+    )  # a window is among what whole rows are attended by
+    if rule := rule_of_its_own(text, longest, within):
         raise UserError(f"{where}: {rule}; set 1")
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = {str(one.get("rope_type")) for one in (rope, *rope.values()) if isinstance(one, dict)} & GROWING_ROPE

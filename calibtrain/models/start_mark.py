@@ -28,10 +28,11 @@ def start_mark(config: ModelConfig) -> str:
 
 
 def reward_marks(config: RunConfig) -> dict[str, str]:
-    """The same of each reward model that pays for answers, by its path."""
+    """The same of each reward model that pays for answers, by its path and revision."""
     paid_by = config.rollouts.paid_by if config.trains_on_rollouts else ()
-    settings = {one.path: reward_file(one, "config.json") for one in paid_by if isinstance(one, ModelSource)}
-    return {path: _mark(file.parent) for path, file in settings.items() if file is not None}
+    models = [one for one in paid_by if isinstance(one, ModelSource)]
+    files = {f"{one.path}@{one.revision or 'main'}": reward_file(one, "config.json") for one in models}
+    return {name: _mark(file.parent) for name, file in files.items() if file is not None}
 
 
 @lru_cache(maxsize=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from calibtrain.pipeline.measurement import Measurement, read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.scope import at_most
 
+KEPT, GIVEN = Path("answers/certification.jsonl"), Path("answers/certified.jsonl")
+"""What the calibration kept, and a copy of what was given last, to know by whose grades a certificate stands."""
 LEARNED_FROM = ("train", "validation", "calibration", "examples")
 """Splits by which nothing is certified."""
 
@@ -61,10 +64,8 @@ def run(
     """
     config = load_config(output_dir / "config.yaml")
     serves = served_source(output_dir)
-    kept = output_dir / "answers" / "certification.jsonl"
-    path = kept if answers is None else answers
-    found = read_measurement(path)
-    held_out = HeldOut(path, found, given=answers is not None, regrades=answers is not None and _regrades(found, kept))
+    path = output_dir / KEPT if answers is None else answers
+    held_out = HeldOut(path, read_measurement(path), given=answers is not None)
     before = read_calibration(output_dir, source=serves)
     _check_fitted_on(output_dir, serves)
     asked = _asked(config, before, risk, delta, by, hallucination)
@@ -103,7 +104,6 @@ class HeldOut:
     path: Path
     found: Measurement
     given: bool  # named by the command; else those that the calibration kept
-    regrades: bool  # whether they are given, and grade an answer that the calibration kept otherwise than it did
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +133,13 @@ def _renew(
     )
     # What rests on an audit, or on grades, that are others now holds no longer, whatever takes its place.
     audited = before.audit is not None and calibrated.audit != before.audit
-    regraded = content.get("certified_on", "") not in ("", file_hash(path))
-    written = not calibrated.failures or held_out.regrades or (not held_out.given and (audited or regraded))
+    certified_on = content.get("certified_on", "")
+    if held_out.given:
+        rests_on = output_dir / (KEPT if certified_on or not (output_dir / GIVEN).is_file() else GIVEN)
+        changed = _regrades(found, rests_on)
+    else:
+        changed = audited or certified_on not in ("", file_hash(path))
+    written = not calibrated.failures or changed
     if written:
         content |= claims(calibrated) | {"certified_on": "" if held_out.given else file_hash(path)}
         if held_out.given:
@@ -142,6 +147,8 @@ def _renew(
             why = f"it is certified on {path.name}, without the hidden states of its questions"
             content |= outside.facts(None, why)
             content["parts"].pop(outside.FILE, None)
+            if path.resolve() != (output_dir / GIVEN).resolve():
+                shutil.copyfile(path, output_dir / GIVEN)
         write_json(target, content)
     return Renewed(calibrated, target, written)
 
@@ -217,7 +224,7 @@ def _check(held_out: Measurement, path: Path, fitted_on: Path, by: str | None, *
 
 
 def _regrades(found: Measurement, kept: Path) -> bool:
-    """Whether an answer of the kept file is graded otherwise here."""
+    """Whether an answer of that file is graded otherwise here."""
     if not kept.is_file():
         return False
     grades = {(one.question_id, one.text): one.correct for one in read_measurement(kept).answers}

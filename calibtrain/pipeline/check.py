@@ -130,7 +130,8 @@ def check(config: RunConfig, world_size: int, *, replace: bool = False) -> Check
         check_graded(config, template.task, train)
         check_sources(config, train)
     check_positions(config.model, config.data.max_length)
-    check_sharing(load_settings(config.model), config.training.sequence_parallel_size, config.data.max_length)
+    settings, group = load_settings(config.model), config.training.sequence_parallel_size
+    check_sharing(settings, group, config.data.max_length, config.model.attention)
     _check_layers(config)
     if config.objective.needs.module == "reward head":
         padding_token(tokenizer, template.end_id)

@@ -65,7 +65,7 @@ def block_mask_failure(policy: Policy) -> str | None:
                 experts=experts,
             )
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        return f"{type(model).__name__} takes no block masks ({str(error).splitlines()[0]})"
+        return f"{type(model).__name__} cannot be told of packed rows ({str(error).splitlines()[0]})"
     return None if apart else f"{type(model).__name__} does not keep packed sequences apart"
 
 

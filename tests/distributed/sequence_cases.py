@@ -134,6 +134,7 @@ def main(folder: Path, world: World) -> None:
     found["checkpointed"] = compared(folder / "llama", "pairs", made["pairs"], shared, checkpointing=True)
     use_stand_in(pytest.MonkeyPatch())
     found["lengths"] = compared(folder / "llama", "packed", made["packed"], shared, attention="flash_attention_2")
+    found["window"] = compared(folder / "mistral", "packed", made["packed"], shared, attention="flash_attention_2")
     half = {"attention": cpu_attention.register(), "dtype": torch.bfloat16}
     found["bf16"] = compared(folder / "llama", "pairs", made["pairs"], shared, **half)
     if world.is_main:

@@ -15,22 +15,24 @@ from tests.distributed.ranks import run, torchrun
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
-CASES = ("long", "pairs", "packed", "early", "nothing", "qwen", "checkpointed", "lengths")
+CASES = ("long", "pairs", "packed", "early", "nothing", "qwen", "checkpointed", "lengths", "window")
 
 
 def write_models(folder):
-    """A Llama and a Qwen 3 with two key-value heads for four heads."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    """A Llama, a Qwen 3 with two key-value heads for four heads, and a Mistral with a window of eight tokens."""
+    from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     write_tiny_model(folder / "llama", max_position_embeddings=2048)
-    settings = Qwen3Config(
-        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=False,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        Qwen3ForCausalLM(settings).save_pretrained(folder / "qwen")
-    tiny_tokenizer().save_pretrained(folder / "qwen")
+        Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(folder / "qwen")
+        MistralForCausalLM(MistralConfig(**sizes, sliding_window=8)).save_pretrained(folder / "mistral")
+    for name in ("qwen", "mistral"):
+        tiny_tokenizer().save_pretrained(folder / name)
 
 
 def launch(folder, ranks, *configs):
@@ -164,4 +166,5 @@ def test_models_with_rules_of_their_own_are_refused(tmp_path):
         with pytest.raises(UserError, match=told):
             check_sharing(settings, 2, 64)
         check_sharing(settings, 1, 64)
+    check_sharing(MistralConfig(sliding_window=32), 2, 64, "flash_attention_2")
     check_sharing(MistralConfig(sliding_window=32), 2, 32)

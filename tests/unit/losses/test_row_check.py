@@ -173,7 +173,7 @@ def flash_stand_in(module, query, key, value, mask, scaling=None, dropout=0.0, p
     return sdpa_attention_forward(module, query, key, value, allowed, scaling=scaling, dropout=dropout)
 
 
-def test_flash_attention_keeps_one_row_apart_and_several_not() -> None:
+def test_an_attention_by_positions_keeps_one_row_apart_and_several_not() -> None:
     transformers.AttentionInterface.register("stand_in", flash_stand_in)
     flash_mask = transformers.masking_utils.flash_attention_mask
     transformers.AttentionMaskInterface.register("stand_in", flash_mask)
@@ -195,6 +195,14 @@ def test_flash_attention_is_told_the_lengths_in_any_number_of_rows(name, monkeyp
     model.config._attn_implementation = "flash_attention_2"  # loading would ask for the package
     for batch, times in ((packed(), 1), (packed(2), 2), (padded("left"), 1), (padded("right"), 1)):
         torch.testing.assert_close(logprobs(model, batch), expected.repeat(times), rtol=1e-5, atol=1e-5)
+
+
+def test_flash_attention_is_told_of_no_shared_prompts_and_given_no_mask(monkeypatch) -> None:
+    use_stand_in(monkeypatch)
+    model = model_of("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UserError, match=r"with each completion, or take another attention$"):
+        logprobs(model, collate(sequences(), 0, shared_prefix=True))
 
 
 def test_the_trial_leaves_no_trace_and_is_made_once() -> None:

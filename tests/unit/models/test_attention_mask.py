@@ -124,6 +124,17 @@ def test_rows_packed_by_lengths_equal_sequences_alone(name: str, monkeypatch) ->
     assert block_mask_failure(Policy(model)) is None
 
 
+def test_flash_attention_is_given_no_mask_and_no_shared_prompts(monkeypatch) -> None:
+    use_stand_in(monkeypatch)
+    model = model_of(*ARCHITECTURES["llama"])
+    model.config._attn_implementation = "flash_attention_2"
+    for layout in ("shared", "packed_shared"):
+        with pytest.raises(UserError, match="share their prompts"):
+            Policy(model).hidden_at_targets(collate(sequences(), 0, **LAYOUTS[layout]))
+    with pytest.raises(UserError, match="takes no block masks"):
+        attention_mask(collate(sequences(), 0, packing_tokens=24), model)
+
+
 def test_where_sequences_begin_is_counted_once_and_the_same_from_the_rows(monkeypatch) -> None:
     use_stand_in(monkeypatch)
     model = model_of(*ARCHITECTURES["llama"])
@@ -154,14 +165,14 @@ def test_lengths_that_do_not_arrive_are_found_by_trying(monkeypatch) -> None:
     assert "does not keep packed sequences apart" in block_mask_failure(Policy(model))
 
 
-@pytest.mark.parametrize(("asked", "packed"), [("auto", 16), (24, 24), (None, None)])
+@pytest.mark.parametrize(("asked", "packed"), [(None, 16), (24, 24)])
 def test_a_run_by_lengths_packs_and_shares_no_prompts(asked, packed, monkeypatch) -> None:
     use_stand_in(monkeypatch)
     model = model_of(*ARCHITECTURES["llama"])
     model.config._attn_implementation = "flash_attention_2"
     data = {"packing_tokens": asked, "max_length": 16}
     config = RunConfig.model_validate({"model": {"attention": "flash_attention_2"}, "data": data})
-    assert RunConfig.model_validate({"data": data}).packing_tokens == (asked if asked == packed else None)
+    assert RunConfig.model_validate({"data": data}).packing_tokens == asked
     assert row_layout(config, Policy(model)) == {"packing_tokens": packed, "shared_prefix": False}
 
 

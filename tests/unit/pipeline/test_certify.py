@@ -143,6 +143,17 @@ def test_mended_grades_in_a_file_of_their_own_take_the_certificate_too(regraded,
     assert (content(out)["certificate"] is None) == regraded
 
 
+def test_a_certificate_by_answers_that_were_given_falls_with_their_grades(out, tmp_path):
+    given, kept = measured(900, 2), read_measurement(out / "answers" / "certification.jsonl")
+    write_measurement(given, tmp_path / "given.jsonl", mark_of(out))
+    assert not certify.run(out, answers=tmp_path / "given.jsonl", risk=0.3).failures
+    for regraded in (kept, given):  # it no longer rests on the kept ones
+        mended = [replace(one, correct=i % 2 == 0) for i, one in enumerate(regraded.answers)]
+        write_measurement(replace(regraded, answers=mended), tmp_path / "given.jsonl", mark_of(out))
+        assert certify.run(out, answers=tmp_path / "given.jsonl", risk=0.3).failures
+        assert (content(out)["certificate"] is None) == (regraded is given)
+
+
 @pytest.mark.parametrize("mark", [None, "0123456789abcdef"])
 def test_answers_of_another_or_an_unknown_model_certify_nothing(mark, out, tmp_path):
     before = content(out)

@@ -100,12 +100,14 @@ def test_a_reward_model_must_still_be_the_one_that_paid(tmp_path):
     run = {"objective": {"name": "grpo"}, "rollouts": rollouts, "training": {"resume": "auto"}}
     paid = RunConfig.model_validate({"output_dir": tmp_path, **run})
     marks = reward_marks(paid)
-    assert list(marks) == [str(judge)]
+    assert list(marks) == [f"{judge}@main"]
     path = write(tmp_path, 2, config=settled(paid).resolved(), rewards=marks)
     assert find_checkpoint(paid, TWO, "abc") == path
-    write(tmp_path, 4, config=settled(paid).resolved(), rewards={str(judge): "another"})
+    write(tmp_path, 4, config=settled(paid).resolved(), rewards={f"{judge}@main": "another"})
     with pytest.raises(UserError, match=r"paid by other weights than the reward model .*judge"):
         find_checkpoint(paid, TWO, "abc")
+    judge.rename(tmp_path / "moved")
+    assert reward_marks(paid) == {}  # that it is gone is told with what else the sources lack
 
 
 def test_another_layout_of_the_same_run_is_taken_and_named(tmp_path):
