@@ -27,7 +27,7 @@ from tests.distributed.gradient_runs import (
 from tests.distributed.ranks import forked, run
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]
 
 ON_ONE_RANK = (
     "stage0",
@@ -102,7 +102,7 @@ def results(tmp_path_factory):
     write_tiny_model(folder / "biased", tied=False, attention_bias=True)
     for ranks, names in ((1, (*ON_ONE_RANK, *BF16)), (2, ON_TWO_RANKS)):
         script = str(__file__).replace("test_gradients", "gradient_runs")
-        ended = run(forked(ranks, script, str(folder), ",".join(names)), folder)
+        ended = run(forked(ranks, script, str(folder), ",".join(names)), folder, 600)
         assert ended.code == 0, ended.output[-6000:]
     runs = (*RUNS, *((name, 1) for name in BF16))
     found = {(name, ranks): torch.load(folder / f"{name}-{ranks}.pt", weights_only=True) for name, ranks in runs}
@@ -155,7 +155,7 @@ def test_ranks_that_share_rows_take_the_same_steps(results, ranks):
 def check_steps(results, ranks, names):
     folder, known = results
     script = str(__file__).replace("test_gradients", "gradient_runs")
-    ended = run(forked(ranks, script, str(folder), ",".join(names)), folder)
+    ended = run(forked(ranks, script, str(folder), ",".join(names)), folder, 600)
     assert ended.code == 0, ended.output[-6000:]
     for name in names:
         found = torch.load(folder / f"{name}-{ranks}.pt", weights_only=True)
