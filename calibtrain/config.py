@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from calibtrain.attention_names import told_by_length
 from calibtrain.config_abstention import AbstentionConfig, CalibrationConfig
 from calibtrain.config_base import BelowOne, Count, Positive, Section
 from calibtrain.config_checks import unfit_answers, unfit_for_objective, unfit_for_shared_rows
@@ -100,14 +101,6 @@ class SharedRotationConfig(Section):
 
 
 Adapter = Annotated[OFTConfig | SharedRotationConfig, Field(discriminator="kind")]
-
-
-def told_by_length(attention: str) -> bool:
-    """Whether this implementation is told of a row's sequences by their lengths, where others take a mask.
-
-    Where flash-attn is not installed, transformers takes FlashAttention from the hub (`kernels`), under another name.
-    """
-    return "flash_attention" in attention or "flash-attn" in attention
 
 
 class ModelConfig(Section):

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from calibtrain.config import told_by_length
+from calibtrain.attention_names import told_by_length
 from calibtrain.errors import UserError
 from calibtrain.losses.isolation import changed_tokens, has_experts, head_forward, keeps_apart, leaks, quietly
 from calibtrain.losses.label_batch import batch_from_labels

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from calibtrain.config import told_by_length
+from calibtrain.attention_names import told_by_length
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import Batch, row_lengths
 from calibtrain.models import cpu_attention

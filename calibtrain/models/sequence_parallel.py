@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from calibtrain.config import told_by_length
+from calibtrain.attention_names import told_by_length
 from calibtrain.distributed import gather_lists
 from calibtrain.errors import UserError
 from calibtrain.losses.isolation import quietly

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from calibtrain.config import ModelConfig, RunConfig, told_by_length
+from calibtrain.attention_names import told_by_length
+from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.errors import UserError
 from calibtrain.models.arithmetic import settled, torch_dtype
 from calibtrain.models.cost import Work, work_of

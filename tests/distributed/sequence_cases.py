@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from calibtrain.config import told_by_length
+from calibtrain.attention_names import told_by_length
 from calibtrain.config_file import load_config
 from calibtrain.config_losses import AnswerScoreConfig, ORPOConfig, SFTConfig
 from calibtrain.data.collate import collate

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {name: ROOT / name for name in ("launchers", "losses", "configs")} | {"": ROOT / "calibtrain"}
 FLOORS = (
     {
+        "attention_names",
         "build_locks",
         "config",
         "config_abstention",

@@ -1,0 +1,11 @@
+"""What the name of an attention implementation says; losses ask it too, so that nothing is imported."""
+
+from __future__ import annotations
+
+
+def told_by_length(attention: str) -> bool:
+    """Whether this implementation is told of a row's sequences by their lengths, where others take a mask.
+
+    Where flash-attn is not installed, transformers takes FlashAttention from the hub (`kernels`), under another name.
+    """
+    return "flash_attention" in attention or "flash-attn" in attention
