@@ -13,8 +13,10 @@ import typer
 from calibtrain.cli_checks import asks, check_model, on_processes, shares
 from calibtrain.cli_checks import existing as _existing
 from calibtrain.cli_checks import trained as _trained
+from calibtrain.cli_options import Config, Engine, EngineModel, OutputDir, Overrides, Processes
 from calibtrain.cli_plan import plan
 from calibtrain.cli_push import push
+from calibtrain.cli_serving import answer, monitor, serve
 from calibtrain.cli_weights import quantize, spectra
 from calibtrain.errors import PREEMPTED, Preempted, UserError, short, told
 
@@ -24,29 +26,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config: demo, sft, orpo, ...")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes to the config, e.g. training.epochs=2 penalties.0.weight=0.5")
-]
-Source = Annotated[
-    str | None,
-    typer.Option(
-        help="Of the confidence: likelihood, head, or what `calibrate --source` calibrated. Default: as `calibrate` chose."
-    ),
-]
-Uncertified = Annotated[
-    bool,
-    typer.Option("--uncertified", help="Without a certificate go on, and promise nothing. Default: answer nothing."),
-]
-Engine = Annotated[
-    str | None, typer.Option(help="Ask this OpenAI-compatible server instead, e.g. http://127.0.0.1:8000/v1.")
-]
-EngineModel = Annotated[str | None, typer.Option(help="The model's id there. Default: the only one.")]
-Processes = Annotated[
-    int | None, typer.Option(min=1, help="Processes on this machine that share the questions. Default: this one.")
-]
-OutputDir = Annotated[Path, typer.Argument(help="The output_dir of a run.")]
 
 
 @app.command()
@@ -218,42 +197,6 @@ def audit(
 
 
 @app.command()
-def monitor(
-    output_dir: OutputDir,
-    audited: Annotated[Path, typer.Argument(help="Audited answers, one JSON a line with `abstained` and `correct`.")],
-    source: Source = None,
-    uncertified: Uncertified = False,
-    engine: Engine = None,
-    engine_model: EngineModel = None,
-) -> None:
-    """Watch refusals, hallucinations and the certificate in service.
-
-    Exit code 1: the certificate or a word no longer holds. 2: bad input, or no certificate. 3: it failed and says nothing.
-    """
-    try:
-        from calibtrain.pipeline.monitor import run
-
-        asks(engine, engine_model)
-        failed = run(
-            _existing(output_dir),
-            audited,
-            source=source,
-            uncertified=uncertified,
-            engine=engine,
-            engine_model=engine_model,
-        ).failed
-    except UserError:
-        raise
-    except Exception as error:  # whatever it is, 1 is the alarm's alone
-        typer.echo(
-            f"monitor failed, and nothing is known of the certificate: {type(error).__name__}: {error}", err=True
-        )
-        raise typer.Exit(3) from None
-    if failed:
-        raise typer.Exit(1)
-
-
-@app.command()
 def probe(
     output_dir: OutputDir,
     layers: Annotated[
@@ -282,7 +225,7 @@ def confidence(
     run(_trained(output_dir), sources=parse_sources(sources), questions=questions)
 
 
-for _command in (plan, spectra, quantize, push):
+for _command in (answer, serve, monitor, plan, spectra, quantize, push):
     app.command()(_command)
 
 
@@ -304,52 +247,6 @@ def report(
     from calibtrain.pipeline.collect import run
 
     typer.echo(str(run(_existing(output_dir))))
-
-
-@app.command()
-def answer(
-    output_dir: OutputDir,
-    question: Annotated[str, typer.Argument(help="In plain words.")],
-    source: Source = None,
-    group: Annotated[
-        str | None, typer.Option(help="Value of the stratum that `certify --by` certified, e.g. Africa.")
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="One of the options to choose from, where the task chooses; repeat it.")
-    ] = None,
-    uncertified: Uncertified = False,
-    engine: Engine = None,
-    engine_model: EngineModel = None,
-) -> None:
-    """Answer a question with a calibrated probability, or abstain; first of all say what is certified, and of what."""
-    if not question.strip():
-        raise UserError("the question is empty")
-    from calibtrain.pipeline.answer import load
-
-    answerer = load(_trained(output_dir), source, uncertified=uncertified, engine=engine, engine_model=engine_model)
-    typer.echo(answerer.answer(question, group=group, options=option or ()).told())
-
-
-@app.command()
-def serve(
-    output_dir: OutputDir,
-    host: Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1: this machine alone.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
-    requests_per_minute: Annotated[int, typer.Option(min=0, help="Of one address; 0: as many as it likes.")] = 600,
-    source: Source = None,
-    uncertified: Uncertified = False,
-) -> None:
-    """Open a page to ask the model, and an OpenAI-compatible API whose replies carry their confidence."""
-    from calibtrain.app.server import run
-
-    run(
-        _trained(output_dir),
-        host=host,
-        port=port,
-        requests_per_minute=requests_per_minute,
-        source=source,
-        uncertified=uncertified,
-    )
 
 
 @app.command()

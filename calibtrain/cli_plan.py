@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
+from calibtrain.cli_options import Config, Overrides
 from calibtrain.errors import UserError
 
 
 def plan(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the config, e.g. model.lora={}")] = None,
+    config: Config,
+    overrides: Overrides = None,
     gpus: Annotated[str, typer.Option(help="GPUs of a node and GiB of each, e.g. 8x80.")] = "8x80",
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
     link: Annotated[str, typer.Option(help="Between the GPUs of a node: nvlink, pcie or ib.")] = "nvlink",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from calibtrain.cli_checks import trained
+from calibtrain.cli_options import OutputDir
 
 
 def push(
-    output_dir: Annotated[Path, typer.Argument(help="The output_dir of a run.")],
+    output_dir: OutputDir,
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made where there is none.")],
     private: Annotated[bool, typer.Option("--private", help="Make it one that you alone see.")] = False,
     adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA adapter alone, without calibration.")] = False,
