@@ -21,8 +21,12 @@ def rests_on_start(config: RunConfig) -> bool:
     return adapted or config.needs_reference_logprobs or config.objective.needs.reference == "live"
 
 
+@lru_cache(maxsize=4)
 def start_mark(config: ModelConfig) -> str:
-    """SHA-256 over the sizes and samples of a model's weight files. Read once a process."""
+    """SHA-256 over the sizes and samples of a model's weight files, "" where there are none.
+
+    Found once a process: what lies there later is not what it loaded.
+    """
     settings = source_file(config, "config.json")
     return "" if settings is None else _mark(settings.parent)
 
@@ -31,11 +35,16 @@ def reward_marks(config: RunConfig) -> dict[str, str]:
     """The same of each reward model that pays for answers, by its path and revision."""
     paid_by = config.rollouts.paid_by if config.trains_on_rollouts else ()
     models = [one for one in paid_by if isinstance(one, ModelSource)]
-    files = {f"{one.path}@{one.revision or 'main'}": reward_file(one, "config.json") for one in models}
-    return {name: _mark(file.parent) for name, file in files.items() if file is not None}
+    marks = {f"{one.path}@{one.revision or 'main'}": _reward_mark(one) for one in models}
+    return {name: mark for name, mark in marks.items() if mark}
 
 
 @lru_cache(maxsize=8)
+def _reward_mark(source: ModelSource) -> str:
+    settings = reward_file(source, "config.json")
+    return "" if settings is None else _mark(settings.parent)
+
+
 def _mark(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):

@@ -106,8 +106,10 @@ def test_a_reward_model_must_still_be_the_one_that_paid(tmp_path):
     write(tmp_path, 4, config=settled(paid).resolved(), rewards={f"{judge}@main": "another"})
     with pytest.raises(UserError, match=r"paid by other weights than the reward model .*judge"):
         find_checkpoint(paid, TWO, "abc")
-    judge.rename(tmp_path / "moved")
-    assert reward_marks(paid) == {}  # that it is gone is told with what else the sources lack
+    (judge / "model.safetensors").write_bytes(b"another")
+    assert reward_marks(paid) == marks  # what lies there now has paid for nothing in this process
+    rollouts["sources"][1]["path"] = str(tmp_path / "gone")
+    assert reward_marks(RunConfig.model_validate(run)) == {}  # told with what else the sources lack
 
 
 def test_another_layout_of_the_same_run_is_taken_and_named(tmp_path):
