@@ -35,8 +35,8 @@ from calibtrain.pipeline.measurement import Measurement, read_measurement
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.scope import at_most
 
-KEPT, GIVEN = Path("answers/certification.jsonl"), Path("answers/certified.jsonl")
-"""What the calibration kept, and a copy of what was given last, to know by whose grades a certificate stands."""
+KEPT, GIVEN = "answers/certification.jsonl", "answers/certified-{}.jsonl"
+"""What the calibration kept, and a copy of what a source was last certified by instead: its certificate rests on these."""
 LEARNED_FROM = ("train", "validation", "calibration", "examples")
 """Splits by which nothing is certified."""
 
@@ -134,9 +134,9 @@ def _renew(
     # What rests on an audit, or on grades, that are others now holds no longer, whatever takes its place.
     audited = before.audit is not None and calibrated.audit != before.audit
     certified_on = content.get("certified_on", "")
+    copy = output_dir / GIVEN.format(source)
     if held_out.given:
-        rests_on = output_dir / (KEPT if certified_on or not (output_dir / GIVEN).is_file() else GIVEN)
-        changed = _regrades(found, rests_on)
+        changed = _regrades(found, copy if not certified_on and copy.is_file() else output_dir / KEPT)
     else:
         changed = audited or certified_on not in ("", file_hash(path))
     written = not calibrated.failures or changed
@@ -147,8 +147,8 @@ def _renew(
             why = f"it is certified on {path.name}, without the hidden states of its questions"
             content |= outside.facts(None, why)
             content["parts"].pop(outside.FILE, None)
-            if path.resolve() != (output_dir / GIVEN).resolve():
-                shutil.copyfile(path, output_dir / GIVEN)
+            if path.resolve() != copy.resolve():
+                shutil.copyfile(path, copy)
         write_json(target, content)
     return Renewed(calibrated, target, written)
 
