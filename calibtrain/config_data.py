@@ -210,8 +210,8 @@ class DataConfig(Section):
     """Tokens of prompt + completion; a prompt is cut from its left, a context before that from its end, a completion
     never."""
     packing_tokens: int | None = Field(default=None, ge=8)
-    """Pack sequences into rows of so many tokens; null pads one sequence a row, and packs rows of `max_length` with
-    flash_attention_2, to which what lies apart costs nothing."""
+    """Pack sequences into rows of so many tokens. null: rows of `max_length` with flash_attention_2, to which what lies
+    apart costs nothing; with others one sequence a row, padded."""
     shared_prefix: bool = True
     """Pass the prompt of a preference pair once for both answers, where the model's attention allows it."""
 

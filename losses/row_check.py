@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from calibtrain.attention_names import told_by_length
+from calibtrain.attention_names import attention_of, told_by_length
 from calibtrain.errors import UserError
 from calibtrain.losses.isolation import changed_tokens, has_experts, head_forward, keeps_apart, leaks, quietly
 from calibtrain.losses.label_batch import batch_from_labels
@@ -46,7 +46,7 @@ class CheckedModel:
     @property
     def attention(self) -> str:
         """Name of the attention implementation."""
-        return _attention(self.causal_model)
+        return attention_of(self.causal_model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,20 +90,13 @@ def row_inputs(batch: Batch, causal_model: Any, inputs: Mapping[str, Any]) -> di
     """
     own: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.packed:
-        lengths = row_lengths(batch) if told_by_length(_attention(causal_model)) else {}
+        lengths = row_lengths(batch) if told_by_length(attention_of(causal_model)) else {}
         return {**own, "position_ids": batch.position_ids, **lengths, **inputs}
     own["attention_mask"] = (batch.segment_ids > 0).long()
     # Some models would count the padding on the left; where images are given as well, positions are the model's affair.
     if not _given(inputs) and "position_ids" in inspect.signature(causal_model.forward).parameters:
         own["position_ids"] = batch.position_ids
     return {**own, **inputs}
-
-
-def _attention(causal_model: Any) -> str:
-    """Name of the attention implementation, of the language model in models that see or hear as well."""
-    config = causal_model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return str(getattr(text, "_attn_implementation", None))
 
 
 def _given(inputs: Mapping[str, Any]) -> list[str]:

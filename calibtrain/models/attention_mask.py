@@ -4,8 +4,8 @@ Rows that hold one sequence, padded on the right, need no mask of ours: causal a
 Packed and shared-prefix rows do, and it stands in place of the model's own; a model with a rule of its own that such a
 mask would put out of force (a sliding window, chunks, recurrent layers, ALiBi) is recognised by `block_mask_obstacle`.
 
-FlashAttention takes no mask: it is told how long each sequence is, so that it packs them, padding too, and within each
-keeps the model's own window. Completions that share a prompt are not to be told so.
+FlashAttention takes no mask: it is told how long each sequence is, and within each keeps
+the model's own window. Of completions that share a prompt it cannot be told.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from calibtrain.attention_names import told_by_length
+from calibtrain.attention_names import attention_of, told_by_length
 from calibtrain.errors import UserError
 from calibtrain.losses.terms import Batch, row_lengths
 from calibtrain.models import cpu_attention
@@ -65,7 +65,7 @@ def attention_inputs(batch: Batch, model: Any) -> dict[str, Any]:
 
 def takes_lengths(model: Any) -> bool:
     """Whether the model's attention is told of a row's sequences by their lengths."""
-    return told_by_length(model.config.get_text_config()._attn_implementation)
+    return told_by_length(attention_of(model))
 
 
 def attention_mask(batch: Batch, model: Any) -> Tensor | BlockMask | None:
@@ -77,9 +77,7 @@ def attention_mask(batch: Batch, model: Any) -> Tensor | BlockMask | None:
     if not batch.packed:
         return None
     if takes_lengths(model):
-        raise UserError(
-            f"{model.config.get_text_config()._attn_implementation} takes no block masks; see attention_inputs"
-        )
+        raise UserError(f"{attention_of(model)} takes no block masks; see attention_inputs")
     _check_obstacle(batch, model)
     rows, width = batch.input_ids.shape
     visible, device = visibility(batch), batch.input_ids.device

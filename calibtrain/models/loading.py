@@ -55,13 +55,18 @@ def local_path(source: str) -> str:
         return str(_embedded_directory(source))
     if source.startswith("embedded:"):
         raise UserError(f"model.source: unknown embedded model {source!r}; known: {', '.join(sorted(EMBEDDED))}")
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
     path = Path(expanduser(source))
-    if looks_local and not isdir(path):  # which, unlike Path's, is False of what can be no path
+    if is_gone(source):
         raise UserError(f"model.source: no such directory: {source}")
     if isdir(path) and not (path / "config.json").is_file():
         raise UserError(f"model.source: {source} has no config.json; it must be a Hugging Face model directory")
     return str(path) if isdir(path) else source
+
+
+def is_gone(source: str) -> bool:
+    """Whether a model's source is the name of a directory, not of the hub, and there is none."""
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    return looks_local and not isdir(expanduser(source))  # which, unlike Path's, is False of what can be no path
 
 
 def check_weights(config: ModelConfig) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from calibtrain.config_rewards import ModelSource
 from calibtrain.distributed import World, gather_lists
 from calibtrain.errors import UserError
-from calibtrain.models.loading import LEARNED_POSITIONS, LOAD_ERRORS, cause
+from calibtrain.models.loading import LEARNED_POSITIONS, LOAD_ERRORS, cause, is_gone
 from calibtrain.models.quantized import check_full_precision
 from calibtrain.models.sharded_loading import load_in_parts, safetensors_places
 from calibtrain.models.sharding import full_shape, inference_settings, run_sharded
@@ -88,7 +88,7 @@ def reward_settings(source: ModelSource, key: str) -> Any:
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
     path = Path(expanduser(source.path))
-    if _is_gone(source):
+    if is_gone(source.path):
         raise UserError(f"{key}: no such directory: {source.path}; `calibtrain train reward_model` writes OUT/model")
     if isdir(path) and not (path / "config.json").is_file():
         raise UserError(f"{key}: {source.path} has no config.json; it must be a Hugging Face model directory")
@@ -141,17 +141,11 @@ def reward_tokenizer(source: ModelSource, key: str) -> Any:
     return tokenizer
 
 
-def _is_gone(source: ModelSource) -> bool:
-    """Whether it is a directory's name, and there is none."""
-    looks_local = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
-    return looks_local and not isdir(expanduser(source.path))
-
-
 def reward_file(source: ModelSource, name: str) -> Path | None:
     """A file of the reward model's directory or repository, or None where it has none."""
     from transformers.utils import cached_file
 
-    if _is_gone(source):
+    if is_gone(source.path):
         return None
     found = cached_file(
         expanduser(source.path) if isdir(expanduser(source.path)) else source.path,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 400.0
+SECONDS = 400
 
 
 @dataclass(frozen=True, slots=True)
