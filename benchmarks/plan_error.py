@@ -25,14 +25,15 @@ from _report import print_table, write_json
 
 LENGTH, ROWS = 120, 4  # 480 tokens: no weight has that size, by which it would be taken for one
 STAGES = ("0", "1", "2", "3")
-CASES = (("tiny", "fp32"), ("135M", "fp32"), ("135M", "bf16"), ("135M lora", "bf16"))
+CASES = (("tiny", "fp32"), ("135M", "fp32"), ("135M lora", "fp32"), ("135M", "bf16"), ("135M lora", "bf16"))
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write machine, versions, rows and summary here")
-    parser.add_argument("--cases", nargs="+", default=[name for name, _ in CASES], help="tiny, 135M, ...")
+    parser.add_argument("--cases", nargs="+", choices=sorted({name for name, _ in CASES}), help="all unless named")
+    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -40,8 +41,9 @@ def main() -> None:
         child(*args.child)
         return
     rows = []
-    for name, dtype in CASES:
-        for stage in STAGES if name in args.cases else ():
+    wanted = [case for case in CASES if case[0] in (args.cases or [case[0]]) and case[1] in args.dtypes]
+    for name, dtype in wanted:
+        for stage in STAGES:
             for ranks in args.ranks:
                 if not (stage == "0" and (dtype == "bf16" or ranks > 1)):
                     rows.append({"model": name, "dtype": dtype, "stage": int(stage), "ranks": ranks})

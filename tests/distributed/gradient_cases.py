@@ -18,6 +18,7 @@ class Case:
     training: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)  # more keys for DeepSpeed's zero_optimization
     objective: str = "orpo"
+    losses: dict[str, Any] = field(default_factory=dict)  # sections in the place of the usual ones
     checkpoint: str = "model"  # "untied": a head of its own; "biased": and biases in attention
     ops: str = ""  # CALIBTRAIN_OPS
     head: dict[str, Any] | None = None  # keys of a confidence head

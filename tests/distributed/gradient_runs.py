@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ from calibtrain.data.templates import Template
 from calibtrain.data.unpaired import mismatched
 from calibtrain.distributed import World, barrier, gather_lists, leave_world, start_world
 from calibtrain.hooks.base import HookList
-from calibtrain.losses import build_loss
 from calibtrain.models.export import gathered_weights
 from calibtrain.models.loading import load_model, load_tokenizer
 from calibtrain.models.loss_model import Call, LossModel
 from calibtrain.models.policy import Policy
-from calibtrain.models.reward import ValueLossModel
+from calibtrain.models.reward import RewardLossModel, ValueLossModel
 from calibtrain.models.sequence_parallel import begin_sequence_group, check_in_parts, share_attention
 from calibtrain.models.sharding import is_sharded
 from calibtrain.models.value import OwnValueLossModel, load_value_model
@@ -43,12 +42,16 @@ from calibtrain.training.checkpoint import Progress
 from calibtrain.training.deepspeed_config import batch_plan
 from calibtrain.training.engine import Engine, start_engine
 from calibtrain.training.engine_state import holders
+from calibtrain.training.losses import build_losses
+from calibtrain.training.refusal_examples import RefusalExamples
 from calibtrain.training.rollouts import Rollouts
 from calibtrain.training.samples import Sample
 from calibtrain.training.sampling import Sampling
 from calibtrain.training.trainer import Trainer
 from calibtrain.training.unpaired_examples import UnpairedExamples
+from calibtrain.training.weight_penalty import build_weight_penalties
 from tests.distributed.gradient_cases import CASES, EIGHT_BIT_CASES, FOUR_BIT_CASES, Case
+from tests.distributed.gradient_matrix import MATRIX
 from tests.distributed.jobs import SHARDED
 
 STEPS, RECORDS, ANSWERS = 2, 12, 5
@@ -68,6 +71,13 @@ def records() -> list[Record]:
     ]
 
 
+@dataclass(frozen=True)
+class Told:
+    """A graded answer, as far as a penalty on its confidence goes."""
+
+    confidence: float
+
+
 class FixedAnswers(AnswerStream):
     """The same graded answers in every round, whatever the model says: it is asked all the same, between the steps."""
 
@@ -77,6 +87,8 @@ class FixedAnswers(AnswerStream):
         self.asked = list(range(ANSWERS))
         self.texts = [f"It is {i} I think" + " perhaps" * i for i in self.asked]
         self.correct = [i % 2 == 0 for i in self.asked]
+        if self.answerer is not None:
+            self._fit([Told(0.3 + 0.1 * i) for i in self.asked])
 
 
 class FixedSampling(Sampling):
@@ -178,6 +190,7 @@ def config_of(case: Case, model: Path) -> RunConfig:
     if name == "ppo":
         objective = {"name": "ppo", "value_model": "own" if case.objective == "ppo_own" else "shared"}
         losses = {"objective": objective, "rollouts": {"group_size": 2, "reward": "accuracy", "epochs": 2}}
+    losses = case.losses or losses
     return RunConfig.model_validate(
         {
             "model": {"source": str(model), "dtype": "fp32", **case.model},
@@ -199,15 +212,18 @@ def build(config: RunConfig, zero: dict[str, Any] | None = None) -> LossModel:
     if zero is not None:
         assert is_sharded(next(model.parameters()))
     unlike_zero(model)
-    policy, losses = Policy(model), [build_loss(one) for one in (config.objective, *config.penalties_in_loss)]
+    policy = Policy(model)
+    objective, penalties = build_losses(config, Template("plain", load_tokenizer(config.model)), model)
     module = config.objective.needs.module
+    if module == "reward head":
+        return RewardLossModel(policy, objective, seed=5)
     if module == "value head":
-        return ValueLossModel(policy, losses[0], losses[1:], seed=5)
+        return ValueLossModel(policy, objective, penalties, seed=5)
     if module == "value model":
         value = load_value_model(config, zero)
         unlike_zero(value)
-        return OwnValueLossModel(policy, value, losses[0], losses[1:])
-    found = with_confidence_head(LossModel(policy, losses[0], losses[1:]), config)
+        return OwnValueLossModel(policy, value, objective, penalties)
+    found = with_confidence_head(LossModel(policy, objective, penalties), config)
     with torch.no_grad():
         for parameter in found.confidence_head.parameters() if found.confidence_head else ():
             parameter += 0.3 * torch.randn(parameter.shape)
@@ -273,6 +289,8 @@ def run_case(case: Case, model: Path, world: World) -> dict[str, Any]:
         weights |= gathered_weights(engine.module.confidence_head, keep=world.is_main)
     engine.deepspeed.destroy()
     said = [list(one.tokens) for one in trainer.rollouts.samples] if config.trains_on_rollouts else []
+    if isinstance(trainer.rollouts, RefusalExamples):
+        said = trainer.rollouts.state_dict()["texts"]
     if config.rollouts.dynamic_sampling:
         assert trainer.rollouts.metrics["thrown_away"] > 0
         assert trainer.rollouts.metrics["without_signal"] < 1
@@ -292,7 +310,10 @@ def make_trainer(config: RunConfig, engine: Engine, template: Template, world: W
             changing.sampling = FixedSampling(config, answerer, records())
     else:
         examples = examples_of(config, template)
-        stream = FixedAnswers(config.penalties_on_answers, answerer, records(), 0, config.data.max_length)
+        if config.penalties_on_answers:
+            stream = FixedAnswers(config.penalties_on_answers, answerer, records(), 0, config.data.max_length)
+    if config.objective.needs.data == "relabelled":
+        examples = changing = RefusalExamples(config.objective, answerer, records(), config.data.max_length)
     if config.trains_unpaired:
         examples = changing = UnpairedExamples(examples, answerer, plan, config.seed)
     return Trainer(
@@ -308,6 +329,7 @@ def make_trainer(config: RunConfig, engine: Engine, template: Template, world: W
         output_dir=Path(),
         data_hash="",
         stream=stream,
+        weight_penalties=build_weight_penalties(config, engine, world),
         packing_tokens=config.packing_tokens,
         shared_prefix=config.shares_prompts,
         rollouts=changing,
@@ -324,7 +346,7 @@ if __name__ == "__main__":
     folder, names = Path(sys.argv[1]), sys.argv[2].split(",")
     world = start_world()
     for name in names:
-        case = {**CASES, **FOUR_BIT_CASES, **EIGHT_BIT_CASES}[name]
+        case = {**CASES, **FOUR_BIT_CASES, **EIGHT_BIT_CASES, **MATRIX}[name]
         os.environ["CALIBTRAIN_OPS"] = case.ops
         result = run_case(case, folder / case.checkpoint, world)
         if world.is_main:
