@@ -35,8 +35,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binom
 
 from calibtrain.abstention.strata import GroupRisk
 from calibtrain.calibration.intervals import clopper_pearson_upper
@@ -102,7 +102,7 @@ class Certificate:
 
     def _shows_it(self) -> bool:
         """Whether the counts, which can be, reject a larger risk."""
-        return bool(binom.cdf(self.n_wrong, self.n_answered, self.target_risk) <= self.delta)
+        return bool(scipy.stats.binom.cdf(self.n_wrong, self.n_answered, self.target_risk) <= self.delta)
 
     @property
     def shown(self) -> str:
@@ -150,7 +150,7 @@ def certify(
     q, wrong_ahead = q[order], np.append(0, np.cumsum(~y[order]))
     tests = _rank_tests(q, target_risk, delta) if thresholds is None else _fixed_tests(q, thresholds)
     sizes = np.array([answered for _, answered in tests], dtype=np.int64)
-    proven = (sizes > 0) & (binom.cdf(wrong_ahead[sizes], sizes, target_risk) <= delta)
+    proven = (sizes > 0) & (scipy.stats.binom.cdf(wrong_ahead[sizes], sizes, target_risk) <= delta)
     passed = int(np.argmin(np.append(proven, False)))  # the steps before the first that proves nothing
     if passed == 0:
         return Certification(None, _why_none(tests, wrong_ahead, target_risk, delta))
@@ -192,9 +192,9 @@ def minimum_answers(target_risk: float, delta: float) -> int:
 def sequence_sizes(n: int, target_risk: float, delta: float) -> tuple[int, ...]:
     """How many of the most confident of n answers each step looks at: ascending up to n, or none if n is too small."""
     k = np.arange(1, n + 1)
-    most = binom.ppf(delta, k, target_risk)
+    most = scipy.stats.binom.ppf(delta, k, target_risk)
     most = np.where(
-        binom.cdf(most, k, target_risk) <= delta, most, most - 1
+        scipy.stats.binom.cdf(most, k, target_risk) <= delta, most, most - 1
     )  # errors that k answers may hold; -1: none
     sizes = k[np.flatnonzero(np.diff(most, prepend=-1) > 0)].tolist()
     sizes = sizes[min(int(START * target_risk * n), max(len(sizes) - 1, 0)) :]

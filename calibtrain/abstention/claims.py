@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binom
 
 from calibtrain.errors import UserError
 
@@ -149,8 +149,8 @@ def _rank(n: int, target_risk: float, delta: float | None) -> int | None:
     if delta is None:
         rank = max(1, math.ceil((n + 1) * (1 - target_risk) - 1e-9))
         return rank if rank <= n else None
-    most = int(binom.ppf(delta, n, target_risk)) if n else -1  # scores that may lie above
-    while most >= 0 and binom.cdf(most, n, target_risk) > delta:
+    most = int(scipy.stats.binom.ppf(delta, n, target_risk)) if n else -1  # scores that may lie above
+    while most >= 0 and scipy.stats.binom.cdf(most, n, target_risk) > delta:
         most -= 1
     return max(1, n - most) if most >= 0 else None
 

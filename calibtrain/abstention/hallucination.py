@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy.stats import binom
 
 from calibtrain.abstention.certificate import checked_answers, data_hash
 from calibtrain.errors import UserError
@@ -84,5 +84,5 @@ def allowed_errors(n: int, target_rate: float, delta: float | None = None) -> in
         return max(-1, int(np.floor(target_rate * (n + 1) + 1e-9)) - 1)
     if n == 0:
         return -1
-    most = int(binom.ppf(delta, n, target_rate))
-    return most if binom.cdf(most, n, target_rate) <= delta else most - 1
+    most = int(scipy.stats.binom.ppf(delta, n, target_rate))
+    return most if scipy.stats.binom.cdf(most, n, target_rate) <= delta else most - 1

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
 from scipy.special import betaln, logsumexp
 
 from calibtrain.abstention.policy import SelectiveStatistics, selective_statistics
@@ -171,8 +171,8 @@ def risk_interval(wrong: int, n: int, level: float = 0.95) -> tuple[float, float
 
     best, edge = wrong / n, 1e-12
     inside = min(max(best, edge), 1 - edge)
-    low = 0.0 if wrong == 0 or excess(edge) <= 0 else float(brentq(excess, edge, inside))
-    high = 1.0 if right == 0 or excess(1 - edge) <= 0 else float(brentq(excess, inside, 1 - edge))
+    low = 0.0 if wrong == 0 or excess(edge) <= 0 else float(scipy.optimize.brentq(excess, edge, inside))
+    high = 1.0 if right == 0 or excess(1 - edge) <= 0 else float(scipy.optimize.brentq(excess, inside, 1 - edge))
     return low, high
 
 

@@ -13,8 +13,7 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy.interpolate import CubicSpline
-from scipy.optimize import minimize
+import scipy
 
 from calibtrain.calibration.scores import LEAST_DOUBT, TEMPERATURE_GRID, Array, Scores, TokenScores
 from calibtrain.errors import UserError
@@ -33,7 +32,7 @@ def fit_adaptive(scores: Scores, correct: Array, weight: Array) -> Parameters:
     centre = hidden.mean(0)
     axes = _whitening(hidden - centre)
     features = (hidden - centre) @ axes
-    spline = CubicSpline(np.log(TEMPERATURE_GRID), tokens.table, axis=1)
+    spline = scipy.interpolate.CubicSpline(np.log(TEMPERATURE_GRID), tokens.table, axis=1)
 
     def loss(parameters: Array) -> tuple[float, Array]:
         raw = features @ parameters[1:] + parameters[0]
@@ -46,7 +45,7 @@ def fit_adaptive(scores: Scores, correct: Array, weight: Array) -> Parameters:
         prior = parameters * np.append(1.0, np.full(features.shape[1], _COMPONENT_SCALE**-2))
         return float(value + parameters @ prior / 2), np.append(by_raw.sum(), features.T @ by_raw) + prior
 
-    found = minimize(loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B").x
+    found = scipy.optimize.minimize(loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B").x
     weights = axes @ found[1:]
     return {"weight": weights.tolist(), "bias": float(found[0] - centre @ weights)}
 
@@ -54,7 +53,7 @@ def fit_adaptive(scores: Scores, correct: Array, weight: Array) -> Parameters:
 def apply_adaptive(parameters: Parameters, scores: Scores) -> Array:
     """Confidences (N,) at the head's temperatures."""
     tokens = _tokens(scores)
-    spline = CubicSpline(np.log(TEMPERATURE_GRID), tokens.table, axis=1)
+    spline = scipy.interpolate.CubicSpline(np.log(TEMPERATURE_GRID), tokens.table, axis=1)
     logprob, _ = _token_logprobs(spline, np.log(token_temperatures(parameters, tokens)))
     return np.asarray(np.exp(np.minimum(np.bincount(tokens.answer, logprob, minlength=len(scores)), 0.0)))
 
@@ -76,7 +75,7 @@ def _whitening(centred: Array) -> Array:
     return np.asarray(axes[:kept].T * (math.sqrt(len(centred)) / singular[:kept]))
 
 
-def _token_logprobs(spline: CubicSpline, log_t: Array) -> tuple[Array, Array]:
+def _token_logprobs(spline: scipy.interpolate.CubicSpline, log_t: Array) -> tuple[Array, Array]:
     """Each token's log-prob (T,) at its own log temperature, and its slope there."""
     place = np.clip(np.searchsorted(spline.x, log_t, side="right") - 1, 0, len(spline.x) - 2)
     a, b, c, d = spline.c[:, place, np.arange(len(log_t))]

@@ -7,8 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from calibtrain.calibration.intervals import wilson
 from calibtrain.errors import UserError
@@ -60,7 +60,7 @@ def place_bias(given: ArrayLike, right: ArrayLike, places: int, seed: int = 0) -
         total = apart.sum(0)
         statistic = float(total @ inverse @ total)
         rank = int(np.linalg.matrix_rank(apart.T @ apart))
-        p_value = float(stats.chi2.sf(statistic, rank))
+        p_value = float(scipy.stats.chi2.sf(statistic, rank))
         if len(apart) < FEW:
             signs = np.random.default_rng(seed).choice((-1.0, 1.0), (SWAPS, len(apart)))
             sums = signs @ apart

@@ -14,9 +14,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy.special import pdtr
 
 from calibtrain.calibration.state import CalibrationState, state_of
 from calibtrain.errors import UserError
@@ -49,7 +50,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     _check_counts(successes, n)
     if n == 0:
         return 0.0, 1.0
-    z2 = float(stats.norm.ppf((1 + level) / 2)) ** 2
+    z2 = float(scipy.stats.norm.ppf((1 + level) / 2)) ** 2
     centre = (successes + z2 / 2) / (n + z2)
     half = math.sqrt(z2 * (successes * (n - successes) / n + z2 / 4)) / (n + z2)
     # At 0 and n successes the ends are exactly 0 and 1; the formula misses them by a rounding error.
@@ -60,14 +61,14 @@ def clopper_pearson(successes: int, n: int, level: float = 0.95) -> tuple[float,
     """Two-sided exact interval of a share (Clopper, Pearson 1934); (0, 1) for n = 0."""
     _check_counts(successes, n)
     tail = (1 - level) / 2
-    low = float(stats.beta.ppf(tail, successes, n - successes + 1)) if successes > 0 else 0.0
+    low = float(scipy.stats.beta.ppf(tail, successes, n - successes + 1)) if successes > 0 else 0.0
     return low, clopper_pearson_upper(successes, n, tail)
 
 
 def clopper_pearson_upper(successes: int, n: int, delta: float) -> float:
     """One-sided exact upper bound: a larger share has less than `delta` chance of so few successes. 1 for n = 0."""
     _check_counts(successes, n)
-    return float(stats.beta.ppf(1 - delta, successes + 1, n - successes)) if successes < n else 1.0
+    return float(scipy.stats.beta.ppf(1 - delta, successes + 1, n - successes)) if successes < n else 1.0
 
 
 def sample_ids(names: Iterable[str]) -> NDArray[np.uint64]:
@@ -139,7 +140,7 @@ def paired_bootstrap(
     return {name: _interval(second[name] - first[name], draws[name], level, name in centred) for name in draws}
 
 
-_POISSON_CDF = stats.poisson.cdf(np.arange(20), 1.0)
+_POISSON_CDF = pdtr(np.arange(20), 1.0)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -157,7 +158,7 @@ def _interval(estimate: float, draws: list[float], level: float, centred: bool) 
     if not math.isfinite(estimate) or len(values) <= 0.9 * len(draws):
         return Interval(estimate, math.nan, math.nan)
     if centred:
-        half = float(stats.norm.ppf((1 + level) / 2) * values.std())
+        half = float(scipy.stats.norm.ppf((1 + level) / 2) * values.std())
         return Interval(estimate, estimate - half, estimate + half)
     low, high = (float(v) for v in np.quantile(values, [(1 - level) / 2, (1 + level) / 2]))
     return Interval(estimate, low, high)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
+import scipy
 
 from calibtrain.calibration.scores import LEAST_DOUBT, Array, Scores, logit, sigmoid, softmax
 from calibtrain.errors import UserError
@@ -137,7 +137,7 @@ def fit_vector(scores: Scores, correct: Array, weight: Array) -> Parameters:
         prior = _VECTOR_PRECISION * parameters
         return float(value + parameters @ prior / 2), gradient + prior
 
-    found = minimize(loss, np.zeros(2 * options), jac=True, method="L-BFGS-B").x
+    found = scipy.optimize.minimize(loss, np.zeros(2 * options), jac=True, method="L-BFGS-B").x
     return {"scale": np.exp(found[:options]).tolist(), "bias": found[options:].tolist()}
 
 
@@ -169,7 +169,9 @@ def _logistic(
         return float(value), x.T @ (weight * (sigmoid(z) - targets)) + precision * off
 
     options = {"ftol": 1e-12, "gtol": 1e-8, "maxiter": 1000}
-    return np.asarray(minimize(loss, centre, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x)
+    return np.asarray(
+        scipy.optimize.minimize(loss, centre, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+    )
 
 
 def _beta_features(scores: Scores) -> Array:

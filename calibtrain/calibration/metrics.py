@@ -10,8 +10,8 @@ import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.fft import dct, idct
 
 from calibtrain.calibration import ranking
 from calibtrain.calibration.intervals import wilson
@@ -282,10 +282,12 @@ def _mean_absolute_deviation(count: NDArray[np.int64], probability: Array, point
 def _residual_spectrum(state: CalibrationState) -> Array:
     """Cosine coefficients of sum(confidence - correct) / n on the midpoints of the equal cells."""
     residual = state.confidence.numpy() - state.correct.numpy()
-    return np.asarray(dct(np.bincount(UNIFORM_INDEX.numpy(), residual, UNIFORM_CELLS) / state.n, norm="ortho"))
+    return np.asarray(
+        scipy.fft.dct(np.bincount(UNIFORM_INDEX.numpy(), residual, UNIFORM_CELLS) / state.n, norm="ortho")
+    )
 
 
 def _smoothed(spectrum: Array, width: float) -> float:
     """Integral of |residual * kernel|; a reflected Gaussian kernel on [0, 1] only damps the cosine coefficients."""
     damping = np.exp(-((np.pi * width * np.arange(len(spectrum))) ** 2) / 2)
-    return float(np.abs(np.asarray(idct(spectrum * damping, norm="ortho"))).sum())
+    return float(np.abs(np.asarray(scipy.fft.idct(spectrum * damping, norm="ortho"))).sum())

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
 
 from calibtrain.calibration.intervals import Interval, wilson
 from calibtrain.errors import UserError
@@ -48,7 +48,7 @@ def ppi_mean(
     estimate = float(difference.mean()) + (weight * float(others.mean()) if n else 0.0)
     spread = np.append(difference, [1.0, -weight]) if careful else difference
     variance = float(spread.var()) / m + (weight**2 * float(others.var()) / n if n else 0.0)
-    half = float(norm.ppf((1 + level) / 2)) * math.sqrt(variance)
+    half = float(scipy.stats.norm.ppf((1 + level) / 2)) * math.sqrt(variance)
     return Interval(estimate, estimate - half, estimate + half)
 
 

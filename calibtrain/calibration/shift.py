@@ -10,9 +10,8 @@ import math
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy.optimize import brentq, minimize_scalar
-from scipy.stats import chi2
 
 from calibtrain.calibration.scores import LEAST_DOUBT, Array, Scores, logit, sigmoid
 from calibtrain.errors import UserError
@@ -29,7 +28,11 @@ def fit_shift(scores: Scores, correct: Array, weight: Array) -> dict[str, Any]:
     accuracy = (weight @ correct + 0.5) / (weight.sum() + 1)
     total = weight.sum()
     reach = float(np.abs(z).max()) + float(abs(logit(accuracy))) + 1
-    return {"shift": float(brentq(lambda shift: weight @ sigmoid(z + shift) / total - accuracy, -reach, reach))}
+    return {
+        "shift": float(
+            scipy.optimize.brentq(lambda shift: weight @ sigmoid(z + shift) / total - accuracy, -reach, reach)
+        )
+    }
 
 
 def apply_shift(parameters: dict[str, Any], scores: Scores) -> Array:
@@ -55,10 +58,16 @@ def target_accuracy(probability: ArrayLike, source_accuracy: float, level: float
         return -float(np.log(share * right + (1 - share) * wrong).sum())
 
     # The likelihood is concave in the share, so that a bounded search finds its one maximum.
-    best = float(minimize_scalar(loss, bounds=(_EDGE, 1 - _EDGE), method="bounded", options={"xatol": 1e-9}).x)
-    allowed = loss(best) + float(chi2.ppf(level, 1)) / 2
-    low = brentq(lambda share: loss(share) - allowed, _EDGE, best) if loss(_EDGE) > allowed else 0.0
-    high = brentq(lambda share: loss(share) - allowed, best, 1 - _EDGE) if loss(1 - _EDGE) > allowed else 1.0
+    best = float(
+        scipy.optimize.minimize_scalar(loss, bounds=(_EDGE, 1 - _EDGE), method="bounded", options={"xatol": 1e-9}).x
+    )
+    allowed = loss(best) + float(scipy.stats.chi2.ppf(level, 1)) / 2
+    low = scipy.optimize.brentq(lambda share: loss(share) - allowed, _EDGE, best) if loss(_EDGE) > allowed else 0.0
+    high = (
+        scipy.optimize.brentq(lambda share: loss(share) - allowed, best, 1 - _EDGE)
+        if loss(1 - _EDGE) > allowed
+        else 1.0
+    )
     return best, float(low), float(high)
 
 

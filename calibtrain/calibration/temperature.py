@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy.interpolate import CubicSpline
 
 from calibtrain.calibration.scores import LEAST_DOUBT, TEMPERATURE_GRID, Array, Scores
 from calibtrain.errors import UserError
@@ -104,7 +104,7 @@ def interpolate_logprobs(
 
 def _interpolate(table: Array, grid: Array, at: Array) -> Array:
     """Table (N, K) at other log temperatures (L,): (N, L), never above log 1."""
-    return np.minimum(CubicSpline(grid, table, axis=1)(at), 0.0)
+    return np.minimum(scipy.interpolate.CubicSpline(grid, table, axis=1)(at), 0.0)
 
 
 def _log_loss(logprob: Array, correct: Array) -> Array:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 from calibtrain.calibration.scores import Array, Scores, softmax
 from calibtrain.errors import UserError
@@ -98,7 +98,7 @@ def _fit(
 
     options = {"ftol": 1e-12, "gtol": 1e-7, "maxiter": 500}
     begin = identity if start is None else start
-    return np.asarray(minimize(loss, begin, jac=True, method="L-BFGS-B", options=options).x)
+    return np.asarray(scipy.optimize.minimize(loss, begin, jac=True, method="L-BFGS-B", options=options).x)
 
 
 def _chosen(z: Array, right: NDArray[np.bool_], weight: Array) -> float:

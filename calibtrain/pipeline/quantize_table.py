@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from calibtrain.abstention.certificate import Certification, certify
 from calibtrain.calibration import metrics, ranking
@@ -114,7 +114,7 @@ def changes(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, Any]
         "n": n,
         "changed": len(pairs),
         **counts,
-        "mcnemar_p": float(binomtest(counts["right_to_wrong"], turned).pvalue) if turned else 1.0,
+        "mcnemar_p": float(scipy.stats.binomtest(counts["right_to_wrong"], turned).pvalue) if turned else 1.0,
         "row": {"before": None, "after": share, "difference": share, "low": low, "high": high},
     }
 
