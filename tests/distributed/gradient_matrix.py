@@ -22,6 +22,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "answer_score": {"moves": "all"},
 }
 SAMPLED = {"group_size": 2, "reward": "accuracy", "epochs": 2}
+ROLLOUTS: dict[str, dict[str, Any]] = {"rloo": {"epochs": 1}}
+"""Ratios of whole answers grow, behind steps as large as these, to gradients of 45,000 with their rounding."""
 MORE_OBJECTIVES = {"ppo_own": {"objective": {"name": "ppo", "value_model": "own"}, "rollouts": SAMPLED}}
 
 
@@ -36,7 +38,7 @@ def with_objective(name: str, section: Any) -> dict[str, Any]:
     needs = section.model_validate(objective).needs
     found: dict[str, Any] = {"objective": objective}
     if needs.data == "rollouts":
-        found["rollouts"] = SAMPLED
+        found["rollouts"] = {**SAMPLED, **ROLLOUTS.get(name, {})}
     if needs.module != "reward head":
         found["penalties"] = [SCORED]
     return found
