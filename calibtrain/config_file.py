@@ -89,6 +89,18 @@ def render_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True, width=100)
 
 
+def without_keys(config: RunConfig) -> RunConfig:
+    """The config without what a launched server is given, where keys may stand: of what others are to read."""
+    engine = config.rollouts.engine.model_copy(update={"environment": {}, "arguments": ()})
+    return config.model_copy(update={"rollouts": config.rollouts.model_copy(update={"engine": engine})})
+
+
+def without_answers(config: RunConfig) -> RunConfig:
+    """Without keys, and without the questions and answers that prompts show: of what leaves the machine."""
+    data = config.data.model_copy(update={"examples": ()})
+    return without_keys(config).model_copy(update={"data": data})
+
+
 def shipped_configs() -> list[str]:
     """Names of the configs that come with calibtrain."""
     return sorted(item.name.removesuffix(".yaml") for item in _shipped().iterdir() if item.name.endswith(".yaml"))

@@ -14,7 +14,7 @@ from calibtrain.abstention.strata import group_risks
 from calibtrain.calibration.calibrators import Calibrator
 from calibtrain.confidence.scorer import HEAD
 from calibtrain.config import RunConfig
-from calibtrain.config_file import load_config
+from calibtrain.config_file import load_config, without_keys
 from calibtrain.data.calibration_set import Composition
 from calibtrain.errors import UserError
 from calibtrain.hooks.jsonl import read_metrics
@@ -54,11 +54,12 @@ def run(output_dir: Path) -> Path:
     data = report_data(output_dir)
     report = write_report(output_dir / "report.html", data)
     config = load_config(output_dir / "config.yaml")
-    described = {**data.config, "world_size": _facts(output_dir).get("world_size", 1)}
+    shown = data if config.tracking.log_answers else bare(data)
+    described = {**shown.config, "world_size": _facts(output_dir).get("world_size", 1)}
     with TemporaryDirectory() as folder:
         files = [_served_calibration(output_dir), report]
         if not config.tracking.log_answers:
-            files = _without_answers(output_dir, data, Path(folder))
+            files = _without_answers(output_dir, shown, Path(folder))
         if data.spectra:  # anew, so that the report's link leads to what the report shows
             files.append(write_page(output_dir / "spectra.html", data.spectra))
         attach(output_dir, described, config.tracking, files, _summary(data))
@@ -76,14 +77,17 @@ def _without_answers(output_dir: Path, data: ReportData, folder: Path) -> list[P
         {"target_risk": one["target_risk"], "certificate": one["certificate"]} for one in content["curve"]
     ]
     write_json(folder / "calibration.json", numbers)
-    return [folder / "calibration.json", write_report(folder / "report.html", bare(data))]
+    return [folder / "calibration.json", write_report(folder / "report.html", data)]
 
 
 def bare(data: ReportData) -> ReportData:
-    """The report without questions, answers and names of groups."""
+    """The report without questions, answers and names of groups, also those that prompts show."""
+    config = {**data.config, "data": {**data.config["data"], "examples": []}} if data.config else data.config
     scope = data.scope and replace(data.scope, examples=())
     parts = data.parts and replace(data.parts, fields=(), left_out=0)  # a reply may have made up a field's name
-    kept = replace(data, samples=False, scope=scope, group_risks=(), groups=None, composition=(), parts=parts)
+    kept = replace(
+        data, config=config, samples=False, scope=scope, group_risks=(), groups=None, composition=(), parts=parts
+    )
     return replace(kept, composition_verdict="")
 
 
@@ -164,7 +168,7 @@ def report_data(output_dir: Path) -> ReportData:
     options_are = task_of(config.task).options_are
     return ReportData(
         run_name=config.name,
-        config=config.resolved(),
+        config=without_keys(config).resolved(),
         versions=facts["versions"],
         git_hash=facts["git"],
         data_hash=facts["data_hash"],

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from calibtrain.config import RunConfig
-from calibtrain.config_file import load_config, render_config
+from calibtrain.config_file import load_config, render_config, without_keys
 from calibtrain.errors import UserError, printable
 from calibtrain.pipeline.calibration_file import read_calibration, served_source, source_folder
 from calibtrain.pipeline.collect import bare, report_data
@@ -75,7 +75,7 @@ def collect(output_dir: Path, repo: str, *, adapter: bool = False, answers: bool
         return _with_card(Push(model_card(config, repo), files))
     push = Push("", files)
     calibrated = read_calibration(output_dir, source=served_source(output_dir))
-    _add_config(push, config, output_dir)
+    _add_config(push, config, output_dir, answers=answers)
     _add_calibration(push, output_dir, answers=answers)
     push.card = model_card(config, repo, _add_report(push, output_dir, answers=answers), calibrated)
     return _with_card(push)
@@ -98,15 +98,21 @@ def _model_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _add_config(push: Push, config: RunConfig, output_dir: Path) -> None:
-    """config.yaml, without what a launched server was given, where keys may stand."""
-    engine, name = config.rollouts.engine, f"{FOLDER}/config.yaml"
-    if not engine.environment and not engine.arguments:
+def _add_config(push: Push, config: RunConfig, output_dir: Path, *, answers: bool) -> None:
+    """config.yaml, without what a launched server was given, where keys may stand.
+
+    Raises UserError where prompts show questions with their answers, which nobody has asked to push.
+    """
+    if config.data.examples and not answers:
+        raise UserError(
+            f"{output_dir / 'config.yaml'}: data.examples: prompts show {len(config.data.examples)} question(s) with their "
+            "answers, without which the model answers otherwise: push them with --answers"
+        )
+    name, bare = f"{FOLDER}/config.yaml", without_keys(config)
+    if bare == config:
         push.files[name] = output_dir / "config.yaml"
-        return
-    bare = engine.model_copy(update={"environment": {}, "arguments": ()})
-    rollouts = config.rollouts.model_copy(update={"engine": bare})
-    push.staged[name] = render_config(config.model_copy(update={"rollouts": rollouts})).encode()
+    else:
+        push.staged[name] = render_config(bare).encode()
 
 
 def _add_calibration(push: Push, output_dir: Path, *, answers: bool) -> None:

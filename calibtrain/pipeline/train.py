@@ -16,6 +16,7 @@ from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.features import default_layers, depth_of
 from calibtrain.confidence.likelihood import sample_answers
 from calibtrain.config import RunConfig
+from calibtrain.config_file import dump_config, without_answers, without_keys
 from calibtrain.data.encode import Encoded
 from calibtrain.data.lazy import Lazy
 from calibtrain.data.loader import planned_steps
@@ -127,7 +128,8 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     elif isinstance(trainer.rollouts, Rollouts):
         held_out_questions = [*prepared.splits["calibration"], *prepared.splits["validation"]]
         measure_reward_models(trainer.rollouts, held_out_questions, config.output_dir)
-    record = RunRecord(config.resolved(), config.output_dir, trainer.total_steps, progress.step, world.rank, world.size)
+    shared, artifacts = _what_hooks_share(config)
+    record = RunRecord(shared, config.output_dir, trainer.total_steps, progress.step, world.rank, world.size)
     trainer.hooks.dispatch("on_start", record)
     error: str | None = None
     preempted = False
@@ -148,7 +150,6 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
     finally:
         if trainer.rollouts is not None:
             trainer.rollouts.close()
-        artifacts = [config.output_dir / name for name in ("config.yaml", "deepspeed.json")]
         trainer.hooks.dispatch(
             "on_end", EndRecord(progress.step, error, {"steps": progress.step}, artifacts, preempted)
         )
@@ -174,6 +175,16 @@ def _what_ranks_share(config: RunConfig, checked: Checked) -> dict[str, str]:
         "data set": checked.records_hash,
         "chat template or tokenizer": checked.template.hash,
     }
+
+
+def _what_hooks_share(config: RunConfig) -> tuple[dict[str, Any], list[Path]]:
+    """The resolved config as a tracker may have it, and files of the run: without keys, and without examples' answers."""
+    shared = without_keys(config) if config.tracking.log_answers else without_answers(config)
+    written = config.output_dir / "config.yaml"
+    if shared != config:
+        written = config.output_dir / "shared" / "config.yaml"
+        on_main(lambda: dump_config(shared, written))
+    return shared.resolved(), [written, config.output_dir / "deepspeed.json"]
 
 
 def begin_engine(config: RunConfig, template: Template, world: World) -> tuple[Engine, dict[str, Any]]:

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 
-from calibtrain.config_file import load_config
+from calibtrain.config_file import dump_config, load_config
 from calibtrain.errors import UserError
-from calibtrain.pipeline import certify, collect
+from calibtrain.pipeline import certify, collect, train
 from calibtrain.pipeline.calibration_file import made_by_source, weights_hash
 from calibtrain.pipeline.measurement import write_measurement
 from calibtrain.pipeline.report import render_report
@@ -46,11 +46,14 @@ def test_the_group_that_breaks_the_promise_is_named_first(tested):
 
 
 def test_what_leaves_the_machine_holds_no_question_answer_or_name_of_a_group(tested, tmp_path):
+    engine = f"rollouts.engine={{kind: vllm, launch: true, environment: {{KEY: {SECRET}}}}}"
+    shown = f"data.examples=[{{question: who, answer: {SECRET}}}]"
+    dump_config(load_config(tested / "config.yaml", [engine, shown]), tested / "config.yaml")
     certify.run(tested, risk=0.1, by="side")
     data = replace(collect.report_data(tested), bootstrap_replicates=10)
     assert SECRET in render_report(data)
     (tmp_path / "sent").mkdir()
-    files = collect._without_answers(tested, data, tmp_path / "sent")
+    files = collect._without_answers(tested, collect.bare(data), tmp_path / "sent")
     assert {path.name for path in files} == {"calibration.json", "report.html"}
     for path in files:
         text = path.read_text("utf-8")
@@ -96,3 +99,17 @@ def test_spectra_of_the_run_are_part_of_its_report(tested, monkeypatch):
     data = collect.report_data(tested)
     assert data.spectra is None
     assert data.spectra_problem.startswith(f"{path}: cannot be read")
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_tracker_gets_no_key_and_examples_only_where_answers_may_go(out, answers):
+    engine = f"rollouts.engine={{kind: vllm, launch: true, arguments: [--api-key, key-{SECRET}]}}"
+    shown = f"data.examples=[{{question: who, answer: {SECRET}}}]"
+    changes = [engine, shown, f"tracking.log_answers={answers}", f"output_dir={out}"]
+    config = load_config(out / "config.yaml", changes)
+    dump_config(config, out / "config.yaml")
+    shared, files = train._what_hooks_share(config)
+    for text in (json.dumps(shared), *(path.read_text() for path in files if path.is_file())):
+        assert f"key-{SECRET}" not in text
+        assert (SECRET in text) is answers
+    assert load_config(out / "config.yaml") == config

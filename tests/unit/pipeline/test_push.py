@@ -20,7 +20,7 @@ from calibtrain.pipeline.model_card import model_card
 from calibtrain.pipeline.push import collect, run
 from tests.unit.pipeline.conftest import mark_of, measured
 
-SECRET, TOKEN = "a-persons-own-words", "hf_onlyfortests"
+SECRET, TOKEN, KEY = "a-persons-own-words", "hf_onlyfortests", "the-servers-own-key"
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -253,13 +253,26 @@ def test_what_an_earlier_push_left_is_not_read_in_place_of_this_one(untested, hu
     assert sorted(one["value"]["path"] for one in lines if one["key"] == "deletedFile") == sorted(stale)
 
 
-def test_what_a_launched_server_was_given_stays_here(untested):
-    engine = {"kind": "vllm", "launch": True, "environment": {"KEY": SECRET}, "arguments": ["--api-key", SECRET]}
-    dump_config(
-        load_config(untested / "config.yaml", [f"rollouts.engine={json.dumps(engine)}"]), untested / "config.yaml"
-    )
-    assert SECRET in (untested / "config.yaml").read_text()
-    assert not any(SECRET.encode() in one for one in contents(collect(untested, "me/mine")).values())
+@pytest.mark.parametrize("answers", [False, True])
+def test_what_a_launched_server_was_given_stays_here_also_in_the_report(tested, answers):
+    engine = {"kind": "vllm", "launch": True, "environment": {"KEY": KEY}, "arguments": ["--api-key", KEY]}
+    with_override(tested, f"rollouts.engine={json.dumps(engine)}")
+    assert KEY in (tested / "config.yaml").read_text()
+    found = contents(collect(tested, "me/mine", answers=answers))
+    assert any(name.endswith("report.html") for name in found)
+    assert not any(KEY.encode() in one for one in found.values())
+
+
+def test_examples_with_their_answers_go_up_only_where_answers_are_asked_for(tested):
+    with_override(tested, f'data.examples=[{{question: "Who is it?", answer: "{SECRET}"}}]')
+    with pytest.raises(UserError, match=r"data\.examples: prompts show 1 question.*--answers"):
+        collect(tested, "me/mine")
+    found = contents(collect(tested, "me/mine", answers=True))
+    assert SECRET.encode() in found["calibtrain/config.yaml"]
+
+
+def with_override(out, override):
+    dump_config(load_config(out / "config.yaml", [override]), out / "config.yaml")
 
 
 @pytest.mark.parametrize(
