@@ -16,7 +16,7 @@ from calibtrain.cli_checks import trained as _trained
 from calibtrain.cli_options import Config, Engine, EngineModel, OutputDir, Overrides, Processes
 from calibtrain.cli_plan import plan
 from calibtrain.cli_push import push
-from calibtrain.cli_serving import answer, monitor, serve
+from calibtrain.cli_serving import answer, monitor, serve, trust
 from calibtrain.cli_weights import quantize, spectra
 from calibtrain.errors import PREEMPTED, Preempted, UserError, short, told
 
@@ -225,7 +225,7 @@ def confidence(
     run(_trained(output_dir), sources=parse_sources(sources), questions=questions)
 
 
-for _command in (answer, serve, monitor, plan, spectra, quantize, push):
+for _command in (answer, serve, monitor, trust, plan, spectra, quantize, push):
     app.command()(_command)
 
 

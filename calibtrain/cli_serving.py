@@ -1,4 +1,4 @@
-"""Commands of a model in service: `calibtrain answer`, `calibtrain serve` and `calibtrain monitor`."""
+"""Commands of a model in service: `calibtrain answer`, `calibtrain serve`, `calibtrain monitor` and `calibtrain trust`."""
 
 from __future__ import annotations
 
@@ -89,3 +89,13 @@ def serve(
         source=source,
         uncertified=uncertified,
     )
+
+
+def trust(output_dir: OutputDir) -> None:
+    """Let the code run that the config of a run from elsewhere names: say so only of authors you trust."""
+    from calibtrain.config_file import load_config
+    from calibtrain.pipeline.own_code import trust as trusted
+
+    lines = trusted(load_config(existing(output_dir) / "config.yaml"), output_dir)
+    for line in [f"trusted: {line}" for line in lines] or ["it names no code but calibtrain's own"]:
+        typer.echo(line)

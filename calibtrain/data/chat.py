@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 PROBE_ANSWER = "This one"
 
 
+def special_tokens(tokenizer: Any) -> set[str]:
+    """Texts that become special tokens wherever they stand, also those that no field of the tokenizer names.
+
+    Llama 3's <|start_header_id|> and Phi-3's <|user|> are such: with them a stranger's text writes a turn of its own.
+    """
+    added = {str(one.content) for one in tokenizer.added_tokens_decoder.values() if one.special}
+    return (added | {str(one) for one in tokenizer.all_special_tokens}) - {""}
+
+
 class RefusedError(UserError):
     """The chat template itself raised."""
 

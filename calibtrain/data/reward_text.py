@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from calibtrain.config_data import DataConfig
-from calibtrain.data.chat import ChatFormat, RefusedError
+from calibtrain.data.chat import ChatFormat, RefusedError, special_tokens
 from calibtrain.data.prompts import Prompts, prompts_of
 from calibtrain.data.rendering import PLAIN_ANSWER, plain_text
 from calibtrain.data.templates import InseparableError, Template
@@ -56,7 +56,7 @@ class RewardText:
 
     def __init__(self, tokenizer: Any, data: DataConfig | None = None) -> None:
         self.tokenizer = tokenizer
-        self.special = tuple(sorted({*tokenizer.all_special_tokens} - {""}, key=len, reverse=True))
+        self.special = tuple(sorted(special_tokens(tokenizer), key=len, reverse=True))
         self._template: Template | None = None
         if data is not None:
             prompts = prompts_of(data, 1)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from calibtrain.data.chat import PROBE_ANSWER, ChatFormat, RefusedError
+from calibtrain.data.chat import PROBE_ANSWER, ChatFormat, RefusedError, special_tokens
 from calibtrain.data.prompts import PROBE, Prompts, prompts_of, with_less_context
 from calibtrain.data.rendering import (
     MARKS,
@@ -271,7 +271,7 @@ class Template(Replies):
     @property
     def control_tokens(self) -> tuple[str, ...]:
         """Texts that become special tokens wherever they stand, also in a stranger's question."""
-        return tuple(sorted(self.tokenizer.all_special_tokens))
+        return tuple(sorted(special_tokens(self.tokenizer)))
 
     @property
     def pad_id(self) -> int:

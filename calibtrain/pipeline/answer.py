@@ -17,7 +17,6 @@ from calibtrain.confidence.features import Fingerprint
 from calibtrain.confidence.outside import Outside
 from calibtrain.confidence.scorer import Scorer, before_answering
 from calibtrain.confidence.source import Cost
-from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline.answer_parts import part_probabilities
 from calibtrain.pipeline.calibration_file import (
@@ -31,6 +30,7 @@ from calibtrain.pipeline.confidence import asker_of
 from calibtrain.pipeline.engine import load_served
 from calibtrain.pipeline.evaluate import Answering, Loaded
 from calibtrain.pipeline.outside import read as read_outside
+from calibtrain.pipeline.own_code import config_of_run
 from calibtrain.pipeline.promise import UNLIKE, Level, Promises
 from calibtrain.pipeline.question import Asked, Question, check_text, question_of, record_of
 from calibtrain.pipeline.reply import Reply, ReplyPart, Token
@@ -311,7 +311,7 @@ def load(
             raise UserError(f"--source {source}: a server returns log-probs alone; leave it out with --engine")
         served, calibrated = load_served(folder, engine, engine_model)
         return Answerer(served, calibrated, uncertified=uncertified)
-    config = load_config(folder / "config.yaml")
+    config = config_of_run(folder)
     if not (folder / "model" / "config.json").is_file():
         raise UserError(f"{folder}: no exported model (model/config.json); train first")
     source = served_source(folder) if source is None else source

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from calibtrain.confidence.answer import Answer
 from calibtrain.config import RunConfig
-from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
 from calibtrain.pipeline.measurement import read_measurement
+from calibtrain.pipeline.own_code import config_of_run
 from calibtrain.records import unit_hash
 from calibtrain.tasks.kinds import task_of
 
@@ -41,7 +41,7 @@ class Audit:
 def run(output_dir: Path, n: int) -> Path:
     """Write OUT/audit.jsonl: n certification answers, `correct` to be filled in. Raises UserError where one is there."""
     path, answers = output_dir / FILE, output_dir / "answers" / "certification.jsonl"
-    if not task_of(load_config(output_dir / "config.yaml").task).judged:
+    if not task_of(config_of_run(output_dir).task).judged:
         raise UserError(f"{output_dir}: its grades are no opinions of a judge; there is nothing to audit")
     found = read_measurement(answers).answers
     if n > len(found):

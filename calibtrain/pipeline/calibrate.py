@@ -26,7 +26,6 @@ from calibtrain.confidence.head import FittedHead
 from calibtrain.confidence.outside import Outside
 from calibtrain.confidence.scorer import HEAD
 from calibtrain.config import RunConfig
-from calibtrain.config_file import load_config
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
 from calibtrain.pipeline import answer_parts, outside
@@ -46,6 +45,7 @@ from calibtrain.pipeline.evaluate import Loaded, head_beside, measured_again, wi
 from calibtrain.pipeline.judged import audit_lines, judged_claims
 from calibtrain.pipeline.kept import kept_sources, refuted, withdraw
 from calibtrain.pipeline.measurement import Measurement, move_measurement, read_measurement, write_measurement
+from calibtrain.pipeline.own_code import config_of_run
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.question import shapes_of
 from calibtrain.pipeline.scope import at_most, plain, scope_of
@@ -67,7 +67,7 @@ def run(output_dir: Path, *, target_risk: float | None = None, delta: float | No
     """
     from calibtrain.pipeline.head_calibration import calibrate_head, serving  # which certifies by this module
 
-    config = load_config(output_dir / "config.yaml")
+    config = config_of_run(output_dir)
     model = output_dir / "model"
     if not (model / "config.json").is_file():
         raise UserError(f"{output_dir}: no exported model (model/config.json); train first")

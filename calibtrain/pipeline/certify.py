@@ -14,7 +14,6 @@ from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.features import Fingerprint
 from calibtrain.confidence.head import FittedHead
 from calibtrain.config import RunConfig
-from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import outside
 from calibtrain.pipeline.audit import Audit, audit_of
@@ -32,6 +31,7 @@ from calibtrain.pipeline.calibration_file import (
 )
 from calibtrain.pipeline.kept import RENEWED, kept_sources, withdraw
 from calibtrain.pipeline.measurement import Measurement, read_measurement
+from calibtrain.pipeline.own_code import config_of_run
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.scope import at_most
 
@@ -62,7 +62,7 @@ def run(
     `calibtrain evaluate --output` wrote; by default those of the certification split. Raises UserError for answers of
     another model, and for those that trained it, fitted the calibrator, lack a grade, occur twice or lack the group.
     """
-    config = load_config(output_dir / "config.yaml")
+    config = config_of_run(output_dir)
     serves = served_source(output_dir)
     path = output_dir / KEPT if answers is None else answers
     held_out = HeldOut(path, read_measurement(path), given=answers is not None)

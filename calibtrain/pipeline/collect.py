@@ -14,7 +14,7 @@ from calibtrain.abstention.strata import group_risks
 from calibtrain.calibration.calibrators import Calibrator
 from calibtrain.confidence.scorer import HEAD
 from calibtrain.config import RunConfig
-from calibtrain.config_file import load_config, without_keys
+from calibtrain.config_file import without_keys
 from calibtrain.data.calibration_set import Composition
 from calibtrain.errors import UserError
 from calibtrain.hooks.jsonl import read_metrics
@@ -31,6 +31,7 @@ from calibtrain.pipeline.calibration_file import (
 from calibtrain.pipeline.evaluate import measured_metrics
 from calibtrain.pipeline.measurement import Measurement, read_measurement
 from calibtrain.pipeline.options import options_part
+from calibtrain.pipeline.own_code import config_of_run
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.quantize_page import Part, read_quantization
 from calibtrain.pipeline.quantize_source import DATA_FILE, FULL_ANSWERS
@@ -53,7 +54,7 @@ def run(output_dir: Path) -> Path:
     """
     data = report_data(output_dir)
     report = write_report(output_dir / "report.html", data)
-    config = load_config(output_dir / "config.yaml")
+    config = config_of_run(output_dir)
     shown = data if config.tracking.log_answers else bare(data)
     described = {**shown.config, "world_size": _facts(output_dir).get("world_size", 1)}
     with TemporaryDirectory() as folder:
@@ -109,7 +110,7 @@ def _summary(data: ReportData) -> dict[str, float]:
 
 def report_data(output_dir: Path) -> ReportData:
     """Collect the report's content. Raises UserError naming the file that is missing."""
-    config = load_config(output_dir / "config.yaml")
+    config = config_of_run(output_dir)
     facts = _facts(output_dir)
     calibrated = read_calibration(output_dir)
     answers = output_dir / "answers" / "test.jsonl"

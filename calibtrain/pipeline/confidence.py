@@ -26,13 +26,13 @@ from calibtrain.confidence.probe import Probe
 from calibtrain.confidence.scorer import HEAD, PROBES, probe_scores
 from calibtrain.confidence.source import Asker, Cost, SourceScores
 from calibtrain.confidence.sources import FAMILIES, SOURCES, families_of
-from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.lines import lines_of
 from calibtrain.models.loss_model import AnswerFeatures
 from calibtrain.pipeline import probe
 from calibtrain.pipeline.calibration_file import weights_hash
 from calibtrain.pipeline.evaluate import Loaded
+from calibtrain.pipeline.own_code import config_of_run
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.records import Record
 
@@ -65,7 +65,7 @@ class Scored:
 def run(output_dir: Path, *, sources: Sequence[str] | None = None, questions: int | None = None) -> dict[str, Any]:
     """Score, calibrate and compare; writes OUT/confidence/. `questions` limits each split. Returns the table."""
     names = _names(output_dir, sources)
-    config = load_config(output_dir / "config.yaml")
+    config = config_of_run(output_dir)
     model = output_dir / "model"
     if not (model / "config.json").is_file():
         raise UserError(f"{output_dir}: no exported model (model/config.json); train first")

@@ -13,7 +13,6 @@ from typing import Any
 from calibtrain.calibration.calibrators import Calibrator, fit_calibrator
 from calibtrain.calibration.intervals import sample_ids
 from calibtrain.config import RunConfig
-from calibtrain.config_file import load_config
 from calibtrain.data.summary import data_hash
 from calibtrain.engines import Identity
 from calibtrain.errors import UserError
@@ -29,6 +28,7 @@ from calibtrain.pipeline.calibration_file import (
 )
 from calibtrain.pipeline.evaluate import measured_again
 from calibtrain.pipeline.measurement import move_measurement
+from calibtrain.pipeline.own_code import config_of_run
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.question import shapes_of
 from calibtrain.pipeline.served import Served
@@ -51,7 +51,7 @@ def run(
     The calibrator is the config's where it needs the confidence alone, else Platt's. A calibration of the same engine that
     has a certificate stays where the new one has none. UserError where another engine answers at the end than at the start.
     """
-    config = load_config(output_dir / "config.yaml")
+    config = config_of_run(output_dir)
     prepared = prepare(config)
     check_strata(config, prepared.splits)
     served = Served(config, _model(output_dir), url=url, name=name)
@@ -98,7 +98,7 @@ def run(
 
 def load_served(output_dir: Path, url: str, name: str | None = None) -> tuple[Served, Calibrated]:
     """The engine behind an address and its calibration. UserError where it has none, or another engine was calibrated."""
-    config = load_config(output_dir / "config.yaml")
+    config = config_of_run(output_dir)
     served = Served(config, _model(output_dir), url=url, name=name)
     return served, read_engine_calibration(output_dir, config, served)
 

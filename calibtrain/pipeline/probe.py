@@ -27,12 +27,12 @@ from calibtrain.confidence.features import (
     depth_of,
 )
 from calibtrain.confidence.probe import KINDS, Kind, Probe, cost, fit_probe
-from calibtrain.config_file import load_config
 from calibtrain.distributed import World
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import weights_hash
 from calibtrain.pipeline.evaluate import Loaded, with_progress
 from calibtrain.pipeline.measurement import Measurement, read_measurement, write_measurement
+from calibtrain.pipeline.own_code import config_of_run
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.records import Record
 
@@ -46,7 +46,7 @@ def run(
     output_dir: Path, *, layers: tuple[int, ...] | None = None, kind: Kind = "linear", questions: int | None = None
 ) -> dict[str, Any]:
     """Collect features, fit and measure; writes OUT/probe/. `questions` limits each split. Returns what it measured."""
-    config = load_config(output_dir / "config.yaml")
+    config = config_of_run(output_dir)
     model = output_dir / "model"
     if not (model / "config.json").is_file():
         raise UserError(f"{output_dir}: no exported model (model/config.json); train first")

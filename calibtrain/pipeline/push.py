@@ -14,12 +14,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from calibtrain.config import RunConfig
-from calibtrain.config_file import load_config, render_config, without_keys
+from calibtrain.config_file import render_config, without_keys
 from calibtrain.errors import UserError, printable
 from calibtrain.pipeline.calibration_file import read_calibration, served_source, source_folder
 from calibtrain.pipeline.collect import bare, report_data
 from calibtrain.pipeline.model_card import model_card, start_of
 from calibtrain.pipeline.outside import FILE as OUTSIDE
+from calibtrain.pipeline.own_code import config_of_run
 from calibtrain.pipeline.report import write_report
 from calibtrain.pipeline.report_numbers import Stage, stage_of
 
@@ -60,7 +61,7 @@ def collect(output_dir: Path, repo: str, *, adapter: bool = False, answers: bool
     adapter: the LoRA adapter alone. answers: also questions and answers, in the report and as files; without it what goes up
     holds none. Raises UserError where the run has not what is asked for, or a file that may hold code.
     """
-    config = load_config(output_dir / "config.yaml")
+    config = config_of_run(output_dir)
     made = [output_dir / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json")]
     if adapter and not all(path.is_file() for path in made):
         raise UserError(f"--adapter: {output_dir} has no adapter; a run with model.lora exports one")

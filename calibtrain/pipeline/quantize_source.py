@@ -15,13 +15,13 @@ from typing import Any
 from calibtrain.confidence.scorer import HEAD
 from calibtrain.config import FileSource, RunConfig, SFTConfig, SplitSizes
 from calibtrain.config_data import DataConfig
-from calibtrain.config_file import load_config
 from calibtrain.data.drops import DropReport
 from calibtrain.data.sources import load_records
 from calibtrain.data.splits import EVALUATION_SPLITS, split_of, unique_records
 from calibtrain.errors import UserError
 from calibtrain.models.loading import answering_config, load_settings
 from calibtrain.pipeline.calibration_file import read_calibration, served_source, weights_hash
+from calibtrain.pipeline.own_code import config_of_run
 from calibtrain.quantization.run import ALPHA, ROTATED_ALPHA
 from calibtrain.quantization.schemes import OBSERVERS, Scheme
 from calibtrain.records import Record
@@ -134,9 +134,7 @@ def _of_run(source: Path, asked: Asked, target: Path) -> Subject:
             "quantised model answers by its likelihood",
             source,
         )
-    return Subject(
-        source / "model", load_config(source / "config.yaml"), source, (asked.output or target).resolve(), source
-    )
+    return Subject(source / "model", config_of_run(source), source, (asked.output or target).resolve(), source)
 
 
 def _of_model(source: Path, asked: Asked, target: Path) -> Subject:

@@ -22,7 +22,6 @@ from calibtrain.confidence.probe import Probe
 from calibtrain.confidence.scorer import ENSEMBLE, EVERY, HEAD, PROBES, Scorer
 from calibtrain.confidence.source import SourceScores
 from calibtrain.confidence.sources import FAMILIES, SOURCES, cost_of
-from calibtrain.config_file import load_config
 from calibtrain.data.summary import data_hash
 from calibtrain.errors import UserError
 from calibtrain.pipeline import outside
@@ -42,6 +41,7 @@ from calibtrain.pipeline.calibration_file import (
 from calibtrain.pipeline.confidence import Scored, asker_of, score_split, with_probes
 from calibtrain.pipeline.evaluate import Loaded
 from calibtrain.pipeline.measurement import read_measurement
+from calibtrain.pipeline.own_code import config_of_run
 from calibtrain.pipeline.prepare import prepare
 from calibtrain.pipeline.question import shapes_of
 
@@ -62,7 +62,7 @@ def run(
     members: of an ensemble, which is fitted on `temperature` too; its calibrator then sees scores by ensembles fitted
     without the answer. What was scored already is not scored again.
     """
-    config = load_config(output_dir / "config.yaml")
+    config = config_of_run(output_dir)
     model = output_dir / "model"
     if not (model / "config.json").is_file():
         raise UserError(f"{output_dir}: no exported model (model/config.json); train first")

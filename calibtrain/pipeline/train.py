@@ -40,6 +40,7 @@ from calibtrain.models.value import OwnValueLossModel, load_value_model
 from calibtrain.pipeline.check import Checked, advice, check, check_rollout_engine
 from calibtrain.pipeline.examples import training_examples, with_reference
 from calibtrain.pipeline.export_run import export_run
+from calibtrain.pipeline.own_code import trust
 from calibtrain.pipeline.prepare import (
     SAMPLES_PER_QUESTION,
     Prepared,
@@ -141,6 +142,7 @@ def run(config: RunConfig, *, last_weights: Path | None = None) -> Path:
         trainer.take_best(progress)
         head = trainer.finish(progress.step)
         export_run(config, engine, template, target, engine.module.policy.scale, world, head)
+        on_main(lambda: trust(config, config.output_dir))  # whoever trains a config trusts the code that it names
     except Preempted as caught:
         progress, error, preempted = Progress(caught.step), str(caught), True
         raise
