@@ -75,9 +75,17 @@ class Record:
     def key(self) -> str:
         """As `id`, whatever stands around the question: what decides which split it is in, and what is held out.
 
-        The same question under another system text, or with its options in another order, has the same key.
+        The same question under another system text, or with its options in another order, has the same key; with other
+        options it is another question ("Which of these is true?").
         """
-        return self.asked_of or self._hash(tuple(message for message in self.prompt if message.role != "system"))
+        if self.asked_of:
+            return self.asked_of
+        stem = self._hash(tuple(message for message in self.prompt if message.role != "system"))
+        return (
+            stem
+            if not self.options
+            else hashlib.sha256("\x1e".join([stem, *sorted(self.options)]).encode()).hexdigest()[:16]
+        )
 
     def _hash(self, prompt: tuple[Message, ...]) -> str:
         texts = [f"{message.role}\x1f{' '.join(message.content.split())}" for message in prompt]
@@ -92,7 +100,9 @@ class Record:
     def taught(self) -> frozenset[str]:
         """Keys of every question whose answer the record may teach: its own, and earlier ones of a conversation."""
         turns = self.turns
-        earlier = (replace(self, prompt=turns[:place], asked_of="").key for place in self.learned if place < -1)
+        earlier = (
+            replace(self, prompt=turns[:place], asked_of="", options=()).key for place in self.learned if place < -1
+        )
         return frozenset((self.key, *earlier))
 
 

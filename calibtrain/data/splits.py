@@ -108,7 +108,7 @@ def split_records(
             raise UserError(cannot_fill(name, size, len(pools[name]), questions is not None or not evaluates, drops))
         drops.unused[name] = len(pools[name]) - size
     splits = {name: pools[name][:size] for name, size in wanted.items()}
-    asking = unique_records(records if questions is None else questions, DropReport())
+    asking = unique_records(records if questions is None else questions, DropReport(), by=lambda record: record.key)
     splits["calibration"] = _stratified(pools["calibration"], wanted["calibration"], list(filter(gradable, asking)))
     if spare:
         drops.spare = _spare(pools, splits, gradable)
@@ -121,7 +121,7 @@ def _spare(
     """Gradable questions, each once, of train and calibration that neither these nor validation have taken or teach."""
     taken = {key for name in ("train", "validation", "calibration") for record in splits[name] for key in record.taught}
     left = [record for name in ("train", "calibration") for record in pools[name] if record.key not in taken]
-    return unique_records(filter(gradable, left), DropReport())
+    return unique_records(filter(gradable, left), DropReport(), by=lambda record: record.key)
 
 
 def _cut_examples(pools: dict[str, list[Record]], count: int) -> list[Record]:
@@ -171,8 +171,9 @@ def saying(record: Record) -> Hashable:
 
 
 def _gradable(records: Sequence[Record], gradable: Callable[[Record], bool], drops: DropReport) -> list[Record]:
+    """Questions that can be graded, each once, whatever stands around it: answers to it are no two independent ones."""
     graded = _kept(records, gradable, "no accepted answers to grade by", drops)
-    return unique_records(graded, drops)
+    return unique_records(graded, drops, by=lambda record: record.key)
 
 
 def _kept(records: Sequence[Record], keeps: Callable[[Record], bool], reason: str, drops: DropReport) -> list[Record]:
@@ -194,11 +195,13 @@ def _stratified(pool: Sequence[Record], size: int, drawn: Sequence[Record]) -> l
     return choose_calibration_set(pool, size, like=drawn[:depth])
 
 
-def unique_records(records: Iterable[Record], drops: DropReport) -> list[Record]:
-    """The first record of each question; the others are counted in `drops`."""
+def unique_records(
+    records: Iterable[Record], drops: DropReport, by: Callable[[Record], str] = lambda record: record.id
+) -> list[Record]:
+    """The first record of each question, of each prompt unless `by` says more; the others are counted in `drops`."""
     first: dict[str, Record] = {}
     for record in records:
-        if first.setdefault(record.id, record) is not record:
+        if first.setdefault(by(record), record) is not record:
             drops.drop("question asked before", record.origin or record.question)
     return list(first.values())
 

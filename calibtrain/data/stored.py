@@ -35,7 +35,7 @@ from calibtrain.shared_files import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 EDGE = 2**20
 """So many bytes at either end of a file are hashed, with its size and time, to tell whether it is still the same."""
 COLUMNS = {

@@ -55,7 +55,7 @@ def split_stored(
             whole = pools[name]
             _kept(whole, np.zeros(len(whole), dtype=bool), f"of the {name} split, which is not asked for", drops)
         pool = _kept(pools[name], pools[name].flagged(GRADABLE), "no accepted answers to grade by", asked)
-        pools[name] = _kept(pool, _first(pool.column("id")), "question asked before", asked)
+        pools[name] = _kept(pool, _first(pool.column("key")), "question asked before", asked)
     splits: dict[str, Sequence[Record]] = {}
     for name, pool in pools.items():
         size = len(pool) if getattr(sizes, name) is None else getattr(sizes, name)
@@ -120,7 +120,7 @@ def _cut_examples(train: StoredRecords, count: int) -> tuple[list[Record], Store
 
 
 def _stratified(pool: StoredRecords, size: int, records: StoredRecords) -> list[Record]:
-    asking = records.where(_first(records.column("id")))
+    asking = records.where(_first(records.column("key")))
     drawn = asking.where(asking.flagged(GRADABLE))
     depth = round(len(drawn) * size / len(pool)) if len(pool) else 0
     return [pool[place] for place in chosen_places(pool.likenesses(), size, drawn[:depth].likenesses())]

@@ -1,7 +1,8 @@
 """A random sample of judged answers for a person to grade: OUT/audit.jsonl, and what it says of the answers it is of.
 
-The sample is a fixed random order of the certification questions, a pure function of their ids: a person grades from the top
-and may stop anywhere, and what has been graded is a uniform random choice. So lines may be neither left out nor chosen.
+The sample is a fixed random order of the certification questions, a pure function of their ids, and its size is fixed when
+it is drawn: a person grades all of it. Were a certificate asked for after each few lines, one of many looks would pass by
+luck (at 5 % each, 12 % of 19 looks did), and a choice of lines would be no random sample.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def sample_order(answers: Sequence[Answer]) -> list[int]:
 
 
 def read_audit(path: Path) -> list[dict[str, Any]] | None:
-    """The graded lines from the top, up to the first that is not; None without the file. UserError for what is no audit."""
+    """The lines, graded from the top, `correct` being None where not yet; None without the file. UserError for no audit."""
     if not path.is_file():
         return None
     try:
@@ -98,8 +99,7 @@ def read_audit(path: Path) -> list[dict[str, Any]] | None:
                 f"{path}:{open_at}: `correct` is null, but line {number} is graded; grade from the top without leaving any "
                 "out, since a choice is no random sample"
             )
-        else:
-            rows.append(known)
+        rows.append(known)
     return rows
 
 
@@ -112,17 +112,18 @@ def audit_of(config: RunConfig, answers: Sequence[Answer], output_dir: Path) -> 
 
 
 def matched(rows: Sequence[dict[str, Any]] | None, answers: Sequence[Answer], output_dir: Path) -> Audit:
-    """The graded lines laid beside the answers; those of other answers, or not the first in order, make a problem."""
+    """The graded lines laid beside the answers; of other answers, in another order, or not all: a problem."""
     none, path = np.full(len(answers), np.nan), output_dir / FILE
     how = f"let a person fill in `correct` in {path} from the top, then run `calibtrain certify {output_dir}`"
     if rows is None:
         return Audit(
             none, f"the grades are a judge's, and none was audited; run `calibtrain audit {output_dir}`, {how}"
         )
-    if not rows:
+    graded = _graded(rows)
+    if not graded:
         return Audit(none, f"the grades are a judge's, and none was audited; {how}")
     grades, order = none.copy(), sample_order(answers)
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(graded, start=1):
         one = answers[order[number - 1]] if number <= len(order) else None
         if one is None or (one.question_id, one.text) != (row["question_id"], row["answer"]):
             why = f"{path}: graded line {number} is not the one of these answers"
@@ -130,9 +131,19 @@ def matched(rows: Sequence[dict[str, Any]] | None, answers: Sequence[Answer], ou
                 none, f"{why}; move the file away and run `calibtrain audit {output_dir}` for the answers of now"
             )
         grades[order[number - 1]] = row["correct"]
-    return Audit(grades, digest=digest_of(rows))
+    problem = ""
+    if len(graded) < len(rows):
+        problem = (
+            f"{len(graded)} of the {len(rows)} answers in {path} are audited: grade all of them. A certificate holds for a "
+            "sample of a size that was fixed beforehand, not for one that ends when it looks well"
+        )
+    return Audit(grades, problem, digest_of(rows))
 
 
 def digest_of(rows: Sequence[dict[str, Any]] | None) -> str:
     """SHA-256 of graded lines: another one where a person graded more of them, or graded one otherwise."""
-    return hashlib.sha256(json.dumps(rows or [], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_graded(rows or []), sort_keys=True).encode()).hexdigest()
+
+
+def _graded(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["correct"] is not None]

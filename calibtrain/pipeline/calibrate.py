@@ -233,11 +233,14 @@ def certified_claims(
     audit: Audit | None = None,
 ) -> Calibrated:
     """The same for calibrated confidences (N,) of any source."""
+    judged = task_of(config.task).judged
+    if judged:
+        audit = audit or matched(None, answers, config.output_dir)
     if config.abstention.outside == "abstain":
         kept = outside.inside(answers)
         confidence, answers = confidence[kept], [answers[place] for place in kept]
-    if task_of(config.task).judged:
-        audit = audit or matched(None, answers, config.output_dir)
+        audit = audit and replace(audit, grades=audit.grades[kept])  # of a random sample what is inside is random too
+    if judged:
         return judged_claims(config, calibrator, confidence, answers, target_risk, delta, file, audit)
     correct = np.array([bool(answer.correct) for answer in answers])
     strata = [answer.strata for answer in answers]

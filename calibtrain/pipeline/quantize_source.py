@@ -180,7 +180,7 @@ def split_counts(records: list[Record], seed: int) -> Counter[str]:
     """How many graded questions fall into each split that is not trained on."""
     from calibtrain.data.drops import DropReport
 
-    graded = unique_records([one for one in records if one.accepted], DropReport())
+    graded = unique_records([one for one in records if one.accepted], DropReport(), by=lambda one: one.key)
     return Counter(split_of(one.key, seed, EVALUATION_SPLITS) for one in graded)
 
 

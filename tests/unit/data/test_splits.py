@@ -206,3 +206,30 @@ def test_spare_questions_are_in_no_split_and_taught_by_none():
     drops = DropReport()
     split_records(RECORDS, SIZES, 0, drops=drops)
     assert drops.spare == []
+
+
+def test_a_question_under_two_system_texts_is_asked_once_by_every_evaluation_split():
+    """Its answers are no two independent ones: counted twice they would certify too often."""
+    records = [
+        Record((Message("system", s), Message("user", f"What is {i}+{i}?")), chosen=str(2 * i), accepted=(str(2 * i),))
+        for i in range(300)
+        for s in ("You are terse.", "You are kind.")
+    ]
+    drops = DropReport()
+    found = split_records(
+        records, SplitSizes(train=50, calibration=10, temperature=20, certification=30, test=20), 0, drops=drops
+    )
+    for name in ("calibration", "temperature", "certification", "test"):
+        assert len({one.key for one in found[name]}) == len(found[name])
+    assert any("question asked before" in line for line in drops.lines())
+    assert len({one.key for one in found["train"]}) < len(found["train"])  # each of its rows teaches something else
+
+
+def test_one_stem_with_other_options_is_another_question_and_in_another_order_the_same():
+    def asked(*options):
+        return Record((Message("user", "Which of these is true?"),), options=options)
+
+    assert asked("a", "b").key == asked("b", "a").key
+    assert asked("a", "b").key != asked("a", "c").key
+    assert asked("a", "b").key != asked("ab").key
+    assert Record((Message("user", "Which of these is true?"),)).key == asked().key

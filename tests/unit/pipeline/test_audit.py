@@ -127,9 +127,13 @@ def test_an_audit_certifies_and_measures_the_judge(run, capsys):
     assert "accuracy corrected by 250 audited answers" in line
 
 
-def test_a_person_may_stop_anywhere_but_leave_nothing_out(run):
+def test_an_audit_counts_when_all_of_it_is_graded_and_nothing_is_left_out(run):
     path, rows = filled(run, 250, lines=120)
-    assert certify.run(run, risk=0.3).certification.certificate.n_audited == 120
+    found = certify.run(run, risk=0.3)
+    assert found.certification.certificate is None
+    assert "120 of the 250 answers in" in found.certification.reason
+    assert "grade all of them" in found.certification.reason
+    assert found.audit["audited"] == 120
     rows[50]["correct"] = None
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"audit.jsonl:51: `correct` is null, but line 52 is graded"):
@@ -211,3 +215,22 @@ def test_groups_and_hallucinations_are_refused_with_the_reason(run):
 def test_grades_that_are_no_opinions_have_nothing_to_audit(out):
     with pytest.raises(UserError, match="nothing to audit"):
         audit.run(out, 5)
+
+
+@pytest.mark.parametrize("graded", [0, 250])
+def test_what_is_outside_has_no_part_in_the_audit_either(run, graded):
+    """With `outside: abstain` fewer answers are certified than were asked, and of the audit those among them count."""
+    if graded:
+        filled(run, graded)
+    config = load_config(run / "config.yaml", ["abstention.outside=abstain"])
+    held_out = read_measurement(run / "answers" / "certification.jsonl")
+    answers = [replace(one, outside=0.0 if i % 3 == 0 else 0.9) for i, one in enumerate(held_out.answers)]
+    confidence = np.array([one.confidence for one in answers])
+    found = calibrate.certified_claims(
+        config, read_calibration(run).calibrator, confidence, answers, 0.3, 0.05, None, None,
+        audit.audit_of(config, answers, run),
+    )  # fmt: skip
+    assert found.audit["answers"] == 800
+    audited = found.audit["audited"]
+    assert (130 < audited < 200) if graded else audited == 0
+    assert (found.certification.certificate is not None) == bool(graded)
