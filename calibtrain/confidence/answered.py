@@ -34,6 +34,14 @@ class OptionFeatures:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplyTokens:
+    """A reply as it was generated: its ids, with the end token where it came, and which of them are the answer."""
+
+    tokens: tuple[int, ...]
+    span: tuple[int, int]  # tokens[start:stop]
+
+
+@dataclass(frozen=True, slots=True)
 class Answered:
     """Graded answers with the hidden states they came from, in the order of the questions."""
 
@@ -46,6 +54,7 @@ class Answered:
     # What a confidence head reads, where its layers were asked for (calibtrain.models.confidence_head), float32:
     states: Tensor | None = None  # (N, layers, POSITIONS, H)
     readings: Tensor | None = None  # (N, READINGS)
+    replies: tuple[ReplyTokens, ...] | None = None  # all that was generated for each; None where nothing was
 
     def select(self, rows: Tensor) -> Answered:
         """The answers at `rows` (K,) int64, in that order."""
@@ -54,7 +63,8 @@ class Answered:
             one if one is None else one[rows] for one in (self.asked, self.states, self.readings)
         )
         answers = [self.answers[row] for row in rows.tolist()]
-        return Answered(answers, self.features.select(rows), options, asked, states, readings)
+        replies = None if self.replies is None else tuple(self.replies[row] for row in rows.tolist())
+        return Answered(answers, self.features.select(rows), options, asked, states, readings, replies)
 
 
 def features_of_generations(generations: Sequence[Generation], correct: Sequence[bool | None]) -> AnswerFeatures:

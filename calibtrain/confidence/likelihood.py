@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calibtrain.confidence.answer import Answer, AnswerPart
-from calibtrain.confidence.answered import Answered, features_of_generations
+from calibtrain.confidence.answered import Answered, ReplyTokens, features_of_generations
 from calibtrain.confidence.generation import AllDone, Generation, generate, keep_none
 from calibtrain.confidence.options import answer_options
 from calibtrain.config import EvaluationConfig
@@ -131,12 +131,14 @@ def graded_answers(
     ]
     spanned = features_of_generations(spans, [one.correct for one in answers])
     states = [one.states for one in generations if one.states is not None]
+    said = tuple(ReplyTokens(tuple(one.tokens), reply.span) for one, reply in zip(generations, replies, strict=True))
     if not states:
-        return Answered(answers, spanned, asked=_asked(generations))
+        return Answered(answers, spanned, asked=_asked(generations), replies=said)
     return Answered(
         answers,
         spanned,
         asked=_asked(generations),
+        replies=said,
         states=torch.stack(states),
         readings=_readings([[one.logprobs, one.entropies] for one in spans], spanned.sequence_ids),
     )

@@ -250,19 +250,33 @@ def encode_answer(
     record_id: int,
     role: int = ANSWER,
 ) -> Encoded | None:
-    """The model's own graded answer as a sequence, or what else is said with that grade; None if it leaves no room.
+    """A graded answer as a sequence, or what else is said with that grade; None if it leaves no room.
 
     `text` is all that was said; of an ANSWER the task finds the span that it is graded by. It may be empty (the end token
     alone). Raises UserError if the tokenizer cannot tell it from the prompt.
     """
     completion = template.completion_ids(text)
+    span = read_reply(template, completion, record).span if role == ANSWER else (0, len(completion))
+    return encode_reply(record, completion, span, correct, template, max_length, record_id, role)
+
+
+def encode_reply(
+    record: Record,
+    completion: Sequence[int],
+    span: tuple[int, int],
+    correct: bool,
+    template: Template,
+    max_length: int,
+    record_id: int,
+    role: int = ANSWER,
+) -> Encoded | None:
+    """The same of a reply as it was generated: with its reasoning, and no end token where it was cut."""
     room = max_length - len(completion)
     if room < 1:
         return None
     prompt, _ = fit_prompt(record, template, room)
-    span = read_reply(template, completion, record).span if role == ANSWER else None
-    span = None if span == (0, len(completion)) else span
-    return Encoded((*prompt, *completion), len(prompt), role, record_id, correct=float(correct), answer_span=span)
+    answer = None if span == (0, len(completion)) else span
+    return Encoded((*prompt, *completion), len(prompt), role, record_id, correct=float(correct), answer_span=answer)
 
 
 def fit_prompt(record: Record, template: Template, room: int) -> tuple[list[int], bool]:

@@ -11,10 +11,10 @@ import torch
 
 from calibtrain.calibration.temperature import optimal_temperature
 from calibtrain.confidence.answer import Answer
-from calibtrain.confidence.answered import Answered, answer_table
+from calibtrain.confidence.answered import Answered, ReplyTokens, answer_table
 from calibtrain.confidence.answering import Answerer
 from calibtrain.config import AnswerScoreConfig, OwnAnswersConfig
-from calibtrain.data.encode import Encoded, encode_answer
+from calibtrain.data.encode import Encoded, encode_answer, encode_reply
 from calibtrain.data.loader import permutation
 from calibtrain.data.queries import confidence_queries, correctness_queries
 from calibtrain.distributed import World, gather_lists, gather_rows
@@ -56,6 +56,7 @@ class AnswerStream:
         self.max_length = max_length
         self.asked: list[int] = []
         self.texts: list[str] = []
+        self.replies: list[ReplyTokens] = []  # as they were generated; empty where they were chosen among options
         self.correct: list[bool] = []
         self._told = False  # that some are too long
         order = permutation(len(self.questions), f"questions {seed}")
@@ -101,21 +102,34 @@ class AnswerStream:
     def state_dict(self) -> dict[str, object]:
         """JSON values of the last round, for a checkpoint."""
         scale = self.answerer.module.policy.scale
-        return {"asked": self.asked, "texts": self.texts, "correct": self.correct, "scale": scale}
+        replies = [[one.tokens, one.span] for one in self.replies]
+        said = {"asked": self.asked, "texts": self.texts, "replies": replies, "correct": self.correct}
+        return {**said, "scale": scale}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Take up the last round from a checkpoint."""
         self.asked, self.texts, self.correct = (list(state[name]) for name in ("asked", "texts", "correct"))  # type: ignore[call-overload]
+        # A checkpoint of before has texts alone.
+        self.replies = [ReplyTokens(tuple(ids), tuple(span)) for ids, span in state.get("replies", ())]  # type: ignore[attr-defined]
         self.answerer.module.policy.scale = float(state["scale"])  # type: ignore[arg-type]
 
     def _ask(self, round_number: int) -> tuple[list[Answer], Answered]:
-        """All ranks' answers, and this one's own with their states. Collective."""
+        """All ranks' answers at scale 1, and this one's own with their states. Collective.
+
+        What enters the loss is at scale 1, and so is what `calibration_aware` measures its targets on.
+        """
         count = min(self.config.questions_per_refresh, len(self.questions))
         order = permutation(len(self.questions), f"questions {self.seed}")
         start = round_number * count
         self.asked = [order[(start + i) % len(order)] for i in range(count)]
-        own = self.answerer.share([self.questions[i] for i in self.asked])
+        policy = self.answerer.module.policy
+        scale, policy.scale = policy.scale, 1.0
+        try:
+            own = self.answerer.share([self.questions[i] for i in self.asked])
+        finally:
+            policy.scale = scale
         answers = gather_lists(own.answers)
+        self.replies = gather_lists(list(own.replies or ()))
         self.texts = [answer.said for answer in answers]
         self.correct = [bool(answer.correct) for answer in answers]
         self._fit(answers)
@@ -136,7 +150,11 @@ class AnswerStream:
         template, room = self.answerer.template, self.max_length
         found: list[Encoded] = []
         if self.in_loss.keys() - {"correctness_query", "tokenized_brier"}:
-            answer = encode_answer(record, text, correct, template, room, place)
+            if self.replies:
+                reply = self.replies[i]
+                answer = encode_reply(record, reply.tokens, reply.span, correct, template, room, place)
+            else:
+                answer = encode_answer(record, text, correct, template, room, place)
             if answer is None and not self._told:
                 self._told = True
                 logger.warning(

@@ -1,14 +1,21 @@
 """The step's answers are shared out over ranks and micro-batches without loss or repetition, by (seed, step) alone."""
 
+import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from calibtrain.config import AnswerScoreConfig, TrainingConfig
+from calibtrain.confidence import likelihood
+from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.generation import Generation
+from calibtrain.config import AnswerScoreConfig, EvaluationConfig, TrainingConfig
+from calibtrain.config_losses import CalibrationAwareConfig
 from calibtrain.data.templates import Template
 from calibtrain.distributed import World, shard
 from calibtrain.records import Message, Record
+from calibtrain.training import answer_stream
 from calibtrain.training.answer_stream import AnswerStream
 from calibtrain.training.engine import schedule_factor
 from tests.tiny import tiny_tokenizer
@@ -99,3 +106,57 @@ def test_schedules():
     linear = [schedule_factor(step, 10, TrainingConfig(warmup_ratio=0.0, schedule="linear")) for step in range(10)]
     assert linear == pytest.approx([1.0 - step / 10 for step in range(10)])
     assert schedule_factor(9, 10, TrainingConfig(warmup_ratio=0.0, schedule="constant")) == 1.0
+
+
+CHAT = tiny_tokenizer()
+OPENING = tiny_tokenizer()
+OPENING.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said", "finished"),
+    [
+        (CHAT, "<think>6, or 7? 6+1 is 7.</think>\n\n7", True),
+        (OPENING, "6, or 7? 6+1 is 7.</think>\n\n7", True),
+        (CHAT, "7 because six and", False),
+    ],
+)
+def test_what_enters_the_loss_is_what_was_generated_with_its_reasoning_and_cut_where_it_was(
+    monkeypatch, tokenizer, said, finished
+):
+    template, record = Template("chat", tokenizer), Record((Message("user", "What is 6+1?"),), accepted=("7",))
+    tokens = (*tokenizer(said, add_special_tokens=False)["input_ids"], *([template.end_id] if finished else []))
+    made = Generation(tokens, (-1.0,) * len(tokens), torch.zeros(len(tokens), 4), finished)
+    monkeypatch.setattr(likelihood, "generate", lambda *_, **__: [[made]])
+    (reply,) = answered = likelihood.answer_questions(None, template, [record], EvaluationConfig()).replies
+    asker = type("A", (), {"module": SimpleNamespace(policy=SimpleNamespace(scale=1.0)), "template": template})()
+    stream = AnswerStream([AnswerScoreConfig(moves="all")], asker, [record], 0, 256)
+    stream.asked, stream.texts, stream.correct, stream.replies = [0], ["7"], [True], list(answered)
+    again = AnswerStream([AnswerScoreConfig(moves="all")], asker, [record], 0, 256)
+    again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    for one in (stream, again):
+        (learned,) = one._sequences(0)
+        assert learned.ids == (*template.prompt_ids(record), *tokens)
+        assert learned.ids[learned.completion_start :] == tokens
+        assert learned.answer_span == (None if reply.span == (0, len(tokens)) else reply.span)
+    if "</think>" in said:
+        start, stop = learned.answer_span
+        assert tokenizer.decode(tokens[start:stop], skip_special_tokens=True).strip() == "7"
+
+
+def test_answers_are_asked_for_at_scale_1_whatever_was_solved_for(monkeypatch):
+    """The targets of calibration_aware are laid beside likelihoods in the loss, which know no scale."""
+    asked_at = []
+
+    def share(records):
+        asked_at.append(asker.module.policy.scale)
+        answers = [Answer(one.id, "", "a", (-1.0,), correct=True) for one in records]
+        return SimpleNamespace(answers=answers, replies=None)
+
+    policy = SimpleNamespace(scale=0.5)
+    asker = SimpleNamespace(module=SimpleNamespace(policy=policy, penalties=[]), template=Asked.template, share=share)
+    monkeypatch.setattr(answer_stream, "gather_lists", lambda one: one)
+    made = AnswerStream([AnswerScoreConfig(), CalibrationAwareConfig()], asker, QUESTIONS, 0, 64)
+    made.before_step(0)
+    assert asked_at == [1.0]
+    assert policy.scale == 0.5
