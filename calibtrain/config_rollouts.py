@@ -102,14 +102,37 @@ class RolloutsConfig(Section):
             )
         if self.reward in ("model", "sources", "ppo_c") and self.accuracy_weight is not None:
             raise ValueError("accuracy_weight goes with reward: brier or log; here weigh a source of kind grade")
-        proper = self.reward == "ppo_c" and self.ppo_c.form == "proper"
-        if self.reward in ("model", "sources", "ppo_c") and not proper and self.format_penalty is not None:
-            raise ValueError(f"format_penalty: {self.reward} here scores no statement; take a source of kind format")
+        self._check_all_is_read()
         if self.reward == "ternary":
             grades = [one for one in self.paid_by if isinstance(one, GradeSource)]
             if not grades or any(one.normalize or one.clip is not None for one in grades):
                 raise ValueError("reward: ternary prices the grade: it needs a source of kind grade, as it is")
         return self
+
+    def _check_all_is_read(self) -> None:
+        """Raise ValueError for what is set and would change nothing."""
+        scored = self.reward in ("brier", "log")
+        proper = self.reward == "ppo_c" and self.ppo_c.form == "proper"
+        read = {
+            "accuracy_weight": (scored, "reward: brier or log; what an answer earns is weighed in sources"),
+            "score_weight": (scored, "reward: brier or log"),
+            "format_penalty": (
+                self.scores_statement and (scored or proper),
+                "a stated confidence that brier, log or ppo_c's form proper scores; else take a source of kind format",
+            ),
+            "target_mixing": (
+                scored and self.splits_credit,
+                "confidence: stated, decoupled: true and reward: brier or log",
+            ),
+            "abstentions": (self.reward == "ternary", "reward: ternary"),
+            "ppo_c": (self.reward == "ppo_c", "reward: ppo_c"),
+        }
+        for key, (is_read, reader) in read.items():
+            if not is_read and getattr(self, key) != type(self).model_fields[key].default:
+                with_what = (
+                    f"reward: {self.reward}, confidence: {self.confidence}, decoupled: {str(self.decoupled).lower()}"
+                )
+                raise ValueError(f"{key} goes with {reader}; with {with_what} it changes nothing: leave it out")
 
     @property
     def paid_by(self) -> tuple[RewardSource, ...]:

@@ -206,6 +206,9 @@ def _is_answer(encoded: Sequence[Encoded], nll_scope: str) -> Tensor | None:
         return None
     found: list[bool] = []
     for one in encoded:
+        if one.labels:  # several turns, each of them answers, and what stands between them where it is learned too
+            found.extend(_labelled(one, nll_scope)[2])
+            continue
         start, stop = one.answer_span or (0, one.completion_length)
         places = range(_first_target(one, nll_scope) - one.completion_start, one.completion_length)
         found.extend(start <= place < stop for place in places)

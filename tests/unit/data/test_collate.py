@@ -208,3 +208,15 @@ def test_row_tokens_are_those_of_the_batch(encoded, shared):
     assert row_tokens(encoded, None, shared) == int((padded.segment_ids > 0).sum(1).max())
     packed = collate(encoded, PAD, packing_tokens=60, shared_prefix=shared)
     assert row_tokens(encoded, 60, shared) == int((packed.segment_ids > 0).sum())
+
+
+@pytest.mark.parametrize("scope", ["completion", "full"])
+def test_a_conversation_beside_an_answer_with_a_span_says_of_each_target_whether_it_is_an_answer(scope):
+    turns = Encoded((1, 2, 3, 4, 5, 6, 7, 8), 2, CHOSEN, 0, labels=(3, IGNORED, IGNORED, 6, 7, 8))
+    reasoned = Encoded((1, 2, 3, 4, 5), 2, ANSWER, 1, correct=1.0, answer_span=(1, 3))
+    batch = collate([turns, reasoned], 0, scope)
+    assert batch.is_answer.shape == batch.targets.shape
+    of_turns = batch.is_answer[batch.sequence_ids == 0]
+    assert of_turns.tolist() == batch.is_completion[batch.sequence_ids == 0].tolist()
+    assert of_turns.sum() == 4
+    assert batch.is_answer[batch.sequence_ids == 1].tolist() == [False, True, True]

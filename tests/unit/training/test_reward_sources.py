@@ -10,8 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
+from calibtrain.config_rollouts import RolloutsConfig
 from calibtrain.errors import EngineFailure, UserError
 from calibtrain.training.reward_memory import NOTHING, WATCHED, Memory, Moments, slope_t
 from calibtrain.training.reward_rounds import score_auroc
@@ -534,3 +536,42 @@ def test_a_judge_behind_an_address_rewards_whole_replies(tmp_path, monkeypatch):
         server.server_close()
     said = [rollouts.answerer.template.decode_answer(one.tokens) for one in rollouts.samples]
     assert [one.rewards for one in rollouts.samples] == [(float("a" in text),) for text in said]
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "key"),
+    [
+        ({"reward": "accuracy", "accuracy_weight": 5.0}, "accuracy_weight"),
+        ({"reward": "ternary", "score_weight": 3.0}, "score_weight"),
+        ({"reward": "accuracy", "score_weight": 3.0}, "score_weight"),
+        ({"reward": "brier", "format_penalty": -5.0}, "format_penalty"),
+        ({"reward": "accuracy", "confidence": "stated", "format_penalty": -5.0}, "format_penalty"),
+        ({"reward": "brier", "target_mixing": 0.5}, "target_mixing"),
+        ({"reward": "brier", "confidence": "stated", "decoupled": False, "target_mixing": 0.5}, "target_mixing"),
+        ({"reward": "brier", "abstentions": ["dunno"]}, "abstentions"),
+        ({"reward": "accuracy", "ppo_c": {"weight": 3.0}}, "ppo_c"),
+    ],
+)
+def test_what_would_change_nothing_is_refused_by_name(rollouts, key):
+    with pytest.raises(ValidationError, match=rf"{key} goes with .* it changes nothing: leave it out"):
+        RolloutsConfig.model_validate(rollouts)
+
+
+@pytest.mark.parametrize(
+    "rollouts",
+    [
+        {"reward": "log", "accuracy_weight": 0.5, "score_weight": 0.5},
+        {"reward": "brier", "confidence": "stated", "target_mixing": 0.5, "format_penalty": -1.0},
+        {"reward": "ternary", "abstentions": ["dunno"]},
+        {
+            "reward": "ppo_c",
+            "reward_model": "m",
+            "confidence": "stated",
+            "ppo_c": {"form": "proper"},
+            "format_penalty": -1.0,
+        },
+    ],
+)
+def test_what_is_read_may_be_set_and_a_written_config_reads_again(rollouts):
+    config = RolloutsConfig.model_validate(rollouts)
+    assert RolloutsConfig.model_validate(config.model_dump(mode="json")) == config
