@@ -85,7 +85,8 @@ def create_app(
     async def reply_to(request: Request, question: Question, level: Level) -> Reply:
         param = "calibtrain.options" if question.options else "messages"
         try:
-            tokens, uncovered = answerer.prompt_tokens(question), answerer.uncovered(question)
+            tokens = answerer.prompt_tokens(question) - answerer.own_tokens
+            uncovered = answerer.uncovered(question)
         except UserError as error:
             raise Refusal(400, str(error), code="invalid_value", param=param) from None
         if uncovered and not answerer.uncertified:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from calibtrain.pipeline.question import Asked, Question, check_text, question_o
 from calibtrain.pipeline.reply import Reply, ReplyPart, Token
 from calibtrain.pipeline.scope import at_least, at_most, plain
 from calibtrain.pipeline.source import check_calibrated, load_scorer
-from calibtrain.records import Record
+from calibtrain.records import Message, Record
 
 
 class Answerer:
@@ -157,6 +158,11 @@ class Answerer:
     def prompt_tokens(self, question: Asked) -> int:
         """Tokens of the prompt that a question makes. Raises UserError for a question that `guess` would refuse."""
         return len(self.loaded.template.prompt_ids(self._record(question)))
+
+    @cached_property
+    def own_tokens(self) -> int:
+        """Tokens of a prompt that are the run's own, whatever is asked: its system text, its examples, its template."""
+        return max(0, len(self.loaded.template.prompt_ids(Record(prompt=(Message("user", "a"),)))) - 1)
 
     def guess(self, questions: Sequence[Asked]) -> list[Reply]:
         """Best guesses for `decide` to judge: as they come they are withheld."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Protocol
 
 import numpy as np
@@ -164,6 +165,8 @@ def run(
 
     load: makes who answers of the config and `model`; `partial(Served, url=...)` asks a server of it instead.
     """
+    if output is not None:
+        _check_output(output)
     prepared = prepare(config)
     records = prepared.splits[split]
     if not records:
@@ -174,7 +177,10 @@ def run(
     shots = () if model is not None else prepared.shots
     measurement = with_progress(loaded, records, shots, f"answering {split}", settle=False)
     if output is not None:
-        write_measurement(measurement, output, loaded.mark())
+        try:
+            write_measurement(measurement, output, loaded.mark())
+        except OSError as error:
+            raise UserError(f"--output: {output} cannot be written: {error.strerror or error}") from None
     loaded.template.task.settle()
     metrics = measured_metrics(measurement.confidence, measurement.correct)
     _print(metrics, f"{loaded.name}, {split}")
@@ -186,6 +192,18 @@ def run(
     if loaded.template.task.judged:
         _tell_of_the_judge(replace(measurement, made_by=loaded.mark()), model)
     return metrics
+
+
+def _check_output(path: Path) -> None:
+    """Raise UserError where no file can be written at `path`: it would be told after hours of answering."""
+    try:
+        if path.is_dir():
+            raise UserError(f"--output: {path} is a directory; name a file in it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written: {error.strerror or error}") from None
 
 
 def head_beside(model: Path | None, template: Template) -> FittedHead | None:

@@ -449,3 +449,13 @@ def test_a_schema_may_be_asked_for_where_it_is_the_tasks_own(client, model, aske
     found = client.post(CHAT, json=body(response_format=asked))
     assert found.status_code == (200 if taken else 400)
     assert taken or found.json()["error"]["param"] == "response_format"
+
+
+def test_what_a_run_shows_before_every_question_counts_for_none_of_its_tokens(answerer, client):
+    """Forty examples are longer than the limit: a run that shows them would refuse whatever it is asked."""
+    plain = answerer.loaded.template.prompt_ids
+    answerer.loaded.template.prompt_ids = lambda record: ["example"] * 900 + plain(record)
+    assert answerer.own_tokens == 900
+    assert client.post(CHAT, json=body()).status_code == 200
+    long = client.post(CHAT, json=body() | {"messages": [{"role": "user", "content": "w " * 513}]})
+    assert "the question has 513 tokens; the limit is 512" in long.json()["error"]["message"]
