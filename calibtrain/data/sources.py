@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -60,15 +61,13 @@ def load_records(
     if not kept:
         raise refused or UserError(f"{name}: the data set is empty")
     layout = find_layout(list(found), source.columns, name, cells, labelled, bare)
-    unread = [column for column in found if column not in layout.read]
-    if unread:
-        logger.info("%s: columns not read: %s", name, ", ".join(map(str, unread)))
-    records = []
+    records, passed_over = [], Counter[str]()
     for place, row in _whole(kept, layout, name) if cells else kept:
         try:
-            records.append(record_from_row(row, layout, place))
+            records.append(record_from_row(row, layout, place, passed_over))
         except UserError as error:
             drops.refuse(error, place, question_of(row, layout))
+    tell_unread(name, list(found), layout, passed_over, len(kept))
     check_strata(records, layout.strata, name)
     # The sort is stable: rows that ask the same stay in the source's order.
     return sorted(records, key=lambda record: (unit_hash("draw", seed, record.id), record.id))
@@ -81,6 +80,16 @@ def _part_records(part: MixturePart, seed: int, labelled: bool, bare: bool, drop
             f"{part.source.called}: columns.strata names {STRATUM!r}, which in a mixture is the name of each source"
         )
     return [replace(record, strata={**record.strata, STRATUM: part.stratum}) for record in records]
+
+
+def tell_unread(name: str, found: Sequence[str], layout: Layout, passed_over: Mapping[str, int], rows: int) -> None:
+    """Log the columns of `found` that are not read, and those that are not in the rows where another one comes first."""
+    unread = [str(column) for column in found if column not in layout.read]
+    for column, count in sorted(passed_over.items()):
+        where = "another column of the same meaning comes first; data.source.columns says which is read"
+        unread.append(f"{column} (in {count} of {rows} rows: {where})")
+    if unread:
+        logger.info("%s: columns not read: %s", name, ", ".join(unread))
 
 
 def question_of(row: Mapping[str, Any], layout: Layout) -> str:
