@@ -57,6 +57,7 @@ class Layout:
     context: tuple[str, ...] = ()  # passages, a column or a list of them each
     mapped: frozenset[str] = frozenset()  # fields that the user named a column for
     bare: bool = False  # a question alone serves
+    objects: bool = False  # one is an answer, as its JSON
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -71,12 +72,13 @@ def find_layout(
     cells: bool = False,
     labelled: bool = False,
     bare: bool = False,
+    objects: bool = False,
 ) -> Layout:
     """Layout of a data set with the columns `found`, in whatever row they stand.
 
     `labelled`: answers are wanted with a label, or as pairs, or as graded questions to find wrong answers to. `bare`: a
-    question alone serves. Raises UserError unless `columns` maps known fields to columns that exist and some shape can be
-    read.
+    question alone serves. `objects`: an object is an accepted answer, as its JSON. Raises UserError unless `columns` maps
+    known fields to columns that exist and some shape can be read.
     """
     columns = {
         field: [named] if field == "context" and isinstance(named, str) else named for field, named in columns.items()
@@ -112,7 +114,7 @@ def find_layout(
     if "options" in lists:
         held.pop("options", None)
     more = {name: lists.get(name, ()) for name in ("strata", "options", "fields", "context")}
-    return Layout(held, cells=cells, mapped=frozenset(mapped), bare=bare, **more)
+    return Layout(held, cells=cells, mapped=frozenset(mapped), bare=bare, objects=objects, **more)
 
 
 def mapping_to_write(found: Sequence[str], mapped: Mapping[str, str]) -> str:

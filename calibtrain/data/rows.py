@@ -16,7 +16,8 @@ A question alone serves where the model answers it itself and nobody grades it (
 
 A conversation teaches each of the assistant's turns, a graded or labelled one and a pair the last alone.
 
-Text is text, whatever it looks like, and an object where an answer is meant is its JSON. CSV alone has no other way to
+Text is text, whatever it looks like. An object that is to be learned is its JSON, and so is an accepted answer where the
+task takes objects; elsewhere {value, aliases} (TriviaQA) are its texts. CSV alone has no other way to
 hold a list: there a cell that is a JSON list of messages, or of answers, is that list.
 """
 
@@ -66,7 +67,7 @@ def record_from_row(
     """
     values = {field: plain(row.get(layout.columns[field])) for field in layout.columns}
     values = {field: None if missing(value) else value for field, value in values.items()}
-    accepted = answers_of(values.pop("answers", None), layout.cells, place)
+    accepted = answers_of(values.pop("answers", None), layout.cells, place, objects=layout.objects)
     options = answers_of(option_texts(values.pop("options", None)), layout.cells, place, "options")
     options += options_in({column: plain(row.get(column)) for column in layout.options}, place)
     context = passages_of({column: row.get(column) for column in layout.context}, layout.cells, place)

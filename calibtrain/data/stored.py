@@ -123,6 +123,7 @@ class Made:
     task: str  # its section, as JSON
     asked: Callable[[Record], Record]
     gradable: Callable[[Record], bool]
+    objects: bool = False
 
 
 def stored_records(source: FileSource, made: Made, directory: Path, drops: DropReport) -> StoredRecords:
@@ -182,7 +183,7 @@ def _make(source: FileSource, made: Made, folder: Path, strict: bool) -> None:
     try:
         columns = {name: array(np.dtype(kind).char) for name, kind in COLUMNS.items()}
         cells: dict[tuple[tuple[str, str], ...], int] = {}
-        layout, floats, listed = _survey(source, made.labelled)
+        layout, floats, listed = _survey(source, made)
         passed_over = Counter[str]()
         with (partial / "records.jsonl").open("wb") as file:
             for record in _records(source, layout, floats, made, drops, passed_over):
@@ -216,7 +217,7 @@ def _nothing_left(source: FileSource, drops: DropReport) -> str:
     return f"{source.path}: the data set is empty" if first is None else f"{first.place}: {first.reason}"
 
 
-def _survey(source: FileSource, labelled: bool) -> tuple[Layout, frozenset[str], list[str]]:
+def _survey(source: FileSource, made: Made) -> tuple[Layout, frozenset[str], list[str]]:
     """Layout of the file's columns, those of a CSV that hold whole numbers as floats, and all of them."""
     cells = source.path.suffix.lower() == ".csv"
     found: dict[str, None] = {}
@@ -231,7 +232,7 @@ def _survey(source: FileSource, labelled: bool) -> tuple[Layout, frozenset[str],
             broken.update(column for column, cell in row.items() if cell and whole_float(cell) is None)
     if not found:
         raise refused or UserError(f"{source.path}: the data set is empty")
-    layout = find_layout(list(found), source.columns, str(source.path), cells, labelled)
+    layout = find_layout(list(found), source.columns, str(source.path), cells, made.labelled, objects=made.objects)
     return layout, frozenset(found.keys() - broken) if cells else frozenset(), list(found)
 
 
