@@ -84,13 +84,16 @@ def _value_and_aliases(value: Mapping[str, Any]) -> list[str] | None:
 
 
 def option_texts(value: Any) -> Any:
-    """Of options that come with their letters, {"text": [...], "label": [...]}, the texts in the letters' order."""
+    """Of options that come with letters or numbers, {"text": [...], "label": [...]}, the texts in the order of these."""
     if not (isinstance(value, Mapping) and isinstance(value.get("text"), list)):
         return value
     texts, labels = value["text"], value.get("label")
     if not isinstance(labels, list) or len(labels) != len(texts):
         return texts
-    return [text for _, text in sorted(zip(map(str, labels), texts, strict=True), key=lambda one: one[0])]
+    named = [str(label).strip() for label in labels]
+    numbers = all(one.isdecimal() and len(one) < 10 for one in named)  # as text, 10 would stand before 2
+    keys: list[Any] = [int(one) for one in named] if numbers else named
+    return [texts[place] for place in sorted(range(len(texts)), key=keys.__getitem__)]
 
 
 def options_in(columns: Mapping[str, Any], place: str) -> tuple[str, ...]:
@@ -155,7 +158,7 @@ def weight_of(value: Any, place: str) -> float:
         return 1.0
     try:
         weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not (math.isfinite(weight) and weight >= 0):
         raise UserError(f"{place}: weight holds {short(value)}; it is a number, 0 or more")

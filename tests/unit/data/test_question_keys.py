@@ -108,6 +108,9 @@ def test_a_gap_between_options_is_refused_and_letters_say_their_order():
     listed = Layout({"question": "question", "answers": "answer", "options": "choices"})
     choices = {"text": ["two", "one"], "label": ["B", "A"]}
     assert record_from_row({**row, "choices": choices}, listed, "rows:1").options == ("one", "two")
+    for labels in (["10", "2", "1"], [10, 2, 1], [" 10", "2", "01"]):
+        numbered = {"text": ["tenth", "second", "first"], "label": labels}
+        assert record_from_row({**row, "choices": numbered}, listed, "rows:1").options == ("first", "second", "tenth")
 
 
 def test_what_is_learned_alone_need_not_be_a_question_of_the_task(tmp_path):
