@@ -136,6 +136,8 @@ class NumberTask(FinalAnswerSection):
     kind: Literal["number"] = "number"
     percent: Literal["number", "hundredth"] = "number"
     """What 50% is: 50, or 0.5."""
+    decimal: Literal["point", "comma"] = "point"
+    """What stands before decimals: 3.5 or 3,5. The other one, and spaces, may stand between groups of three digits."""
     rel: Weight = 0.0
     """A number is right where it differs from an accepted one by at most so large a share of that, or by at most `abs`."""
     abs: Weight = 0.0

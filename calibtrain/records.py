@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -68,7 +69,7 @@ class Record:
 
     @property
     def id(self) -> str:
-        """Hash of the prompt: the same question gives the same id in every source and split. 16 hex digits."""
+        """Hash of the prompt: the same question gives the same id in every source, split and Unicode form. 16 hex digits."""
         return self._hash(self.prompt)
 
     @property
@@ -88,12 +89,15 @@ class Record:
         )
 
     def _hash(self, prompt: tuple[Message, ...]) -> str:
-        texts = [f"{message.role}\x1f{' '.join(message.content.split())}" for message in prompt]
+        # An accented letter written as one character or as two is one question (Unicode 15.0, NFC).
+        texts = [f"{message.role}\x1f{' '.join(_composed(message.content).split())}" for message in prompt]
         # What few conversations have adds nothing to the others' ids.
-        called = [[call.name, call.arguments] for message in prompt for call in message.tool_calls]
+        called = [
+            [_composed(call.name), _composed(call.arguments)] for message in prompt for call in message.tool_calls
+        ]
         if self.tools or called:
-            texts.append(json.dumps([self.tools, called]))
-        text = "\x1e".join(texts) if prompt else f"\x1f{self.chosen}"
+            texts.append(json.dumps([_composed(self.tools), called]))
+        text = "\x1e".join(texts) if prompt else f"\x1f{_composed(str(self.chosen))}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -104,6 +108,10 @@ class Record:
             replace(self, prompt=turns[:place], asked_of="", options=()).key for place in self.learned if place < -1
         )
         return frozenset((self.key, *earlier))
+
+
+def _composed(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def unit_hash(*parts: object) -> float:

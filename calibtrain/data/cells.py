@@ -14,6 +14,9 @@ from calibtrain.errors import UserError, short
 
 SAID = ("completion", "chosen", "rejected")
 """Fields of which a JSON object is an answer's text, unless it is a message."""
+_OBJECT = (
+    "; an object is an answer where task.kind is json or custom: write its texts into a column of their own, or set it"
+)
 _LIKE_MESSAGES = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 _ONE_PRINTED = re.compile(r"\s*\{\s*'(?:role|content|from|value)'\s*:.*\}\s*", re.DOTALL)
 _PRINTED = (
@@ -47,19 +50,24 @@ def opened(value: Any, field: str, cells: bool, place: str) -> Any:
     return value
 
 
-def answers_of(value: Any, cells: bool, place: str, field: str = "answers") -> tuple[str, ...]:
-    """Accepted answers (or options) of a scalar or a list of them, without the whitespace around them."""
+def answers_of(value: Any, cells: bool, place: str, field: str = "answers", objects: bool = False) -> tuple[str, ...]:
+    """Accepted answers (or options) of a scalar or a list of them, without the whitespace around them.
+
+    An object is its JSON with `objects`, else the texts of TriviaQA's {value, aliases}. Raises UserError for any other.
+    """
     if cells and isinstance(value, str):
         value = _list_in_cell(value, place)
     if missing(value):
         return ()
     if isinstance(value, dict) and "answer_start" not in value:  # SQuAD's {text, answer_start} is no answer
-        value = json_text(value) or value
+        value = (json_text(value) if objects else _value_and_aliases(value)) or value
     answers = []
     for one in value if isinstance(value, list) else [value]:
         text = text_of(one)
         if text is None:
             advice = ' (say true and false in words, e.g. "yes")' if isinstance(one, bool) else ""
+            if isinstance(one, dict):
+                advice = _OBJECT if field == "answers" and not objects else ""
             raise UserError(f"{place}: {field} holds {short(one)}; each must be text or a number{advice}")
         answers.append(text.strip())
     if not all(answers):
@@ -67,14 +75,25 @@ def answers_of(value: Any, cells: bool, place: str, field: str = "answers") -> t
     return tuple(answers)
 
 
+def _value_and_aliases(value: Mapping[str, Any]) -> list[str] | None:
+    """TriviaQA's answer: the value, and what else it is called."""
+    said, others = value.get("value"), value.get("aliases")
+    if not isinstance(said, str) or not isinstance(others, list) or not all(isinstance(one, str) for one in others):
+        return None
+    return [*dict.fromkeys(text for text in map(str.strip, (said, *others)) if text)]
+
+
 def option_texts(value: Any) -> Any:
-    """Of options that come with their letters, {"text": [...], "label": [...]}, the texts in the letters' order."""
+    """Of options that come with letters or numbers, {"text": [...], "label": [...]}, the texts in the order of these."""
     if not (isinstance(value, Mapping) and isinstance(value.get("text"), list)):
         return value
     texts, labels = value["text"], value.get("label")
     if not isinstance(labels, list) or len(labels) != len(texts):
         return texts
-    return [text for _, text in sorted(zip(map(str, labels), texts, strict=True), key=lambda one: one[0])]
+    named = [str(label).strip() for label in labels]
+    numbers = all(one.isdecimal() and len(one) < 10 for one in named)  # as text, 10 would stand before 2
+    keys: list[Any] = [int(one) for one in named] if numbers else named
+    return [texts[place] for place in sorted(range(len(texts)), key=keys.__getitem__)]
 
 
 def options_in(columns: Mapping[str, Any], place: str) -> tuple[str, ...]:
@@ -139,7 +158,7 @@ def weight_of(value: Any, place: str) -> float:
         return 1.0
     try:
         weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not (math.isfinite(weight) and weight >= 0):
         raise UserError(f"{place}: weight holds {short(value)}; it is a number, 0 or more")

@@ -22,6 +22,15 @@ SHAPES = (
     "question + answers, prompt + completion, prompt + chosen + rejected, messages or conversations, "
     "instruction + output, or text alone"
 )
+RIVALS = {
+    "question": ("prompt", "messages", "text"),
+    "prompt": ("question", "messages", "text"),
+    "completion": ("chosen", "rejected", "messages", "text"),
+    "chosen": ("completion", "text"),  # messages may be what a pair answers
+    "messages": ("prompt", "question", "completion", "text"),  # and so may a pair be of them
+    "text": ("prompt", "question", "completion", "chosen", "rejected", "messages"),
+}
+"""Mapped field -> fields that are not read by their names alone beside it: they would say the same in other words."""
 CLASSES = frozenset({"label", "labels", "class", "category", "target", "answer", "answers", "response"})
 """Beside one of these, `text` is a question rather than something to learn as it stands."""
 GUESSES = (
@@ -46,8 +55,9 @@ class Layout:
     options: tuple[str, ...] = ()  # a column each
     fields: tuple[str, ...] = ()  # handed on as they are
     context: tuple[str, ...] = ()  # passages, a column or a list of them each
-    tools_mapped: bool = False
+    mapped: frozenset[str] = frozenset()  # fields that the user named a column for
     bare: bool = False  # a question alone serves
+    objects: bool = False  # one is an answer, as its JSON
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -62,12 +72,13 @@ def find_layout(
     cells: bool = False,
     labelled: bool = False,
     bare: bool = False,
+    objects: bool = False,
 ) -> Layout:
     """Layout of a data set with the columns `found`, in whatever row they stand.
 
     `labelled`: answers are wanted with a label, or as pairs, or as graded questions to find wrong answers to. `bare`: a
-    question alone serves. Raises UserError unless `columns` maps known fields to columns that exist and some shape can be
-    read.
+    question alone serves. `objects`: an object is an accepted answer, as its JSON. Raises UserError unless `columns` maps
+    known fields to columns that exist and some shape can be read.
     """
     columns = {
         field: [named] if field == "context" and isinstance(named, str) else named for field, named in columns.items()
@@ -82,7 +93,8 @@ def find_layout(
     for ours, theirs in [*mapped.items(), *((name, one) for name, named in lists.items() for one in named)]:
         if theirs not in found:
             raise UserError(f"{place}: columns.{ours} names {theirs!r}; the columns found are {listed}")
-    held = _with_alpaca(_by_name(mapped, found), found)
+    held = _by_name(mapped, found)
+    held = held if "text" in mapped else _with_alpaca(held, found)
     if "label" in held and not (labelled or "label" in mapped):
         del held["label"]
     if labelled and not held.keys() & {"label", "rejected", "answers"}:
@@ -102,7 +114,7 @@ def find_layout(
     if "options" in lists:
         held.pop("options", None)
     more = {name: lists.get(name, ()) for name in ("strata", "options", "fields", "context")}
-    return Layout(held, cells=cells, tools_mapped="tools" in mapped, bare=bare, **more)
+    return Layout(held, cells=cells, mapped=frozenset(mapped), bare=bare, objects=objects, **more)
 
 
 def mapping_to_write(found: Sequence[str], mapped: Mapping[str, str]) -> str:
@@ -140,8 +152,16 @@ def _by_name(mapped: Mapping[str, str], found: Sequence[str]) -> dict[str, str]:
         if there and field not in held:
             held[field] = there[0]
     held |= {field: mapped[field] for field in ASKED_FOR if field in mapped}
+    for field in {rival for ours in mapped for rival in RIVALS.get(ours, ())} - mapped.keys():
+        held.pop(field, None)
     learns = held.keys() & {"messages", "completion", "chosen", "question", "prompt"}
-    if "text" in found and not learns and not CLASSES & set(found) and "instruction" not in found:
+    if (
+        "text" in found
+        and "text" not in mapped
+        and not learns
+        and not CLASSES & set(found)
+        and "instruction" not in found
+    ):
         held["text"] = "text"
     if "messages" not in held and not held.keys() & {"prompt", "chosen"} and mapped.get("tools") is None:
         held.pop("tools", None)  # of a question of another kind

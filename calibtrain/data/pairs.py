@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from calibtrain.errors import UserError
@@ -11,27 +11,51 @@ from calibtrain.records import Record, unit_hash
 from calibtrain.tasks.short_answer import SHORT_ANSWER
 from calibtrain.tasks.task import Task, is_right
 
+FEW = 256
+"""Alternatives of which each question looks at all; of more it takes some that its hash draws."""
+DRAWS = 32
+
 
 def with_rejected(
     record: Record, samples: Iterable[str], alternatives: Sequence[str], task: Task = SHORT_ANSWER
 ) -> Record:
     """The record with the first wrong one of the model's `samples` as rejected answer, else one of `alternatives`.
 
-    The alternative is a wrong one drawn by a pure function of the question. Raises UserError if all are right.
+    The alternative is a wrong one drawn by a pure function of the question and of the alternatives, whose order counts
+    where they are more than FEW. Raises UserError if all are right.
     """
     wrong = own_wrong_answer(record, samples, task)
-    if wrong is None:
-        # The smallest hash wins: adding or reordering alternatives moves as few draws as can be. No more are graded.
-        drawn = sorted(filter(str.strip, alternatives), key=lambda text: (unit_hash("rejected", record.id, text), text))
-        wrong = next((text for text in drawn if not is_right(task, text, record)), None)
-        if wrong is None:
-            raise UserError(f"{record.origin or record.question}: no wrong answer to reject was found or given")
-    return replace(record, rejected=wrong)
+    return _rejecting(record, _drawn_wrong_answer(record, alternatives, task) if wrong is None else wrong)
 
 
 def own_wrong_answer(record: Record, samples: Iterable[str], task: Task = SHORT_ANSWER) -> str | None:
     """First of the model's samples that says something and is wrong, or None."""
     return next((text.strip() for text in samples if text.strip() and not is_right(task, text, record)), None)
+
+
+def _rejecting(record: Record, wrong: str | None) -> Record:
+    if wrong is None:
+        raise UserError(f"{record.origin or record.question}: no wrong answer to reject was found or given")
+    return replace(record, rejected=wrong)
+
+
+def _drawn_wrong_answer(record: Record, alternatives: Sequence[str], task: Task) -> str | None:
+    """A wrong one of the alternatives, or None. No more are graded than it takes to find one."""
+    own, drawn = record.id, _draws(record.id, alternatives)
+    if len(alternatives) <= FEW:
+        # The smallest hash wins: adding or reordering alternatives moves as few draws as can be.
+        drawn = iter(sorted(alternatives, key=lambda text: (unit_hash("rejected", own, text), text)))
+    return next((text for text in drawn if text.strip() and not is_right(task, text, record)), None)
+
+
+def _draws(own: str, alternatives: Sequence[str]) -> Iterator[str]:
+    """Alternatives at places that a question's id draws; then, where hardly any is wrong, each of them once."""
+    count = len(alternatives)
+    for draw in range(DRAWS):
+        yield alternatives[int(unit_hash("rejected", own, draw) * count)]
+    start = int(unit_hash("rejected", own, "start") * count)
+    for place in range(count):
+        yield alternatives[(start + place) % count]
 
 
 def add_rejected(
@@ -42,22 +66,29 @@ def add_rejected(
     The fallback is another record's answer, of the same strata where there is a wrong one: plausible, not absurd. Where the
     task lists what can be right, it is of that list, and so is what the samples say.
     """
-    everywhere = sorted({record.chosen for record in records if record.chosen})
     by_strata: dict[tuple[tuple[str, str], ...], set[str]] = defaultdict(set)
     for record in records:
         if record.chosen:
-            by_strata[tuple(sorted(record.strata.items()))].add(record.chosen)
+            by_strata[_cell(record)].add(record.chosen)
+    # Sorted once: doing so for each record would take the square of their number.
+    near = {cell: sorted(texts) for cell, texts in by_strata.items()}
+    everywhere = sorted(set().union(*by_strata.values()))
     pairs, fallbacks = [], 0
     for record, own in zip(records, samples, strict=True):
-        near = sorted(by_strata[tuple(sorted(record.strata.items()))])
-        if choices := task.choices(record):
+        choices = task.choices(record)
+        if choices:
             own = [one.text for one in (task.read(text.strip(), record) for text in own) if one.found]
-            near = list(choices)
-        elif all(is_right(task, text, record) for text in near):
-            near = everywhere
-        fallbacks += own_wrong_answer(record, own, task) is None
-        pairs.append(with_rejected(record, own, near, task))
+        wrong = own_wrong_answer(record, own, task)
+        if wrong is None:
+            fallbacks += 1
+            for others in (choices,) if choices else (near.get(_cell(record), ()), everywhere):
+                wrong = _drawn_wrong_answer(record, others, task) if wrong is None else wrong
+        pairs.append(_rejecting(record, wrong))
     return pairs, fallbacks
+
+
+def _cell(record: Record) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(record.strata.items()))
 
 
 def with_confidence_statements(records: Sequence[Record], *, keep: bool) -> list[Record]:

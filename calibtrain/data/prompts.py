@@ -181,7 +181,7 @@ def _source(given: str) -> str:
     if "{{" in given or "{%" in given or "\n" in given:
         return given
     try:
-        return Path(given).read_text(encoding="utf-8")
+        return Path(given).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"data.prompt_template: {given} cannot be read ({error}); it is a file, or the template itself with "

@@ -16,12 +16,14 @@ A question alone serves where the model answers it itself and nobody grades it (
 
 A conversation teaches each of the assistant's turns, a graded or labelled one and a pair the last alone.
 
-Text is text, whatever it looks like, and an object where an answer is meant is its JSON. CSV alone has no other way to
+Text is text, whatever it looks like. An object that is to be learned is its JSON, and so is an accepted answer where the
+task takes objects; elsewhere {value, aliases} (TriviaQA) are its texts. CSV alone has no other way to
 hold a list: there a cell that is a JSON list of messages, or of answers, is that list.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,19 +58,29 @@ class _Said:
     learned: tuple[int, ...] = ()  # turns of the assistant, counted from the first turn
 
 
-def record_from_row(row: Mapping[str, Any], layout: Layout, place: str) -> Record:
-    """Record of one row; `place` ("file.jsonl:17") names it in messages. Raises UserError for one that cannot serve."""
+def record_from_row(
+    row: Mapping[str, Any], layout: Layout, place: str, passed_over: Counter[str] | None = None
+) -> Record:
+    """Record of one row; `place` ("file.jsonl:17") names it in messages. Raises UserError for one that cannot serve.
+
+    `passed_over` counts the columns that hold something which another column was read for.
+    """
     values = {field: plain(row.get(layout.columns[field])) for field in layout.columns}
     values = {field: None if missing(value) else value for field, value in values.items()}
-    accepted = answers_of(values.pop("answers", None), layout.cells, place)
+    accepted = answers_of(values.pop("answers", None), layout.cells, place, objects=layout.objects)
     options = answers_of(option_texts(values.pop("options", None)), layout.cells, place, "options")
     options += options_in({column: plain(row.get(column)) for column in layout.options}, place)
     context = passages_of({column: row.get(column) for column in layout.context}, layout.cells, place)
     weight, name = weight_of(values.pop("weight", None), place), name_of(values.pop("id", None), place)
     label, tools = values.pop("label", None), values.pop("tools", None)
     found = {field: opened(value, field, layout.cells, place) for field, value in values.items()}
-    said = _said({field: found.get(field) for field in (*FIELDS, *ALPACA)}, place)
-    if not (layout.tools_mapped or any(isinstance(value, list) for value in found.values())):
+    fields = {field: found.get(field) for field in (*FIELDS, *ALPACA)}
+    over = _passed_over(fields, layout, place)
+    fields |= dict.fromkeys(over)
+    said = _said(fields, place)
+    if passed_over is not None:
+        passed_over.update(layout.columns[field] for field in over)
+    if not ("tools" in layout.mapped or any(isinstance(value, list) for value in found.values())):
         tools = None  # of plain questions: some other column of that name
     chosen, rejected = said.chosen, said.rejected
     if "label" in layout.columns and chosen is not None and rejected is None and not desirable(label, place):
@@ -127,6 +139,30 @@ def _check_characters(record: Record) -> None:
                 f"{record.origin}: the {name} holds {half}, half of a character (a lone surrogate), which no tokenizer "
                 "can read; the text was cut inside an emoji: mend or drop the row"
             )
+
+
+def _passed_over(values: Mapping[str, Any], layout: Layout, place: str) -> set[str]:
+    """Fields that hold something, and that another one is read for. Raises UserError where both are mapped."""
+    held = {field for field, value in values.items() if value is not None}
+    over = {"question"} if "prompt" in held else set()
+    asked = held & {"prompt", "question"}
+    whole = "messages" in held and not ("chosen" in held and not asked and _unanswered(values, place))
+    if whole and "messages" in layout.mapped and "chosen" not in layout.mapped:
+        over |= {"chosen", "rejected"}
+    if "chosen" in held - over:
+        over |= {"completion", "text"} | ({"messages"} if whole else set())
+    elif "completion" in held:
+        over |= {"messages", "text"}
+    elif "messages" in held:
+        over |= {"prompt", "question", "text"}
+    elif "text" in held:
+        over |= {"prompt", "question"}
+    over &= held
+    if lost := sorted(over & layout.mapped):
+        raise UserError(
+            f"{place}: columns maps {lost[0]!r}, and also a field that is read in its place, and the row holds both; map one"
+        )
+    return over
 
 
 def _said(values: Mapping[str, Any], place: str) -> _Said:

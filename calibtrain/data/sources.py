@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -27,18 +28,27 @@ _WHOLE_FLOAT = re.compile(r"\s*(-?\d+)\.0\s*")
 
 
 def load_records(
-    source: Source, seed: int = 0, *, labelled: bool = False, bare: bool = False, drops: DropReport | None = None
+    source: Source,
+    seed: int = 0,
+    *,
+    labelled: bool = False,
+    bare: bool = False,
+    objects: bool = False,
+    drops: DropReport | None = None,
 ) -> list[Record]:
     """Every record of the source in draw order, which is a pure function of the seed and the records' questions.
 
     Files and hub data sets are shuffled, since many are sorted by topic; geography is drawn by population; a mixture is
     drawn by its weights, and its records have the stratum `source`. `labelled`: a column `label` says which answers are
-    desirable; the others become `rejected`. `bare`: a question alone serves. Rows that cannot serve go to `drops`; without
-    one, the first raises UserError that names its file and line (or row index), as does a source that cannot be read.
+    desirable; the others become `rejected`. `bare`: a question alone serves. `objects`: an object is an accepted
+    answer, as its JSON. Rows that cannot serve go to `drops`; without one, the first raises UserError that names its file
+    and line (or row index), as does a source that cannot be read.
     """
     drops = DropReport(strict=True) if drops is None else drops
     if isinstance(source, MixtureSource):
-        mixed = [record for part in source.sources for record in _part_records(part, seed, labelled, bare, drops)]
+        mixed = [
+            record for part in source.sources for record in _part_records(part, seed, labelled, bare, objects, drops)
+        ]
         return interleaved(mixed, source, seed)
     if isinstance(source, GeographySource):
         return load_geography(source, seed)
@@ -59,28 +69,38 @@ def load_records(
         kept.append((place, {column: value for column, value in row.items() if column in wanted}))
     if not kept:
         raise refused or UserError(f"{name}: the data set is empty")
-    layout = find_layout(list(found), source.columns, name, cells, labelled, bare)
-    unread = [column for column in found if column not in layout.read]
-    if unread:
-        logger.info("%s: columns not read: %s", name, ", ".join(map(str, unread)))
-    records = []
+    layout = find_layout(list(found), source.columns, name, cells, labelled, bare, objects)
+    records, passed_over = [], Counter[str]()
     for place, row in _whole(kept, layout, name) if cells else kept:
         try:
-            records.append(record_from_row(row, layout, place))
+            records.append(record_from_row(row, layout, place, passed_over))
         except UserError as error:
             drops.refuse(error, place, question_of(row, layout))
+    tell_unread(name, list(found), layout, passed_over, len(kept))
     check_strata(records, layout.strata, name)
     # The sort is stable: rows that ask the same stay in the source's order.
     return sorted(records, key=lambda record: (unit_hash("draw", seed, record.id), record.id))
 
 
-def _part_records(part: MixturePart, seed: int, labelled: bool, bare: bool, drops: DropReport) -> list[Record]:
-    records = load_records(part.source, seed, labelled=labelled, bare=bare, drops=drops)
+def _part_records(
+    part: MixturePart, seed: int, labelled: bool, bare: bool, objects: bool, drops: DropReport
+) -> list[Record]:
+    records = load_records(part.source, seed, labelled=labelled, bare=bare, objects=objects, drops=drops)
     if any(STRATUM in record.strata for record in records):
         raise UserError(
             f"{part.source.called}: columns.strata names {STRATUM!r}, which in a mixture is the name of each source"
         )
     return [replace(record, strata={**record.strata, STRATUM: part.stratum}) for record in records]
+
+
+def tell_unread(name: str, found: Sequence[str], layout: Layout, passed_over: Mapping[str, int], rows: int) -> None:
+    """Log the columns of `found` that are not read, and those that are not in the rows where another one comes first."""
+    unread = [str(column) for column in found if column not in layout.read]
+    for column, count in sorted(passed_over.items()):
+        where = "another column of the same meaning comes first; data.source.columns says which is read"
+        unread.append(f"{column} (in {count} of {rows} rows: {where})")
+    if unread:
+        logger.info("%s: columns not read: %s", name, ", ".join(unread))
 
 
 def question_of(row: Mapping[str, Any], layout: Layout) -> str:

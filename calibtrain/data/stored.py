@@ -13,6 +13,7 @@ import os
 import shutil
 import uuid
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +26,7 @@ from calibtrain.data.drops import DropReport
 from calibtrain.data.files import file_rows
 from calibtrain.data.layout import Layout, find_layout
 from calibtrain.data.rows import record_from_row
-from calibtrain.data.sources import question_of, whole_float
+from calibtrain.data.sources import question_of, tell_unread, whole_float
 from calibtrain.data.splits import saying
 from calibtrain.data.strata import check_strata
 from calibtrain.data.values import text_of
@@ -122,6 +123,7 @@ class Made:
     task: str  # its section, as JSON
     asked: Callable[[Record], Record]
     gradable: Callable[[Record], bool]
+    objects: bool = False
 
 
 def stored_records(source: FileSource, made: Made, directory: Path, drops: DropReport) -> StoredRecords:
@@ -181,15 +183,17 @@ def _make(source: FileSource, made: Made, folder: Path, strict: bool) -> None:
     try:
         columns = {name: array(np.dtype(kind).char) for name, kind in COLUMNS.items()}
         cells: dict[tuple[tuple[str, str], ...], int] = {}
-        layout, floats = _survey(source, made.labelled)
+        layout, floats, listed = _survey(source, made)
+        passed_over = Counter[str]()
         with (partial / "records.jsonl").open("wb") as file:
-            for record in _records(source, layout, floats, made, drops):
+            for record in _records(source, layout, floats, made, drops, passed_over):
                 line = _dumped(record)
                 cell = cells.setdefault(tuple(record.strata.items()), len(cells))
                 _note(columns, record, made, cell, file.tell(), len(line))
                 file.write(line)
         if not columns["id"]:
             raise UserError(_nothing_left(source, drops))
+        tell_unread(str(source.path), listed, layout, passed_over, len(columns["id"]) + len(drops.unfit))
         found = {name: np.frombuffer(columns[name], dtype=kind) for name, kind in COLUMNS.items()}
         # Stable: rows that ask the same stay in the file's order.
         order = np.lexsort((found["id"], found["draw"]))
@@ -213,8 +217,8 @@ def _nothing_left(source: FileSource, drops: DropReport) -> str:
     return f"{source.path}: the data set is empty" if first is None else f"{first.place}: {first.reason}"
 
 
-def _survey(source: FileSource, labelled: bool) -> tuple[Layout, frozenset[str]]:
-    """Layout of the file's columns, and those of a CSV that hold whole numbers as floats."""
+def _survey(source: FileSource, made: Made) -> tuple[Layout, frozenset[str], list[str]]:
+    """Layout of the file's columns, those of a CSV that hold whole numbers as floats, and all of them."""
     cells = source.path.suffix.lower() == ".csv"
     found: dict[str, None] = {}
     broken: set[str] = set()
@@ -228,12 +232,17 @@ def _survey(source: FileSource, labelled: bool) -> tuple[Layout, frozenset[str]]
             broken.update(column for column, cell in row.items() if cell and whole_float(cell) is None)
     if not found:
         raise refused or UserError(f"{source.path}: the data set is empty")
-    layout = find_layout(list(found), source.columns, str(source.path), cells, labelled)
-    return layout, frozenset(found.keys() - broken) if cells else frozenset()
+    layout = find_layout(list(found), source.columns, str(source.path), cells, made.labelled, objects=made.objects)
+    return layout, frozenset(found.keys() - broken) if cells else frozenset(), list(found)
 
 
 def _records(
-    source: FileSource, layout: Layout, floats: frozenset[str], made: Made, drops: DropReport
+    source: FileSource,
+    layout: Layout,
+    floats: frozenset[str],
+    made: Made,
+    drops: DropReport,
+    passed_over: Counter[str],
 ) -> Iterator[Record]:
     for place, row in file_rows(source.path):
         try:
@@ -241,7 +250,7 @@ def _records(
                 raise row
             if floats:
                 row = {key: whole_float(cell) or cell if key in floats else cell for key, cell in row.items()}
-            yield made.asked(record_from_row(row, layout, place))
+            yield made.asked(record_from_row(row, layout, place, passed_over))
         except UserError as error:
             drops.refuse(error, place, "" if isinstance(row, UserError) else question_of(row, layout))
 

@@ -130,8 +130,13 @@ class Template(Replies):
 
     def shown_ids(self, text: str) -> list[int]:
         """Token ids of what `prompt_text` gave."""
-        # A chat template writes its own BOS.
-        return self._encode(text) if self.kind == "chat" else [*self._prefix_ids, *self._encode(text)]
+        ids = self._encode(text)
+        return ids if self.kind == "chat" else self._prefixed(ids)  # a chat template writes its own BOS
+
+    def _prefixed(self, ids: list[int]) -> list[int]:
+        """The ids behind the tokenizer's own prefix, which the text may have written itself."""
+        prefix = self._prefix_ids
+        return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
 
     @contextmanager
     def encoded_ahead(self, records: Sequence[Record], answers: Sequence[str]) -> Iterator[None]:
@@ -173,7 +178,7 @@ class Template(Replies):
         return PLAIN_ANSWER.format(text) if text and not text[0].isspace() and not prompt[-1:].isspace() else text
 
     def completion_ids(self, text: str, written: bool = False) -> list[int]:
-        """Token ids of an answer as they follow a prompt, and the token that ends it. Raises UserError if they cannot.
+        """Token ids of an answer as they follow a prompt, and the token that ends it, once. Raises UserError if they cannot.
 
         The text is kept as it is, with its indentation and last line break. `plain` puts its space only before a text
         that does not open with whitespace of its own, and leaves out blank lines before it, which would end the answer. So
@@ -189,11 +194,11 @@ class Template(Replies):
             return [self.end_id]
         prompt, joint = self._probe_ids, self.shown_ids(self._probe_text + text)
         if joint[: len(prompt)] == prompt:  # then both decode to the same
-            return [*joint[len(prompt) :], self.end_id]
+            return _ended(joint[len(prompt) :], self.end_id)
         wanted = self._decode(joint)
         for ids in (self._encode(text), self._encode(text.removeprefix(" "))):
             if self._decode([*prompt, *ids]) == wanted:
-                return [*ids, self.end_id]
+                return _ended(ids, self.end_id)
         raise InseparableError(
             f"data.template: the tokenizer cannot split prompt and answer {text!r} into separate tokens that decode to "
             f"the same text; try data.template: {'plain' if self.kind == 'chat' else 'chat'}"
@@ -235,8 +240,11 @@ class Template(Replies):
         return said if self.kind == "plain" else text.partition(self._end_text)[0]
 
     def text_ids(self, text: str) -> tuple[list[int], int]:
-        """Ids of a text that is no answer, with the tokenizer's own prefix and the EOS; and the first to be learned."""
-        ids = [*self._prefix_ids, *self._encode(text), self.tokenizer.eos_token_id]
+        """Ids of a text that is no answer, with the tokenizer's own prefix and the EOS; and the first to be learned.
+
+        Either stands there once, also where the text has it.
+        """
+        ids = _ended(self._prefixed(self._encode(text)), self.tokenizer.eos_token_id)
         return ids, max(1, len(self._prefix_ids))
 
     @cached_property
@@ -345,6 +353,11 @@ class Template(Replies):
     @cached_property
     def _end_text(self) -> str:
         return self._decode([self.end_id])
+
+
+def _ended(ids: Sequence[int], end: int) -> list[int]:
+    """The ids with the end behind them, where it is not there already."""
+    return [*ids] if ids and ids[-1] == end else [*ids, end]
 
 
 def template_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Template:

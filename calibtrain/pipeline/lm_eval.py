@@ -19,7 +19,7 @@ import numpy as np
 from calibtrain import __version__
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.stated import read_statement
-from calibtrain.errors import UserError
+from calibtrain.errors import UserError, short
 from calibtrain.lines import lines_of
 from calibtrain.pipeline.report import Measured, ReportData, write_report
 from calibtrain.tasks.matching import normalize
@@ -57,7 +57,7 @@ def read_samples(path: Path) -> Measured:
     answers: list[Answer] = []
     chosen, seen = None, set()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); give the .jsonl of `lm_eval --log_samples`") from error
     for number, line in enumerate(lines_of(text), start=1):
@@ -66,7 +66,7 @@ def read_samples(path: Path) -> Measured:
         place = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers of more digits than Python reads
             raise UserError(
                 f"{place}: not JSON ({error}); give the .jsonl of --log_samples, not results.json"
             ) from error
@@ -96,6 +96,7 @@ def choice_probabilities(logprobs: Sequence[float]) -> list[float]:
 
 
 def _answer(row: Mapping[str, Any], place: str) -> Answer:
+    _check_arguments(row, place)
     responses = _need(row, "filtered_resps", place, list)
     if not responses:
         raise UserError(f"{place}: `filtered_resps` is empty; no request was answered")
@@ -125,6 +126,10 @@ def _choice(row: Mapping[str, Any], responses: list[Any], place: str) -> tuple[s
     logprobs = [_logprob(responses[i], f"{place}: `filtered_resps[{i}]`") for i in kept]
     if len(logprobs) < 2:
         raise UserError(f"{place}: `filtered_resps` holds {len(logprobs)} option; only multiple choice can be read")
+    if max(logprobs) == -math.inf:
+        raise UserError(
+            f"{place}: `filtered_resps` holds log-prob -inf for every option, so that none is the likeliest"
+        )
     probabilities = choice_probabilities(logprobs)
     best = int(np.argmax(logprobs))
     options = [one[-1] for one in requests]
@@ -167,7 +172,11 @@ def _generation_grade(row: Mapping[str, Any], responses: list[Any], place: str) 
     if not isinstance(kept, list) or len(kept) < 2 or share in (0, 1):
         return _grade(row, "exact_match", place)
     right = [normalize(read_statement(str(one)).answer) == normalize(str(row.get("target", ""))) for one in kept]
-    if not isinstance(share, int | float) or not math.isclose(sum(right) / len(right), share, abs_tol=1e-6):
+    if (
+        not isinstance(share, int | float)
+        or not 0 <= share <= 1
+        or not math.isclose(sum(right) / len(right), share, abs_tol=1e-6)
+    ):
         raise UserError(
             f"{place}: `exact_match` is {share!r} over {len(kept)} repeats, and comparing them with `target` does not tell "
             "which are right; log one answer as graded (take_first) with its repeats in `resps`"
@@ -178,6 +187,18 @@ def _generation_grade(row: Mapping[str, Any], responses: list[Any], place: str) 
 def _repeats(row: Mapping[str, Any]) -> list[Any]:
     logged = row.get("resps")
     return logged[0] if isinstance(logged, list) and logged and isinstance(logged[0], list) else []
+
+
+def _check_arguments(row: Mapping[str, Any], place: str) -> None:
+    arguments = row.get("arguments") or []
+    if not isinstance(arguments, Mapping | list):
+        raise UserError(f"{place}: `arguments` is {short(arguments)}; it is a list of requests, or an object of them")
+    entries = arguments.values() if isinstance(arguments, Mapping) else arguments
+    for number, one in enumerate(entries):
+        if not isinstance(one, Mapping | list):
+            raise UserError(
+                f"{place}: `arguments[{number}]` is {short(one)}; a request is a list of texts, or an object"
+            )
 
 
 def _requests(row: Mapping[str, Any]) -> list[list[str]]:
@@ -201,7 +222,12 @@ def _question(row: Mapping[str, Any]) -> str:
 def _accepted(row: Mapping[str, Any]) -> str:
     """The target as text; a number among several options is the place of one."""
     target, requests = str(row.get("target", "")), _requests(row)
-    if target.isdigit() and int(target) < len(requests) and len({one[-1] for one in requests}) > 1:
+    if (
+        target.isdecimal()
+        and len(target) < 10
+        and int(target) < len(requests)
+        and len({one[-1] for one in requests}) > 1
+    ):
         return requests[int(target)][-1].strip()
     return target
 
@@ -210,7 +236,7 @@ def _logprob(response: Any, place: str) -> float:
     """The log-prob of a logged [log-prob, is greedy]."""
     try:
         value = float(response[0] if isinstance(response, list) else response)
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise UserError(f"{place}: {response!r} is no [log-prob, is greedy]") from error
     if math.isnan(value) or value == math.inf:
         raise UserError(f"{place}: the log-prob {value} is no number to compare options by")

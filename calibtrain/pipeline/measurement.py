@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from calibtrain.calibration.scores import TEMPERATURE_GRID, Scores, TokenScores, scores_of
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.head import FittedHead
-from calibtrain.errors import UserError
+from calibtrain.errors import UserError, short
 from calibtrain.lines import lines_of
 from calibtrain.pipeline.options import option_matrices
 
@@ -100,15 +100,19 @@ def read_measurement(path: Path) -> Measurement:
             row = json.loads(line)
             if not isinstance(row["correct"], bool | None):
                 raise ValueError(f"`correct` is {row['correct']!r}; say true, false or null")
-            table.append(row.pop("logprobs_at"))
+            table.append(_numbers(row.pop("logprobs_at"), "logprobs_at"))
+            if len(table[-1]) not in ({0, len(TEMPERATURE_GRID)} if len(table) == 1 else {len(table[0])}):
+                wanted = f"{len(table[0])}, as in line 1" if len(table) > 1 else f"{len(TEMPERATURE_GRID)}, or none"
+                raise ValueError(f"`logprobs_at` holds {len(table[-1])} numbers; it is {wanted}")
             marks.add(row.pop("made_by", None))
             heads.add(row.pop("told_by", None))
             if (said := row.pop("told", None)) is not None:
                 if not 0.0 <= float(said) <= 1.0:
                     raise ValueError(f"`told` is {said!r}; it is a probability")
                 told.append(float(said))
+            _check_types(row)
             answers.append(Answer.from_dict(row))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise UserError(
                 f"{path}:{number}: not a graded answer ({error}); such files are written by `calibtrain calibrate` and "
                 "`calibtrain evaluate --output`"
@@ -122,9 +126,33 @@ def read_measurement(path: Path) -> Measurement:
     return Measurement(answers, grid, tokens, marks.pop() if len(marks) == 1 else None, **by_head)
 
 
+def _check_types(row: dict[str, Any]) -> None:
+    """Raise ValueError that names the key where a value is not what answers are made of."""
+    for key in ("token_logprobs", "option_logprobs"):
+        _numbers(row.get(key, []), key)
+    for key in ("accepted", "tokens", "options"):
+        if not isinstance(row.get(key, []), list) or not all(isinstance(one, str) for one in row.get(key, [])):
+            raise ValueError(f"`{key}` is {short(row[key])}; it is a list of texts")
+    for key in ("question_id", "question", "text"):
+        if not isinstance(row.get(key, ""), str):
+            raise ValueError(f"`{key}` is {short(row[key])}; it is text")
+    if not isinstance(row.get("strata", {}), dict):
+        raise ValueError(f"`strata` is {short(row['strata'])}; it is an object")
+
+
+def _numbers(values: Any, key: str) -> list[float]:
+    """The values as floats. Raises ValueError, or OverflowError, where they are no list of numbers."""
+    if not isinstance(values, list) or not all(type(one) in (int, float) for one in values):
+        raise ValueError(f"`{key}` is {short(values)}; it is a list of numbers")
+    found = [float(one) for one in values]
+    if any(one != one for one in found):
+        raise ValueError(f"`{key}` holds NaN")
+    return found
+
+
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); give graded answers, one JSON a line") from error
 

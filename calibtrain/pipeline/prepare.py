@@ -171,7 +171,7 @@ def _prepare_stored(config: RunConfig) -> Prepared:
     section = json.dumps(
         [config.task.model_dump(mode="json"), task.identity(), task.code()], sort_keys=True, default=str
     )
-    made = Made(config.seed, config.trains_unpaired, section, partial(_asked, task=task), task.gradable)
+    made = Made(config.seed, config.trains_unpaired, section, partial(_asked, task=task), task.gradable, task.objects)
     if "weight" in data.source.columns and not config.objective.needs.weighs:
         raise UserError(
             f"data.source.columns: objective.name: {config.objective.name} does not weigh its records; leave weight out"
@@ -237,7 +237,7 @@ def _read_source(
     only_learned: no question is drawn from it, so that what the task cannot ask is learned as it stands.
     """
     known, as_they_stand = len(drops.unfit), 0
-    loaded = load_records(source, config.seed, labelled=labelled, bare=bare, drops=drops)
+    loaded = load_records(source, config.seed, labelled=labelled, bare=bare, objects=task.objects, drops=drops)
     records = []
     for record in loaded:
         try:

@@ -23,6 +23,8 @@ SHOWN = 60
 class Custom(Task):
     """Right is what `grader` says of the answer that `extractor` finds."""
 
+    objects = True
+
     def __init__(self, config: CustomTask) -> None:
         self.config = config
         self.several_lines = config.lines == "many"

@@ -15,7 +15,9 @@ from calibtrain.tasks.task import Reading, Task
 
 Span = tuple[int, int]
 Narrow = Callable[[str, Place], Span | None]
-"""The answer's own characters within what a place holds; None where that is none."""
+"""The answer's own characters within what a place holds; None where that is none, UNREADABLE where it says several."""
+UNREADABLE: Span = (0, 0)
+"""An answer stands here, and which it is cannot be told: no other place is looked at."""
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _HASHES = re.compile(r"####[ \t]*")
@@ -31,10 +33,15 @@ def final_answer(text: str, places: tuple[Place, ...], pattern: str | None, narr
 
     Of several boxes, marks or matches the last one counts that holds an answer.
     """
+    found = _found(text, places, pattern, narrow)
+    return None if found == UNREADABLE else found
+
+
+def _found(text: str, places: tuple[Place, ...], pattern: str | None, narrow: Narrow) -> Span | None:
     for place in places:
         for start, stop in _held(text, place, pattern):
             if (inner := narrow(text[start:stop], place)) is not None:
-                return start + inner[0], start + inner[1]
+                return UNREADABLE if inner == UNREADABLE else (start + inner[0], start + inner[1])
     return None
 
 
@@ -91,6 +98,10 @@ class FinalAnswer(Task):
         """The answer that `text` is as a whole, or None."""
         raise NotImplementedError
 
+    def refused(self, text: str) -> str | None:
+        """Why an accepted text that `plain` does not know says no one answer; None where its last one counts."""
+        return None
+
     def read(self, reply: str, record: Record) -> Reading:
         """The final answer and where it stands."""
         span = final_answer(reply, self.config.answer_in, self.config.pattern, self.narrow)
@@ -113,17 +124,22 @@ class FinalAnswer(Task):
         """
         text = without_thinking(text).strip()
         marked = tuple(place for place in (*self.config.answer_in, "boxed", "hashes") if place != "last_number")
-        span = final_answer(text, marked, self.config.pattern, self.narrow)
-        if span is not None:
+        span = _found(text, marked, self.config.pattern, self.narrow)
+        if span is not None and span != UNREADABLE:
             return text[slice(*span)]
-        if (whole := self.plain(text)) is not None:
+        if span is None and (whole := self.plain(text)) is not None:
             return whole
-        span = final_answer(text, self.config.answer_in, self.config.pattern, self.narrow)
+        shown = text if len(text) < 60 else f"{text[:30]}...{text[-20:]}"
+        told = f"{record.origin or record.question}: the accepted answer {shown!r}"
+        if (why := self.refused(text)) is not None:
+            raise UserError(f"{told} {why}")
+        span = (
+            None if span == UNREADABLE else final_answer(text, self.config.answer_in, self.config.pattern, self.narrow)
+        )
         if span is None:
-            shown = text if len(text) < 60 else f"{text[:30]}...{text[-20:]}"
             places = ", ".join(self.config.answer_in)
             raise UserError(
-                f"{record.origin or record.question}: the accepted answer {shown!r} holds no answer that task.answer_in "
-                f"({places}) finds; mend the row, or name where its answer stands (task.answer_in, task.pattern)"
+                f"{told} holds no answer that task.answer_in ({places}) finds; mend the row, or name where its answer "
+                "stands (task.answer_in, task.pattern)"
             )
         return text[slice(*span)]

@@ -39,6 +39,7 @@ class JsonAnswer(Task):
     """Right is what equals an accepted object in the fields of `compare`, and keeps to the schema."""
 
     several_lines = True
+    objects = True
 
     def __init__(self, config: JsonTask) -> None:
         self.config = config

@@ -16,7 +16,7 @@ Check = Callable[[Any], str | None]
 def read_schema(path: Path) -> Any:
     """The JSON of a schema's file. Raises UserError where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"task.schema_file: {path}: cannot be read as JSON ({error})") from error
 

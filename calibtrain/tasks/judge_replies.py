@@ -10,6 +10,16 @@ from calibtrain.errors import UserError
 from calibtrain.tasks.matching import without_thinking
 
 _WORDS = re.compile(r"(?<![\w-])(not\s+)?(right|correct|yes|true|wrong|incorrect|no|false)(?![\w-])", re.IGNORECASE)
+_IN_DOUBT = re.compile(
+    r"n['\u2019\u02bc]t\b|\b(?:(?:is|was|are|were|do|does|did|has|ca|could|should|would|wo)nt|not|never|cannot|neither|nor|none"
+    r"|nothing|nowhere|without|hardly|barely|scarcely|rarely|seldom|partly|partially|partial|half|almost|nearly|near|mostly"
+    r"|largely|somewhat|unlikely|perhaps|maybe|possibly|might|far from|anything but|fails? to|failed to"
+    r"|(?:would|could) (?:be|have been)|if|unless)\b"
+    r"|\b(?:right|correct|true|wrong|incorrect|false)\s+\w+\s*(?::|(?:is|was|would|should|must)\b)"
+    r"|\bno\s+(?!(?:it|this|that|the|not)\b)\w|\?\W*$",
+    re.IGNORECASE,
+)
+"""Beside it a word is no verdict: it is denied, halved or supposed, or said of another ("the right answer is 5")."""
 _RIGHT = frozenset({"right", "correct", "yes", "true"})
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 LONGEST = 20_000
@@ -35,6 +45,9 @@ class Verdicts:
         said = self._verdict(without_thinking(reply)[-LONGEST:])
         if isinstance(said, bool) or not isinstance(said, str):
             return said if isinstance(said, bool) else None
+        said = re.sub(r"[*`]+|(?<!\w)_+|_+(?!\w)", "", said)
+        if _IN_DOUBT.search(_WORDS.sub(lambda one: one[2], said)):
+            return None
         found = {(word.lower() in _RIGHT) != bool(negated) for negated, word in _WORDS.findall(said)}
         return found.pop() if len(found) == 1 else None
 

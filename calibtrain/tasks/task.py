@@ -56,6 +56,8 @@ class Task:
     """Whether an answer may hold line breaks."""
     schema: Any = None
     """JSON schema that every answer is asked to keep to, where the task has one: the one that a client may name."""
+    objects: bool = False
+    """Whether an accepted answer may be an object; its JSON is the answer then."""
     stop: tuple[str, ...] = ()
     """Texts that end a reply and are no part of it, beside the template's own end."""
     mark: tuple[str, ...] = ()

@@ -1,10 +1,14 @@
+from collections import Counter
+
 import pytest
 
 from calibtrain.confidence.stated import read_statement
-from calibtrain.data.pairs import add_rejected, own_wrong_answer, with_confidence_statements, with_rejected
+from calibtrain.data import pairs as pairs_module
+from calibtrain.data.pairs import FEW, add_rejected, own_wrong_answer, with_confidence_statements, with_rejected
 from calibtrain.errors import UserError
-from calibtrain.records import Message, Record
+from calibtrain.records import Message, Record, unit_hash
 from calibtrain.tasks.number import Number
+from calibtrain.tasks.short_answer import ShortAnswer
 
 
 def question(text, chosen, *aliases, continent="Europe"):
@@ -63,6 +67,51 @@ def test_fallbacks_come_from_the_same_strata_and_are_counted():
     assert [pair.rejected for pair in pairs[:4]] == ["Spain", "France", "India", "Japan"]
     assert pairs[4].rejected in {"France", "Portugal", "Japan", "India"}  # nothing wrong in Oceania
     assert fallbacks == 3
+
+
+def test_the_cost_of_pairs_does_not_grow_faster_than_the_rows(monkeypatch):
+    calls = Counter()
+
+    class Graded(ShortAnswer):
+        def right(self, text, record):
+            calls["graded"] += 1
+            return super().right(text, record)
+
+    def hashed(*parts):
+        calls["hashed"] += 1
+        return unit_hash(*parts)
+
+    monkeypatch.setattr(pairs_module, "unit_hash", hashed)
+    task, found = Graded(), {}
+    for count in (300, 3000):
+        records = [question(f"q{i}", f"answer {i}") for i in range(count)]
+        calls.clear()
+        pairs, fallbacks = add_rejected(records, [[] for _ in records], task)
+        found[count] = dict(calls)
+        assert fallbacks == count
+        assert all(pair.rejected != pair.chosen for pair in pairs)
+        assert len({pair.rejected for pair in pairs}) > count / 2
+        calls.clear()
+        assert add_rejected(records, [["wrong"] for _ in records], task)[1] == 0
+        assert calls == {"graded": count}
+        assert [pair.rejected for pair in add_rejected(records[::-1], [[] for _ in records], task)[0]][::-1] == [
+            pair.rejected for pair in pairs
+        ]
+    assert all(calls <= 1.1 * count * 2 for count, one in found.items() for calls in one.values())
+
+
+@pytest.mark.parametrize("count", [FEW - 3, FEW + 10])
+def test_the_one_wrong_answer_of_many_is_found(count):
+    record = question("q", *(f"{i}" for i in range(count)))
+    texts = [*record.accepted, " ", ""]
+    with pytest.raises(UserError, match="no wrong answer to reject"):
+        with_rejected(record, [], texts)
+    assert with_rejected(record, [], [*texts[:7], "other", *texts[7:]]).rejected == "other"
+
+
+def test_what_few_alternatives_give_stays():
+    drawn = [with_rejected(question(f"q{i}", "France"), [], COUNTRIES).rejected for i in range(6)]
+    assert drawn == ["Spain", "Italy", "Poland", "Italy", "Italy", "Poland"]
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -1,6 +1,7 @@
 """A question is one question whatever stands around it: what is held out is not trained on, shown or asked elsewhere."""
 
 import json
+import unicodedata
 
 import pytest
 
@@ -10,7 +11,7 @@ from calibtrain.data.rows import record_from_row
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.pipeline.prepare import prepare
-from calibtrain.records import Message, Record
+from calibtrain.records import Message, Record, ToolCall
 from tests.tiny import tiny_tokenizer
 
 HELD = ("calibration", "temperature", "certification", "test")
@@ -107,6 +108,9 @@ def test_a_gap_between_options_is_refused_and_letters_say_their_order():
     listed = Layout({"question": "question", "answers": "answer", "options": "choices"})
     choices = {"text": ["two", "one"], "label": ["B", "A"]}
     assert record_from_row({**row, "choices": choices}, listed, "rows:1").options == ("one", "two")
+    for labels in (["10", "2", "1"], [10, 2, 1], [" 10", "2", "01"]):
+        numbered = {"text": ["tenth", "second", "first"], "label": labels}
+        assert record_from_row({**row, "choices": numbered}, listed, "rows:1").options == ("first", "second", "tenth")
 
 
 def test_what_is_learned_alone_need_not_be_a_question_of_the_task(tmp_path):
@@ -138,3 +142,35 @@ def test_a_system_turn_stands_before_the_examples():
     text = template.prompt_text(record)
     assert text.index("Be brief.") < text.index("Where is Lyon?") < text.index("Where is Osaka?")
     assert text.count("<|im_start|>system") == 1
+
+
+def test_an_accent_written_as_one_character_or_as_two_is_one_question():
+    for text in ("Where is Málaga?", "Où est le café ?", "한국의 수도는?", "Å"):
+        composed, apart = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+        records = [Record((Message("system", text), Message("user", one)), one) for one in (composed, apart)]
+        assert composed != apart
+        assert len({one.key for one in records}) == len({one.id for one in records}) == 1
+        assert len({one.taught for one in records}) == 1
+        assert len({Record((), one).id for one in (composed, apart)}) == 1
+    # Ids of composed text are those of earlier versions, also beside tools, and of text without a prompt.
+    asked = (Message("user", "Where  is Málaga?"),)
+    call = Message("assistant", "", (ToolCall("café", '{"n": "é"}'),))
+    found = [
+        Record(asked).id,
+        Record(asked, tools='[{"name": "é"}]').id,
+        Record((*asked, call, Message("tool", "Österreich"))).id,
+        Record((), "Málaga").id,
+        Record((Message("user", "What is 2?"),)).id,
+    ]
+    assert found == ["b8141304133e3479", "e5d373b90817b1e6", "27bc5ff2e81c9ea7", "bd14cb5373e5f3c5", "6caae914cda2b5da"]
+
+
+def test_questions_in_two_unicode_forms_are_held_out_together(tmp_path):
+    rows = [{"question": f"Où est le café {i} ?", "answers": [str(i)]} for i in range(300)]
+    twins = [{**row, "question": unicodedata.normalize("NFD", row["question"])} for row in rows]
+    found = prepared(tmp_path, rows + twins)
+    held, trained = held_texts(found), trained_texts(found)
+    assert len(held) == 40
+    assert not {unicodedata.normalize("NFC", one) for one in held} & {
+        unicodedata.normalize("NFC", one) for one in trained
+    }

@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibtrain.data.reward_text import RewardText
+from calibtrain.data.prompts import Prompts
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record
@@ -59,6 +60,27 @@ def test_bos_is_there_once_or_not_at_all(template):
     assert ids.count(template.tokenizer.bos_token_id) == expected
     assert ids[:1].count(template.tokenizer.bos_token_id) == expected
     assert template.tokenizer.bos_token_id not in template.completion_ids("France")
+
+
+def test_bos_and_end_of_a_text_that_has_them_stand_once():
+    tokenizer = tiny_tokenizer(add_bos=True)
+    bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    chat, plain = (Template(kind, tokenizer) for kind in ("chat", "plain"))
+    question = Record((Message("user", "hi"),))
+    for written in ("<|bos|>", ""):
+        ids, start = chat.text_ids(f"{written}Question: a<|im_end|>")
+        assert (ids, start) == (chat.text_ids("Question: a")[0], 1)
+        assert (ids.count(bos), ids.count(end), ids[0], ids[-1]) == (1, 1, bos, end)
+        own = Template("jinja", tokenizer, prompts=Prompts(source=written + "Say: {{ question }}", whole=True))
+        assert own.prompt_ids(question) == [bos, *tokenizer("Say: hi", add_special_tokens=False)["input_ids"]]
+        assert own.completion_ids("Paris<|im_end|>") == own.completion_ids("Paris")
+    for template in (chat, plain):
+        assert template.completion_ids("Paris<|im_end|>") == template.completion_ids("Paris")
+        assert template.completion_ids("Paris").count(end) == 1
+    # What stands within a text, or another tokenizer's mark at its start, is left as it is.
+    assert chat.text_ids("a<|bos|>b<|im_end|>\n")[0].count(bos) == 2
+    assert chat.text_ids("<|bos|><|bos|>a")[0].count(bos) == 2
+    assert tiny_tokenizer().bos_token_id not in Template("plain", tiny_tokenizer()).text_ids("a")[0]
 
 
 def test_eos_ends_every_completion_also_when_it_is_the_pad(template):

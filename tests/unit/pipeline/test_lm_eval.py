@@ -105,6 +105,11 @@ CHOICE, TEXT = choice_row(3, [-1.0, -2.0], 0), generation_row(3, ["Paris"], "Par
         (CHOICE | {"filtered_resps": [["-1.0", "True"]] * 3}, "`arguments` holds 2 requests"),
         (TEXT, "no confidence of a generated answer"),
         (TEXT | {"filtered_resps": [7]}, "is no text"),
+        (CHOICE | {"filtered_resps": [["-inf", "True"], ["-inf", "False"]]}, "log-prob -inf for every option"),
+        (CHOICE | {"filtered_resps": [[10**400, "True"], ["-1.0", "False"]]}, r"`filtered_resps\[0\]`"),
+        (CHOICE | {"arguments": [1, 2]}, r"`arguments\[0\]` is 1; a request is a list"),
+        (CHOICE | {"arguments": 5}, "`arguments` is 5; it is a list of requests"),
+        (TEXT | {"filtered_resps": [["a", "b"]], "exact_match": 10**400}, "over 2 repeats"),
         ([CHOICE], "an object, not list"),
         (choice_row(0, [-1.0, -2.0], 0), "`doc_id` 0 occurs twice"),
     ],
@@ -118,7 +123,10 @@ def test_a_bad_row_is_named_with_its_file_and_key(row, words, tmp_path):
 
 def test_files_that_hold_no_samples(tmp_path):
     (tmp_path / "results.json").write_text("{\n")
-    for path, words in ((tmp_path / "no.jsonl", "no such file"), (tmp_path / "results.json", "not JSON")):
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000)
+    (tmp_path / "long.jsonl").write_text('{"acc": ' + "1" * 5000 + "}")
+    found = {"no.jsonl": "no such file", **dict.fromkeys(("results.json", "deep.jsonl", "long.jsonl"), ":1: not JSON")}
+    for path, words in ((tmp_path / name, words) for name, words in found.items()):
         with pytest.raises(UserError, match=words):
             lm_eval.read_samples(path)
     with pytest.raises(UserError, match="no samples"):
@@ -134,6 +142,10 @@ def test_a_binary_file_is_named_and_a_line_may_hold_any_character(tmp_path):
     row["doc"]["question"] = "a\u2028b"
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     assert lm_eval.read_samples(path).answers[0].question == "a\u2028b"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert lm_eval.read_samples(path).answers[0].question == "a\u2028b"
+    row["target"] = "\u00b2"  # a digit, and no number
+    assert lm_eval.read_samples(written(tmp_path, [row])).answers[0].accepted == ("\u00b2",)
 
 
 def test_the_report_is_written_beside_the_samples(tmp_path):

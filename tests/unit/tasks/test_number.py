@@ -28,16 +28,79 @@ PROMPT = (Message("user", "How many?"),)
         *((text, -5) for text in ("-5", "-$5", "$-5", "\u22125", "x=-5", "(-5)", "**-5**")),
         *((text, Fraction(3, 4)) for text in ("3/4", "\\frac{3}{4}", "\\dfrac34", "0.75", ".75", "\\frac{3}{4} km")),
         *((text, Fraction(3, 2)) for text in ("1 1/2", "1\\frac{1}{2}", "1.5", "1.50")),
+        *((text, 1234) for text in ("1 234", "1\u00a0234", "1\u2009234", "1\u202f234.0", "1'234", "1\\,234", "1,\\!234")),
+        *((text, 1234567) for text in ("1 234 567", "1,234,567", "12,34,567", "1~234~567 km")),
         ("30^\\circ", 30),
         ("42 km2", 42),
         ("...42.", 42),
         ("50%", 50),
         ("答案是42", 42),
         *((text, None) for text in ("", "none", "5-10", "10 20", "10^2", "v2.0.1", "1/0", "1e999999999", "9" * 100, "x2")),
+        *((text, None) for text in ("3,5", "3{,}5", "1.234,56", "12 345,67", "1,2,3", "(1,2)", "1,000,00", "12:30")),
     ],
 )  # fmt: skip
 def test_the_number_that_a_text_is(text, value):
     assert number_of(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((text, Fraction(7, 2)) for text in ("3,5", "3,50 kg", "3{,}5", "7/2", "3 1/2")),
+        *((text, Fraction("1234.5")) for text in ("1.234,5", "1 234,5", "1\u202f234,5", "1234,5", "-1.234,5")),
+        *((text, None) for text in ("3.5", "1,234.5", "3,5 und 4", "")),
+        ("1.234", 1234),
+        ("4,5e3", 4500),
+        ("es sind 5.", 5),
+    ],
+)
+def test_decimals_behind_a_comma(text, value):
+    assert number_of(text, comma=True) == (-value if text.startswith("-") else value)
+
+
+def test_replies_are_read_by_the_decimal_mark():
+    for decimal, reply, found in (
+        ("point", "The answer is 3,5.", ""),
+        ("point", "Of 12 the answer is 3,5 of 7", ""),  # and neither 12 nor 7
+        ("point", "3 and 4, so 1 234 in all", "1 234"),
+        ("comma", "Das macht 3,5.", "3,5"),
+        ("comma", "Die Antwort: \\boxed{1.234,5}", "1.234,5"),
+        ("comma", "so 3.5", ""),
+    ):
+        reading = Number(NumberTask(decimal=decimal)).read(reply, Record(PROMPT))
+        assert (reading.text, reading.found) == (found, bool(found))
+    task = Number(NumberTask(decimal="comma"))
+    record = task.asked(Record(PROMPT, accepted=("3,5",)))
+    assert [task.right(text, record) for text in ("3,50", "7/2", "4,5", "5")] == [True, True, False, False]
+    assert task.key("3,50", record) == "7/2"
+
+
+@pytest.mark.parametrize(
+    ("accepted", "message"),
+    [
+        *(
+            (text, "holds several numbers .*; write the one that counts, mark it .*another task.kind")
+            for text in ("12:30", "2 hours 30 minutes", "2024-05-01", "(1, 2)", "10-12", "5 ± 0.1")
+        ),
+        *(
+            (text, r"writes '.*3.*,5', which under task.decimal: point is no one number; .*set task.decimal: comma")
+            for text in ("3,5", "1.233,5", "12 343,5", "3,5 kg", "0.5 * 7\nmakes 3,5", "#### 3,5")
+        ),
+        ("so 4\n#### 3,5 of 10", "holds no answer"),
+    ],
+)
+def test_accepted_answers_that_say_no_one_number_are_refused(accepted, message):
+    with pytest.raises(UserError, match=rf"rows.jsonl:3: the accepted answer .* {message}"):
+        Number().asked(Record(PROMPT, accepted=(accepted,), origin="rows.jsonl:3"))
+
+
+def test_the_last_number_of_a_solution_counts():
+    long = (
+        "There are 3 boxes of 4 eggs, and another 2 boxes of 6 eggs, of which Mia, who is 7, breaks every single one "
+    )
+    long += "on her way home: 0"
+    for accepted, gold in (("3 * 4 = 12", "12"), ("3 of 4\nleave 1 234", "1 234"), (long, "0"), ("1,2,3\nare 3", "3")):
+        assert Number().asked(Record(PROMPT, accepted=(accepted,))).accepted == (gold,)
 
 
 def test_percent_as_declared():
@@ -45,7 +108,11 @@ def test_percent_as_declared():
 
 
 @pytest.mark.parametrize(
-    "text", ["1" * 20000, "1,000" * 5000, "1 1/" * 5000, "\\frac{1" * 5000, "$-" * 9000, "1.000" * 5000]
+    "text",
+    [
+        *("1" * 20000, "1,000" * 5000, "1 1/" * 5000, "\\frac{1" * 5000, "$-" * 9000, "1.000" * 5000, "1,000," * 5000),
+        *("111 " * 5000 + "111^2", "111," * 5000 + "11^2", "1\\,000" * 5000 + "0", "3,5" * 5000),
+    ],
 )
 def test_long_texts_take_little_time(text):
     start = time.perf_counter()
