@@ -1,6 +1,7 @@
 """Answers of -10 to -900 nats are told apart as those of -5 are, and files of earlier versions tell what they told."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from calibtrain.abstention.claims import certify_claims
+from calibtrain.calibration import parts as parts_of
 from calibtrain.calibration.calibrators import Calibrator, fit_calibrator
 from calibtrain.calibration.parts import fit_parts
 from calibtrain.calibration.scores import LEAST_DOUBT, TEMPERATURE_GRID, log_loss, scores_of, sigmoid
@@ -79,7 +81,8 @@ def test_a_servers_answers_below_the_smallest_number_are_told_apart():
 
 
 @pytest.mark.parametrize("centre", [-60, -900])
-def test_claims_of_any_length_are_kept_alike(centre):
+def test_claims_of_any_length_are_kept_alike(centre, monkeypatch):
+    monkeypatch.setattr(parts_of, "fit_calibrator", partial(fit_calibrator, replicates=2))
     rng = np.random.default_rng(0)
 
     def replies(n):
@@ -99,7 +102,8 @@ def test_claims_of_any_length_are_kept_alike(centre):
     assert found.certificate.share > 0.8
 
 
-def test_parts_take_log_probs_as_they_take_likelihoods():
+def test_parts_take_log_probs_as_they_take_likelihoods(monkeypatch):
+    monkeypatch.setattr(parts_of, "fit_calibrator", partial(fit_calibrator, replicates=2))
     logprob, right = drawn(-15)
     names, ids = ["claim"] * len(right), np.arange(len(right))
     by_log = fit_parts(names, scores_of(logprob=logprob), right, ids, **HASHES)
