@@ -107,8 +107,8 @@ def soft_binned_ece_against(
 class MemoryBank:
     """The last `capacity` answers of finished steps, the same on every rank; `items` (B, 3) float64 without gradient.
 
-    Columns are confidence, grade and record id. The items of one step are sorted, so that the bank does not depend on
-    which rank or micro-batch they came from.
+    Columns are confidence, grade and record id. The items of one step are in an order that their hashes give, so that the
+    bank does not depend on which rank or micro-batch they came from, and what it has no room for is any of them.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -118,6 +118,7 @@ class MemoryBank:
         self.items = torch.zeros((0, 3), dtype=torch.float64)
         self._ended = False
         self._pending: list[Tensor] = []
+        self._device = self.items.device  # where answers come from: all ranks gather there, also one that has none
 
     def add(self, confidence: Tensor, correct: Tensor, record_ids: Tensor) -> None:
         """Note answers (M,) of the running step; what is not finite is left out. Does not wait for the device.
@@ -130,6 +131,7 @@ class MemoryBank:
                 "earlier answers to compare with and stays 0",
                 MOST_PENDING,
             )
+        self._device = confidence.device
         self._pending.append(torch.stack([one.detach().double() for one in (confidence, correct, record_ids)], dim=1))
 
     def forget_step(self) -> None:
@@ -139,17 +141,39 @@ class MemoryBank:
     def end_step(self) -> None:
         """Take in all ranks' answers of the step that ended. Collective over the default process group."""
         self._ended = True
-        rows = torch.cat(self._pending) if self._pending else self.items[:0]
+        rows = self.items[:0].to(self._device)
+        if self._pending:
+            noted = torch.cat(self._pending)
+            rows = noted[noted.isfinite().all(dim=1)]
         self._pending = []
-        rows = _gather_rows(rows[rows.isfinite().all(dim=1)])
-        for column in (0, 1, 2):  # by record, then grade, then confidence
+        rows = _gather_rows(rows)
+        for column in (0, 1, 2):  # by hash of record and step, of which record, grade and confidence settle ties
             rows = rows[rows[:, column].argsort(stable=True)]
+        rows = rows[_scattered(rows[:, 2], self.items[:, 2].to(rows.device)).argsort(stable=True)]
         self.items = torch.cat([self.items.to(rows.device), rows])[-self.capacity :]
 
     def compared_with(self, record_ids: Tensor) -> tuple[Tensor, Tensor]:
         """`bank` (B, 2) and `comparable` (M, B) for answers to `record_ids` (M,): never an answer to the same record."""
         items = self.items.to(record_ids.device)
         return items[:, :2], record_ids[:, None] != items[:, 2]
+
+
+def _scattered(record_ids: Tensor, before: Tensor) -> Tensor:
+    """Hashes (M,) int64 of records, others for each step, which the records in the bank before it (B,) stand for."""
+    return _mixed(record_ids.long() ^ _mixed(before.long()).sum())
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Integers scattered over all of int64, neighbours too, in the manner of splitmix64; the same on every device."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> 27)) * _signed(0x94D049BB133111EB)
+    return x ^ (x >> 31)
+
+
+def _signed(bits: int) -> int:
+    """64 bits as an int64 reads them."""
+    return bits - (bits >> 63 << 64)
 
 
 def _gather_rows(rows: Tensor) -> Tensor:

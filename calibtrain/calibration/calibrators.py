@@ -45,8 +45,8 @@ METHODS: dict[str, Method] = {
     "temperature": Method(
         temperature.fit_temperature, temperature.apply_temperature, refit=temperature.refit_temperature
     ),
-    "platt": Method(maps.fit_platt, maps.apply_platt),
-    "beta": Method(maps.fit_beta, maps.apply_beta),
+    "platt": Method(maps.fit_platt, maps.apply_platt, compare=maps.without_marks),
+    "beta": Method(maps.fit_beta, maps.apply_beta, compare=maps.without_marks),
     "isotonic": Method(maps.fit_isotonic, maps.apply_isotonic, compare=maps.isotonic_at_knots),
     "histogram": Method(maps.fit_histogram, maps.apply_histogram, compare=maps.histogram_values),
     "vector": Method(maps.fit_vector, maps.apply_vector),
@@ -58,7 +58,7 @@ METHODS: dict[str, Method] = {
     ),
     "adaptive_temperature": Method(adaptive.fit_adaptive, adaptive.apply_adaptive),
     "domain_temperature": Method(domains.fit_domains, domains.apply_domains, intervals=domains.domain_intervals),
-    "label_shift": Method(shift.fit_shift, shift.apply_shift),
+    "label_shift": Method(shift.fit_shift, shift.apply_shift, compare=maps.without_marks),
     "base_alignment": Method(
         temperature.fit_temperature, temperature.apply_temperature, refit=temperature.refit_temperature
     ),

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import scipy
-from numpy.typing import NDArray
+import torch
+from numpy.typing import ArrayLike, NDArray
 
 from calibtrain.calibration import ranking
 from calibtrain.calibration.intervals import wilson
-from calibtrain.calibration.state import UNIFORM_CELLS, UNIFORM_INDEX, CalibrationState
+from calibtrain.calibration.state import UNIFORM_CELLS, UNIFORM_INDEX, CalibrationState, state_of
 from calibtrain.errors import UserError
 
 Array = NDArray[np.float64]
@@ -199,6 +200,18 @@ def reliability_table(state: CalibrationState, bins: int = 15, level: float = 0.
     return rows
 
 
+def summary_of(confidence: ArrayLike, correct: ArrayLike, order: ArrayLike | None = None) -> dict[str, float]:
+    """`summary` of samples that are all at hand: how they are ranked is exact, and its `*_err` are 0.
+
+    confidence (M,) in [0, 1]; correct (M,) bool or 0/1; order (M,): what ranks them, where confidences as small as theirs
+    may be equal, such as their log-probs.
+    """
+    q, y = np.asarray(confidence, dtype=np.float64), np.asarray(correct)
+    ranked = ranking.Distinct.of(q if order is None else order, y)
+    exact = {name: 0.0 for name, value in _ranked(ranked).items() if name.endswith("_err") and not math.isnan(value)}
+    return {**summary(state_of(torch.from_numpy(q), torch.from_numpy(y))), **_ranked(ranked), **exact}
+
+
 def summary(state: CalibrationState) -> dict[str, float]:
     """Every scalar metric by the name it is tracked under; NaN where undefined.
 
@@ -229,15 +242,22 @@ def summary(state: CalibrationState) -> dict[str, float]:
         "unc": murphy["uncertainty"],
         "nll": nll(state),
         "clip_n": float(state.clipped.sum()),
-        "auroc": ranking.auroc(state),
-        "auroc_err": ranking.auroc_error(state),
-        "aurc": ranking.aurc(state),
-        "aurc_err": ranking.aurc_error(state),
-        "e_aurc": ranking.e_aurc(state),
-        "augrc": ranking.augrc(state),
-        "augrc_err": ranking.augrc_error(state),
-        **{f"cov@{risk}": ranking.coverage_at_risk(state, risk) for risk in (0.05, 0.1, 0.2)},
-        **{f"risk@{coverage}": 1 - ranking.selective_accuracy(state, coverage) for coverage in (0.5, 0.8)},
+        **_ranked(state),
+    }
+
+
+def _ranked(cells: ranking.Cells) -> dict[str, float]:
+    """Of `summary` what tells right from wrong."""
+    return {
+        "auroc": ranking.auroc(cells),
+        "auroc_err": ranking.auroc_error(cells),
+        "aurc": ranking.aurc(cells),
+        "aurc_err": ranking.aurc_error(cells),
+        "e_aurc": ranking.e_aurc(cells),
+        "augrc": ranking.augrc(cells),
+        "augrc_err": ranking.augrc_error(cells),
+        **{f"cov@{risk}": ranking.coverage_at_risk(cells, risk) for risk in (0.05, 0.1, 0.2)},
+        **{f"risk@{coverage}": 1 - ranking.selective_accuracy(cells, coverage) for coverage in (0.5, 0.8)},
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from calibtrain.calibration.calibrators import Calibrator, fit_calibrator
-from calibtrain.calibration.scores import Array
+from calibtrain.calibration.scores import Array, Scores, scores_of
 from calibtrain.errors import UserError
 
 METHOD = "platt"
@@ -28,15 +28,15 @@ class PartCalibrators:
     pooled: Calibrator
     fields: Mapping[str, Calibrator]
 
-    def apply(self, names: Sequence[str], confidence: ArrayLike) -> Array:
+    def apply(self, names: Sequence[str], likelihood: Scores | ArrayLike) -> Array:
         """Calibrated probabilities (N,) of parts with these names and likelihoods (N,)."""
-        given = np.asarray(confidence, dtype=np.float64)
-        found = self.pooled.apply(given) if len(given) else given
+        given = scores_of(likelihood)
+        found = self.pooled.apply(given) if len(given) else np.zeros(0)
         fields = np.array([field_name(name) for name in names], dtype=object)
         for name, calibrator in self.fields.items():
             mine = np.flatnonzero(fields == name)
             if len(mine):
-                found[mine] = calibrator.apply(given[mine])
+                found[mine] = calibrator.apply(given.take(mine))
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class PartCalibrators:
 
 def fit_parts(
     names: Sequence[str],
-    confidence: ArrayLike,
+    likelihood: Scores | ArrayLike,
     correct: ArrayLike,
     ids: ArrayLike,
     *,
@@ -70,12 +70,12 @@ def fit_parts(
     ids (N,): integers of the questions. Parts of one answer depend on each other, so the intervals come from resampling
     questions. Raises UserError as `fit_calibrator`.
     """
-    q, y, key = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64), np.asarray(ids)
+    given, y, key = scores_of(likelihood), np.asarray(correct, dtype=np.float64), np.asarray(ids)
     fields = np.array([field_name(name) for name in names], dtype=object)
 
     def fitted(rows: Any) -> Calibrator:
         return fit_calibrator(
-            METHOD, q[rows], y[rows], ids=key[rows], template_hash=template_hash, weights_hash=weights_hash
+            METHOD, given.take(rows), y[rows], ids=key[rows], template_hash=template_hash, weights_hash=weights_hash
         )
 
     found = {}
@@ -84,7 +84,7 @@ def fit_parts(
         right = int((y[rows] > 0).sum())
         if len(np.unique(key[rows])) >= QUESTIONS and min(right, len(rows) - right) >= OUTCOMES:
             found[str(name)] = fitted(rows)
-    whole = np.arange(len(q))
+    whole = np.arange(len(given))
     if len(found) == 1 and len(dict.fromkeys(fields)) == 1:  # claims: all parts are of one name
         return PartCalibrators(next(iter(found.values())), {})
     return PartCalibrators(fitted(whole), found)

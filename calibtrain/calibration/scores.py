@@ -18,7 +18,10 @@ TEMPERATURE_GRID: tuple[float, ...] = tuple(float(t) for t in np.geomspace(1 / 8
 UNSCALED = TEMPERATURE_GRID.index(1.0)
 """Column of the grid that holds the model's own log-probs."""
 LEAST_DOUBT = 1e-9
-"""Confidences are kept this far from 0 and from 1 in log losses and logits, so that one answer does not decide a fit."""
+"""Confidences are kept this far from 1 in log-odds, whose float32 log-prob tells no smaller doubt, and from both ends in log
+losses, so that one answer does not decide them. Towards 0 log-odds have no end: long answers all lie there."""
+SMALLEST = 5e-324
+"""Of the positive numbers: what a confidence of 0 is taken for where its log-prob is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,25 @@ class Scores:
     options: Array | None = None  # (N, C) log-probs of the options of multiple-choice questions
     right: NDArray[np.bool_] | None = None  # (N, C) which of the options are right, where that is known
     tokens: TokenScores | None = None
+    logprob: Array | None = None  # (N,) log of the confidence, where more of it is known than the confidence can hold
 
     def __len__(self) -> int:
         return len(self.confidence)
+
+    @property
+    def log_confidence(self) -> Array:
+        """Log of the confidence (N,), finite."""
+        return np.asarray(np.log(np.maximum(self.confidence, SMALLEST))) if self.logprob is None else self.logprob
+
+    @property
+    def log_odds(self) -> Array:
+        """Log-odds (N,) of the confidence, which is kept LEAST_DOUBT away from 1."""
+        return self.log_confidence + self.log_doubt
+
+    @property
+    def log_doubt(self) -> Array:
+        """-log(1 - q) of the confidences q (N,), which are kept LEAST_DOUBT away from 1."""
+        return np.asarray(-np.log(np.maximum(-np.expm1(self.log_confidence), LEAST_DOUBT)))
 
     def take(self, rows: NDArray[np.integer]) -> Scores:
         """The answers at these row numbers, each at most once."""
@@ -59,6 +78,7 @@ class Scores:
             None if self.options is None else self.options[rows],
             None if self.right is None else self.right[rows],
             tokens,
+            None if self.logprob is None else self.logprob[rows],
         )
 
 
@@ -69,25 +89,29 @@ def scores_of(
     options: ArrayLike | None = None,
     right: ArrayLike | None = None,
     tokens: TokenScores | None = None,
+    logprob: ArrayLike | None = None,
 ) -> Scores:
     """Checked scores of N answers.
 
     scores: confidences (N,), or a log-prob table (N, K) at TEMPERATURE_GRID, from which the confidence is taken at
     temperature 1; may be left out where `options` (N, C), log-probs of the options, are given: the confidence is then
-    the softmax of the likeliest one. right (N, C) says which options are right. Raises UserError for what is no probability
-    or not equally many.
+    the softmax of the likeliest one; and where `logprob` (N,), log-probs of the answers, is. right (N, C) says which options
+    are right. Raises UserError for what is no probability or not equally many.
     """
     if isinstance(scores, Scores):
         return scores
     table = choice = None
+    known = None if logprob is None else np.minimum(np.asarray(logprob, dtype=np.float64), 0.0)
     if options is not None:
         choice = np.asarray(options, dtype=np.float64)
         if choice.ndim != 2 or choice.shape[1] < 2 or not np.isfinite(choice).all():
             raise UserError(f"scores: options have shape {choice.shape}, expected finite log-probs (answers, options)")
     if scores is None:
-        if choice is None:
-            raise UserError("scores: give confidences, a log-prob table or options")
-        confidence = softmax(choice).max(1)
+        if choice is not None and known is None:
+            known = choice.max(1) - np.logaddexp.reduce(choice, axis=1)
+        if known is None:
+            raise UserError("scores: give confidences, a log-prob table, log-probs or options")
+        confidence = np.exp(np.minimum(known, 0.0))
     else:
         confidence = np.asarray(scores, dtype=np.float64)
     if confidence.ndim == 2:
@@ -96,12 +120,13 @@ def scores_of(
             raise UserError(
                 f"scores: log-prob table has shape {table.shape}, expected (answers, {len(TEMPERATURE_GRID)})"
             )
-        confidence = np.exp(np.minimum(table[:, UNSCALED], 0.0))
+        known = np.minimum(table[:, UNSCALED], 0.0)
+        confidence = np.exp(known)
     graded = None if right is None else np.asarray(right, dtype=bool)
     if graded is not None and (choice is None or graded.shape != choice.shape):
         raise UserError(f"scores: right has shape {graded.shape}; say of each of the options whether it is right")
     names = None if domains is None else tuple(domains)
-    found = Scores(confidence, table, names, choice, graded, tokens)
+    found = Scores(confidence, table, names, choice, graded, tokens, known)
     _check(found)
     return found
 
@@ -113,8 +138,10 @@ def logit(probability: ArrayLike) -> Array:
 
 
 def sigmoid(x: ArrayLike) -> Array:
-    """1 / (1 + exp(-x)), without overflow."""
-    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * np.asarray(x, dtype=np.float64))))
+    """1 / (1 + exp(-x)), without overflow, and as exact far below 0 as near it."""
+    z = np.asarray(x, dtype=np.float64)
+    small = np.exp(-np.abs(z))
+    return np.asarray(np.where(z < 0, small, 1.0) / (1.0 + small))
 
 
 def softmax(x: Array) -> Array:
@@ -147,6 +174,10 @@ def _check(scores: Scores) -> None:
         row = int(np.flatnonzero(bad)[0]) if q.ndim == 1 else 0
         raise UserError(
             f"scores: confidence {q[row] if q.ndim == 1 else q.shape} (answer {row}) is not a probability in [0, 1]"
+        )
+    if scores.logprob is not None and not (scores.logprob.shape == q.shape and np.isfinite(scores.logprob).all()):
+        raise UserError(
+            f"scores: {len(q)} confidences and log-probs {scores.logprob.shape}; give one finite one per answer"
         )
     for name, field in {"domains": scores.domains, "options": scores.options}.items():
         if field is not None and len(field) != len(q):

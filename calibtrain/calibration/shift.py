@@ -13,6 +13,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
+from calibtrain.calibration.maps import UNCLIPPED, log_odds_as_fitted
 from calibtrain.calibration.scores import LEAST_DOUBT, Array, Scores, logit, sigmoid
 from calibtrain.errors import UserError
 
@@ -24,20 +25,21 @@ def fit_shift(scores: Scores, correct: Array, weight: Array) -> dict[str, Any]:
 
     At its maximum likelihood the mean probability is the accuracy. Half a right and half a wrong answer more keep it finite.
     """
-    z = logit(scores.confidence)
+    z = scores.log_odds
     accuracy = (weight @ correct + 0.5) / (weight.sum() + 1)
     total = weight.sum()
     reach = float(np.abs(z).max()) + float(abs(logit(accuracy))) + 1
     return {
         "shift": float(
             scipy.optimize.brentq(lambda shift: weight @ sigmoid(z + shift) / total - accuracy, -reach, reach)
-        )
+        ),
+        **UNCLIPPED,
     }
 
 
 def apply_shift(parameters: dict[str, Any], scores: Scores) -> Array:
     """Probabilities (N,) with their logit shifted."""
-    return sigmoid(logit(scores.confidence) + parameters["shift"])
+    return sigmoid(log_odds_as_fitted(parameters, scores) + parameters["shift"])
 
 
 def target_accuracy(probability: ArrayLike, source_accuracy: float, level: float = 0.95) -> tuple[float, float, float]:

@@ -13,7 +13,12 @@ UNIFORM_CELLS = 4800
 """Equal cells of [0, 1]; a multiple of 60 and 100: 10, 15, 20 or 30 bins and whole percents are unions of cells."""
 TAIL_CELLS = 120
 """Extra cells inside the first and inside the last equal cell, where token and sequence probabilities pile up."""
-NUM_CELLS = UNIFORM_CELLS + 2 * TAIL_CELLS
+DEEP_CELLS = 960
+"""Cells below the tail at 0, where the answers of many tokens lie: from 2^-24 to 2^-1000 each exponent is .4% larger."""
+DEEPEST = -1000.0
+NUM_CELLS = UNIFORM_CELLS + 2 * TAIL_CELLS + DEEP_CELLS
+SHALLOW = NUM_CELLS - DEEP_CELLS
+"""Cells of states that earlier versions stored, whose first one held all below 2^-24."""
 LOG_LOSS_CLIP = 1e-6
 """The log score is taken of confidences clipped to [1e-6, 1 - 1e-6]; how many were clipped is counted."""
 
@@ -25,9 +30,12 @@ def _grid() -> tuple[Tensor, Tensor]:
     # Down to 2^-24, half the spacing of float32 just below 1: a float32 softmax is resolved as far as it goes.
     tail = torch.logspace(-24.0, -float(torch.log2(torch.tensor(UNIFORM_CELLS, dtype=torch.float64))), TAIL_CELLS + 1,
                           base=2.0, dtype=torch.float64)[:-1]  # fmt: skip
-    edges = torch.cat([uniform[:1], tail, uniform[1:-1], (1 - tail).flip(0), uniform[-1:]])
+    # Spread of log-probs grows with their size, and so do these cells: in steps of the exponent's own logarithm.
+    ratio = torch.arange(DEEP_CELLS, 0, -1, dtype=torch.float64) / DEEP_CELLS
+    deep = torch.exp2(-24.0 * (DEEPEST / -24.0) ** ratio)
+    edges = torch.cat([uniform[:1], deep, tail, uniform[1:-1], (1 - tail).flip(0), uniform[-1:]])
     inner = torch.arange(1, UNIFORM_CELLS - 1)
-    first, last = torch.zeros(TAIL_CELLS + 1), torch.full((TAIL_CELLS + 1,), UNIFORM_CELLS - 1)
+    first, last = torch.zeros(TAIL_CELLS + 1 + DEEP_CELLS), torch.full((TAIL_CELLS + 1,), UNIFORM_CELLS - 1)
     return edges, torch.cat([first.long(), inner, last.long()])
 
 
@@ -117,18 +125,23 @@ class CalibrationState:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> CalibrationState:
-        """State of sums named as in `tensors()`, on any device and of any dtype that holds them exactly."""
+        """State of sums named as in `tensors()`, on any device and of any dtype that holds them exactly.
+
+        Those of earlier versions, of SHALLOW cells, are placed: what lay in their first cell ties in the one below 2^-24.
+        """
         state = cls()
         if set(tensors) != set(cls.FIELDS):
             raise UserError(f"calibration state: expected the tensors {list(cls.FIELDS)}, got {list(tensors)}")
         for name in cls.FIELDS:
-            own = getattr(state, name)
-            if tuple(tensors[name].shape) != tuple(own.shape):
+            own, given = getattr(state, name), tensors[name]
+            if len(own) == NUM_CELLS and tuple(given.shape) == (SHALLOW,):
+                given = torch.cat([given.new_zeros(DEEP_CELLS), given])
+            if tuple(given.shape) != tuple(own.shape):
                 raise UserError(
-                    f"calibration state: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(own.shape)}; "
+                    f"calibration state: {name} has shape {tuple(given.shape)}, expected {tuple(own.shape)}; "
                     "it was made on another grid"
                 )
-            own.copy_(tensors[name])
+            own.copy_(given)
         return state
 
     def state_dict(self) -> dict[str, Tensor]:

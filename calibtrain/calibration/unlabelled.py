@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from calibtrain.calibration.calibrators import Calibrator, fit_targets
+from calibtrain.calibration.maps import UNCLIPPED
 from calibtrain.calibration.scores import Scores, scores_of
 from calibtrain.calibration.shift import shift_between, target_accuracy
 from calibtrain.errors import UserError
@@ -24,7 +25,7 @@ def fit_label_shift(
     best, low, high = target_accuracy(probability, source_accuracy, level)
     return Calibrator(
         method="label_shift",
-        parameters={"shift": shift_between(source_accuracy, best), "accuracy": best},
+        parameters={"shift": shift_between(source_accuracy, best), "accuracy": best, **UNCLIPPED},
         low={"shift": shift_between(source_accuracy, low), "accuracy": low},
         high={"shift": shift_between(source_accuracy, high), "accuracy": high},
         level=level,

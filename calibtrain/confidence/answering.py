@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibtrain.calibration.metrics import summary
-from calibtrain.calibration.state import state_of
+from calibtrain.calibration.metrics import summary_of
 from calibtrain.confidence.answer import Answer
 from calibtrain.confidence.answered import Answered, OptionFeatures
 from calibtrain.confidence.likelihood import answer_questions
@@ -109,10 +108,9 @@ class Answerer:
 
 
 def answer_metrics(answers: Sequence[Answer]) -> dict[str, float]:
-    """Calibration of graded answers' own confidence: the metrics of `calibtrain.calibration.metrics.summary`."""
-    confidence = torch.tensor([answer.confidence for answer in answers], dtype=torch.float64)
-    correct = torch.tensor([bool(answer.correct) for answer in answers])
-    return summary(state_of(confidence, correct))
+    """Calibration of graded answers' own confidence: the metrics of `calibtrain.calibration.metrics.summary_of`."""
+    logprob = [min(0.0, answer.logprob) for answer in answers]
+    return summary_of([answer.confidence for answer in answers], [bool(answer.correct) for answer in answers], logprob)
 
 
 def take(answered: Answered, count: int) -> Answered:

@@ -19,7 +19,10 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 """scikit-learn's C, chosen by cross-validated log loss."""
 FOLDS = 5
 LEAST = 1e-4
-"""Scores are kept this far from 0 and 1, so that one sure mistake does not decide a weight."""
+"""Scores are kept this far from 1, and from 0 where at most RARE of a source's are smaller, so that one sure mistake does not
+decide a weight."""
+RARE = 0.01
+"""Of a source whose scores are often smaller, as likelihoods of long answers are, this share is clipped instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +37,14 @@ class Ensemble:
     strength: float
     n: int  # answers it was fitted on
     fingerprint: Fingerprint
+    least: tuple[
+        float, ...
+    ] = ()  # of each source, what smaller scores are taken for; (): LEAST, as in earlier versions
 
     def score(self, scores: Mapping[str, ArrayLike]) -> Array:
         """Probability of being right (N,) float64, of each source's scores (N,) in [0, 1] by name."""
-        z = (_inputs(scores, self.sources) - np.array(self.center)) / np.array(self.scale)
+        least = self.least or (LEAST,) * len(self.sources)
+        z = (_inputs(scores, self.sources, least) - np.array(self.center)) / np.array(self.scale)
         return sigmoid(z @ np.array(self.weights) + self.bias)
 
     def to_json(self) -> str:
@@ -49,8 +56,11 @@ class Ensemble:
         """Ensemble of `to_json()` text; UserError for other text, weights or template."""
         try:
             values: dict[str, Any] = json.loads(text)
-            if set(values) != {field.name for field in fields(cls)}:
+            if {"least", *values} != {field.name for field in fields(cls)}:
                 raise ValueError("other keys")
+            values["least"] = tuple(values.get("least", ()))
+            if values["least"] and len(values["least"]) != len(values["sources"]):
+                raise ValueError("least: not one for each source")
             values["fingerprint"] = Fingerprint(**values["fingerprint"])
             for name in ("sources", "center", "scale", "weights"):
                 values[name] = tuple(values[name])
@@ -81,7 +91,8 @@ def fit_ensemble(
     names = tuple(scores if sources is None else sources)
     if not names:
         raise UserError("ensemble: no sources; give at least one")
-    x = _inputs(scores, names)
+    least = tuple(_least(scores[name]) for name in names if name in scores)
+    x = _inputs(scores, names, least)
     y = grades_of(correct, len(x))
     if min(y.sum(), len(y) - y.sum()) < FOLDS:
         raise UserError(
@@ -106,6 +117,7 @@ def fit_ensemble(
         strength,
         len(y),
         fingerprint,
+        least,
     )
 
 
@@ -125,7 +137,7 @@ def cross_scores(
 
     names = tuple(scores if sources is None else sources)
     columns = {name: np.asarray(scores[name], dtype=np.float64) for name in names if name in scores}
-    y = grades_of(correct, len(_inputs(columns, names)))
+    y = grades_of(correct, len(_inputs(columns, names, (LEAST,) * len(names))))
     if min(y.sum(), len(y) - y.sum()) < 2 * FOLDS:
         raise UserError(
             f"ensemble: {int(y.sum())} of {len(y)} answers are right; scoring them apart from their fit needs "
@@ -140,15 +152,22 @@ def cross_scores(
     return found
 
 
-def _inputs(scores: Mapping[str, ArrayLike], names: Sequence[str]) -> Array:
-    """Log-odds (N, sources). UserError for a missing source, or not equally many scores."""
+def _least(scores: ArrayLike) -> float:
+    """What smaller scores of a source are taken for; LEAST where it has hardly any."""
+    one = np.asarray(scores, dtype=np.float64)
+    positive = one[one > 0]  # a share of samples that is 0 says less than a likelihood of 1e-80
+    return min(LEAST, float(np.quantile(positive, RARE))) if len(positive) else LEAST
+
+
+def _inputs(scores: Mapping[str, ArrayLike], names: Sequence[str], least: Sequence[float]) -> Array:
+    """Log-odds (N, sources), none below those of `least`. UserError for a missing source, or not equally many scores."""
     absent = [name for name in names if name not in scores]
     if absent:
         raise UserError(f"ensemble: no scores of {', '.join(absent)}; given are {', '.join(scores)}")
     columns = [np.asarray(scores[name], dtype=np.float64) for name in names]
     if len({column.shape for column in columns}) > 1 or columns[0].ndim != 1:
         raise UserError("ensemble: the sources have not equally many scores")
-    p = np.clip(np.stack(columns, axis=1), LEAST, 1 - LEAST)
+    p = np.clip(np.stack(columns, axis=1), np.array(least), 1 - LEAST)
     if not np.isfinite(p).all():
         raise UserError("ensemble: a score is not a number")
     return np.asarray(np.log(p) - np.log1p(-p))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,13 +24,15 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from calibtrain.calibration.scores import grades_of, sigmoid
+from calibtrain.calibration.scores import grades_of, logit, sigmoid
 from calibtrain.confidence.answered import Answered
 from calibtrain.confidence.features import Fingerprint, check_fingerprint
 from calibtrain.confidence.outside import ALPHA, Outside, fit_outside
 from calibtrain.confidence.source import Array, Cost, SourceScores
 from calibtrain.errors import UserError
 from calibtrain.models.confidence_head import POSITIONS, READINGS, log_odds, normalized
+
+logger = logging.getLogger(__name__)
 
 FOLDS = 5
 FEWEST = 2 * FOLDS
@@ -42,6 +45,8 @@ MOST_DIRECTIONS = 512
 rose by .001, with 128 it fell by .003."""
 NEWTON_STEPS, CLOSE = 30, 1e-9
 """At most so many, until the loss falls by less than this."""
+FORESEEN = 1e-6
+"""Of the loss: a first step that should gain more and gains nothing is told."""
 RIDGE = 1e-9
 """On slope and bias, which are free, so that their curvature can be inverted where all answers are sure."""
 LEAST_FOR_STATES = 256
@@ -301,21 +306,27 @@ def _cross_validated(
 
 
 def _solve(offset: Array, z: Array, grades: Array, strength: float, start: Array | None) -> Array:
-    """Slope, bias and weights (2 + R,) of the least mean log loss + strength / 2 |weights|^2, by Newton's method."""
+    """Slope, bias and weights (2 + R,) of the least mean log loss + strength / 2 |weights|^2, by Newton's method.
+
+    On the standardised offset, from slope 0: at slope 1 every sigmoid of a long answer is 0, and nothing bends.
+    """
     width = 0 if np.isinf(strength) else z.shape[1]
-    columns = np.column_stack([offset, np.ones_like(offset), z[:, :width]])
+    middle, spread = float(offset.mean()), float(offset.std())
+    spread = spread if spread > 1e-9 * max(1.0, abs(middle)) else 1.0
+    columns = np.column_stack([(offset - middle) / spread, np.ones_like(offset), z[:, :width]])
     penalty = np.concatenate([np.full(2, RIDGE), np.full(width, strength if width else 0.0)])
 
     def loss(w: Array) -> float:
-        logit = columns @ w
-        return float((np.logaddexp(0.0, logit) - grades * logit).mean() + 0.5 * (penalty * w * w).sum())
+        told = columns @ w
+        return float((np.logaddexp(0.0, told) - grades * told).mean() + 0.5 * (penalty * w * w).sum())
 
     found = np.zeros(2 + width)
-    found[0] = 1.0
+    found[1] = float(logit(grades.mean()))
     if start is not None:
         found = start[: 2 + width].copy()
+        found[:2] = found[0] * spread, found[1] + found[0] * middle
     now = loss(found)
-    for _ in range(NEWTON_STEPS):
+    for turn in range(NEWTON_STEPS):
         told = sigmoid(columns @ found)
         gradient = columns.T @ (told - grades) / len(grades) + penalty * found
         curvature = (columns * (told * (1 - told) / len(grades))[:, None]).T @ columns
@@ -324,8 +335,16 @@ def _solve(offset: Array, z: Array, grades: Array, strength: float, start: Array
         while (after := loss(found - size * step)) > now and size > 1e-6:
             size /= 2
         if now - after < CLOSE:
+            if turn == 0 and start is None and 0.5 * float(gradient @ step) > FORESEEN:
+                logger.warning(
+                    "the confidence head: the first step of its solver gains nothing, so it knows no more than the share of "
+                    "right answers; %d answers of %.3g nats on average",
+                    len(grades),
+                    -middle,
+                )
             break
         found, now = found - size * step, after
+    found[:2] = found[0] / spread, found[1] - found[0] * middle / spread
     return np.asarray(np.concatenate([found, np.zeros(z.shape[1] - width)]))
 
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from calibtrain.abstention.claims import ClaimsCertification, certify_claims
 from calibtrain.calibration.intervals import sample_ids
 from calibtrain.calibration.parts import PartCalibrators, fit_parts
-from calibtrain.confidence.answer import Answer
+from calibtrain.calibration.scores import Scores, scores_of
+from calibtrain.confidence.answer import Answer, AnswerPart
 from calibtrain.config import RunConfig
 from calibtrain.pipeline.scope import at_least, plain
 from calibtrain.tasks.kinds import task_of
@@ -23,7 +24,7 @@ def fit_answer_parts(answers: Sequence[Answer], template_hash: str, weights_hash
         return None
     return fit_parts(
         [part.name for _, part in graded],
-        [part.confidence for _, part in graded],
+        _likelihood([part for _, part in graded]),
         [bool(part.correct) for _, part in graded],
         sample_ids(question for question, _ in graded),
         template_hash=template_hash,
@@ -34,8 +35,12 @@ def fit_answer_parts(answers: Sequence[Answer], template_hash: str, weights_hash
 def part_probabilities(calibrators: PartCalibrators, answers: Sequence[Answer]) -> list[NDArray[np.float64]]:
     """Calibrated chances of each answer's parts, all at once."""
     parts = [part for one in answers for part in one.parts]
-    flat = calibrators.apply([part.name for part in parts], [part.confidence for part in parts])
+    flat = calibrators.apply([part.name for part in parts], _likelihood(parts))
     return np.split(flat, np.cumsum([len(one.parts) for one in answers])[:-1]) if answers else []
+
+
+def _likelihood(parts: Sequence[AnswerPart]) -> Scores:
+    return scores_of(logprob=[part.logprob for part in parts])
 
 
 def certify_parts(

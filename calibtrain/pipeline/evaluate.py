@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calibtrain.calibration.metrics import summary
+from calibtrain.calibration.metrics import summary_of
 from calibtrain.calibration.scores import TEMPERATURE_GRID, TokenScores
-from calibtrain.calibration.state import state_of
 from calibtrain.confidence.answered import Answered, answer_table, token_logprob_table
 from calibtrain.confidence.features import Fingerprint
 from calibtrain.confidence.head import FittedHead, has_head
@@ -182,7 +181,8 @@ def run(
         except OSError as error:
             raise UserError(f"--output: {output} cannot be written: {error.strerror or error}") from None
     loaded.template.task.settle()
-    metrics = measured_metrics(measurement.confidence, measurement.correct)
+    logprobs = np.array([min(0.0, one.logprob) for one in measurement.answers])
+    metrics = measured_metrics(measurement.confidence, measurement.correct, logprobs)
     _print(metrics, f"{loaded.name}, {split}")
     if measurement.told is not None:
         _print(measured_metrics(measurement.told, measurement.correct), "by its confidence head")
@@ -277,9 +277,11 @@ def _left_ungraded(loaded: Answering, records: Sequence[Record], path: Path, mad
     return replace(left, answers=[replace(one, correct=grade.correct) for one, grade in pairs])
 
 
-def measured_metrics(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> dict[str, float]:
-    """All metrics of graded answers."""
-    return summary(state_of(torch.from_numpy(confidence), torch.from_numpy(correct)))
+def measured_metrics(
+    confidence: NDArray[np.float64], correct: NDArray[np.bool_], order: NDArray[np.float64] | None = None
+) -> dict[str, float]:
+    """All metrics of graded answers, which `order` (N,) ranks where it is given."""
+    return summary_of(confidence, correct, order)
 
 
 SHOWN = {

@@ -49,9 +49,11 @@ class Measurement:
     def scores(self, domain: str | None = None) -> Scores:
         """What a calibrator sees; `domain` names the stratum that is a question's domain ("" where it has none)."""
         names = None if domain is None else [answer.strata.get(domain, "") for answer in self.answers]
-        given = self.table if self.table.shape[1] else self.confidence
         options, right = option_matrices(self.answers)
-        return scores_of(given, domains=names, options=options, right=right, tokens=self.tokens)
+        others: dict[str, Any] = {"domains": names, "options": options, "right": right, "tokens": self.tokens}
+        if self.table.shape[1]:
+            return scores_of(self.table, **others)
+        return scores_of(logprob=[answer.logprob for answer in self.answers], **others)
 
 
 def write_measurement(measurement: Measurement, path: Path, made_by: str | None = None) -> None:

@@ -10,8 +10,7 @@ from itertools import islice
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-from calibtrain.calibration.metrics import summary
-from calibtrain.calibration.state import state_of
+from calibtrain.calibration.metrics import summary_of
 from calibtrain.confidence.answering import Answerer
 from calibtrain.confidence.features import Fingerprint
 from calibtrain.confidence.head import FittedHead, HeadInputs, fit_head, trained_head
@@ -56,8 +55,8 @@ class HeadFit:
                 inputs = HeadInputs.of(answered)
                 try:
                     head, held_out = fit_head(inputs, correct, self.layers, NOT_YET, seed=self.seed)
-                    state = state_of(torch.from_numpy(held_out), torch.tensor(correct))
-                    found.append((head, {f"calib/calibration/head/{key}": x for key, x in summary(state).items()}))
+                    told = summary_of(held_out, correct)
+                    found.append((head, {f"calib/calibration/head/{key}": x for key, x in told.items()}))
                     return
                 except UserError as error:
                     instead = "what was trained along the run is kept" if trained else "the run has none"

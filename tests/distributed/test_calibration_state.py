@@ -21,7 +21,8 @@ SHARDS = {"uneven": (0, 137, 500), "first empty": (0, 0, 500), "second empty": (
 def samples():
     generator = torch.Generator().manual_seed(0)
     q = torch.rand(500, generator=generator, dtype=torch.float64)
-    return q, torch.rand(500, generator=generator, dtype=torch.float64) < q
+    right = torch.rand(500, generator=generator, dtype=torch.float64) < q
+    return torch.where(torch.arange(500) % 2 == 0, q, torch.exp(-200 * q)), right  # each other one of up to 200 nats
 
 
 def activations():

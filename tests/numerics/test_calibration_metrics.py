@@ -9,6 +9,8 @@ from scipy.stats import rankdata
 
 from calibtrain.calibration import metrics, ranking
 from calibtrain.calibration.state import CalibrationState, state_of
+from calibtrain.confidence.answer import Answer
+from calibtrain.confidence.answering import answer_metrics
 from calibtrain.errors import UserError
 
 BINS = (10, 15, 20, 30)
@@ -209,3 +211,48 @@ def test_undefined_is_nan_and_never_a_crash():
 def test_bins_that_cannot_be_exact_are_refused():
     with pytest.raises(UserError, match="bins=7"):
         metrics.ece(state_of(torch.tensor([0.5]), torch.tensor([1])), 7)
+
+
+@pytest.mark.parametrize("centre", [-5, -15, -40, -80, -200, -600, -3000])
+def test_answers_of_any_length_are_ranked(centre):
+    """The state within its bound, which stays small, as far as confidences reach; all answers at hand exactly."""
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    n = 1000
+    y = rng.random(n) < 0.6
+    noise = centre * (1 + 0.25 * rng.standard_normal(n))
+    logprob = np.minimum(noise + 0.2 * abs(centre) * (2 * y - 1), -1e-3)
+    truth = roc_auc_score(y, logprob)
+    by_rank = y[np.argsort(-logprob)]
+    risks = np.cumsum(~by_rank) / np.arange(1, n + 1)
+    covered = np.flatnonzero(risks <= 0.2).max(initial=-1) + 1
+    if centre >= -200:
+        found = metrics.summary(state_of(np.exp(logprob), y))
+        assert found["auroc"] == pytest.approx(truth, abs=found["auroc_err"] + 1e-12)
+        assert found["aurc"] == pytest.approx(risks.mean(), abs=found["aurc_err"] + 1e-12)
+        assert found["auroc_err"] < 0.004
+        assert found["aurc_err"] < 0.004
+        assert found["cov@0.2"] == pytest.approx(covered / n, abs=0.02)
+    answers = [
+        Answer(str(i), "", "", (one,), bool(right)) for i, (one, right) in enumerate(zip(logprob, y, strict=True))
+    ]
+    found = answer_metrics(answers)
+    assert found["auroc"] == pytest.approx(truth, abs=1e-12)
+    assert found["aurc"] == pytest.approx(risks.mean(), abs=1e-12)
+    assert found["cov@0.2"] == covered / n
+    assert found["auroc_err"] == found["aurc_err"] == found["augrc_err"] == 0.0
+
+
+def test_samples_at_hand_are_ranked_exactly_and_measured_as_their_state_is():
+    rng = np.random.default_rng(1)
+    q = np.round(rng.beta(2, 1, 500), 2)  # with ties
+    y = rng.random(500) < q
+    whole, found = metrics.summary(state_of(q, y)), metrics.summary_of(q, y)
+    assert list(found) == list(whole)
+    same = [name for name in whole if not name.endswith("_err")]
+    assert [found[name] for name in same] == pytest.approx([whole[name] for name in same], abs=1e-12)
+    undefined = metrics.summary_of([], [])
+    assert undefined["n"] == 0
+    assert np.isnan(undefined["auroc"])
+    assert np.isnan(metrics.summary_of([0.5, 0.9], [True, True])["auroc_err"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from calibtrain.calibration.scores import sigmoid
+from calibtrain.confidence import head as confidence_head
 from calibtrain.confidence.features import Fingerprint
 from calibtrain.confidence.head import (
     LEAST_FOR_STATES,
@@ -17,6 +18,7 @@ from calibtrain.confidence.head import (
     _cross_validated,
     _main_directions,
     _offset,
+    _solve,
     _states,
     fit_head,
     trained_head,
@@ -287,6 +289,40 @@ def test_it_is_the_least_of_the_penalised_score():
     optimizer.step(loss)
     solved = replace(solved, outside=None)
     np.testing.assert_allclose(solved.logit(inputs), (columns @ w).detach().numpy(), atol=2e-3)
+
+
+@pytest.mark.parametrize("centre", [-1.5, -10, -30, -60, -200])
+def test_it_is_solved_for_at_every_length(centre, caplog):
+    """The likelihood is Platt's map as scikit-learn finds it, and the states are used where they tell more."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    n = 600
+    correct = rng.random(n) < 0.5
+    noise = centre * (1 + 0.25 * rng.standard_normal(n))
+    logprob = np.minimum(noise + 0.2 * abs(centre) * (2 * correct - 1), -1e-3)
+    states = rng.normal(size=(n, 1, len(POSITIONS), 16))
+    states[:, 0, 1, 0] += 1.5 * (2 * correct - 1)
+    inputs = HeadInputs(logprob, rng.normal(size=(n, len(READINGS))), states)
+    solved, held_out = fit_head(inputs, correct, (0,), OURS)
+    offset = _offset(logprob)
+    standard = ((offset - offset.mean()) / offset.std())[:, None]
+    best = LogisticRegression(C=1e9, tol=1e-10, max_iter=9999).fit(standard, correct).predict_log_proba(standard)
+    best = -best[np.arange(n), correct.astype(int)].mean()
+    plain = solved.weights["plain"].astype(float)
+    assert log_loss(plain[0] * offset + plain[1], correct) == pytest.approx(best, abs=1e-5)
+    assert solved.strength is not None
+    told = np.log(held_out / (1 - held_out))
+    assert log_loss(told, correct) < best - 0.1
+    assert not caplog.records
+
+
+def test_a_solver_that_gains_nothing_says_so(caplog, monkeypatch):
+    # As of long answers at slope 1: nothing bends, and every step is far too long.
+    monkeypatch.setattr(confidence_head, "sigmoid", lambda x: np.full(np.shape(x), 1e-30))
+    correct = (np.arange(40) % 4 > 0).astype(float)
+    _solve(np.arange(40) // 4 % 2 * 1.0, np.zeros((40, 0)), correct, np.inf, None)
+    assert "gains nothing" in caplog.text
 
 
 def test_grades_that_nothing_tells_are_not_told_by_cross_validation():

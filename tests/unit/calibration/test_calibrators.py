@@ -67,7 +67,7 @@ def test_every_method_keeps_the_contract(method):
         low, high = np.array(fitted.low[name]), np.array(fitted.high[name])
         assert low.shape == np.shape(fitted.parameters[name] if method != "isotonic" else fitted.parameters["y"])
         assert (low <= high).all()
-    numeric = {k for k, v in fitted.parameters.items() if k != "names"} - {"x", "edges"}
+    numeric = {k for k, v in fitted.parameters.items() if k != "names"} - {"log_x", "log_edges", "least"}
     assert set(fitted.low) == numeric
     order = np.random.default_rng(0).permutation(200)
     assert fitted.apply(scores.take(order)) == pytest.approx(q[order], abs=1e-12)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibtrain.calibration.metrics import summary
-from calibtrain.calibration.state import EDGES, NUM_CELLS, CalibrationState, state_of
+from calibtrain.calibration.state import DEEP_CELLS, EDGES, NUM_CELLS, CalibrationState, state_of
 from calibtrain.errors import UserError
 
 samples = st.lists(st.tuples(st.floats(0, 1), st.booleans()), max_size=40)
@@ -103,6 +103,32 @@ def test_tensors_of_another_grid_are_refused():
         CalibrationState.from_tensors(tensors)
     with pytest.raises(UserError, match="expected the tensors"):
         CalibrationState.from_tensors({"count": tensors["count"]})
+
+
+def test_a_state_of_an_earlier_version_is_placed():
+    """Its first cell held all below 2^-24, which ties now in the cell below it; the others are where they were."""
+    q, y = torch.tensor([2.0**-25, 1e-4, 0.3, 0.999, 1.0]), torch.tensor([False, True, False, True, True])
+    state = state_of(q, y)
+    first = int(state.count.nonzero()[0])
+    earlier = {
+        name: x if len(x) < NUM_CELLS else torch.cat([x[: DEEP_CELLS + 1].sum(0, keepdim=True), x[DEEP_CELLS + 1 :]])
+        for name, x in state.tensors().items()
+    }
+    placed = CalibrationState()
+    placed.load_state_dict(earlier)
+    moved = state.tensors()
+    for name in ("count", "confidence"):
+        moved[name][DEEP_CELLS], moved[name][first] = moved[name][first].clone(), 0
+    assert_same(placed, CalibrationState.from_tensors(moved))
+    assert summary(placed) == pytest.approx(summary(state), nan_ok=True)
+
+
+def test_cells_reach_down_to_answers_of_hundreds_of_nats():
+    assert bool((EDGES.diff() > 0).all())
+    assert EDGES[1] == 2.0**-1000
+    assert EDGES[DEEP_CELLS + 1] == 2.0**-24
+    deep = EDGES[1 : DEEP_CELLS + 2].log2()
+    assert float((deep[:-1] / deep[1:]).max()) < 1.004
 
 
 def test_all_reduce_without_process_group_is_a_copy():

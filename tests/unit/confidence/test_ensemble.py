@@ -80,6 +80,32 @@ def test_extreme_and_constant_scores_do_no_harm():
     assert np.isfinite(found.score(scores)).all()
 
 
+@pytest.mark.parametrize("nats", [1.0, 20.0, 150.0])
+def test_the_likelihood_of_long_answers_counts(nats):
+    """As much as that of short ones, beside a source that knows the other half; a few tiny scores decide nothing."""
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(size=(2, 2000))
+    correct = rng.random(2000) < sigmoid(1.5 * a + 1.5 * b)
+    scores = {"likelihood": np.exp(-nats * (1 - 0.2 * a).clip(0.01)), "b": sigmoid(b)}
+    together = fit_ensemble(scores, correct, PRINT).score(scores)
+    assert ranks(together, correct) > ranks(sigmoid(a + b), correct) - 0.01
+    few = {"a": sigmoid(a), "b": sigmoid(b)}
+    plain = fit_ensemble(few, correct, PRINT)
+    few["a"] = few["a"].copy()
+    few["a"][np.flatnonzero(correct)[:5]] = 1e-300
+    assert fit_ensemble(few, correct, PRINT).weights == pytest.approx(plain.weights, rel=0.1)
+
+
+def test_an_ensemble_of_an_earlier_version_tells_what_it_told(fitted):
+    values = json.loads(fitted.to_json())
+    del values["least"]
+    earlier = Ensemble.from_json(json.dumps(values), PRINT)
+    scores = {name: np.array([0.0, 1e-30, 1e-4, 0.5, 1.0]) for name in fitted.sources}
+    assert earlier.score(scores) == pytest.approx(
+        earlier.score({name: one.clip(1e-4, 1) for name, one in scores.items()}), abs=0
+    )
+
+
 def test_cross_scores_are_of_ensembles_that_did_not_see_the_answer():
     """Many sources that know nothing: fitted on its own answers an ensemble seems to rank, across folds it does not."""
     rng = np.random.default_rng(0)
