@@ -19,8 +19,8 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 """scikit-learn's C, chosen by cross-validated log loss."""
 FOLDS = 5
 LEAST = 1e-4
-"""Scores are kept this far from 1, and from 0 where at most RARE of a source's are smaller, so that one sure mistake does not
-decide a weight."""
+"""Scores are kept this far from 1, and from 0 where at most RARE of a source's are smaller, so that one sure mistake does
+not decide a weight."""
 RARE = 0.01
 """Of a source whose scores are often smaller, as likelihoods of long answers are, this share is clipped instead."""
 
@@ -37,9 +37,8 @@ class Ensemble:
     strength: float
     n: int  # answers it was fitted on
     fingerprint: Fingerprint
-    least: tuple[
-        float, ...
-    ] = ()  # of each source, what smaller scores are taken for; (): LEAST, as in earlier versions
+    # Of each source, what smaller scores are taken for; (): LEAST, as in earlier versions.
+    least: tuple[float, ...] = ()
 
     def score(self, scores: Mapping[str, ArrayLike]) -> Array:
         """Probability of being right (N,) float64, of each source's scores (N,) in [0, 1] by name."""

@@ -233,14 +233,13 @@ def certified_claims(
     audit: Audit | None = None,
 ) -> Calibrated:
     """The same for calibrated confidences (N,) of any source."""
-    judged = task_of(config.task).judged
-    if judged:
-        audit = audit or matched(None, answers, config.output_dir)
+    # Grades of a judge alone are audited, if by nobody yet.
+    audit = (audit or matched(None, answers, config.output_dir)) if task_of(config.task).judged else None
     if config.abstention.outside == "abstain":
         kept = outside.inside(answers)
         confidence, answers = confidence[kept], [answers[place] for place in kept]
         audit = audit and replace(audit, grades=audit.grades[kept])  # of a random sample what is inside is random too
-    if judged:
+    if audit is not None:
         return judged_claims(config, calibrator, confidence, answers, target_risk, delta, file, audit)
     correct = np.array([bool(answer.correct) for answer in answers])
     strata = [answer.strata for answer in answers]

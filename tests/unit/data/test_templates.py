@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibtrain.data.reward_text import RewardText
 from calibtrain.data.prompts import Prompts
+from calibtrain.data.reward_text import RewardText
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
 from calibtrain.records import Message, Record
