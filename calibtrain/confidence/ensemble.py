@@ -19,8 +19,8 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 """scikit-learn's C, chosen by cross-validated log loss."""
 FOLDS = 5
 LEAST = 1e-4
-"""Scores are kept this far from 1, and from 0 where at most RARE of a source's are smaller, so that one sure mistake does
-not decide a weight."""
+"""Scores are kept this far from 1, and from 0 where at most RARE of a source's are smaller: one sure mistake is not to
+decide a weight."""
 RARE = 0.01
 """Of a source whose scores are often smaller, as likelihoods of long answers are, this share is clipped instead."""
 
