@@ -12,6 +12,7 @@ import yaml
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline.calibration_file import read_calibration
+from calibtrain.pipeline.own_code import trust
 from tests.distributed.jobs import write_job
 from tests.judging import FakeJudge, serve_judge
 
@@ -141,7 +142,11 @@ def test_a_grader_of_the_users_grades_all_the_way(out, tmp_path, monkeypatch):
     (tmp_path / "graders_here.py").write_text(GRADER)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [one for one in sys.path if one])
+    monkeypatch.setenv("CALIBTRAIN_CACHE", str(tmp_path / "cache"))  # where nobody has trusted this grader yet
     with_task(out, kind="custom", grader="graders_here:is_right")
+    with pytest.raises(UserError, match=r"names code that would run here: task\.grader: graders_here:is_right"):
+        calibrate.run(out, target_risk=0.9, delta=0.4)
+    trust(load_config(out / "config.yaml"), out)
     found = calibrate.run(out, target_risk=0.9, delta=0.4)
     assert found.certification.certificate is not None
     assert found.audit is None
@@ -154,6 +159,7 @@ def test_a_grader_of_the_users_grades_all_the_way(out, tmp_path, monkeypatch):
     assert load(out).answer("What is 77?").certified
     before = (out / "calibration.json").read_text()
     with_task(out, kind="custom", grader="graders_here:broken")
+    trust(load_config(out / "config.yaml"), out)
     with pytest.raises(UserError, match=r"graders_here:broken: \d+ of 10 answers have no grade: it returns str 'yes'"):
         calibrate.run(out)
     assert len((out / "answers" / "temperature.new.jsonl").read_text().splitlines()) == 10  # nothing is lost

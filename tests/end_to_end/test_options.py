@@ -13,7 +13,7 @@ from calibtrain.pipeline.question import question_of
 from calibtrain.records import unit_hash
 from tests.distributed.jobs import metrics, write_job
 
-SIZES = {"train": 40, "calibration": 10, "temperature": 20, "certification": 24, "test": 16}
+SIZES = {"train": 40, "calibration": 20, "temperature": 20, "certification": 24, "test": 16}
 COUNTRIES = ("Japan", "Kenya", "France", "India")
 JOBS = {
     "choice": {
