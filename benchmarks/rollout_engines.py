@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _report import write_json
 from _trl_rollouts import client_arm, trainer_arm
 
 from calibtrain.confidence.answering import Answerer
@@ -56,7 +57,7 @@ def main() -> None:
         texts = [
             (*prompt, *template.tokenizer.encode(one.accepted[0])) for prompt, one in zip(prompts, records, strict=True)
         ]
-        own = OwnSampling(answerer, max(1, options.batch // options.group))
+        own = OwnSampling(answerer)
         served = ServedSampling(config, answerer, texts[:4], prompts[:4])
 
         def draws(number: int) -> Draws:
@@ -83,10 +84,11 @@ def main() -> None:
         finally:
             served.close()
     report |= {"engine_gap": served.metrics["engine_gap"], "trl": "measured" if trl else "not installed (make peers)"}
-    report["settings"] = {key: str(value) for key, value in vars(options).items()}
-    print(json.dumps(report, indent=2))
+    settings = {key: str(value) for key, value in vars(options).items() if key not in ("json", "python")}
+    rows = [{"sampler": name, **one} for name, one in report.pop("arms").items()]
+    print(json.dumps([*rows, report], indent=2))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(options.json, rows, {**report, "settings": settings})
 
 
 def measured(arms: dict[str, Arm], push: Callable[[int], float], rounds: int) -> dict[str, Any]:
@@ -147,7 +149,7 @@ def run_config(options: argparse.Namespace, folder: Path) -> RunConfig:
             "data": {"source": {"kind": "geography"}, "max_length": 256 + options.tokens},
             "objective": {"name": "grpo"},
             "rollouts": {"group_size": options.group, "engine": engine},
-            "evaluation": {"max_new_tokens": options.tokens},
+            "evaluation": {"max_new_tokens": options.tokens, "batch_size": options.batch},
         }
     )
 
