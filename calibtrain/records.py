@@ -82,11 +82,9 @@ class Record:
         if self.asked_of:
             return self.asked_of
         stem = self._hash(tuple(message for message in self.prompt if message.role != "system"))
-        return (
-            stem
-            if not self.options
-            else hashlib.sha256("\x1e".join([stem, *sorted(self.options)]).encode()).hexdigest()[:16]
-        )
+        if not self.options:
+            return stem
+        return hashlib.sha256("\x1e".join([stem, *sorted(map(_composed, self.options))]).encode()).hexdigest()[:16]
 
     def _hash(self, prompt: tuple[Message, ...]) -> str:
         # An accented letter written as one character or as two is one question (Unicode 15.0, NFC).

@@ -54,7 +54,7 @@ class Answered:
     # What a confidence head reads, where its layers were asked for (calibtrain.models.confidence_head), float32:
     states: Tensor | None = None  # (N, layers, POSITIONS, H)
     readings: Tensor | None = None  # (N, READINGS)
-    replies: tuple[ReplyTokens, ...] | None = None  # all that was generated for each; None where nothing was
+    replies: tuple[ReplyTokens, ...] | None = None  # all that was generated; None where nothing was, or over ranks
 
     def select(self, rows: Tensor) -> Answered:
         """The answers at `rows` (K,) int64, in that order."""

@@ -130,8 +130,7 @@ def gather_answered(answered: Answered, world: World) -> Answered:
     states, readings = (
         one if one is None else gather_rows(one, world.device) for one in (answered.states, answered.readings)
     )
-    replies = None if answered.replies is None else tuple(gather_lists(list(answered.replies)))
-    return Answered(answers, _gather_features(answered.features, world), options, None, states, readings, replies)
+    return Answered(answers, _gather_features(answered.features, world), options, None, states, readings)
 
 
 def _gather_features(features: AnswerFeatures, world: World) -> AnswerFeatures:

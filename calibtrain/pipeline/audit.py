@@ -2,7 +2,7 @@
 
 The sample is a fixed random order of the certification questions, a pure function of their ids, and its size is fixed when
 it is drawn: a person grades all of it. Were a certificate asked for after each few lines, one of many looks would pass by
-luck (at 5 % each, 12 % of 19 looks did), and a choice of lines would be no random sample.
+luck, and a choice of lines would be no random sample.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from calibtrain.calibration.parts import PartCalibrators
 from calibtrain.config import ModelConfig, RunConfig
 from calibtrain.config_file import load_config
 from calibtrain.errors import UserError
+from calibtrain.pipeline.own_code import config_of_run
 from calibtrain.pipeline.question import Shapes
 from calibtrain.pipeline.scope import Scope
 from calibtrain.tasks.kinds import task_of
@@ -195,7 +196,7 @@ def read_calibration(output_dir: Path, *, template_hash: str | None = None, sour
     command = f"calibtrain calibrate {output_dir}" + ("" if path.parent == output_dir else f" --source {source}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; run `{command}`")
-    config = load_config(output_dir / "config.yaml")
+    config = config_of_run(output_dir)  # what its task is may be a function that config.yaml names
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         fitted = content["calibrator"]

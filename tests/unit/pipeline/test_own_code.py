@@ -9,6 +9,7 @@ import pytest
 from calibtrain.config_file import dump_config, load_config
 from calibtrain.errors import UserError
 from calibtrain.pipeline import answer, certify
+from calibtrain.pipeline.calibration_file import read_calibration
 from calibtrain.pipeline.own_code import config_of_run, named_code, trust
 
 
@@ -27,7 +28,7 @@ def with_override(out, *overrides):
     dump_config(load_config(out / "config.yaml", list(overrides)), out / "config.yaml")
 
 
-@pytest.mark.parametrize("command", [answer.load, certify.run])
+@pytest.mark.parametrize("command", [answer.load, certify.run, read_calibration])
 def test_what_was_fetched_is_refused_in_one_line_before_anything_is_loaded(fetched, command):
     with pytest.raises(
         UserError, match=r"evil\.py; task\.grader: builtins:bool; task\.extractor: os:system.*calibtrain trust"
