@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibtrain.calibration.metrics import summary_of
 from calibtrain.confidence.answer import Answer
-from calibtrain.confidence.answered import Answered, OptionFeatures
+from calibtrain.confidence.answered import Answered, OptionFeatures, ReplyTokens
 from calibtrain.confidence.likelihood import answer_questions
 from calibtrain.config import EvaluationConfig
 from calibtrain.data.templates import Template
@@ -51,11 +51,18 @@ class Answerer:
 
     def answers(self, records: Sequence[Record]) -> list[Answer]:
         """The same answers alone, of however many questions: states are dropped as the answers are made. Collective."""
-        found: list[Answer] = []
+        return self.replies(records)[0]
+
+    def replies(self, records: Sequence[Record]) -> tuple[list[Answer], list[ReplyTokens]]:
+        """The same, and what was generated for each; nothing where answers are chosen among options. Collective."""
+        answers: list[Answer] = []
+        replies: list[ReplyTokens] = []
         size = BATCHES_AT_ONCE * self.settings.batch_size * self.world.size
         for start in range(0, len(records), size):
-            found += gather_lists(self.share(records[start : start + size]).answers)
-        return found
+            own = self.share(records[start : start + size])
+            answers += gather_lists(own.answers)
+            replies += gather_lists(list(own.replies or ()))
+        return answers, replies
 
     def share(
         self,

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from calibtrain.data.encode import Encoded, encode_answer
+from calibtrain.data.encode import Encoded, encode_answer, encode_reply
 from calibtrain.data.queries import query_record
 from calibtrain.data.templates import Template
 from calibtrain.errors import UserError
@@ -41,11 +41,13 @@ def refusal_examples(
     template: Template,
     max_length: int,
     kind: Kind = "statement",
+    replies: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[Encoded, ...]]:
     """CHOSEN sequences, one a record, whose `correct` says whether the model knew the answer; for `refusal`.
 
-    `statement`: after the question and the model's own answer, it learns to say whether it is sure. `refusal`: it learns
-    the right answer where it knew it, and one of REFUSALS, drawn by a pure function of the question, where it did not.
+    `statement`: after the question and the model's own answer, it learns to say whether it is sure. `refusal`: where it
+    knew the answer it learns the one that the data give, or its own; where it did not, one of REFUSALS, drawn by a pure
+    function of the question.
 
     Args:
         records: the questions.
@@ -54,6 +56,7 @@ def refusal_examples(
         template: how questions become tokens.
         max_length: of a sequence; prompts are cut from the left to fit it.
         kind: what is learnt.
+        replies: the answers as they were generated, with reasoning and end token; only of answers that `known` graded.
 
     Raises:
         UserError: nothing is left.
@@ -62,11 +65,15 @@ def refusal_examples(
     for index, (record, said, knew) in enumerate(zip(records, texts, known, strict=True)):
         if knew is None:
             continue
-        if kind == "statement":
-            question, text = query_record(record, said, ARE_YOU_SURE), SURE if knew else UNSURE
+        if kind == "refusal" and knew and record.chosen is None and replies is not None:
+            ids = replies[index]  # an accepted answer has no reasoning: to learn it would be to give that up
+            one = encode_reply(record, ids, (0, len(ids)), knew, template, max_length, index, CHOSEN)
         else:
-            question, text = record, _right_answer(record, said) if knew else _refusal(record)
-        one = encode_answer(question, text, knew, template, max_length, index, CHOSEN)
+            if kind == "statement":
+                question, text = query_record(record, said, ARE_YOU_SURE), SURE if knew else UNSURE
+            else:
+                question, text = record, _right_answer(record, said) if knew else _refusal(record)
+            one = encode_answer(question, text, knew, template, max_length, index, CHOSEN)
         if one is not None:
             examples.append((one,))
     if records and not examples:

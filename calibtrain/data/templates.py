@@ -180,16 +180,17 @@ class Template(Replies):
     def completion_ids(self, text: str, written: bool = False) -> list[int]:
         """Token ids of an answer as they follow a prompt, and the token that ends it, once. Raises UserError if they cannot.
 
-        The text is kept as it is, with its indentation and last line break. `plain` puts its space only before a text
-        that does not open with whitespace of its own, and leaves out blank lines before it, which would end the answer. So
-        does `chat` where its template writes whitespace there. `written`: the text is the template's own writing already.
+        The text is kept as it is, with its indentation and last line break, up to an end token of its own. `plain` puts its
+        space only before a text that does not open with whitespace of its own, and leaves out blank lines before it, which
+        would end the answer. So does `chat` where its template writes whitespace there. `written`: the text is the
+        template's own writing already.
 
         An answer encoded on its own may not be what follows a prompt (a SentencePiece tokenizer opens every text with a
         space), and encoded together with the prompt it may merge with the prompt's last characters. So it is cut from
         the joint encoding where that keeps the prompt's ids, else encoded alone; either way the joined ids must decode
         to the joined text.
         """
-        text = self._behind_prompt(text, written)
+        text = _up_to_end(self._behind_prompt(text, written), self._end_text)
         if not text:
             return [self.end_id]
         prompt, joint = self._probe_ids, self.shown_ids(self._probe_text + text)
@@ -242,8 +243,9 @@ class Template(Replies):
     def text_ids(self, text: str) -> tuple[list[int], int]:
         """Ids of a text that is no answer, with the tokenizer's own prefix and the EOS; and the first to be learned.
 
-        Either stands there once, also where the text has it.
+        Either stands there once, also where the text has it; white space behind an EOS is no part of it.
         """
+        text = _up_to_end(text, self.tokenizer.eos_token)
         ids = _ended(self._prefixed(self._encode(text)), self.tokenizer.eos_token_id)
         return ids, max(1, len(self._prefix_ids))
 
@@ -358,6 +360,12 @@ class Template(Replies):
 def _ended(ids: Sequence[int], end: int) -> list[int]:
     """The ids with the end behind them, where it is not there already."""
     return [*ids] if ids and ids[-1] == end else [*ids, end]
+
+
+def _up_to_end(text: str, end: str | None) -> str:
+    """The text without white space behind the end token that it closes with."""
+    bare = text.rstrip()
+    return bare if end and bare.endswith(end) else text
 
 
 def template_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Template:

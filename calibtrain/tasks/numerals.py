@@ -20,6 +20,8 @@ _DIGITS = rf"(?:(?:{_GROUPS})(?:\.\d+)?|\d{{1,3}}(?:\.\d{{3}}){{2,}}(?!\d)|\d+(?
 _COMMA = r"(?:,|\{,\})\d"
 _UNCLEAR = rf"(?:{_GROUPS}|\d+(?:\.\d+)*){_COMMA}\d*(?:(?:[,.]|\{{,\}})\d+)*"  # 3,5 and 1.234,56 and (1,2)
 _POWER = r"(?:\s?(?:\\times|\\cdot|[x×*·])\s?10\s?(?:\^|\*\*)\s?\{?[-+\u2212]?\d+\}?|[eE][-+]?\d+)"
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALE = rf"(?:\s|~|\\[ ,])?(?:\\(?:text|mathrm|mbox)\{{\s?)?(?P<scale>(?i:{'|'.join(_SCALES)}))s?\b\}}?"
 _FRACTION = r"\\[dt]?frac\s?(?:\{\s?-?\d+\s?\}\s?\{\s?\d+\s?\}|\d{2}(?!\d))"
 _SIGN = rf"(?<![\w.)\]}}])[-+\u2212\u2013](?=\\?[{_CURRENCY}.\d]|\\[dt]?frac)"
 _HERE = r"(?<![A-Za-z0-9_^/])(?<!\^\{)(?<!\d\.)(?<!\d,)(?<!\{,\})"  # no digit of x2, 10^{2}, km^2, 2.0.1 or 3,5
@@ -27,9 +29,9 @@ _ENDS = rf"(?!\d|\.\d|{_COMMA}|\s?\^(?!\s?\{{?\s?\\circ))"
 NUMBER = re.compile(
     rf"(?:{_SIGN})?(?:\\?[{_CURRENCY}]\s?)?(?:{_SIGN})?(?:(?:{_HERE}\d+\s?)?{_FRACTION}|"
     rf"{_HERE}(?:\d+[ ])?\d+\s?/\s?\d+(?![\d/.]|\s?/)|"
-    rf"{_HERE}(?:(?=(?P<taken>{_DIGITS}))(?P=taken){_POWER}?|{_UNCLEAR}){_ENDS})(?:\s?(?:\\?%|percent\b))?"
+    rf"{_HERE}(?:(?=(?P<taken>{_DIGITS}))(?P=taken){_POWER}?|{_UNCLEAR}){_ENDS})(?:{_SCALE})?(?:\s?(?:\\?%|percent\b))?"
 )
-"""A number with its sign, currency and percent sign: 1,000 and 1e3, 3/4 and \\frac{3}{4}, 1 1/2, -$5, 50%.
+"""A number with its sign, currency and percent sign: 1,000 and 1e3, 3/4 and \\frac{3}{4}, 1 1/2, -$5, 50%, 1.5 million.
 
 Also 3,5 as a whole, which has no value here: one number, or two."""
 
@@ -73,6 +75,8 @@ def value_of(written: str, hundredth: bool = False, comma: bool = False) -> Frac
     written = written.translate(_SWAPPED) if comma else written
     percent = written.endswith(("%", "percent"))
     bare = written.removesuffix("percent").rstrip("%\\").strip()
+    scale = re.search(rf"{_SCALE}$", bare)
+    bare = bare if scale is None else bare[: scale.start()]
     negative = bool(re.search(rf"^\\?[{_CURRENCY}]?\s?[-\u2212\u2013]", bare))
     bare = re.sub(rf"^(?:[-+\u2212\u2013\s\\{_CURRENCY}])*(?=[\d.]|\\|frac|dfrac|tfrac)", "", bare)
     bare = re.sub(r"^(?=[dt]?frac)", r"\\", bare)
@@ -81,7 +85,7 @@ def value_of(written: str, hundredth: bool = False, comma: bool = False) -> Frac
     value = _positive(found)
     if value is None:
         return None
-    value = -value if negative else value
+    value = (-value if negative else value) * (1 if scale is None else _SCALES[scale["scale"].lower()])
     return value / 100 if percent and hundredth else value
 
 

@@ -187,7 +187,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return values
 
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=no_duplicates)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"training.deepspeed: {path}: cannot be read: {error}") from None
     except json.JSONDecodeError as error:

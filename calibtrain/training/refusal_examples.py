@@ -30,6 +30,7 @@ class RefusalExamples(Sequence[tuple[Encoded, ...]]):
         self.metrics: dict[str, float] = {}
         self._texts: list[str] = []
         self._known: list[bool] = []
+        self._tokens: list[tuple[int, ...]] = []  # as they were generated; empty where they were chosen among options
         self._examples: dict[int, tuple[Encoded, ...]] = {}
 
     def __len__(self) -> int:
@@ -41,8 +42,10 @@ class RefusalExamples(Sequence[tuple[Encoded, ...]]):
     def before_step(self, step: int) -> None:
         """Answer and label anew where a round begins at `step` (from 0). Collective."""
         if step % self.config.relabel_every == 0:
-            answers = self.answerer.answers(self.records)
-            self._take([answer.said for answer in answers], [bool(answer.correct) for answer in answers])
+            answers, replies = self.answerer.replies(self.records)
+            said, known = [answer.said for answer in answers], [bool(answer.correct) for answer in answers]
+            learned = replies if self.config.kind == "refusal" else []
+            self._take(said, known, [reply.tokens for reply in learned])
 
     def fill(self, batch: Batch, indices: Sequence[int]) -> Batch:
         """The batch as it is: its sequences say everything."""
@@ -50,17 +53,19 @@ class RefusalExamples(Sequence[tuple[Encoded, ...]]):
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values of the present labels."""
-        return {"texts": self._texts, "known": self._known}
+        return {"texts": self._texts, "known": self._known, "tokens": self._tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the labels of a checkpoint."""
-        self._take(list(state["texts"]), list(state["known"]))
+        # A checkpoint of before has texts alone.
+        self._take(list(state["texts"]), list(state["known"]), [tuple(ids) for ids in state.get("tokens", ())])
 
     def close(self) -> None:
         """Nothing was started."""
 
-    def _take(self, texts: list[str], known: list[bool]) -> None:
-        self._texts, self._known = texts, known
-        made = refusal_examples(self.records, texts, known, self.answerer.template, self.max_length, self.config.kind)
+    def _take(self, texts: list[str], known: list[bool], tokens: list[tuple[int, ...]]) -> None:
+        self._texts, self._known, self._tokens = texts, known, tokens
+        template, kind = self.answerer.template, self.config.kind
+        made = refusal_examples(self.records, texts, known, template, self.max_length, kind, tokens or None)
         self._examples = {one[0].record_id: one for one in made}
         self.metrics = {"known": sum(known) / len(known)}

@@ -86,6 +86,16 @@ def test_a_record_without_gold_answer_learns_its_own_right_one(template):
     assert completion(template, example) == "France"
 
 
+def test_an_accepted_answer_does_not_take_the_place_of_the_reasoning_that_led_to_it(template):
+    asked = [Record((Message("user", "6 * 7?"),), accepted=("42",)), record("Where is Lyon?", "France")]
+    replies = [template.tokenizer.encode("Six sevens: 42")] * 2  # cut: no end token to be learned
+    one, other = refusal_examples(asked, ["42", "France"], [True, True], template, 200, "refusal", replies)
+    assert one[0].ids[one[0].completion_start :] == tuple(replies[0])
+    assert completion(template, other) == "France"  # what the data give stays
+    unknown, _ = refusal_examples(asked, ["41", "Ga"], [False, False], template, 200, "refusal", replies)
+    assert completion(template, unknown) in REFUSALS
+
+
 def test_nothing_left_is_an_error(template):
     with pytest.raises(UserError, match="no refusal example"):
         refusal_examples(RECORDS, TEXTS, [None] * 3, template, 200)

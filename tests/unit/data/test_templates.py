@@ -75,10 +75,16 @@ def test_bos_and_end_of_a_text_that_has_them_stand_once():
         assert own.prompt_ids(question) == [bos, *tokenizer("Say: hi", add_special_tokens=False)["input_ids"]]
         assert own.completion_ids("Paris<|im_end|>") == own.completion_ids("Paris")
     for template in (chat, plain):
-        assert template.completion_ids("Paris<|im_end|>") == template.completion_ids("Paris")
+        for written in ("Paris<|im_end|>", "Paris<|im_end|>\n"):
+            assert (
+                template.completion_ids(written)
+                == template.completion_ids("Paris")
+                != template.completion_ids("Paris\n")
+            )
         assert template.completion_ids("Paris").count(end) == 1
     # What stands within a text, or another tokenizer's mark at its start, is left as it is.
     assert chat.text_ids("a<|bos|>b<|im_end|>\n")[0].count(bos) == 2
+    assert chat.text_ids("a<|im_end|>\n")[0] == chat.text_ids("a")[0] != chat.text_ids("a\n")[0]
     assert chat.text_ids("<|bos|><|bos|>a")[0].count(bos) == 2
     assert tiny_tokenizer().bos_token_id not in Template("plain", tiny_tokenizer()).text_ids("a")[0]
 
