@@ -46,7 +46,7 @@ CHANGES = (  # kind, from, to
     *((kind, "2x3", layout) for kind in ("full", "lora") for layout in ("2x0", "2x2-offload", "4x2")),
     *((kind, "1x0", "2x3") for kind in WHOLE["1x0"]),
 )
-AT_THE_END = (("bf16", "2x2", "1x0"), ("bf16", "2x2", "2x3"), ("full", "2x3-4x2", "2x3"))
+AT_THE_END = (("bf16", "2x2", "1x1"), ("bf16", "2x2", "2x3"), ("full", "2x3-4x2", "2x3"))
 """From the last step: what is exported is what was trained, without rounding."""
 
 
