@@ -40,6 +40,9 @@ What a run writes (output_dir) and continues from (training.resume) is relative 
 HUB_NAMES: tuple[KeyPath, ...] = (("model", "source"), ("rollouts", "reward_model"), ("path",))
 """Of these, what may be a hub name; the last is an item's of rollouts.sources."""
 
+SHOWN = 20
+"""So many problems are told at once."""
+
 
 @dataclass
 class _Document:
@@ -127,7 +130,8 @@ def _locate(path: str | Path) -> Path:
 
 def _error(problems: list[str]) -> UserError:
     head = "The config has a problem:" if len(problems) == 1 else f"The config has {len(problems)} problems:"
-    return UserError("\n".join([head, *(f"  {problem}" for problem in problems)]))
+    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return UserError("\n".join([head, *(f"  {problem}" for problem in (*problems[:SHOWN], *more))]))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -314,6 +318,7 @@ def _walk(loc: KeyPath, values: Any) -> tuple[KeyPath, list[type[BaseModel]], An
 def _describe(errors: Iterable[ErrorDetails], document: _Document) -> list[str]:
     """One line for each key that has a problem, in the order of the tree."""
     lines: dict[KeyPath, str] = {}
+    listed: set[KeyPath] = set()  # sections whose keys have been named
     found = list(errors)
     within = {error["loc"][:length] for error in found for length in range(len(error["loc"]))}
     for error in found:
@@ -322,14 +327,18 @@ def _describe(errors: Iterable[ErrorDetails], document: _Document) -> list[str]:
         path, owners, annotation = _walk(error["loc"], document.values)
         if path not in lines:
             where = f"{_dotted(path)} ({document.place(path)})" if path else document.place(path)
-            lines[path] = f"{where}: {_message(error, path, owners, annotation)}"
+            if error["type"] == "extra_forbidden":
+                known = sorted({name for model in owners for name in model.model_fields})
+                message = _unknown_key(path, known, tell=path[:-1] not in listed)
+                listed.add(path[:-1])
+            else:
+                message = _message(error, annotation)
+            lines[path] = f"{where}: {message}"
     return list(lines.values())
 
 
-def _message(error: ErrorDetails, path: KeyPath, owners: list[type[BaseModel]], annotation: Any) -> str:
+def _message(error: ErrorDetails, annotation: Any) -> str:
     kind, value = error["type"], error["input"]
-    if kind == "extra_forbidden":
-        return _unknown_key(str(path[-1]), sorted({name for model in owners for name in model.model_fields}))
     if kind == "value_error":
         return error["msg"].removeprefix("Value error, ")
     if kind == "invalid_key":
@@ -360,10 +369,20 @@ def _message(error: ErrorDetails, path: KeyPath, owners: list[type[BaseModel]], 
     )
 
 
-def _unknown_key(key: str, known: list[str]) -> str:
+def _unknown_key(path: KeyPath, known: list[str], tell: bool) -> str:
+    """The sections that have it, or else a key that it is near to; and, where asked to `tell`, all that are known there."""
+    key = str(path[-1])
+    sections = {name: _keys(field.annotation) for name, field in RunConfig.model_fields.items() if name != path[0]}
+    having = [f"`{name}`" for name, keys in sections.items() if key in keys]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`? " if near else ""
-    return f"unknown key; {hint}Known here: {', '.join(known)}" if known else "unknown key"
+    few = 0 < len(having) < 3  # others than `name`
+    hint = f"; it is a key of {' and '.join(having)}" if few else f"; did you mean `{near[0]}`?" if near else ""
+    every = f"{' ' if hint.endswith('?') else '; '}Known here: {', '.join(known)}" if known and tell else ""
+    return f"unknown key{hint}{every}"
+
+
+def _keys(annotation: Any) -> set[str]:
+    return {name for model in _models(annotation) for name in model.model_fields}
 
 
 def _nearest(value: str, choices: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Reading configs: overrides, places of mistakes, shipped files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,26 @@ def test_a_long_value_is_told_in_short(tmp_path):
         load_config(tmp_path / "run.yaml", [f"model.dtype={'z' * 5000}"])
     assert len(str(caught.value)) < 1200
     assert all(f"'{letter * 56}..." in str(caught.value) for letter in "xyz")
+
+
+def test_keys_of_another_section_are_told_so_and_what_is_known_here_once(tmp_path):
+    path = tmp_path / "moved.yaml"
+    path.write_text("model: {source: x}\ntracking: {adam_betas: [1, 2], epochs: 1, proect: x, qqq: y}\n")
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    first, *others = [
+        line.partition("unknown key")[2] for line in str(caught.value).splitlines() if "tracking." in line
+    ]
+    assert first.startswith("; it is a key of `training`; Known here: entity, group, ")
+    assert others == ["; it is a key of `rollouts` and `training`", "; did you mean `project`?", ""]
+
+
+def test_of_many_problems_the_first_are_told(tmp_path):
+    path = tmp_path / "many.yaml"
+    path.write_text("model: {source: x}\n" + "".join(f"key{i}: 1\n" for i in range(90)))
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    lines = str(caught.value).splitlines()
+    assert re.match(r"The config has 9\d problems", lines[0])
+    assert (len(lines), lines[-1].strip()[:3], lines[-1].strip()[-4:]) == (22, "and", "more")
+    assert len(str(caught.value)) < 5000
