@@ -56,6 +56,12 @@ def test_a_mesh_of_the_users_own_is_refused(tmp_path):
         deepspeed_dict(config(sequence_parallel_size=2, micro_batch_size=1, deepspeed=path), 8)
 
 
+def test_a_json_of_the_users_own_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"steps_per_print": 7}), encoding="utf-8-sig")
+    assert deepspeed_dict(config(deepspeed=path), 1)["steps_per_print"] == 7
+
+
 def test_suggestions_take_no_time_whatever_the_numbers():
     with pytest.raises(UserError, match=r"or 1 process"):
         batch_plan(TrainingConfig(micro_batch_size=1, global_batch_size=2**31 - 1), 7)
