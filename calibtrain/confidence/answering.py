@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,18 +51,22 @@ class Answerer:
 
     def answers(self, records: Sequence[Record]) -> list[Answer]:
         """The same answers alone, of however many questions: states are dropped as the answers are made. Collective."""
-        return self.replies(records)[0]
+        return [answer for own in self._parts(records) for answer in gather_lists(own.answers)]
 
     def replies(self, records: Sequence[Record]) -> tuple[list[Answer], list[ReplyTokens]]:
         """The same, and what was generated for each; nothing where answers are chosen among options. Collective."""
         answers: list[Answer] = []
         replies: list[ReplyTokens] = []
-        size = BATCHES_AT_ONCE * self.settings.batch_size * self.world.size
-        for start in range(0, len(records), size):
-            own = self.share(records[start : start + size])
+        for own in self._parts(records):
             answers += gather_lists(own.answers)
             replies += gather_lists(list(own.replies or ()))
         return answers, replies
+
+    def _parts(self, records: Sequence[Record]) -> Iterator[Answered]:
+        """This rank's share of one part of the records after the other."""
+        size = BATCHES_AT_ONCE * self.settings.batch_size * self.world.size
+        for start in range(0, len(records), size):
+            yield self.share(records[start : start + size])
 
     def share(
         self,
